@@ -1,0 +1,132 @@
+"""Multiply-accumulates (MACs) per stage and head, counted from the jaxpr.
+
+``compiled.cost_analysis()`` is of no use here: on a GPU a convolution is a custom call that it counts as nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jax.extend import core as jax_core
+
+from branchy_jax.types import Array
+
+
+@struct.dataclass
+class StageCosts:
+    """Cost of one image in every stage and every head.
+
+    Attributes:
+        stages: ``[N]`` cost of trunk stage i alone.
+        exits: ``[N]`` cost of head i alone.
+    """
+
+    stages: np.ndarray
+    exits: np.ndarray
+
+    @property
+    def to_exit(self) -> np.ndarray:
+        """``[N]`` cost of an image that leaves at exit n: stages and heads 0…n, since every head on the way runs."""
+        return np.cumsum(np.asarray(self.stages) + np.asarray(self.exits))
+
+    @property
+    def trunk(self) -> float:
+        """Cost of the network without its side branches: all stages and the last head."""
+        return float(np.sum(self.stages) + self.exits[-1])
+
+
+def expected_cost(costs: StageCosts, exit_fractions: Array) -> float:
+    r"""Computes the mean cost of an image, heads included: :math:`\sum_n f_n \sum_{i \le n} (s_i + h_i)`.
+
+    Args:
+        costs: per stage and head.
+        exit_fractions: ``[N]``.
+
+    Example:
+        >>> expected_cost(StageCosts(stages=[10, 90], exits=[1, 1]), [0.5, 0.5])
+        56.5
+    """
+    return float(np.dot(np.asarray(exit_fractions, np.float64), costs.to_exit))
+
+
+def count_macs(model: Any, image_shape: tuple[int, ...]) -> StageCosts:
+    """Counts the multiply-accumulates that one image needs in each stage and head of a `BranchyNet`.
+
+    Matrix products and convolutions count, zero padding included; pooling, normalisation and activations, which
+    multiply nothing by a weight matrix, do not.
+
+    Args:
+        model: anything with ``init``, ``apply``, ``run_stage``, ``run_exit`` and ``num_exits``.
+        image_shape: ``(H, W, C)``.
+
+    Returns:
+        `StageCosts` in MACs.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1)).stages
+        array([ 112500, 1026930])
+    """
+    hidden = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), hidden)
+    stages, exits = [], []
+    for n in range(model.num_exits):
+
+        def run(variables: Any, hidden: Any, method: str, n: int = n) -> Any:
+            return model.apply(variables, hidden, n, method=method)
+
+        stages.append(macs_of(lambda v, h: run(v, h, 'run_stage'), variables, hidden))
+        hidden = jax.eval_shape(lambda v, h: run(v, h, 'run_stage'), variables, hidden)
+        exits.append(macs_of(lambda v, h: run(v, h, 'run_exit'), variables, hidden))
+    return StageCosts(stages=np.array(stages), exits=np.array(exits))
+
+
+def macs_of(function: Callable[..., Any], *args: Any) -> int:
+    """Counts the MACs of one call of a traceable function.
+
+    A ``cond`` counts as its most expensive branch and a ``scan`` as its length times its body.
+
+    Args:
+        function: any JAX function.
+        *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+        ValueError: the function holds a ``while_loop``, whose trip count no jaxpr tells.
+
+    Example:
+        >>> macs_of(lambda a, b: a @ b, np.ones((2, 3)), np.ones((3, 5)))
+        30
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: jax_core.Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: jax_core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == 'dot_general':
+        (contracted, _), _ = params['dimension_numbers']
+        left = equation.invars[0].aval.shape
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if name == 'conv_general_dilated':
+        kernel = equation.invars[1].aval.shape
+        out_features = kernel[params['dimension_numbers'].rhs_spec[0]]
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
+    if name == 'while':
+        raise ValueError('function: its jaxpr holds a while_loop, whose trip count is unknown; count its body instead')
+    if name == 'cond':
+        return max(_count(branch.jaxpr) for branch in params['branches'])
+    repeats = params['length'] if name == 'scan' else 1
+    return repeats * sum(_count(inner) for inner in _inner_jaxprs(params))
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> list[jax_core.Jaxpr]:
+    inner = [value for value in params.values() if isinstance(value, (jax_core.Jaxpr, jax_core.ClosedJaxpr))]
+    return [value.jaxpr if isinstance(value, jax_core.ClosedJaxpr) else value for value in inner]

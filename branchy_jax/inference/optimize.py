@@ -1,0 +1,141 @@
+"""Exact rewriting of a trained network before inference: same contract, fewer and faster operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from branchy_jax.inference.rewrite import Constant, Forms, Known, run, trace
+from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.types import Array, Variables
+
+# On a CPU a banded product wins while its matrix stays in the cache; measured with LeNet's and AlexNet's layers.
+_LARGEST_BAND_ON_CPU = 2**17
+
+
+def default_forms(dtype: Any = None) -> Forms:
+    """Returns the forms that this process's default backend runs fastest."""
+    on_cpu = jax.default_backend() == 'cpu'
+    return Forms(largest_band=_LARGEST_BAND_ON_CPU if on_cpu else 0, sliced_pooling=on_cpu, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """A stage or a head of the original network, and how to rewrite it.
+
+    Attributes:
+        function: ``(variables, hidden) → hidden``, retraced at each new batch size.
+        shapes: of its variables.
+        forms: which forms it is emitted in.
+    """
+
+    function: Callable[[Variables, Any], Any]
+    shapes: Any
+    forms: Forms
+
+    def evaluate(self, known: Any, hidden: Any, constant: Constant) -> Any:
+        """Runs the rewritten program with variables known and ``constant`` handing out what it needs of them."""
+        jaxpr, structure = trace(self.function, self.shapes, hidden)
+        leaves = run(jaxpr, jax.tree.leaves(known), jax.tree.leaves(hidden), constant, self.forms)
+        return jax.tree.unflatten(structure, leaves)
+
+    def constants(self, variables: Variables, hidden: Any) -> list[Array]:
+        """Computes what the rewritten program needs of the variables, in the order it asks."""
+        asked: list[Known] = []
+
+        def record(known: Known) -> Array:
+            asked.append(known)
+            return jnp.zeros(known.shape, known.dtype)
+
+        known = jax.tree.map(lambda x: Known(lambda: x, x.shape, x.dtype), variables)
+        jax.eval_shape(lambda hidden: self.evaluate(known, hidden, record), hidden)
+        return [value.value() for value in asked]
+
+    def replay(self, constants: list[Array], hidden: Any) -> Any:
+        """Runs the rewritten program on constants computed before."""
+        known = jax.tree.map(lambda spec: Known(_unavailable, spec.shape, spec.dtype), self.shapes)
+        in_order = iter(constants)
+        return self.evaluate(known, hidden, lambda asked: next(in_order))
+
+
+class RewrittenLayer(nn.Module):
+    """A rewritten segment as a Flax module whose parameters are the segment's constants.
+
+    Attributes:
+        segment: what to run.
+        constants: their shapes.
+    """
+
+    segment: Segment
+    constants: tuple[jax.ShapeDtypeStruct, ...]
+
+    @nn.compact
+    def __call__(self, hidden: Any) -> Any:
+        """Runs the rewritten segment."""
+        values = [
+            self.param(f'constant{n}', lambda key, spec=spec: jnp.zeros(spec.shape, spec.dtype))
+            for n, spec in enumerate(self.constants)
+        ]
+        return self.segment.replay(values, hidden)
+
+
+def optimize(
+    model: BranchyNet, variables: Variables, *, dtype: Any = None, forms: Forms | None = None
+) -> tuple[BranchyNet, Variables]:
+    """Rewrites a trained network for inference, exactly up to rounding.
+
+    Everything that depends on variables alone is computed now. BatchNorms and biases are folded into the convolutions
+    and matrix products before them. On a CPU, convolutions with few channels become products with a banded matrix,
+    and max pooling becomes maxima of slices. Works on any network, since it works on the jaxpr.
+
+    Args:
+        model: a network with N exits.
+        variables: trained.
+        dtype: ``jnp.bfloat16`` multiplies in bfloat16 and accumulates in float32; not exact.
+        forms: to override what suits the backend.
+
+    Returns:
+        A `BranchyNet` with the same stages and exits, for inference only, and its variables. Logits agree within
+        1e-4 in float32.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-lenet'), jnp.ones((2, 28, 28, 1))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> fast_model, fast_variables = optimize(model, variables)
+        >>> bool(jnp.allclose(fast_model.apply(fast_variables, images)[0], model.apply(variables, images)[0], atol=1e-4))
+        True
+    """
+    forms = default_forms(dtype) if forms is None else forms
+    if model.image_shape is None:
+        raise ValueError('model: has no image_shape, which optimize needs to trace it; build it with image_shape=…')
+    hidden = jax.ShapeDtypeStruct((2, *model.image_shape), jnp.float32)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    layers: dict[str, list[RewrittenLayer]] = {'stage': [], 'exit': []}
+    params = {}
+    for n, kind in itertools.product(range(model.num_exits), ('stage', 'exit')):
+        segment = Segment(functools.partial(_run_segment, model, n, kind), shapes, forms)
+        constants = segment.constants(variables, hidden)
+        specs = tuple(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in constants)
+        layers[kind].append(RewrittenLayer(segment, specs, name=f'{kind}{n + 1}'))
+        if constants:
+            params[f'{kind}{n + 1}'] = {f'constant{i}': value for i, value in enumerate(constants)}
+        if kind == 'stage':
+            hidden = jax.eval_shape(segment.function, variables, hidden)
+    stages, exits = tuple(layers['stage']), tuple(layers['exit'])
+    return BranchyNet(stages=stages, exits=exits, image_shape=model.image_shape), {'params': params}
+
+
+def _run_segment(model: BranchyNet, n: int, kind: str, variables: Variables, hidden: Any) -> Any:
+    return model.apply(variables, hidden, n, method=f'run_{kind}')
+
+
+def _unavailable() -> Array:
+    raise AssertionError('a rewritten segment asked for a weight that it was to have stored')

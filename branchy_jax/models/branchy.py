@@ -1,0 +1,231 @@
+"""`BranchyNet`: a trunk cut into stages, with a classifier at the end of each, by composition."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from branchy_jax.types import Array
+
+Layer = Callable[..., Any]
+"""A Flax module or a plain function of the hidden value."""
+
+Layers = Layer | tuple['Layers', ...]
+"""One layer, or layers applied in order; tuples nest freely."""
+
+Hidden = Any
+"""What a stage hands to the next: any pytree whose leaves lead with B."""
+
+
+class BranchyNet(nn.Module):
+    """A network with N exits: stage i maps hidden to hidden, exit i maps hidden to logits.
+
+    Each stage and each exit is a Flax module, a plain function, or a tuple of those applied in order. A layer is told
+    whether it trains through whichever of the arguments ``train``, ``deterministic`` or ``use_running_average`` its
+    signature names, so `flax.linen.Dropout` and `flax.linen.BatchNorm` stand in a tuple as they are.
+
+    Parameters are named after the module's own ``name`` where it has one, so that a trunk keeps its parameters' names
+    wherever it is cut; otherwise after its place, ``stages_0_1``.
+
+    Attributes:
+        stages: N stages of the trunk.
+        exits: N heads, one after each stage; the last is the trunk's own.
+        image_shape: ``(H, W, C)`` if images of another shape or of an integer dtype are to be refused.
+
+    Raises:
+        ValueError: on construction, if there is not one exit per stage.
+
+    Example:
+        >>> model = BranchyNet(
+        ...     stages=(nn.Dense(16), (nn.relu, nn.Dense(16))),
+        ...     exits=(nn.Dense(10), (nn.relu, nn.Dense(10))),
+        ... )
+        >>> variables = model.init(jax.random.key(0), jnp.ones((2, 8)))
+        >>> [logits.shape for logits in model.apply(variables, jnp.ones((2, 8)))]
+        [(2, 10), (2, 10)]
+
+    References:
+        Teerapittayanon et al., BranchyNet, 2016, section III.
+    """
+
+    stages: tuple[Layers, ...]
+    exits: tuple[Layers, ...]
+    image_shape: tuple[int, ...] | None = None
+
+    preserve_adopted_names = True
+
+    def __post_init__(self) -> None:
+        if len(self.stages) != len(self.exits) or not self.stages:
+            raise ValueError(
+                f'exits: a BranchyNet needs one exit after each of its stages, at least one; '
+                f'got {len(self.stages)} stages and {len(self.exits)} exits'
+            )
+        super().__post_init__()
+
+    @property
+    def num_exits(self) -> int:
+        """N."""
+        return len(self.exits)
+
+    def __call__(self, images: Array, *, train: bool = False, frozen_trunk: bool = False) -> tuple[Array, ...]:
+        """Computes the logits of every exit, earliest first.
+
+        Args:
+            images: ``[B, H, W, C]`` float.
+            train: whether dropout drops and BatchNorm uses the batch's statistics. Needs ``rngs={'dropout': key}``
+                and ``mutable=['batch_stats']`` where the network has such layers.
+            frozen_trunk: keeps the trunk (all stages and the last exit) in evaluation mode while the side heads train.
+
+        Returns:
+            N arrays ``[B, K]`` float32.
+
+        Raises:
+            ValueError: ``images`` has another shape or dtype than ``image_shape`` asks for.
+        """
+        hidden, logits = images, []
+        for n in range(self.num_exits):
+            hidden = self.run_stage(hidden, n, train=train and not frozen_trunk)
+            in_trunk = n == self.num_exits - 1
+            logits.append(self.run_exit(hidden, n, train=train and not (frozen_trunk and in_trunk)))
+        return tuple(logits)
+
+    def run_stage(self, hidden: Hidden, n: int, *, train: bool = False) -> Hidden:
+        """Applies stage ``n`` to what stage ``n - 1`` returned, or to the images."""
+        if n == 0 and self.image_shape is not None:
+            check_images(hidden, self.image_shape)
+        return _apply(self.stages[n], hidden, train=train)
+
+    def run_exit(self, hidden: Hidden, n: int, *, train: bool = False) -> Array:
+        """Applies head ``n`` to what stage ``n`` returned. Returns logits ``[B, …, K]`` in float32."""
+        logits = _apply(self.exits[n], hidden, train=train)
+        chex.assert_type(logits, float)
+        return logits.astype(jnp.float32)
+
+
+def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
+    """Returns the same trunk with only some of its exits.
+
+    Stages between two kept exits are joined. Parameters of named modules keep their names, so the variables of
+    ``model`` serve the result as they are.
+
+    Args:
+        model: the network to thin out.
+        indices: the exits to keep, ascending; the last exit must be among them.
+
+    Raises:
+        ValueError: ``indices`` is not ascending, out of range, or leaves out the last exit.
+
+    Example:
+        >>> model = BranchyNet(stages=(nn.relu, nn.tanh, nn.gelu), exits=(nn.Dense(4), nn.Dense(4), nn.Dense(4)))
+        >>> select_exits(model, [1, 2]).num_exits
+        2
+    """
+    indices = list(indices)
+    if indices != sorted(set(indices)) or not indices or indices[0] < 0 or indices[-1] != model.num_exits - 1:
+        raise ValueError(
+            f'indices: got {indices}; give ascending exits in [0, {model.num_exits}), the last one '
+            f'({model.num_exits - 1}) among them'
+        )
+    starts = [0, *(index + 1 for index in indices[:-1])]
+    stages = tuple(tuple(model.stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))
+    return model.clone(stages=stages, exits=tuple(model.exits[index] for index in indices))
+
+
+def without_branches(model: BranchyNet) -> BranchyNet:
+    """Returns the one-exit baseline: the same trunk with its own head only.
+
+    Example:
+        >>> without_branches(BranchyNet(stages=(nn.relu, nn.tanh), exits=(nn.Dense(4), nn.Dense(4)))).num_exits
+        1
+    """
+    return select_exits(model, [model.num_exits - 1])
+
+
+def side_head_names(model: BranchyNet) -> frozenset[str]:
+    """Returns the top-level names of the parameters that belong to side heads alone.
+
+    Example:
+        >>> sorted(side_head_names(BranchyNet(stages=(nn.relu, nn.tanh), exits=(nn.Dense(4, name='early'), nn.Dense(4)))))
+        ['early']
+    """
+    trunk = _module_names(model.stages, 'stages') | _module_names(model.exits[-1], f'exits_{model.num_exits - 1}')
+    return frozenset(_module_names(model.exits[:-1], 'exits') - trunk)
+
+
+def _module_names(layers: Layers, place: str) -> set[str]:
+    if isinstance(layers, (tuple, list)):
+        return set().union(*(_module_names(layer, f'{place}_{n}') for n, layer in enumerate(layers)))
+    return {layers.name or place} if isinstance(layers, nn.Module) else set()
+
+
+Layout = tuple[tuple[Layers, ...], tuple[Layers, ...]]
+"""N stages and N - 1 side heads."""
+
+
+def choose_layout(layouts: dict[str, Layout], *, placement: str, heads: Sequence[Layers | None] | None) -> Layout:
+    """Picks the stages and side heads of a placement, with the caller's own heads where given.
+
+    Args:
+        layouts: placement to stages and side heads.
+        placement: a key of ``layouts``.
+        heads: N - 1 replacements; ``None`` in a place keeps that head.
+
+    Raises:
+        ValueError: unknown placement, or not one entry per side head.
+    """
+    if placement not in layouts:
+        raise ValueError(f'placement: got {placement!r}; choose from {", ".join(map(repr, layouts))}')
+    stages, side_heads = layouts[placement]
+    if heads is None:
+        return stages, side_heads
+    if len(heads) != len(side_heads):
+        raise ValueError(
+            f'heads: this network has {len(side_heads)} side heads, got {len(heads)}; '
+            'give one per side branch (None keeps the default), the last exit not counted'
+        )
+    return stages, tuple(own if given is None else given for own, given in zip(side_heads, heads, strict=True))
+
+
+def check_images(images: Array, image_shape: tuple[int, ...]) -> None:
+    """Refuses images that the network was not built for, at trace time.
+
+    Raises:
+        ValueError: wrong rank, size or dtype; the message says what arrived and what to do.
+    """
+    expected = f'[B, {", ".join(map(str, image_shape))}]'
+    if not hasattr(images, 'shape') or not hasattr(images, 'dtype'):
+        raise ValueError(f'images: expected a float array {expected}, got {type(images).__name__}')
+    if images.ndim != len(image_shape) + 1:
+        raise ValueError(
+            f'images: expected {expected}, got shape {tuple(images.shape)}; '
+            'add or drop axes, a single image needs a leading batch axis of 1'
+        )
+    if tuple(images.shape[1:]) != tuple(image_shape):
+        raise ValueError(f'images: expected {expected}, got shape {tuple(images.shape)}; resize or pad them')
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f'images: expected a float dtype, got {images.dtype}; normalise them first')
+
+
+def _apply(layers: Layers, hidden: Hidden, *, train: bool) -> Hidden:
+    if isinstance(layers, (tuple, list)):
+        for layer in layers:
+            hidden = _apply(layer, hidden, train=train)
+        return hidden
+    flags = {'train': train, 'deterministic': not train, 'use_running_average': not train}
+    accepted = _arguments(type(layers).__call__ if isinstance(layers, nn.Module) else layers)
+    return layers(hidden, **{name: value for name, value in flags.items() if name in accepted})
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # builtins and some ufuncs tell nothing: they take the hidden value alone
+        return frozenset()

@@ -1,0 +1,110 @@
+"""Records of a run as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from branchy_jax.checkpoint import write_atomically
+
+Record = Mapping[str, Any]
+"""One row of a report: plain numbers, strings and lists."""
+
+
+def write_json(path: Path | str, record: Record) -> None:
+    """Writes a record as JSON that any reader parses, atomically.
+
+    Infinite thresholds become the strings ``"inf"`` and ``"-inf"``, which JSON has no numbers for; `read_json` turns
+    them back.
+
+    Raises:
+        ValueError: the record holds NaN: a figure that is not known is to be left out, not written.
+    """
+    text = json.dumps(_encoded(record), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + '\n', encoding='utf-8'))
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        ValueError: the file is missing or not JSON.
+    """
+    try:
+        return _decoded(json.loads(Path(path).read_text(encoding='utf-8')))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'path: cannot read a report from {path}: {error}') from error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes text atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lays out a table in Markdown, columns padded so that the source reads well too.
+
+    Example:
+        >>> print(markdown_table(['network', 'gain'], [['lenet', '1.00']]))
+        | network | gain |
+        |---------|------|
+        | lenet   | 1.00 |
+    """
+    cells = [list(columns), *(list(row) for row in rows)]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(columns))]
+    lines = ['| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + ' |' for row in cells]
+    rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
+    return '\n'.join([lines[0], rule, *lines[1:]])
+
+
+def table_of_networks(rows: Sequence[Record], *, metric: str = 'accuracy') -> str:
+    """Lays out Table I: one network per row, its accuracy, speed and exits.
+
+    Args:
+        rows: with the keys ``network``, ``test_<metric>``, ``latency_ms``, ``gain``, ``mac_gain``, ``thresholds`` and
+            ``exit_fractions``; one that is missing shows as a dash.
+        metric: what ``test_<metric>`` is called.
+    """
+    columns = ['network', f'{metric} %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %']
+    return markdown_table(
+        columns,
+        [
+            [
+                str(row['network']),
+                _number(row.get(f'test_{metric}'), 2, scale=100),
+                _number(row.get('latency_ms'), 3),
+                _number(row.get('gain'), 2),
+                _number(row.get('gain_plain'), 2),
+                _number(row.get('mac_gain'), 2),
+                ', '.join(f'{threshold:.4g}' for threshold in row.get('thresholds', [])) or '–',
+                ', '.join(_number(share, 1, scale=100) for share in row.get('exit_fractions', [])) or '–',
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _number(value: float | None, digits: int, *, scale: float = 1) -> str:
+    return '–' if value is None else f'{value * scale:.{digits}f}'
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _encoded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
+        value = value.tolist() if hasattr(value, 'tolist') else value
+        return [_encoded(inner) for inner in value] if isinstance(value, (list, tuple)) else _encoded(value)
+    if isinstance(value, float) and math.isinf(value):
+        return 'inf' if value > 0 else '-inf'
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decoded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_decoded(inner) for inner in value]
+    return float(value) if value in ('inf', '-inf') else value

@@ -1,0 +1,96 @@
+"""The nouns of the library: frozen pytrees that every other file passes around.
+
+Shape legend, used in every docstring:
+
+    N  exits, the last one being the trunk's own head
+    B  batch
+    K  classes
+    H, W, C  height, width and channels of an image
+
+``…`` stands for the extra axes of a dense prediction (none for classification, ``H, W`` for segmentation).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+Variables = Any
+"""Flax variable collections: ``{'params': …, 'batch_stats': …}``."""
+
+
+@struct.dataclass
+class Batch:
+    """Images with their labels.
+
+    Attributes:
+        image: ``[B, H, W, C]``; uint8 as stored, float32 as fed to a network.
+        label: ``[B, …]`` integers in ``[0, K)``.
+    """
+
+    image: Array
+    label: Array
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@struct.dataclass
+class Normalization:
+    """Affine map from stored pixels to network inputs, ``(x / 255 - mean) / deviation`` per channel.
+
+    It belongs to the weights that were trained with it and is stored beside them.
+
+    Attributes:
+        mean: ``[C]`` mean of the training images scaled to ``[0, 1]``.
+        deviation: ``[C]`` standard deviation of the same.
+    """
+
+    mean: Array
+    deviation: Array
+
+    def __call__(self, images: Array) -> Array:
+        """Maps uint8 ``images [..., H, W, C]`` to float32."""
+        return (jnp.asarray(images, jnp.float32) / 255.0 - self.mean) / self.deviation
+
+
+@struct.dataclass
+class ExitPrediction:
+    """What an early-exit network answered, and where. Every executor returns one; ``staged`` without B.
+
+    Attributes:
+        label: ``[B, …]`` int32, argmax of the answering exit.
+        exit_index: ``[B]`` int32 in ``[0, N)``, the exit that answered.
+        logits: ``[B, …, K]`` of the answering exit.
+        uncertainty: ``[B]`` of the answering exit, in the unit of the criterion.
+    """
+
+    label: Array
+    exit_index: Array
+    logits: Array
+    uncertainty: Array
+
+
+@struct.dataclass
+class OperatingPoint:
+    """One setting of the thresholds, and what it gave on the data it was chosen on.
+
+    Attributes:
+        thresholds: ``[N - 1]`` float32.
+        criterion: name of the criterion that the thresholds belong to.
+        accuracy: metric on ``split``, in ``[0, 1]``.
+        split: the data that ``accuracy``, ``exit_fractions`` and ``cost`` were measured on.
+        exit_fractions: ``[N]`` share of inputs that each exit answers; sums to 1.
+        cost: expected cost of one input, in the unit of the costs given (usually multiply-accumulates).
+    """
+
+    thresholds: Array
+    criterion: str = struct.field(pytree_node=False)
+    accuracy: float
+    split: str = struct.field(pytree_node=False)
+    exit_fractions: Array
+    cost: float

@@ -1,0 +1,46 @@
+"""A progress bar with the loss of every exit and the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from branchy_jax.training import Metrics
+
+_REFRESH_SECONDS = 0.5
+
+
+@contextmanager
+def training_progress(name: str, *, epochs: int, done: int = 0) -> Iterator[Callable[[int, int, Metrics], None]]:
+    """Shows a bar while training; yields the ``on_step`` callback of `branchy_jax.training.train_epoch`.
+
+    Reading a metric waits for the device, so it is read at most every half second.
+    """
+    columns = (
+        TextColumn('[bold]{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('epochs, loss per exit {task.fields[losses]}'),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=epochs, completed=done, losses='–')
+        shown_at = 0.0
+        epochs_done = done
+
+        def on_step(step: int, steps: int, metrics: Metrics) -> None:
+            nonlocal shown_at, epochs_done
+            finished = step == steps
+            epochs_done += finished
+            if finished or time.monotonic() - shown_at > _REFRESH_SECONDS:
+                losses = ' '.join(f'{loss:.4f}' for loss in np.asarray(metrics['exit_loss']))
+                completed = epochs_done + (0 if finished else step / steps)
+                progress.update(task, completed=completed, losses=losses)
+                shown_at = time.monotonic()
+
+        yield on_step
