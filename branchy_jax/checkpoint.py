@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -76,7 +75,6 @@ def _arrays(state: State) -> dict[str, jax.Array]:
 def _manager(directory: Path | str):  # noqa: ANN202 - orbax is imported on use
     import orbax.checkpoint as ocp
 
-    logging.getLogger('absl').setLevel(logging.WARNING)  # orbax tells every step of every save
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(Path(directory).absolute(), options=options)
 

@@ -281,7 +281,7 @@ def train_epoch(
     prepare: Prepare,
     loss: Loss = cross_entropy_per_exit,
     scan: bool = True,
-    on_step: Callable[[int, int, Metrics], None] | None = None,
+    on_step: Callable[[int, int, int, Metrics], None] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes the steps of one epoch over data that fits on the device.
 
@@ -296,7 +296,7 @@ def train_epoch(
         loss: ``(logits, labels) → [N]``.
         scan: the epoch is one program, a `jax.lax.scan`; otherwise one dispatch per step, which is slower for small
             networks but reports progress within the epoch. Both end with the same parameters up to rounding.
-        on_step: called as ``on_step(step, steps, metrics)``, after every step, or once per epoch with ``scan``.
+        on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step; once per epoch with ``scan``.
 
     Returns:
         The next state, and the metrics averaged over the epoch.
@@ -309,7 +309,7 @@ def train_epoch(
         state, history = _scan_epoch(state, data, order, keys, exit_weights, prepare=prepare, loss=loss)
         metrics = jax.tree.map(lambda values: values.mean(0), history)
         if on_step is not None:
-            on_step(steps, steps, metrics)
+            on_step(epoch, steps, steps, metrics)
         return state, metrics
     history = []
     for step in range(steps):
@@ -318,7 +318,7 @@ def train_epoch(
         )
         history.append(metrics)
         if on_step is not None:
-            on_step(step + 1, steps, metrics)
+            on_step(epoch, step + 1, steps, metrics)
     return state, jax.tree.map(lambda *values: jnp.stack(values).mean(0), *history)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.configs import common
 from experiments.job import run
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings of the run.', lock_config=True)
@@ -19,15 +20,20 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, weights
 
 
 def main(arguments: list[str]) -> None:
-    """Parses flags and runs the job."""
+    """Hands the parsed flags to the job."""
     if len(arguments) > 1:
         raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
+    run(_CONFIG.value, Path(_WORKDIR.value))
+
+
+def _parse(arguments: list[str]) -> list[str]:
     try:
-        run(_CONFIG.value, Path(_WORKDIR.value))
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+        return app.parse_flags_with_usage(arguments)
+    except AttributeError as error:  # what ml_collections raises, with a suggestion, for a field that is not there
+        raise ValueError(f'config: no field {error}; choose from {", ".join(common.get_config())}') from error
 
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    app.run(main)
+    flags.FLAGS.set_default('verbosity', logging.WARNING)  # jax, orbax and matplotlib tell every step otherwise
+    app.run(main, flags_parser=_parse)

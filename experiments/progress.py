@@ -16,10 +16,10 @@ _REFRESH_SECONDS = 0.5
 
 
 @contextmanager
-def training_progress(name: str, *, epochs: int, done: int = 0) -> Iterator[Callable[[int, int, Metrics], None]]:
+def training_progress(name: str, *, epochs: int) -> Iterator[Callable[[int, int, int, Metrics], None]]:
     """Shows a bar while training; yields the ``on_step`` callback of `branchy_jax.training.train_epoch`.
 
-    Reading a metric waits for the device, so it is read at most every half second.
+    Reading a metric waits for the device, so within an epoch it is read at most every half second.
     """
     columns = (
         TextColumn('[bold]{task.description}'),
@@ -29,18 +29,14 @@ def training_progress(name: str, *, epochs: int, done: int = 0) -> Iterator[Call
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=epochs, completed=done, losses='–')
+        task = progress.add_task(name, total=epochs, losses='–')
         shown_at = 0.0
-        epochs_done = done
 
-        def on_step(step: int, steps: int, metrics: Metrics) -> None:
-            nonlocal shown_at, epochs_done
-            finished = step == steps
-            epochs_done += finished
-            if finished or time.monotonic() - shown_at > _REFRESH_SECONDS:
+        def on_step(epoch: int, step: int, steps: int, metrics: Metrics) -> None:
+            nonlocal shown_at
+            if step == steps or time.monotonic() - shown_at > _REFRESH_SECONDS:
                 losses = ' '.join(f'{loss:.4f}' for loss in np.asarray(metrics['exit_loss']))
-                completed = epochs_done + (0 if finished else step / steps)
-                progress.update(task, completed=completed, losses=losses)
+                progress.update(task, completed=epoch + step / steps, losses=losses)
                 shown_at = time.monotonic()
 
         yield on_step

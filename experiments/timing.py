@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,10 +55,10 @@ def time_networks(
         'baseline': _on(baseline_optimized, none, inputs),
         'branchy': _on(optimized, jnp.asarray(thresholds), inputs),
     }
-    exits = branchy[0].num_exits
+    exits, few = branchy[0].num_exits, inputs[: max(1, len(inputs) // 5)]
     for n in range(exits):  # force every image out at exit n
         forced = np.where(np.arange(exits - 1) == n, np.inf, -np.inf)
-        functions[f'exit {n}'] = _on(optimized, jnp.asarray(forced, jnp.float32), inputs[: max(1, images // 5)])
+        functions[f'exit {n}'] = _on(optimized, jnp.asarray(forced, jnp.float32), few)
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
 
     def fields(name: str) -> dict[str, Any]:
@@ -66,6 +66,8 @@ def time_networks(
         plain = bj.measure.paired_ratio(seconds['plain'], seconds[name])
         return {
             'batch': 1,
+            'latency_images': len(inputs),
+            'latency_passes': passes,
             'latency_ms': float(np.median(seconds[name])) / len(inputs) * 1e3,
             'gain': gain.median,
             'gain_low': gain.low,
@@ -73,19 +75,14 @@ def time_networks(
             'gain_plain': plain.median,
         }
 
-    few = len(inputs[: max(1, images // 5)])
     return Timed(
         baseline=fields('baseline'),
         branchy=fields('branchy'),
-        exit_latency_ms=[float(np.median(seconds[f'exit {n}'])) / few * 1e3 for n in range(exits)],
+        exit_latency_ms=[float(np.median(seconds[f'exit {n}'])) / len(few) * 1e3 for n in range(exits)],
     )
 
 
-def _on(network: Network, thresholds: jax.Array, inputs: list[jax.Array]) -> Any:
+def _on(network: Network, thresholds: jax.Array, inputs: list[jax.Array]) -> Callable[[], None]:
     model, variables = network
     execute = bj.inference.staged(model)
-    return bj.measure.one_by_one(functools.partial(_call, execute, variables, thresholds), inputs)
-
-
-def _call(execute: Any, variables: Variables, thresholds: jax.Array, image: jax.Array) -> bj.ExitPrediction:
-    return execute(variables, image, thresholds)
+    return bj.measure.one_by_one(lambda image: execute(variables, image, thresholds), inputs)

@@ -1,0 +1,39 @@
+"""What the runs have in common: every field there is, and what it means."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the settings that a run starts from; ``network`` and ``dataset`` are still to be filled in."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.dataset = ''  # 'mnist5k', a TFDS name, or a path ending in .npz
+    config.validation_fraction = 0.1  # of the training part, per class; thresholds are picked on it
+    config.crop_padding = 0  # random shifts, in pixels
+    config.flip = False  # random mirroring, left and right
+
+    config.network = ''  # the branchy one; its baseline is trained on its own
+    config.placement = 'text'  # where the branches leave: as in the paper's 'text' or as in the 'released' code
+    config.dtype = 'float32'  # of the computation; 'bfloat16' on accelerators
+    config.banded = False  # train with convolutions as banded products: faster for few channels on a CPU
+
+    config.epochs_baseline = 1
+    config.epochs = 1
+    config.batch_size = 64
+    config.optimizer = 'adam'  # as in the paper; 'adamw'; 'sgd' with Nesterov momentum 0.9
+    config.learning_rate = 1e-3
+    config.schedule = 'cosine'  # after a linear warm-up; 'constant', as in the paper
+    config.warmup = 0.05  # share of the steps, for 'cosine'
+    config.weight_decay = 0.0  # for 'adamw' and 'sgd'
+    config.scan_epoch = True  # an epoch as one program
+
+    config.regime = 'baseline'  # start from the trained baseline; 'joint': from random; 'frozen': train heads only
+    config.exit_weights = (1.0,)  # one per exit
+
+    config.choose = 'accuracy'  # cheapest thresholds at the baseline's validation accuracy; 'knee': of the frontier
+    config.tolerance = 0.0  # accuracy that 'accuracy' may give up
+
+    config.latency_images = 1000  # of the test part, per pass, one call each
+    config.latency_passes = 20
+    return config

@@ -1,0 +1,165 @@
+"""What a run leaves behind: ``report.json``, ``report.md``, ``tradeoff.png`` and weights."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import branchy_jax as bj
+from branchy_jax.inference import ExitOutputs
+from branchy_jax.types import Variables
+from experiments import paper
+from experiments.timing import Timed
+
+
+def assemble(
+    config: ConfigDict,
+    dataset: bj.data.Dataset,
+    screened: bj.thresholds.Screen,
+    point: bj.OperatingPoint,
+    costs: bj.costs.StageCosts,
+    outputs: ExitOutputs,
+    baseline_outputs: ExitOutputs,
+    timed: Timed,
+) -> dict[str, Any]:
+    """Puts the run's figures into one record, as ``report.json`` holds it.
+
+    Args:
+        config: settings of the run.
+        dataset: for the labels of its test part.
+        screened: every setting, on validation data.
+        point: the one chosen.
+        costs: MACs.
+        outputs: of the branchy network on test data.
+        baseline_outputs: of the baseline on test data.
+        timed: latencies.
+    """
+    labels = dataset.test.label
+    statistics = bj.thresholds.accuracy_statistics(outputs.logits, labels)
+    baseline_accuracy = float(bj.thresholds.accuracy_statistics(baseline_outputs.logits, labels).mean())
+    chosen = bj.thresholds.evaluate(outputs.uncertainty, statistics, costs, point.thresholds[None]).point(0)
+    rows = [
+        {
+            'network': config.network[2:],
+            'test_accuracy': baseline_accuracy,
+            'exit_accuracy': [baseline_accuracy],
+            'thresholds': [],
+            'exit_fractions': [1.0],
+            **timed.baseline,
+            'macs': costs.trunk,
+            'mac_gain': 1.0,
+        },
+        {
+            'network': config.network,
+            'test_accuracy': chosen.accuracy,
+            'exit_accuracy': statistics.mean(axis=(1, 2)).tolist(),
+            'thresholds': chosen.thresholds.tolist(),
+            'exit_fractions': chosen.exit_fractions.tolist(),
+            **timed.branchy,
+            'macs': chosen.cost,
+            'mac_gain': costs.trunk / chosen.cost,
+            'validation_accuracy': point.accuracy,
+            'validation_exit_fractions': point.exit_fractions.tolist(),
+        },
+    ]
+    frontier = bj.thresholds.pareto_frontier(screened)
+    on_test = bj.thresholds.evaluate(outputs.uncertainty, statistics, costs, frontier.thresholds)
+    knee = bj.thresholds.knee(screened)
+    return {
+        'dataset': config.dataset,
+        'device': describe_device(),
+        'criterion': point.criterion,
+        'rows': rows,
+        'frontier': [
+            {
+                'thresholds': frontier.thresholds[n].tolist(),
+                'validation_accuracy': float(frontier.accuracy[n]),
+                'test_accuracy': float(on_test.accuracy[n]),
+                'exit_fractions': on_test.exit_fractions[n].tolist(),
+                'macs': float(on_test.cost[n]),
+                'latency_ms': float(on_test.exit_fractions[n] @ np.array(timed.exit_latency_ms)),
+                'knee': bool(np.array_equal(frontier.thresholds[n], knee.thresholds)),
+            }
+            for n in range(len(frontier))
+        ],
+        'exit_latency_ms': timed.exit_latency_ms,
+        'stage_macs': costs.stages.tolist(),
+        'exit_macs': costs.exits.tolist(),
+        'paper': paper.rows_beside(config.network),
+    }
+
+
+def write(
+    workdir: Path,
+    report: Mapping[str, Any],
+    config: ConfigDict,
+    dataset: bj.data.Dataset,
+    trained: Mapping[str, Variables],
+) -> None:
+    """Writes weights, record, table and picture into the run's folder, and prints the table.
+
+    Args:
+        workdir: the folder.
+        report: from `assemble`.
+        config: settings of the run.
+        dataset: its normalisation goes with the weights.
+        trained: variables by network name.
+    """
+    normalization = {'mean': dataset.normalization.mean, 'deviation': dataset.normalization.deviation}
+    for name, variables in trained.items():
+        bj.checkpoint.save_weights(
+            workdir / f'{name}.safetensors',
+            {**variables, 'normalization': normalization},
+            metadata={'network': name, 'dataset': config.dataset, 'placement': config.placement},
+        )
+    bj.report.write_json(workdir / 'report.json', report)
+    baseline, branchy = report['rows']
+    table = bj.report.table_of_networks([baseline, branchy, *report['paper']])
+    bj.report.write_text(workdir / 'report.md', _page(report, config, table))
+    bj.plots.tradeoff(
+        workdir / 'tradeoff.png', report['frontier'], baseline, branchy,
+        knee=next((point for point in report['frontier'] if point['knee']), None),
+        title=f'{config.network} on {config.dataset}: accuracy against time as the thresholds vary',
+    )  # fmt: skip
+    print(f'\n{table}\n\nWritten to {workdir}/report.md')
+
+
+def _page(report: Mapping[str, Any], config: ConfigDict, table: str) -> str:
+    branchy = report['rows'][1]
+    name = f'{config.network[2:]}_{config.dataset}'
+    note = '\nThis CIFAR-10 is a copy re-encoded as JPEG (quality 75).\n' if config.dataset == 'cifar10' else ''
+    return f"""# {config.network} on {config.dataset}
+
+`python -m experiments.main --config=experiments/configs/{name}.py --workdir=DIR`
+
+{report['device']}. Batch 1, mean over {branchy['latency_images']} test images, end to end, median of
+{branchy['latency_passes']} interleaved passes. `gain` compares like with like: both networks as `inference.optimize`
+rewrites them (95 % interval of the median {branchy['gain_low']:.2f} to {branchy['gain_high']:.2f}); `gain over plain`
+is over the baseline as written, jitted.
+
+{table}
+
+Accuracy of each exit on its own: {', '.join(f'{100 * value:.2f} %' for value in branchy['exit_accuracy'])}. Thresholds
+were picked on validation data ({config.choose}); the test data was used once. The paper's times count trunk segments
+only, on other machines.
+{note}
+![accuracy against time](tradeoff.png)
+"""
+
+
+def describe_device() -> str:
+    """Names the device and the versions that a measurement was made with."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != 'cpu' else f'{platform.machine()} CPU, {_cores()} cores'
+    return f'{kind}, jax {jax.__version__}, Python {platform.python_version()}'
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -1,0 +1,100 @@
+"""Training the baseline and the branchy network of a run, each resumed where it stopped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import branchy_jax as bj
+from branchy_jax.types import Variables
+from experiments.progress import training_progress
+
+
+def train_both(
+    model: bj.BranchyNet, config: ConfigDict, dataset: bj.data.Dataset, workdir: Path
+) -> tuple[Variables, Variables]:
+    """Trains the one-exit baseline on its own, then the branchy network.
+
+    Args:
+        model: the branchy network.
+        config: settings of the run.
+        dataset: only its training part is used.
+        workdir: checkpoints go below it.
+
+    Returns:
+        Variables of the baseline and of the branchy network.
+    """
+    if config.banded:  # the same network and parameters, in the form in which a CPU trains it fastest
+        model = bj.models.create(
+            config.network, num_classes=dataset.num_classes, image_shape=dataset.image_shape,
+            placement=config.placement, dtype=jnp.dtype(config.dtype), convolution=bj.models.banded_convolution,
+        )  # fmt: skip
+    baseline = bj.models.without_branches(model)
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+    train = functools.partial(_train, config=config, dataset=dataset, workdir=workdir)
+    baseline_variables = train(
+        baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
+        name=config.network[2:], epochs=config.epochs_baseline,
+    )  # fmt: skip
+    start = jax.jit(model.init)(keys[2], example)
+    if config.regime != 'joint':
+        start, taken = bj.training.initialize_from_baseline(start, baseline_variables)
+        print(f'{config.network}: took {len(taken.taken)} arrays from the baseline, {len(taken.fresh)} start fresh')
+    variables = train(
+        model, start, keys[3], config.exit_weights,
+        name=config.network, epochs=config.epochs, frozen_trunk=config.regime == 'frozen',
+    )  # fmt: skip
+    return baseline_variables, variables
+
+
+def _train(
+    model: bj.BranchyNet,
+    variables: Variables,
+    key: jax.Array,
+    exit_weights: Sequence[float],
+    *,
+    name: str,
+    epochs: int,
+    config: ConfigDict,
+    dataset: bj.data.Dataset,
+    workdir: Path,
+    frozen_trunk: bool = False,
+) -> Variables:
+    optimizer = _optimizer(config, steps=epochs * (len(dataset.train) // config.batch_size))
+    state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk)
+    directory = workdir / 'checkpoints' / name
+    with training_progress(name, epochs=epochs) as on_step:
+        state = bj.training.fit(
+            state, jax.tree.map(jnp.asarray, dataset.train), jnp.array(exit_weights), key, epochs=epochs,
+            directory=directory, batch_size=config.batch_size, prepare=_preparation(config, dataset),
+            scan=config.scan_epoch, on_step=on_step,
+        )  # fmt: skip
+    return state.variables
+
+
+def _preparation(config: ConfigDict, dataset: bj.data.Dataset) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    crop_padding, flip, normalize = config.crop_padding, config.flip, dataset.normalization
+
+    def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
+        return normalize(bj.data.augment(key, images, crop_padding=crop_padding, flip=flip))
+
+    return prepare
+
+
+def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformation:
+    rate = config.learning_rate
+    if config.schedule == 'cosine':
+        warmup = max(1, round(config.warmup * steps))
+        rate = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=warmup, decay_steps=max(warmup + 1, steps))
+    if config.optimizer == 'adam':
+        return bj.training.paper_adam(rate)
+    if config.optimizer == 'adamw':
+        return optax.adamw(rate, weight_decay=config.weight_decay)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=0.9, nesterov=True))
