@@ -10,8 +10,6 @@ from branchy_jax import measure as measure
 from branchy_jax import models as models
 from branchy_jax import plots as plots
 from branchy_jax import report as report
-
-
 from branchy_jax import thresholds as thresholds
 from branchy_jax import training as training
 from branchy_jax.models.branchy import BranchyNet as BranchyNet

@@ -70,7 +70,7 @@ def count_macs(model: Any, image_shape: tuple[int, ...]) -> StageCosts:
     Example:
         >>> import branchy_jax as bj
         >>> bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1)).stages
-        array([ 112500, 1026930])
+        array([ 112500, 1026730])
     """
     hidden = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), hidden)

@@ -61,8 +61,12 @@ def entropy_of_logits(logits: Array) -> Array:
 
     .. math:: e = -\sum_k \hat y_k \ln \hat y_k, \quad \hat y = \operatorname{softmax}(z)
 
-    Computed in float32 from the log-softmax, so that probabilities near 1 keep their tiny entropies (thresholds of
-    1e-4 are common) and a probability of exactly 0 contributes 0.
+    Computed in float32 as a sum of positive terms, so that tiny entropies keep their digits: thresholds of 1e-4 are
+    common. With :math:`s = z - \max z` and :math:`m` the position of the maximum,
+
+    .. math:: e = \ln\left(1 + \sum_{k \ne m} \exp s_k\right) - \sum_k \hat y_k s_k
+
+    A probability of exactly 0 contributes 0.
 
     Args:
         logits: ``[..., K]``.
@@ -77,10 +81,13 @@ def entropy_of_logits(logits: Array) -> Array:
     References:
         Teerapittayanon et al., BranchyNet, 2016, section III and Figure 2.
     """
-    log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    probability = jnp.exp(log_probability)
-    log_probability = jnp.where(probability > 0, log_probability, 0.0)
-    return -jnp.sum(probability * log_probability, axis=-1)
+    logits = logits.astype(jnp.float32)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(shifted)
+    is_largest = jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool)
+    others = jnp.sum(jnp.where(is_largest, 0.0, weights), axis=-1)
+    expected = jnp.sum(weights * jnp.where(weights > 0, shifted, 0.0), axis=-1) / (1 + others)
+    return jnp.log1p(others) - expected
 
 
 entropy = from_logits(entropy_of_logits, name='entropy')

@@ -219,7 +219,8 @@ def _checked(arrays: Arrays, source: Any) -> Arrays:
         labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # as Keras stores CIFAR-10
         if images.ndim != 4 or images.dtype != np.uint8:
             raise ValueError(
-                f'name: x_{split} of {source} must be uint8 [M, H, W] or [M, H, W, C]; got {images.dtype} {images.shape}'
+                f'name: x_{split} of {source} must be uint8 [M, H, W] or [M, H, W, C]; '
+                f'got {images.dtype} {images.shape}'
             )
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(

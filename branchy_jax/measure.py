@@ -91,6 +91,4 @@ def paired_ratio(baseline: np.ndarray, candidate: np.ndarray) -> Ratio:
     """
     ratios = np.sort(np.asarray(baseline) / np.asarray(candidate))
     below = max(int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)
-    return Ratio(
-        median=float(np.median(ratios)), low=float(ratios[below]), high=float(ratios[len(ratios) - 1 - below])
-    )
+    return Ratio(median=float(np.median(ratios)), low=float(ratios[below]), high=float(ratios[len(ratios) - 1 - below]))

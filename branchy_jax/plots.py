@@ -42,8 +42,12 @@ def tradeoff(
         return record['latency_ms'], 100 * record[key]
 
     figure, axes = _figure(title)
-    axes.plot(*zip(*map(at, frontier), strict=True), '-o', color=_OURS, markersize=3.5, label='thresholds of the frontier')
-    axes.plot(*at(chosen), '*', color=_OURS, markersize=17, label=f'chosen on validation data, {chosen["gain"]:.2f}× faster')
+    axes.plot(
+        *zip(*map(at, frontier), strict=True), '-o', color=_OURS, markersize=3.5, label='thresholds of the frontier'
+    )
+    axes.plot(
+        *at(chosen), '*', color=_OURS, markersize=17, label=f'chosen on validation data, {chosen["gain"]:.2f}× faster'
+    )
     if knee is not None:
         axes.plot(*at(knee), 'o', markersize=14, markerfacecolor='none', markeredgecolor=_OURS, label='knee')
     axes.plot(*at(baseline), 's', color=_BASELINE, markersize=9, label=f'{baseline["network"]}, no exits')

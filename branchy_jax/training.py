@@ -146,7 +146,7 @@ def initialize_from_baseline(variables: Variables, baseline: Variables) -> tuple
     if not taken:
         raise ValueError(
             f'baseline: none of its {len(theirs)} arrays ({", ".join(list(theirs)[:3])}, …) has the name and shape '
-            f'of one of the network ({", ".join(list(ours)[:3])}, …); name the trunk\'s layers alike in both'
+            f"of one of the network ({', '.join(list(ours)[:3])}, …); name the trunk's layers alike in both"
         )
     merged = {path: theirs[path] if path in taken else ours[path] for path in ours}
     report = Initialization(
@@ -296,7 +296,8 @@ def train_epoch(
         loss: ``(logits, labels) → [N]``.
         scan: the epoch is one program, a `jax.lax.scan`; otherwise one dispatch per step, which is slower for small
             networks but reports progress within the epoch. Both end with the same parameters up to rounding.
-        on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step; once per epoch with ``scan``.
+        on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step, or once per epoch with
+            ``scan``.
 
     Returns:
         The next state, and the metrics averaged over the epoch.

@@ -1,0 +1,1 @@
+"""Runs, benchmarks and figures made with branchy_jax; not part of the package."""

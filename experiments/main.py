@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> None:
     """Hands the parsed flags to the job."""
     if len(arguments) > 1:
         raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
+    logging.set_verbosity(logging.WARNING)  # orbax would log a dozen lines a checkpoint over the progress bar
     run(_CONFIG.value, Path(_WORKDIR.value))
 
 
@@ -35,5 +36,4 @@ def _parse(arguments: list[str]) -> list[str]:
 
 if __name__ == '__main__':
     flags.mark_flags_as_required(['config', 'workdir'])
-    flags.FLAGS.set_default('verbosity', logging.WARNING)  # jax, orbax and matplotlib tell every step otherwise
     app.run(main, flags_parser=_parse)

@@ -7,7 +7,9 @@ from typing import Any
 _NOTE = 'trunk segments only, thresholds picked on test data'
 
 
-def _row(network: str, accuracy: float, cpu_ms: float, gpu_ms: float, thresholds: list[float], exits: list[float]) -> Any:
+def _row(
+    network: str, accuracy: float, cpu_ms: float, gpu_ms: float, thresholds: list[float], exits: list[float]
+) -> Any:
     return {
         'network': f'{network} (paper)',
         'test_accuracy': accuracy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -40,22 +41,29 @@ def dense(model: BranchyNet, *, criterion: Criterion = entropy) -> Executor:
 
     @jax.jit
     def run(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
-        carry, chosen = None, None
-        for n, logits in enumerate(model.apply(variables, images)):
-            carry = criterion.init(logits) if n == 0 else carry
-            answer, uncertainty, carry = criterion.update(logits, carry, n)
-            here = answer_at(n, answer, uncertainty)
-            if n == 0:
-                chosen, answered = here, jnp.zeros(uncertainty.shape, bool)
-            chosen = jax.tree.map(lambda old, new: jnp.where(_like(answered, old), old, new), chosen, here)
-            if n < model.num_exits - 1:
-                answered |= is_confident(uncertainty, thresholds[n])
+        answers = [answer_at(n, *found) for n, found in enumerate(every_answer(model, variables, images, criterion))]
+        chosen = answers.pop()
+        for answer, threshold in zip(reversed(answers), reversed(thresholds), strict=True):
+            confident = is_confident(answer.uncertainty, threshold)
+            chosen = jax.tree.map(functools.partial(_select, confident), answer, chosen)
         return chosen
 
     def execute(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
         return run(variables, images, check_thresholds(thresholds, model.num_exits))
 
     return execute
+
+
+def every_answer(
+    model: BranchyNet, variables: Variables, images: Array, criterion: Criterion
+) -> list[tuple[Array, Array]]:
+    """Returns answer logits ``[B, …, K]`` and uncertainty ``[B]`` of every exit, earliest first."""
+    carry, answers = None, []
+    for n, logits in enumerate(model.apply(variables, images)):
+        carry = criterion.init(logits) if n == 0 else carry
+        answer, uncertainty, carry = criterion.update(logits, carry, n)
+        answers.append((answer, uncertainty))
+    return answers
 
 
 def answer_at(n: int, logits: Array, uncertainty: Array) -> ExitPrediction:
@@ -68,5 +76,5 @@ def answer_at(n: int, logits: Array, uncertainty: Array) -> ExitPrediction:
     )
 
 
-def _like(mask: Array, values: Array) -> Array:
-    return mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+def _select(mask: Array, yes: Array, no: Array) -> Array:
+    return jnp.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)

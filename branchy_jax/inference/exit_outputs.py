@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.inference.dense import every_answer
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, Variables
 
@@ -67,18 +68,12 @@ def exit_outputs(
 
     @jax.jit
     def run(variables: Variables, images: Array) -> ExitOutputs:
-        carry, answers, uncertainties = None, [], []
-        for n, logits in enumerate(model.apply(variables, prepare(images))):
-            carry = criterion.init(logits) if n == 0 else carry
-            answer, uncertainty, carry = criterion.update(logits, carry, n)
-            answers.append(answer)
-            uncertainties.append(uncertainty)
-        return ExitOutputs(logits=jnp.stack(answers), uncertainty=jnp.stack(uncertainties))
+        logits, uncertainty = zip(*every_answer(model, variables, prepare(images), criterion), strict=True)
+        return ExitOutputs(logits=jnp.stack(logits), uncertainty=jnp.stack(uncertainty))
 
     batch_size = min(batch_size, count)
     batches = []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         batches.append(jax.tree.map(np.asarray, run(variables, images[rows])))
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :count], *batches)
-    return joined
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :count], *batches)

@@ -138,10 +138,7 @@ def _inline(jaxpr: jax_core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
     for equation in jaxpr.eqns:
         inputs = [v.val if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
         inner = _call_body(equation)
-        if inner is not None:
-            outputs = _inline(inner.jaxpr, inner.consts, inputs)
-        else:
-            outputs = _bind(equation, inputs)
+        outputs = _bind(equation, inputs) if inner is None else _inline(inner.jaxpr, inner.consts, inputs)
         env.update(zip(equation.outvars, outputs, strict=True))
     return [v.val if isinstance(v, jax_core.Literal) else env[v] for v in jaxpr.outvars]
 
@@ -205,7 +202,7 @@ def run(
 
 def _is_still(value: Any) -> bool:
     """Whether a value is the same for every input of the network and needs no batch size."""
-    return isinstance(value, Known) or np.ndim(value) == 0 and not isinstance(value, (jax.core.Tracer, Linear))
+    return isinstance(value, Known) or (np.ndim(value) == 0 and not isinstance(value, (jax.core.Tracer, Linear)))
 
 
 def _known_outputs(equation: jax_core.JaxprEqn, inputs: list[Any]) -> list[Known]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import chex
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from branchy_jax.types import Array
@@ -152,7 +151,8 @@ def side_head_names(model: BranchyNet) -> frozenset[str]:
     """Returns the top-level names of the parameters that belong to side heads alone.
 
     Example:
-        >>> sorted(side_head_names(BranchyNet(stages=(nn.relu, nn.tanh), exits=(nn.Dense(4, name='early'), nn.Dense(4)))))
+        >>> model = BranchyNet(stages=(nn.relu, nn.tanh), exits=(nn.Dense(4, name='early'), nn.Dense(4)))
+        >>> sorted(side_head_names(model))
         ['early']
     """
     trunk = _module_names(model.stages, 'stages') | _module_names(model.exits[-1], f'exits_{model.num_exits - 1}')

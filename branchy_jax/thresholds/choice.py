@@ -12,8 +12,8 @@ def pareto_frontier(screened: Screen) -> Screen:
     """Keeps the settings that no other beats in accuracy without costing more, by ascending cost.
 
     Example:
-        >>> points = Screen(np.zeros((3, 1)), np.array([0.9, 0.8, 0.95]), np.ones((3, 2)), np.array([5, 6, 9]), 'e', 'v')
-        >>> pareto_frontier(points).accuracy.tolist()
+        >>> accuracy, cost = np.array([0.9, 0.8, 0.95]), np.array([5, 6, 9])
+        >>> pareto_frontier(Screen(np.zeros((3, 1)), accuracy, np.ones((3, 2)), cost, 'e', 'v')).accuracy.tolist()
         [0.9, 0.95]
     """
     order = np.lexsort((-screened.accuracy, screened.cost))
@@ -41,7 +41,9 @@ def for_accuracy(screened: Screen, at_least: float) -> OperatingPoint:
     # Accuracies are counts over B: the tolerance admits 0.1 + 0.2 for 0.3, never one more wrong answer.
     reaching = np.flatnonzero(frontier.accuracy >= at_least - 1e-9)
     if len(reaching) == 0:
-        raise ValueError(f'at_least: no thresholds reach {at_least}; the best accuracy is {frontier.accuracy.max():.6f}')
+        raise ValueError(
+            f'at_least: no thresholds reach {at_least}; the best accuracy is {frontier.accuracy.max():.6f}'
+        )
     return frontier.point(reaching[0])
 
 

@@ -1,0 +1,1 @@
+"""Settings of the runs, one file each."""

@@ -1,7 +1,8 @@
-"""B-AlexNet on CIFAR-10.
+r"""B-AlexNet on CIFAR-10.
 
 Paper: BranchyNet (2016), Table I, AlexNet rows: 78.38 % and 79.19 %, 65.6 and 25.2 % leave at the side exits.
-Command: TFDS_DATA_DIR=DIR python -m experiments.main --config=experiments/configs/alexnet_cifar10.py --workdir=runs/alexnet_cifar10
+Command: TFDS_DATA_DIR=DIR python -m experiments.main \
+    --config=experiments/configs/alexnet_cifar10.py --workdir=runs/alexnet_cifar10
 Run time: minutes on a GPU; hours on 2 CPU cores.
 Expect: about 82 % with this recipe (a prototype's figure, on CIFAR-10 re-encoded as JPEG); not yet run with this code.
 """

@@ -1,7 +1,8 @@
-"""B-LeNet on MNIST.
+r"""B-LeNet on MNIST.
 
 Paper: BranchyNet (2016), Table I, LeNet rows: 99.20 % and 99.25 %, 94.3 % leave at the first exit.
-Command: TFDS_DATA_DIR=DIR python -m experiments.main --config=experiments/configs/lenet_mnist.py --workdir=runs/lenet_mnist
+Command: TFDS_DATA_DIR=DIR python -m experiments.main \
+    --config=experiments/configs/lenet_mnist.py --workdir=runs/lenet_mnist
 Run time: 15 minutes on 2 CPU cores.
 Expect: 99.4 % on the test digits, baseline and branchy alike.
 """

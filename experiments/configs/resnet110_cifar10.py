@@ -1,7 +1,8 @@
-"""B-ResNet-110 on CIFAR-10.
+r"""B-ResNet-110 on CIFAR-10.
 
 Paper: BranchyNet (2016), Table I, ResNet rows: 80.70 % and 79.17 %, 41.5 and 13.8 % leave at the side exits.
-Command: TFDS_DATA_DIR=DIR python -m experiments.main --config=experiments/configs/resnet110_cifar10.py --workdir=runs/resnet110_cifar10
+Command: TFDS_DATA_DIR=DIR python -m experiments.main \
+    --config=experiments/configs/resnet110_cifar10.py --workdir=runs/resnet110_cifar10
 Run time: about 10 minutes on an H100; not for a CPU.
 Expect: about 89 % with this recipe (a prototype's figure, on CIFAR-10 re-encoded as JPEG); not yet run with this code.
 """

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The main job on the embedded digits: installs into .venv, trains LeNet and B-LeNet, picks thresholds, reports.
+# Usage: bash experiments/demo.sh [folder for the results, by default runs/demo]
+set -euo pipefail
+workdir=$(realpath -m "${1:-$(dirname "$0")/../runs/demo}")
+source "$(dirname "$0")/../.ci/environment.sh"
+exec python -m experiments.main --config=experiments/configs/lenet_mnist5k.py --workdir="$workdir"

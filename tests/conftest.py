@@ -1,0 +1,49 @@
+"""Settings and small networks that all tests share. Compilation dominates: networks are tiny, optimisations off."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import branchy_jax as bj
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_disable_most_optimizations', True)
+settings.register_profile('suite', deadline=None, max_examples=25, derandomize=True)
+settings.load_profile('suite')
+
+IMAGE_SHAPE = (4, 4, 1)
+CLASSES = 3
+
+
+@pytest.fixture
+def getkey():
+    """Hands out a new PRNG key at every call."""
+    numbers = itertools.count()
+    return lambda: jax.random.key(next(numbers))
+
+
+@pytest.fixture(scope='session')
+def network():
+    """A three-exit network with BatchNorm and dropout, its variables, and images that spread over its exits."""
+    model = bj.BranchyNet(
+        stages=(
+            (bj.models.flatten, nn.Dense(8, name='layer1'), nn.BatchNorm(name='norm1'), nn.relu),
+            (nn.Dense(8, name='layer2'), nn.relu),
+            (nn.Dense(8, name='layer3'), nn.Dropout(0.5, name='dropout'), nn.relu),
+        ),
+        exits=(nn.Dense(CLASSES, name='head1'), nn.Dense(CLASSES, name='head2'), nn.Dense(CLASSES, name='head3')),
+        image_shape=IMAGE_SHAPE,
+    )
+    images = jax.random.normal(jax.random.key(1), (24, *IMAGE_SHAPE))
+    return model, model.init(jax.random.key(2), images), images
+
+
+@pytest.fixture(scope='session')
+def small_data():
+    """A learnable data set of 80 images: the class is the brightest of the first three pixels."""
+    images = np.random.default_rng(0).integers(0, 256, (80, *IMAGE_SHAPE)).astype(np.uint8)
+    return bj.Batch(image=images, label=images.reshape(80, -1)[:, :CLASSES].argmax(-1).astype(np.int32))

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import branchy_jax as bj
+from branchy_jax.costs import StageCosts, expected_cost, macs_of
+
+
+def test_lenet_by_hand():
+    found = bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1))
+    conv1 = 30 * 30 * 5 * 25
+    conv2, conv3, fc1, fc2 = 17 * 17 * 10 * 25 * 5, 11 * 11 * 20 * 25 * 10, 720 * 84, 84 * 10
+    assert found.stages.tolist() == [conv1, conv2 + conv3 + fc1]
+    assert found.exits.tolist() == [8 * 8 * 10 * 9 * 5 + 640 * 10, fc2]
+    assert found.trunk == conv1 + conv2 + conv3 + fc1 + fc2
+
+
+def test_alexnet_by_hand():
+    found = bj.costs.count_macs(bj.models.create('b-alexnet'), (32, 32, 3))
+    conv1, conv2 = 32 * 32 * 32 * 25 * 3, 16 * 16 * 64 * 25 * 32
+    rest = 8 * 8 * 9 * (64 * 96 + 96 * 96 + 96 * 64)
+    assert found.stages.tolist() == [conv1, conv2, rest]
+    assert found.exits.tolist() == [
+        8 * 8 * 32 * 9 * 32 + 8 * 8 * 32 * 9 * 32 + 4 * 4 * 32 * 10,
+        8 * 8 * 32 * 9 * 64 + 4 * 4 * 32 * 10,
+        1024 * 256 + 256 * 128 + 128 * 10,
+    ]
+
+
+def test_resnet_by_hand():
+    blocks = 2  # depth 14
+    found = bj.costs.count_macs(bj.models.create('b-resnet14'), (32, 32, 3))
+    group1 = 32 * 32 * 9 * 16 * 16
+    strided2, group2 = 16 * 16 * 9 * 16 * 32, 16 * 16 * 9 * 32 * 32
+    strided3, group3 = 8 * 8 * 9 * 32 * 64, 8 * 8 * 9 * 64 * 64
+    assert found.stages.tolist() == [
+        32 * 32 * 9 * 3 * 16 + 2 * group1,
+        2 * group1 * (blocks - 1),
+        strided2 + strided3 + (2 * blocks - 1) * (group2 + group3),
+    ]
+    assert found.exits[2] == 640
+
+
+def test_side_heads_are_cheap():
+    costs = bj.costs.count_macs(bj.models.create('b-resnet110'), (32, 32, 3))
+    assert costs.exits[0] <= 0.02 * costs.trunk
+    assert 250e6 < costs.trunk < 260e6  # about 0.25 GMACs, as He et al. report
+
+
+def test_expected_cost_counts_every_head_on_the_way():
+    costs = StageCosts(stages=np.array([10, 20, 70]), exits=np.array([1, 2, 3]))
+    assert costs.to_exit.tolist() == [11, 33, 106]
+    assert costs.trunk == 103
+    assert expected_cost(costs, np.array([0.5, 0.25, 0.25])) == 0.5 * 11 + 0.25 * 33 + 0.25 * 106
+
+
+def test_structured_control_flow():
+    x, w = jnp.ones((2, 3)), jnp.ones((3, 3))
+    assert macs_of(lambda x: lax.scan(lambda h, _: (h @ w, None), x, length=5)[0], x) == 5 * 18
+    assert macs_of(lambda x: lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x) == 36
+    assert macs_of(jax.jit(lambda x: jnp.einsum('ij,kj->ik', x, w)), x) == 18
+    with pytest.raises(ValueError, match='while_loop'):
+        macs_of(lambda x: lax.while_loop(lambda h: h[0, 0] < 5, lambda h: h @ w, x), x)
+
+
+def test_grouped_convolution_counts_its_own_channels():
+    x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+    depthwise = lambda x: lax.conv_general_dilated(  # noqa: E731
+        x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=4
+    )
+    assert macs_of(depthwise, x) == 8 * 8 * 4 * 9

@@ -1,0 +1,91 @@
+import decimal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import special
+
+import branchy_jax as bj
+from branchy_jax.criteria import entropy_of_logits, from_logits, is_confident
+
+LOGITS = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 4), st.integers(2, 12)),
+    elements=st.floats(-100, 100, width=32) | st.sampled_from([-1e30, -1e4, 0.0, 1e4, 1e30]),
+)
+
+
+def reference_entropy(logits):
+    probability = special.softmax(logits.astype(np.float64), axis=-1)
+    return special.entr(probability).sum(-1)
+
+
+@given(LOGITS)
+def test_entropy_is_the_float64_reference(logits):
+    found = np.asarray(entropy_of_logits(jnp.asarray(logits)))
+    np.testing.assert_allclose(found, reference_entropy(logits), rtol=1e-5, atol=1e-12)
+    assert (found >= 0).all()
+    assert (found <= np.log(logits.shape[-1]) + 1e-5).all()
+
+
+@pytest.mark.parametrize('gap', [5.0, 15.0, 40.0, 80.0])
+def test_small_entropies_keep_their_digits(gap):
+    """The paper's thresholds go down to 1e-4. Here float64 would not do either: the reference has 50 digits."""
+    with decimal.localcontext(decimal.Context(prec=50)):
+        others = 9 * decimal.Decimal(-gap).exp()
+        expected = (1 + others).ln() + others * decimal.Decimal(gap) / (1 + others)
+    found = entropy_of_logits(jnp.array([gap] + [0.0] * 9))
+    np.testing.assert_allclose(found, float(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize('classes', [2, 10, 1000])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_uniform_logits_have_entropy_log_k(classes, dtype):
+    found = entropy_of_logits(jnp.full((3, classes), 7.5, dtype))
+    np.testing.assert_allclose(found, np.log(classes), rtol=1e-6)
+    assert found.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('value', [1e4, 3e38])
+def test_extreme_logits_have_finite_entropy_and_gradient(value):
+    logits = jnp.array([value, -value, 0.0])
+    assert float(entropy_of_logits(logits)) == 0.0
+    assert np.isfinite(jax.grad(entropy_of_logits)(logits)).all()
+
+
+def test_entropy_batches():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    one_by_one = jax.vmap(jax.vmap(entropy_of_logits))(logits)
+    np.testing.assert_allclose(entropy_of_logits(logits), one_by_one, rtol=1e-6)
+
+
+def test_dense_predictions_average_over_their_axes():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    _, uncertainty, _ = bj.criteria.entropy.update(logits, (), 0)
+    np.testing.assert_allclose(uncertainty, reference_entropy(np.asarray(logits)).mean((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('uncertainty', 'threshold', 'expected'),
+    [
+        (0.5, 0.6, True), (0.5, 0.5, False), (0.5, 0.4, False),
+        (0.0, -np.inf, False), (-np.inf, -np.inf, False), (1e30, np.inf, True),
+        (np.nan, np.inf, False), (0.5, np.nan, False),
+    ],
+)  # fmt: skip
+def test_is_confident_is_strict(uncertainty, threshold, expected):
+    assert bool(is_confident(jnp.float32(uncertainty), jnp.float32(threshold))) is expected
+
+
+def test_own_criterion_keeps_name_and_logits():
+    criterion = from_logits(lambda logits: 1 - jax.nn.softmax(logits).max(-1), name='max probability')
+    logits = jnp.array([[0.0, jnp.log(3.0)]])
+    answer, uncertainty, carry = criterion.update(logits, criterion.init(logits), 0)
+    assert criterion.name == 'max probability'
+    assert answer is logits
+    assert carry == ()
+    np.testing.assert_allclose(uncertainty, [0.25], rtol=1e-6)
