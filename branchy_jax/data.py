@@ -199,11 +199,11 @@ def _cached(path: Path, read: Callable[[], Arrays]) -> Arrays:
 def _read_npz(path: Path) -> Arrays:
     needed = ('x_train', 'y_train', 'x_test', 'y_test')
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in needed if key not in file]
+        with path.open('rb') as file, np.load(file, allow_pickle=False) as found:
+            missing = [key for key in needed if key not in found]
             if missing:
-                raise ValueError(f'it holds {sorted(file)}, not {", ".join(missing)}')
-            arrays = {key: file[key] for key in needed}
+                raise ValueError(f'it holds {sorted(found)}, not {", ".join(missing)}')
+            arrays = {key: found[key] for key in needed}
     except Exception as error:  # zipfile, zlib, NumPy and the system each raise their own
         raise ValueError(
             f'name: cannot read {path}: {error}; expected an .npz with {", ".join(needed)} and no pickled objects'
@@ -252,7 +252,8 @@ def _read_tfds(name: str, cache: Path, *, download: bool) -> Arrays:
     except ImportError as error:
         raise ValueError(f'name: {name!r} comes from TensorFlow Datasets; pip install tensorflow-datasets') from error
     try:
-        builder = tfds.builder(name, file_format='array_record')
+        # Given here, since TFDS itself reads the variable only when it is first imported.
+        builder = tfds.builder(name, file_format='array_record', data_dir=os.environ.get('TFDS_DATA_DIR'))
     except tfds.core.DatasetNotFoundError as error:
         choices = ['mnist5k', *tfds.list_builders(with_community_datasets=False)]
         close = difflib.get_close_matches(name, choices, n=3) or ['mnist5k', 'mnist', 'cifar10']

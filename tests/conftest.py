@@ -31,7 +31,7 @@ def network():
     """A three-exit network with BatchNorm and dropout, its variables, and images that spread over its exits."""
     model = bj.BranchyNet(
         stages=(
-            (bj.models.flatten, nn.Dense(8, name='layer1'), nn.BatchNorm(name='norm1'), nn.relu),
+            (bj.models.layers.flatten, nn.Dense(8, name='layer1'), nn.BatchNorm(name='norm1'), nn.relu),
             (nn.Dense(8, name='layer2'), nn.relu),
             (nn.Dense(8, name='layer3'), nn.Dropout(0.5, name='dropout'), nn.relu),
         ),

@@ -1,5 +1,6 @@
 """Networks with exits: the paper's three, their one-exit baselines, and the means to build your own."""
 
+from branchy_jax.models import layers as layers
 from branchy_jax.models.alexnet import b_alexnet as b_alexnet
 from branchy_jax.models.banded import banded_convolution as banded_convolution
 from branchy_jax.models.branchy import BranchyNet as BranchyNet
@@ -17,6 +18,7 @@ __all__ = [
     'b_resnet',
     'banded_convolution',
     'create',
+    'layers',
     'names',
     'select_exits',
     'without_branches',

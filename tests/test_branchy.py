@@ -1,0 +1,119 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import IMAGE_SHAPE
+
+import branchy_jax as bj
+from branchy_jax.models.branchy import select_exits, side_head_names, without_branches
+
+
+def test_apply_is_the_chain_of_stages_and_exits(network):
+    model, variables, images = network
+    hidden, expected = images, []
+    for n in range(model.num_exits):
+        hidden = model.apply(variables, hidden, n, method='run_stage')
+        expected.append(model.apply(variables, hidden, n, method='run_exit'))
+    found = model.apply(variables, images, train=False)
+    assert isinstance(found, tuple)
+    jax.tree.map(np.testing.assert_array_equal, found, tuple(expected))
+
+
+def test_by_hand():
+    """Two stages that add 1 and double, read out by the identity and by a sum: no parameters at all."""
+    model = bj.BranchyNet(
+        stages=(lambda x: x + 1, (lambda x: 2 * x, lambda x: x - 3)),
+        exits=(lambda x: x, lambda x: x.sum(-1, keepdims=True)),
+    )
+    first, last = model.apply({}, jnp.array([[1.0, 2.0]]))
+    assert first.tolist() == [[2.0, 3.0]]
+    assert last.tolist() == [[1.0 + 3.0]]
+
+
+def test_layers_are_told_whether_they_train(network, getkey):
+    model, variables, images = network
+    evaluated = model.apply(variables, images)
+    trained, updates = model.apply(variables, images, train=True, rngs={'dropout': getkey()}, mutable=['batch_stats'])
+    assert all((a != b).any() for a, b in zip(evaluated, trained, strict=True))
+    assert not np.allclose(updates['batch_stats']['norm1']['mean'], variables['batch_stats']['norm1']['mean'])
+    frozen, updates = model.apply(variables, images, train=True, frozen_trunk=True, mutable=['batch_stats'])
+    jax.tree.map(np.testing.assert_array_equal, frozen, evaluated)
+    jax.tree.map(np.testing.assert_array_equal, updates['batch_stats'], variables['batch_stats'])
+
+
+def test_hidden_may_be_a_tree(getkey):
+    """A trunk that carries two streams at once."""
+    model = bj.BranchyNet(
+        stages=(lambda x: {'left': x, 'right': -x}, lambda h: h['left'] + 2 * h['right']),
+        exits=(lambda h: h['right'], lambda x: x),
+    )
+    images = jax.random.normal(getkey(), (2, 3))
+    first, last = model.apply({}, images)
+    np.testing.assert_array_equal(first, -images)
+    np.testing.assert_array_equal(last, -images)
+
+
+def test_logits_are_float32_whatever_the_computation(getkey):
+    model = bj.BranchyNet(stages=(nn.Dense(4, dtype=jnp.bfloat16),), exits=(nn.Dense(2, dtype=jnp.bfloat16),))
+    (logits,), _ = model.init_with_output(getkey(), jnp.ones((1, 3)))
+    assert logits.dtype == jnp.float32
+
+
+def test_works_under_transformations(network):
+    model, variables, images = network
+    direct = model.apply(variables, images)
+    jitted = jax.jit(model.apply)(variables, images)
+    mapped = jax.vmap(lambda image: model.apply(variables, image[None]))(images)
+    for a, b, c in zip(direct, jitted, mapped, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, c[:, 0], rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda image: model.apply(variables, image)[2].sum())(images)
+    assert gradient.shape == images.shape
+    assert np.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize('indices', [[2], [0, 2], [1, 2], [0, 1, 2]])
+def test_selected_exits_keep_their_weights_and_logits(network, indices):
+    model, variables, images = network
+    thinned = select_exits(model, indices)
+    everything = model.apply(variables, images)
+    for index, logits in zip(indices, thinned.apply(variables, images), strict=True):
+        np.testing.assert_array_equal(logits, everything[index])
+
+
+@pytest.mark.parametrize('indices', [[], [0], [0, 1], [2, 0], [0, 0, 2], [-1, 2], [0, 3]])
+def test_bad_selection_is_refused(network, indices):
+    with pytest.raises(ValueError, match='indices: got'):
+        select_exits(network[0], indices)
+
+
+def test_side_heads_are_told_from_the_trunk(network):
+    assert side_head_names(network[0]) == {'head1', 'head2'}
+    assert side_head_names(without_branches(network[0])) == set()
+    shared = nn.Dense(2, name='shared')
+    assert side_head_names(bj.BranchyNet(stages=(nn.relu, nn.relu), exits=(shared, shared))) == set()
+
+
+def test_unequal_stages_and_exits_are_refused():
+    with pytest.raises(ValueError, match='exits: .* got 2 stages and 1 exits'):
+        bj.BranchyNet(stages=(nn.relu, nn.relu), exits=(nn.Dense(2),))
+    with pytest.raises(ValueError, match='exits: '):
+        bj.BranchyNet(stages=(), exits=())
+
+
+@pytest.mark.parametrize(
+    ('images', 'message'),
+    [
+        (np.zeros(IMAGE_SHAPE, np.float32), 'leading batch axis'),
+        (np.zeros((2, 5, 4, 1), np.float32), r'got shape \(2, 5, 4, 1\); resize'),
+        (np.zeros((2, *IMAGE_SHAPE), np.uint8), 'got uint8; normalise'),
+        ([[1.0]], 'got list'),
+    ],
+)
+def test_bad_images_are_refused(network, images, message):
+    model, variables, _ = network
+    with pytest.raises(ValueError, match=f'images: .*{message}'):
+        model.apply(variables, images)
+    with pytest.raises(ValueError, match='images: '):
+        model.init(jax.random.key(0), images)

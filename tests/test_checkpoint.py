@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from branchy_jax import checkpoint
+
+
+@pytest.fixture
+def state():
+    return {'weights': jnp.arange(6.0).reshape(2, 3), 'step': jnp.int32(4)}
+
+
+def check_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, expected)
+
+
+def test_newest_checkpoint_comes_back(tmp_path, state):
+    checkpoint.save(tmp_path, 1, jax.tree.map(jnp.zeros_like, state))
+    checkpoint.save(tmp_path, 2, state)
+    step, found = checkpoint.restore(tmp_path, state)
+    assert step == 2
+    check_same(found, state)
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ['2']
+
+
+def test_nothing_to_restore(tmp_path, state):
+    assert checkpoint.restore(tmp_path / 'never', state) is None
+    assert not (tmp_path / 'never').exists()
+
+
+def test_another_network_is_refused(tmp_path, state):
+    checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(ValueError, match='directory: cannot resume'):
+        checkpoint.restore(tmp_path, {**state, 'weights': jnp.zeros((5, 3))})
+
+
+def test_damaged_checkpoint_is_refused(tmp_path, state):
+    checkpoint.save(tmp_path, 1, state)
+    for path in (tmp_path / '1').rglob('*'):
+        if path.is_file():
+            path.write_bytes(b'')
+    with pytest.raises(ValueError, match='damaged'):
+        checkpoint.restore(tmp_path, state)
+
+
+def test_half_written_checkpoint_is_passed_over(tmp_path, state):
+    """What a kill in the middle of a save leaves: a folder with a temporary name."""
+    checkpoint.save(tmp_path, 1, state)
+    (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
+    assert checkpoint.restore(tmp_path, state)[0] == 1
+
+
+def test_weights_round_trip(tmp_path, state):
+    variables = {'params': {'conv': {'kernel': state['weights'].T}}, 'batch_stats': {'mean': jnp.ones(3, jnp.bfloat16)}}
+    checkpoint.save_weights(tmp_path / 'new' / 'w.safetensors', variables, {'network': 'b-lenet'})
+    found, metadata = checkpoint.load_weights(tmp_path / 'new' / 'w.safetensors')
+    check_same(found, variables)
+    assert metadata == {'network': 'b-lenet'}
+
+
+def test_unreadable_weights_are_refused(tmp_path, state):
+    path = tmp_path / 'w.safetensors'
+    checkpoint.save_weights(path, state)
+    path.write_bytes(path.read_bytes()[:-5])
+    for bad in (path, tmp_path / 'missing.safetensors', tmp_path):
+        with pytest.raises(ValueError, match='path: cannot read weights'):
+            checkpoint.load_weights(bad)
+
+
+def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / 'report.txt'
+    path.write_text('old')
+
+    def fail(temporary):
+        temporary.write_text('half')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(OSError, match='No space'):
+        checkpoint.write_atomically(path, fail)
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [('report.txt', 'old')]

@@ -1,0 +1,272 @@
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import branchy_jax as bj
+from branchy_jax.losses import cross_entropy_per_exit
+from branchy_jax.training import (
+    create_train_state,
+    epoch_order,
+    fit,
+    initialize_from_baseline,
+    paper_adam,
+    train_epoch,
+    train_step,
+)
+
+SGD = optax.sgd(0.1)
+
+
+def prepare(key, images):
+    return images.astype(jnp.float32) / 255
+
+
+def check_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.fixture
+def batch(small_data):
+    return bj.Batch(image=prepare(None, jnp.asarray(small_data.image[:16])), label=jnp.asarray(small_data.label[:16]))
+
+
+@pytest.fixture
+def train(small_data):
+    """Runs epochs of the small data set."""
+    return functools.partial(
+        fit, data=jax.tree.map(jnp.asarray, small_data), exit_weights=jnp.ones(3), key=jax.random.key(7),
+        batch_size=16, prepare=prepare,
+    )  # fmt: skip
+
+
+def test_step_is_gradient_descent_on_the_weighted_sum(network, batch, getkey):
+    model, variables, _ = network
+    weights, key = jnp.array([0.5, 0.25, 2.0]), getkey()
+
+    def objective(params):
+        logits, _ = model.apply(
+            {**variables, 'params': params}, batch.image, train=True, rngs={'dropout': key}, mutable=['batch_stats']
+        )
+        losses = [optax.softmax_cross_entropy_with_integer_labels(z, batch.label).mean() for z in logits]
+        return 0.5 * losses[0] + 0.25 * losses[1] + 2.0 * losses[2]
+
+    loss, gradients = jax.value_and_grad(objective)(variables['params'])
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, variables['params'], gradients)
+    state, metrics = train_step(create_train_state(model, variables, SGD), batch, weights, key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, expected)
+    np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+    assert int(state.step) == 1
+    assert metrics['exit_loss'].shape == metrics['exit_accuracy'].shape == (3,)
+
+
+@pytest.mark.parametrize('exit_index', [0, 1, 2])
+def test_loss_of_an_exit_leaves_later_stages_alone(network, batch, getkey, exit_index):
+    """Nothing behind exit n gets a gradient from loss n; everything before it does, and no other head."""
+    model, variables, _ = network
+    weights = jnp.zeros(3).at[exit_index].set(1.0)
+    state, _ = train_step(create_train_state(model, variables, SGD), batch, weights, getkey())
+    moved = {
+        name for name, params in state.params.items()
+        if any((a != b).any() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(variables['params'][name])))
+    }  # fmt: skip
+    reached = {'layer1', 'norm1', *(f'layer{n + 1}' for n in range(1, exit_index + 1))}
+    assert moved == reached | {f'head{exit_index + 1}'}
+
+
+def test_one_trace_per_shape(network, batch, getkey):
+    model, variables, _ = network
+    traces = []
+
+    def loss(logits, labels):
+        traces.append(labels.shape)
+        return cross_entropy_per_exit(logits, labels)
+
+    state = create_train_state(model, variables, SGD)
+    for size in (16, 16, 8, 16, 8):
+        part = jax.tree.map(lambda x, size=size: x[:size], batch)
+        state, _ = train_step(state, part, jnp.ones(3), getkey(), loss=loss)
+    assert traces == [(16,), (8,)]
+
+
+def test_training_learns_and_state_counts(network, train):
+    model, variables, _ = network
+    seen = []
+    state = train(
+        create_train_state(model, variables, optax.adam(1e-2)), epochs=12,
+        on_epoch=lambda epoch, state, metrics: seen.append((epoch, float(metrics['loss']))),
+    )  # fmt: skip
+    assert [epoch for epoch, _ in seen] == list(range(1, 13))
+    assert seen[-1][1] < 0.6 * seen[0][1]
+    assert int(state.step) == 12 * 5
+
+
+def test_scanned_epoch_is_the_epoch_step_by_step(network, small_data, getkey):
+    model, variables, _ = network
+    data, key, calls = jax.tree.map(jnp.asarray, small_data), getkey(), []
+    options = {'epoch': 3, 'batch_size': 16, 'prepare': prepare}
+    results = [
+        train_epoch(
+            create_train_state(model, variables, SGD), data, jnp.ones(3), key, scan=scan, **options,
+            on_step=lambda epoch, step, steps, metrics, scan=scan: calls.append((scan, epoch, step, steps)),
+        )
+        for scan in (True, False)
+    ]  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+    assert calls == [(True, 3, 5, 5)] + [(False, 3, step, 5) for step in range(1, 6)]
+
+
+def test_frozen_trunk_trains_heads_only(network, batch, getkey):
+    model, variables, _ = network
+    state = create_train_state(model, variables, optax.adam(0.1), frozen_trunk=True)
+    for _ in range(3):
+        state, _ = train_step(state, batch, jnp.ones(3), getkey())
+    check_equal(state.model_state, {'batch_stats': variables['batch_stats']})
+    for name, params in state.params.items():
+        same = all((a == b).all() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(variables['params'][name])))
+        assert same == (name not in ('head1', 'head2')), name
+    np.testing.assert_array_equal(model.apply(state.variables, batch.image)[2], model.apply(variables, batch.image)[2])
+
+
+def test_baseline_initialisation_reports_what_it_did(network):
+    model, variables, images = network
+    baseline = bj.models.without_branches(model)
+    trained = jax.tree.map(lambda x: x + 1, baseline.init(jax.random.key(9), images))
+    trained['params']['head3'] = {'kernel': jnp.zeros((8, 99)), 'scale': jnp.zeros(2)}
+    start, report = initialize_from_baseline(variables, trained)
+    assert set(report.fresh) == {
+        *(f'params/head{n}/{leaf}' for n in (1, 2, 3) for leaf in ('kernel', 'bias')),
+    }  # fmt: skip
+    assert set(report.left) == {'params/head3/kernel', 'params/head3/scale'}
+    assert len(report.taken) + len(report.fresh) == len(jax.tree.leaves(variables))
+    check_equal(start['params']['layer2'], trained['params']['layer2'])
+    check_equal(start['batch_stats'], trained['batch_stats'])
+    check_equal(start['params']['head1'], variables['params']['head1'])
+    with pytest.raises(ValueError, match='baseline: none of its 1 arrays'):
+        initialize_from_baseline(variables, {'params': {'other': jnp.zeros(3)}})
+
+
+def test_given_variables_survive_donation(network, batch, getkey):
+    model, variables, _ = network
+    mine = jax.tree.map(jnp.copy, variables)
+    train_step(create_train_state(model, mine), batch, jnp.ones(3), getkey())
+    check_equal(mine, variables)
+
+
+def test_adam_is_the_papers(network):
+    params = {'w': jnp.array(1.0)}
+    ours, reference = paper_adam(), optax.adam(1e-3, b1=0.99, b2=0.999)
+    states = [ours.init(params), reference.init(params)]
+    for gradient in (1.0, -3.0, 0.5):
+        updates = [
+            optimizer.update({'w': jnp.array(gradient)}, state)
+            for optimizer, state in zip((ours, reference), states, strict=True)
+        ]
+        states = [state for _, state in updates]
+        check_equal(updates[0][0], updates[1][0])
+    assert paper_adam() is paper_adam()
+
+
+def test_epoch_order_is_pure_and_visits_everything_once():
+    key = jax.random.key(0)
+    first, again, other = (np.asarray(epoch_order(key, epoch, 20, 6)) for epoch in (4, 4, 5))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert first.shape == (3, 6)
+    assert len(np.unique(first)) == 18
+    with pytest.raises(ValueError, match='batch_size: got 21, but there are only 20'):
+        epoch_order(key, 0, 20, 21)
+
+
+def test_bad_batches_are_refused(network, batch, getkey):
+    model, variables, _ = network
+    state = create_train_state(model, variables, SGD)
+    with pytest.raises(ValueError, match='exit_weights: expected one weight for each of the 3 exits'):
+        train_step(state, batch, jnp.ones(2), getkey())
+    with pytest.raises(ValueError, match='labels: expected integers'):
+        train_step(state, batch.replace(label=batch.image[:, 0, 0, 0]), jnp.ones(3), getkey())
+    with pytest.raises(ValueError, match='images: expected a float dtype'):
+        train_step(state, batch.replace(image=batch.image.astype(jnp.uint8)), jnp.ones(3), getkey())
+
+
+class Killed(BaseException):
+    """Not an Exception, like KeyboardInterrupt: nothing may swallow it."""
+
+
+@pytest.mark.parametrize('moment', ['before a save', 'in a save', 'after a save'])
+def test_interrupted_run_ends_where_an_uninterrupted_one_does(network, train, tmp_path, monkeypatch, moment):
+    model, variables, _ = network
+    new = functools.partial(create_train_state, model, variables, SGD)
+    expected = train(new(), epochs=4)
+    save, calls = bj.checkpoint.save, []
+
+    def interrupted(directory, step, state):
+        calls.append(step)
+        if step == 2 and len(calls) == 2:
+            if moment == 'in a save':
+                (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
+            if moment == 'after a save':
+                save(directory, step, state)
+            raise Killed
+        save(directory, step, state)
+
+    monkeypatch.setattr(bj.checkpoint, 'save', interrupted)
+    with pytest.raises(Killed):
+        train(new(), epochs=4, directory=tmp_path)
+    resumed = train(new(), epochs=4, directory=tmp_path)
+    assert calls == [1, 2, 3, 4] if moment == 'after a save' else [1, 2, 2, 3, 4]
+    check_equal(resumed.params, expected.params)
+    check_equal(resumed.opt_state, expected.opt_state)
+    check_equal(resumed.model_state, expected.model_state)
+
+
+SCRIPT = """
+    import sys, jax, jax.numpy as jnp, numpy as np, flax.linen as nn, optax
+    import branchy_jax as bj
+
+    directory, result, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    images = jax.random.randint(jax.random.key(0), (32, 4), 0, 256).astype(jnp.uint8)
+    data = bj.Batch(images, images.argmax(-1))
+    model = bj.BranchyNet(stages=(nn.Dense(6), nn.Dense(6)), exits=(nn.Dense(4), nn.Dense(4)))
+    state = bj.training.create_train_state(model, model.init(jax.random.key(1), images / 255.0))
+    state = bj.training.fit(
+        state, data, jnp.ones(2), jax.random.key(2), epochs=epochs, directory=directory, batch_size=8,
+        prepare=lambda key, images: images / 255.0,
+    )
+    bj.checkpoint.save_weights(result, state.variables)
+"""
+
+
+def test_run_killed_by_the_system_resumes(tmp_path):
+    """SIGKILL at whatever moment it finds the run in, then the same command again."""
+
+    def start(name):
+        command = [
+            sys.executable,
+            '-c',
+            textwrap.dedent(SCRIPT),
+            str(tmp_path / name),
+            str(tmp_path / f'{name}.st'),
+            '60',
+        ]
+        return subprocess.Popen(command, env={**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+
+    untouched, victim = start('untouched'), start('victim')
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / 'victim').glob('[1-9]*')) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL, 'the run ended before it could be killed'
+    assert not (tmp_path / 'victim.st').exists()
+    assert start('victim').wait(120) == 0
+    assert untouched.wait(120) == 0
+    check_equal(*(bj.checkpoint.load_weights(tmp_path / f'{name}.st')[0] for name in ('untouched', 'victim')))
