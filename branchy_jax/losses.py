@@ -24,8 +24,9 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array) -> Array:
         ValueError: labels that are not integers or whose shape does not match the logits.
 
     Example:
-        >>> cross_entropy_per_exit((jnp.zeros((2, 10)), jnp.zeros((2, 10))), jnp.array([3, 7])).round(4).tolist()
-        [2.302600145339966, 2.302600145339966]
+        >>> losses = cross_entropy_per_exit((jnp.zeros((2, 10)), jnp.zeros((2, 10))), jnp.array([3, 7]))
+        >>> bool(jnp.allclose(losses, jnp.log(10.0)))
+        True
 
     References:
         BranchyNet, 2016, section III-B.

@@ -55,7 +55,9 @@ class Normalization:
 
     def __call__(self, images: Array) -> Array:
         """Maps uint8 ``images [..., H, W, C]`` to float32."""
-        return (jnp.asarray(images, jnp.float32) / 255.0 - self.mean) / self.deviation
+        images = jnp.asarray(images, jnp.float32)
+        mean, deviation = (jnp.expand_dims(value, range(images.ndim - 1)) for value in (self.mean, self.deviation))
+        return (images / 255.0 - mean) / deviation
 
 
 @struct.dataclass

@@ -113,7 +113,7 @@ def test_unequal_stages_and_exits_are_refused():
 )
 def test_bad_images_are_refused(network, images, message):
     model, variables, _ = network
-    with pytest.raises(ValueError, match=f'images: .*{message}'):
+    with pytest.raises(ValueError, match=rf'images: .*{message}'):
         model.apply(variables, images)
     with pytest.raises(ValueError, match='images: '):
         model.init(jax.random.key(0), images)

@@ -112,7 +112,9 @@ class Linear:
     def result(self, constant: Constant) -> Array:
         """Emits the operation."""
         product = self.emit(self.kernel, constant)
-        return product if self.shift is None else product + constant(self.shift).astype(product.dtype)
+        if self.shift is None:
+            return product
+        return product + jnp.expand_dims(constant(self.shift).astype(product.dtype), range(product.ndim - 1))
 
 
 def trace(function: Callable[..., Any], variables: Any, hidden: Any) -> tuple[jax_core.ClosedJaxpr, Any]:

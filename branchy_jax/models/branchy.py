@@ -42,6 +42,7 @@ class BranchyNet(nn.Module):
         ValueError: on construction, if there is not one exit per stage.
 
     Example:
+        >>> import jax
         >>> model = BranchyNet(
         ...     stages=(nn.Dense(16), (nn.relu, nn.Dense(16))),
         ...     exits=(nn.Dense(10), (nn.relu, nn.Dense(10))),

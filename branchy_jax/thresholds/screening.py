@@ -87,8 +87,8 @@ def quantile_grid(uncertainty: Array, *, size: int = 100) -> np.ndarray:
         ValueError: fewer than 2 candidates, or no inputs.
 
     Example:
-        >>> quantile_grid(np.array([[0.1, 0.2, 0.4, 0.8], [0, 0, 0, 0]]), size=4)[0].round(2).tolist()
-        [-inf, 0.15000000596046448, 0.30000001192092896, inf]
+        >>> quantile_grid(np.array([[1, 2, 4, 8], [0, 0, 0, 0]]), size=5).tolist()
+        [[-inf, 1.5, 3.0, 6.0, inf]]
     """
     uncertainty = _matrix(uncertainty)
     if size < 2:

@@ -1,0 +1,77 @@
+"""The house's one rule: a file imports from the ground and from files to its left, and heavy packages on use only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GROUND = {'types', 'criteria', 'costs', 'measure', 'checkpoint'}
+ALLOWED = {
+    'types': set(),
+    'criteria': {'types'},
+    'costs': {'types'},
+    'measure': set(),
+    'checkpoint': {'types'},
+    'data': GROUND,
+    'models': GROUND,
+    'losses': GROUND,
+    'training': GROUND | {'models', 'losses'},
+    'thresholds': GROUND,
+    'inference': GROUND | {'models'},
+    'report': GROUND,
+    'plots': GROUND | {'report'},
+}
+ON_USE = {'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors'}
+EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}
+NEVER = {'pickle', 'dill', 'cloudpickle', 'tensorflow', 'torch'}
+FILES = sorted((ROOT / 'branchy_jax').rglob('*.py'))
+
+
+def imports(tree):
+    """Yields (module, whether it is imported at the top of the file)."""
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, 'absolute imports only'
+            for alias in node.names:
+                joined = node.module == 'branchy_jax'
+                yield f'{node.module}.{alias.name}' if joined else node.module, id(node) in top
+
+
+def room(path):
+    return path.relative_to(ROOT / 'branchy_jax').parts[0].removesuffix('.py')
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_imports_only_what_it_may(path):
+    tree = ast.parse(path.read_text())
+    for module, at_top in imports(tree):
+        package = module.split('.')[0]
+        assert package not in EXPERIMENTS_ONLY | NEVER, f'{path}: {module}'
+        assert not (at_top and package in ON_USE), f'{path}: {module} is to be imported where it is used'
+        if package == 'branchy_jax' and path.parent.name + path.name != 'branchy_jax__init__.py':
+            place = module.split('.')[1]
+            assert place in ALLOWED[room(path)] | {room(path)}, f'{path}: {module}'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_calls_nothing_dangerous(path):
+    calls = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
+    assert not calls & {'eval', 'exec', 'compile', '__import__'}
+
+
+def test_every_room_is_known():
+    assert {room(path) for path in FILES} - {'__init__'} == set(ALLOWED)
+
+
+def test_root_is_kept_clean():
+    tracked = {path.name for path in ROOT.iterdir() if not path.name.startswith('.')}
+    expected = {
+        'branchy_jax', 'experiments', 'tests', 'setup.cfg', 'requirements.txt', 'pyproject.toml', 'README.md',
+        'LICENSE', 'CHANGELOG.md',
+    }  # fmt: skip
+    assert expected <= tracked

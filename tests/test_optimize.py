@@ -1,0 +1,159 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import branchy_jax as bj
+from branchy_jax.inference import dense, optimize, staged
+from branchy_jax.inference.rewrite import Forms
+
+ALL_FORMS = Forms(largest_band=2**17, sliced_pooling=True)
+IMAGE_SHAPE = (8, 8, 2)
+
+
+def with_statistics(variables, key):
+    """Replaces initial values, under which a wrongly folded BatchNorm would go unnoticed."""
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(key, len(leaves))
+    moved = [x + 0.2 * jnp.abs(jax.random.normal(k, x.shape)) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def check_same(model, variables, images, forms=ALL_FORMS):
+    fast_model, fast_variables = optimize(model, variables, forms=forms)
+    expected, found = model.apply(variables, images), fast_model.apply(fast_variables, images)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+    return fast_model, fast_variables
+
+
+def primitives(model, variables, images):
+    """Counts what a network executes, nested calls included."""
+    names = []
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            inner = [
+                getattr(v, 'jaxpr', v) for v in equation.params.values() if hasattr(v, 'eqns') or hasattr(v, 'jaxpr')
+            ]
+            names.extend([] if inner else [equation.primitive.name])
+            for body in inner:
+                walk(body)
+
+    walk(jax.make_jaxpr(model.apply)(variables, images).jaxpr)
+    return names
+
+
+@pytest.mark.parametrize('placement', ['text', 'released'])
+@pytest.mark.parametrize(('name', 'image_shape'), [('b-lenet', (28, 28, 1)), ('b-resnet8', (32, 32, 3))])
+def test_networks_keep_their_logits(getkey, name, image_shape, placement):
+    model = bj.models.create(name, placement=placement)
+    images = jax.random.normal(getkey(), (2, *image_shape))
+    variables = with_statistics(jax.jit(model.init)(getkey(), images), getkey())
+    fast_model, fast_variables = check_same(model, variables, images)
+    found = primitives(fast_model, fast_variables, images)
+    assert 'rsqrt' not in found  # BatchNorm is gone
+    assert 'reduce_window_max' not in found
+
+
+def own_network(**norm):
+    return bj.BranchyNet(
+        stages=(
+            (nn.Conv(3, (3, 3)), nn.BatchNorm(**norm), nn.relu),
+            (nn.Conv(4, (3, 3), strides=2, use_bias=False), nn.BatchNorm(use_scale=False), nn.gelu, nn.LayerNorm()),
+        ),
+        exits=(
+            (lambda x: x.reshape(x.shape[0], -1), nn.Dense(5)),
+            (lambda x: x.mean((1, 2)), nn.Dropout(0.5), nn.Dense(5, use_bias=False)),
+        ),
+        image_shape=IMAGE_SHAPE,
+    )
+
+
+@pytest.mark.parametrize('forms', [ALL_FORMS, Forms()], ids=['all forms', 'folding only'])
+def test_own_network_keeps_its_logits(getkey, forms):
+    model, images = own_network(), jax.random.normal(getkey(), (3, *IMAGE_SHAPE))
+    variables = with_statistics(model.init(getkey(), images), getkey())
+    fast_model, fast_variables = check_same(model, variables, images, forms)
+    found = primitives(fast_model, fast_variables, images)
+    assert ('conv_general_dilated' in found) == (forms is not ALL_FORMS)
+    assert found.count('sub') < primitives(model, variables, images).count('sub')
+
+
+def test_value_that_others_look_at_is_not_folded_away(getkey):
+    """A convolution whose raw output feeds both the BatchNorm and a shortcut."""
+
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            y = nn.Conv(2, (3, 3))(x)
+            return y + nn.relu(nn.BatchNorm(use_running_average=not train)(y))
+
+    model = bj.BranchyNet(stages=(Shared(),), exits=((lambda x: x.sum((1, 2)), nn.Dense(3)),), image_shape=IMAGE_SHAPE)
+    images = jax.random.normal(getkey(), (2, *IMAGE_SHAPE))
+    check_same(model, with_statistics(model.init(getkey(), images), getkey()), images)
+
+
+def test_shift_before_a_convolution_stays_before_it(getkey):
+    """BatchNorm ahead of a padded convolution cannot be folded forward: the padding is zero after the shift."""
+    model = bj.BranchyNet(
+        stages=((nn.BatchNorm(), nn.Conv(3, (3, 3))),), exits=((lambda x: x.max((1, 2)), nn.Dense(3)),),
+        image_shape=IMAGE_SHAPE,
+    )  # fmt: skip
+    images = jax.random.normal(getkey(), (2, *IMAGE_SHAPE))
+    check_same(model, with_statistics(model.init(getkey(), images), getkey()), images)
+
+
+@pytest.mark.parametrize('operation', [
+    lambda y, w: y * w, lambda y, w: w - y, lambda y, w: y / (w + 2), lambda y, w: (w + 2) / (jnp.abs(y) + 1),
+    lambda y, w: y + w[:, None] * jnp.ones(4), lambda y, w: y * 3 - 1, lambda y, w: -y + w,
+])  # fmt: skip
+def test_arithmetic_with_weights(getkey, operation):
+    """Every way a known vector can meet a product: some fold, some must not."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(4, use_bias=False)(x)  # [B, 4, 4]: a vector may run along rows or along features
+            return operation(y, self.param('w', nn.initializers.normal(), (4,)))
+
+    jax.config.update('jax_numpy_rank_promotion', 'allow')
+    try:
+        model = bj.BranchyNet(stages=(Layer(),), exits=(lambda x: x.sum(1),), image_shape=(4, 3))
+        images = jax.random.normal(getkey(), (2, 4, 3))
+        check_same(model, with_statistics(model.init(getkey(), images), getkey()), images)
+    finally:
+        jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def test_result_runs_in_every_executor_at_any_batch_size(getkey):
+    model, images = own_network(), jax.random.normal(getkey(), (9, *IMAGE_SHAPE))
+    variables = with_statistics(model.init(getkey(), images), getkey())
+    fast = optimize(model, variables)
+    uncertainty = bj.inference.exit_outputs(model, variables, images).uncertainty
+    thresholds = bj.thresholds.quantile_grid(uncertainty)[0, 4:5]  # between two images, equal to none
+    expected = dense(model)(variables, images, thresholds)
+    assert set(expected.exit_index.tolist()) == {0, 1}
+    for batch in (images, images[:4]):
+        found = dense(fast[0])(fast[1], batch, thresholds)
+        np.testing.assert_array_equal(found.exit_index, expected.exit_index[: len(batch)])
+    for image, index in zip(images, expected.exit_index, strict=True):
+        assert int(staged(fast[0])(fast[1], image, thresholds).exit_index) == int(index)
+
+
+def test_bfloat16_is_close_and_says_so(getkey):
+    model, images = own_network(), jax.random.normal(getkey(), (3, *IMAGE_SHAPE))
+    variables = model.init(getkey(), images)
+    fast_model, fast_variables = optimize(model, variables, dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(fast_variables)} >= {jnp.dtype('bfloat16')}
+    for a, b in zip(fast_model.apply(fast_variables, images), model.apply(variables, images), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=0.05 * np.abs(b).max())
+        assert (a != b).any()
+
+
+def test_network_without_image_shape_is_refused(network):
+    model, variables, _ = network
+    with pytest.raises(ValueError, match='model: has no image_shape'):
+        optimize(model.clone(image_shape=None), variables)
