@@ -20,8 +20,8 @@ def with_statistics(variables, key):
     return jax.tree.unflatten(structure, moved)
 
 
-def check_same(model, variables, images, forms=ALL_FORMS):
-    fast_model, fast_variables = optimize(model, variables, forms=forms)
+def check_same(model, variables, images, forms=ALL_FORMS, embed=False):
+    fast_model, fast_variables = optimize(model, variables, forms=forms, embed=embed)
     expected, found = model.apply(variables, images), fast_model.apply(fast_variables, images)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
@@ -145,12 +145,21 @@ def test_result_runs_in_every_executor_at_any_batch_size(getkey):
 def test_bfloat16_is_close_and_says_so(getkey):
     model, images = own_network(), jax.random.normal(getkey(), (3, *IMAGE_SHAPE))
     variables = model.init(getkey(), images)
-    fast_model, fast_variables = optimize(model, variables, dtype=jnp.bfloat16)
+    fast_model, fast_variables = optimize(model, variables, dtype=jnp.bfloat16, embed=False)
     assert {x.dtype for x in jax.tree.leaves(fast_variables)} >= {jnp.dtype('bfloat16')}
     for a, b in zip(fast_model.apply(fast_variables, images), model.apply(variables, images), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=0.05 * np.abs(b).max())
         assert (a != b).any()
+
+
+def test_embedded_weights_are_the_same_weights(getkey):
+    model, images = own_network(), jax.random.normal(getkey(), (3, *IMAGE_SHAPE))
+    variables = with_statistics(model.init(getkey(), images), getkey())
+    _, fast_variables = check_same(model, variables, images, embed=True)
+    assert fast_variables == {}
+    _, fast_variables = check_same(model, variables, images, embed=False)
+    assert len(jax.tree.leaves(fast_variables)) > 4
 
 
 def test_network_without_image_shape_is_refused(network):

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from branchy_jax.types import Array
+
+
+def threshold_checker(num_exits: int) -> Callable[[Array], Array]:
+    """Returns `check_thresholds` for one network, which remembers the last array that passed.
+
+    At batch 1 the check costs as much as a small stage, and serving code gives the same thresholds again and again. A
+    `jax.Array` cannot change, so the same object need not be looked at twice; anything else is.
+    """
+    passed = None
+
+    def check(thresholds: Array) -> Array:
+        nonlocal passed
+        if thresholds is passed and passed is not None:
+            return thresholds
+        checked = check_thresholds(thresholds, num_exits)
+        if isinstance(checked, jax.Array) and not isinstance(checked, jax.core.Tracer):
+            passed = checked
+        return checked
+
+    return check
 
 
 def check_thresholds(thresholds: Array, num_exits: int) -> Array:

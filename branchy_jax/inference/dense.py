@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from branchy_jax.criteria import Criterion, entropy, is_confident
-from branchy_jax.inference.checks import check_thresholds
+from branchy_jax.inference.checks import threshold_checker
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, ExitPrediction, Variables
 
@@ -48,8 +48,10 @@ def dense(model: BranchyNet, *, criterion: Criterion = entropy) -> Executor:
             chosen = jax.tree.map(functools.partial(_select, confident), answer, chosen)
         return chosen
 
+    check = threshold_checker(model.num_exits)
+
     def execute(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
-        return run(variables, images, check_thresholds(thresholds, model.num_exits))
+        return run(variables, images, check(thresholds))
 
     return execute
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,9 @@ from branchy_jax.types import Array, Variables
 
 # On a CPU a banded product wins while its matrix stays in the cache; measured with LeNet's and AlexNet's layers.
 _LARGEST_BAND_ON_CPU = 2**17
+# Each argument of a compiled program costs about a microsecond on a CPU, which batch 1 feels; compiling large constants
+# costs memory and time.
+_MOST_EMBEDDED_BYTES_ON_CPU = 2**24
 
 
 def default_forms(dtype: Any = None) -> Forms:
@@ -34,11 +37,13 @@ class Segment:
         function: ``(variables, hidden) → hidden``, retraced at each new batch size.
         shapes: of its variables.
         forms: which forms it is emitted in.
+        embedded: the constants themselves where they are to be part of the compiled program.
     """
 
     function: Callable[[Variables, Any], Any]
     shapes: Any
     forms: Forms
+    embedded: Sequence[Array] | None = None
 
     def evaluate(self, known: Any, hidden: Any, constant: Constant) -> Any:
         """Runs the rewritten program with variables known and ``constant`` handing out what it needs of them."""
@@ -58,7 +63,7 @@ class Segment:
         jax.eval_shape(lambda hidden: self.evaluate(known, hidden, record), hidden)
         return [value.value() for value in asked]
 
-    def replay(self, constants: list[Array], hidden: Any) -> Any:
+    def replay(self, constants: Sequence[Array], hidden: Any) -> Any:
         """Runs the rewritten program on constants computed before."""
         known = jax.tree.map(lambda spec: Known(_unavailable, spec.shape, spec.dtype), self.shapes)
         in_order = iter(constants)
@@ -79,6 +84,8 @@ class RewrittenLayer(nn.Module):
     @nn.compact
     def __call__(self, hidden: Any) -> Any:
         """Runs the rewritten segment."""
+        if self.segment.embedded is not None:
+            return self.segment.replay(self.segment.embedded, hidden)
         values = [
             self.param(f'constant{n}', lambda key, spec=spec: jnp.zeros(spec.shape, spec.dtype))
             for n, spec in enumerate(self.constants)
@@ -87,7 +94,12 @@ class RewrittenLayer(nn.Module):
 
 
 def optimize(
-    model: BranchyNet, variables: Variables, *, dtype: Any = None, forms: Forms | None = None
+    model: BranchyNet,
+    variables: Variables,
+    *,
+    dtype: Any = None,
+    forms: Forms | None = None,
+    embed: bool | None = None,
 ) -> tuple[BranchyNet, Variables]:
     """Rewrites a trained network for inference, exactly up to rounding.
 
@@ -100,10 +112,15 @@ def optimize(
         variables: trained.
         dtype: ``jnp.bfloat16`` multiplies in bfloat16 and accumulates in float32; not exact.
         forms: to override what suits the backend.
+        embed: compiles the weights into the program as constants, and returns empty variables. By default on a CPU,
+            for networks of up to 16 MiB.
 
     Returns:
         A `BranchyNet` with the same stages and exits, for inference only, and its variables. Logits agree within
         1e-4 in float32.
+
+    Raises:
+        ValueError: the network has no ``image_shape``.
 
     Example:
         >>> import branchy_jax as bj
@@ -119,19 +136,41 @@ def optimize(
         raise ValueError('model: has no image_shape, which optimize needs to trace it; build it with image_shape=…')
     hidden = jax.ShapeDtypeStruct((2, *model.image_shape), jnp.float32)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
-    layers: dict[str, list[RewrittenLayer]] = {'stage': [], 'exit': []}
-    params = {}
+    segments, constants = {}, {}
     for n, kind in itertools.product(range(model.num_exits), ('stage', 'exit')):
         segment = Segment(functools.partial(_run_segment, model, n, kind), shapes, forms)
-        constants = segment.constants(variables, hidden)
-        specs = tuple(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in constants)
-        layers[kind].append(RewrittenLayer(segment, specs, name=f'{kind}{n + 1}'))
-        if constants:
-            params[f'{kind}{n + 1}'] = {f'constant{i}': value for i, value in enumerate(constants)}
+        segments[kind, n], constants[kind, n] = segment, segment.constants(variables, hidden)
         if kind == 'stage':
             hidden = jax.eval_shape(segment.function, variables, hidden)
-    stages, exits = tuple(layers['stage']), tuple(layers['exit'])
-    return BranchyNet(stages=stages, exits=exits, image_shape=model.image_shape), {'params': params}
+    if embed is None:
+        total = sum(value.nbytes for value in itertools.chain(*constants.values()))
+        embed = jax.default_backend() == 'cpu' and total <= _MOST_EMBEDDED_BYTES_ON_CPU
+    layers = {place: _layer(segments[place], constants[place], place, embed=embed) for place in segments}
+    rewritten = BranchyNet(
+        stages=tuple(layer for (kind, _), layer in layers.items() if kind == 'stage'),
+        exits=tuple(layer for (kind, _), layer in layers.items() if kind == 'exit'),
+        image_shape=model.image_shape,
+    )
+    if embed:
+        return rewritten, {}
+    params = {
+        _name(place): {f'constant{i}': value for i, value in enumerate(values)}
+        for place, values in constants.items()
+        if values
+    }
+    return rewritten, {'params': params}
+
+
+def _layer(segment: Segment, constants: list[Array], place: tuple[str, int], *, embed: bool) -> RewrittenLayer:
+    if embed:
+        segment = dataclasses.replace(segment, embedded=constants)
+    specs = tuple(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in constants)
+    return RewrittenLayer(segment, specs, name=_name(place))
+
+
+def _name(place: tuple[str, int]) -> str:
+    kind, n = place
+    return f'{kind}{n + 1}'
 
 
 def _run_segment(model: BranchyNet, n: int, kind: str, variables: Variables, hidden: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 
 from branchy_jax.criteria import Criterion, entropy, is_confident
-from branchy_jax.inference.checks import check_thresholds
+from branchy_jax.inference.checks import threshold_checker
 from branchy_jax.inference.dense import Executor, answer_at
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, ExitPrediction, Variables
@@ -40,7 +40,8 @@ def staged(model: BranchyNet, *, criterion: Criterion = entropy) -> Executor:
     """
 
     def from_stage(n: int, variables: Variables, hidden: Any, carry: Any, thresholds: Array) -> ExitPrediction:
-        hidden = model.apply(variables, hidden, n, method='run_stage')
+        # The barrier keeps the compiler from working out the hidden value once for the head and again for the trunk.
+        hidden = lax.optimization_barrier(model.apply(variables, hidden, n, method='run_stage'))
         logits = model.apply(variables, hidden, n, method='run_exit')
         carry = criterion.init(logits) if n == 0 else carry
         answer, uncertainty, carry = criterion.update(logits, carry, n)
@@ -58,7 +59,9 @@ def staged(model: BranchyNet, *, criterion: Criterion = entropy) -> Executor:
         prediction = from_stage(0, variables, image[None], None, thresholds)
         return jax.tree.map(lambda values: values[0], prediction)
 
+    check = threshold_checker(model.num_exits)
+
     def execute(variables: Variables, image: Array, thresholds: Array) -> ExitPrediction:
-        return run(variables, image, check_thresholds(thresholds, model.num_exits))
+        return run(variables, image, check(thresholds))
 
     return execute
