@@ -13,7 +13,7 @@ def test_lenet_by_hand():
     conv1 = 30 * 30 * 5 * 25
     conv2, conv3, fc1, fc2 = 17 * 17 * 10 * 25 * 5, 11 * 11 * 20 * 25 * 10, 720 * 84, 84 * 10
     assert found.stages.tolist() == [conv1, conv2 + conv3 + fc1]
-    assert found.exits.tolist() == [8 * 8 * 10 * 9 * 5 + 640 * 10, fc2]
+    assert found.exits.tolist() == [5 * 5 * 16 * 9 * 5 + 400 * 10, fc2]
     assert found.trunk == conv1 + conv2 + conv3 + fc1 + fc2
 
 

