@@ -36,6 +36,7 @@ def test_another_network_is_refused(tmp_path, state):
         checkpoint.restore(tmp_path, {**state, 'weights': jnp.zeros((5, 3))})
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # orbax drops coroutines when it fails
 def test_damaged_checkpoint_is_refused(tmp_path, state):
     checkpoint.save(tmp_path, 1, state)
     for path in (tmp_path / '1').rglob('*'):
