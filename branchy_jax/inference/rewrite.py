@@ -6,7 +6,7 @@ segment. What depends on the input is emitted again, with these changes:
 
 - a convolution or matrix product with known weights absorbs the known per-feature scales and shifts that follow it
   (BatchNorm, biases), as long as nobody else looks at the value in between;
-- a convolution whose band is small becomes one matrix product, and a max pooling becomes maxima of slices, where the
+- a convolution with few channels becomes one matrix product, and a max pooling becomes maxima of slices, where the
   backend runs these faster.
 
 Constants are asked for in an order that depends on the program's structure only, not on the batch size. So a rewritten
@@ -36,12 +36,13 @@ class Forms:
     """Which equivalent forms to emit.
 
     Attributes:
-        largest_band: a convolution becomes a matrix product if its band has at most this many entries; 0: never.
+        most_channel_pairs: a convolution becomes a product with a banded matrix if its input channels times its output
+            channels are at most this many; 0: never.
         sliced_pooling: max pooling as maxima of strided slices.
         dtype: that matrix products and convolutions multiply in; ``None`` keeps theirs. They accumulate in float32.
     """
 
-    largest_band: int = 0
+    most_channel_pairs: int = 0
     sliced_pooling: bool = False
     dtype: Any = None
 
@@ -282,7 +283,7 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
         if numbers.out_spec[1] != len(aval.shape) - 1:
             return None
         feature_axis = numbers.rhs_spec[0]
-        emit = _banded if _has_small_band(equation, forms.largest_band) else _bound
+        emit = _banded if _has_few_channels(equation, forms.most_channel_pairs) else _bound
 
     def emit_here(kernel: Known, constant: Constant) -> Array:
         value = left.result(constant) if isinstance(left, Linear) else left
@@ -300,26 +301,22 @@ def _bound(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Co
     return product.astype(equation.outvars[0].aval.dtype)
 
 
-def _has_small_band(equation: jax_core.JaxprEqn, largest: int) -> bool:
-    params, shape = equation.params, equation.invars[0].aval.shape
-    kernel, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+def _has_few_channels(equation: jax_core.JaxprEqn, most_pairs: int) -> bool:
+    params, shape, kernel = equation.params, equation.invars[0].aval.shape, equation.invars[1].aval.shape
     if len(shape) != 4 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
         return False
     plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
     dilated = any(d != 1 for d in (*params['lhs_dilation'], *params['rhs_dilation']))
-    entries = kernel[0] * shape[2] * kernel[2] * result[2] * kernel[3]
-    return params['dimension_numbers'] == plain and not dilated and entries <= largest
+    return params['dimension_numbers'] == plain and not dilated and kernel[2] * kernel[3] <= most_pairs
 
 
 def _banded(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms) -> Array:
     params = equation.params
-    (top, bottom), (first, last) = params['padding']
-    down, along = params['window_strides']
-    band = kernel.map(lambda k: band_matrix(k, width=left.shape[2], stride=along, padding=(first, last)))
+    band = kernel.map(functools.partial(band_matrix, stride=params['window_strides'][1]))
     if forms.dtype is not None:
         left, band = left.astype(forms.dtype), band.map(lambda b: b.astype(forms.dtype))
     product = multiply_band(
-        left, constant(band), rows=kernel.shape[0], stride=down, padding=(top, bottom), features=kernel.shape[3],
+        left, constant(band), kernel_shape=kernel.shape, strides=params['window_strides'], padding=params['padding'],
         precision=params['precision'],
     )  # fmt: skip
     return product.astype(equation.outvars[0].aval.dtype)
