@@ -8,7 +8,7 @@ import branchy_jax as bj
 from branchy_jax.inference import dense, optimize, staged
 from branchy_jax.inference.rewrite import Forms
 
-ALL_FORMS = Forms(most_channel_pairs=1000, sliced_pooling=True)
+ALL_FORMS = Forms(most_channel_pairs=1000, sliced_pooling=True, transposed_weights=True)
 IMAGE_SHAPE = (8, 8, 2)
 
 

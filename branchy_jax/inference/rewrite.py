@@ -6,8 +6,8 @@ segment. What depends on the input is emitted again, with these changes:
 
 - a convolution or matrix product with known weights absorbs the known per-feature scales and shifts that follow it
   (BatchNorm, biases), as long as nobody else looks at the value in between;
-- a convolution with few channels becomes one matrix product, and a max pooling becomes maxima of slices, where the
-  backend runs these faster.
+- a convolution with few channels becomes one matrix product, a max pooling becomes maxima of slices, and a matrix
+  product takes its weights transposed, where the backend runs these faster.
 
 Constants are asked for in an order that depends on the program's structure only, not on the batch size. So a rewritten
 segment retraces the original at whatever batch size it meets, and takes its constants from a list.
@@ -39,11 +39,14 @@ class Forms:
         most_channel_pairs: a convolution becomes a product with a banded matrix if its input channels times its output
             channels are at most this many; 0: never.
         sliced_pooling: max pooling as maxima of strided slices.
+        transposed_weights: matrix products with weights stored as ``[out, in]``, whose rows the dot products of a
+            single image read in order.
         dtype: that matrix products and convolutions multiply in; ``None`` keeps theirs. They accumulate in float32.
     """
 
     most_channel_pairs: int = 0
     sliced_pooling: bool = False
+    transposed_weights: bool = False
     dtype: Any = None
 
 
@@ -277,7 +280,8 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
         (left_axes, kernel_axes), (batch_axes, _) = params['dimension_numbers']
         if len(kernel.shape) != 2 or batch_axes or len(left_axes) != 1 or len(aval.shape) < 2:
             return None
-        feature_axis, emit = 1 - kernel_axes[0], _bound
+        feature_axis = 1 - kernel_axes[0]
+        emit = _transposed if forms.transposed_weights and feature_axis == 1 else _bound
     else:
         numbers = params['dimension_numbers']
         if numbers.out_spec[1] != len(aval.shape) - 1:
@@ -298,6 +302,17 @@ def _bound(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Co
     kernel = kernel.map(lambda k: k.astype(forms.dtype))
     params = {**equation.params, 'preferred_element_type': np.dtype(np.float32)}
     product = equation.primitive.bind(left.astype(forms.dtype), constant(kernel), **params)
+    return product.astype(equation.outvars[0].aval.dtype)
+
+
+def _transposed(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms) -> Array:
+    params = equation.params
+    kernel = kernel.map(jnp.transpose)
+    numbers = ((params['dimension_numbers'][0][0], (1,)), ((), ()))
+    kept = params['preferred_element_type']
+    if forms.dtype is not None:
+        left, kernel, kept = left.astype(forms.dtype), kernel.map(lambda k: k.astype(forms.dtype)), np.float32
+    product = lax.dot_general(left, constant(kernel), numbers, params['precision'], preferred_element_type=kept)
     return product.astype(equation.outvars[0].aval.dtype)
 
 

@@ -40,8 +40,7 @@ def staged(model: BranchyNet, *, criterion: Criterion = entropy) -> Executor:
     """
 
     def from_stage(n: int, variables: Variables, hidden: Any, carry: Any, thresholds: Array) -> ExitPrediction:
-        # The barrier keeps the compiler from working out the hidden value once for the head and again for the trunk.
-        hidden = lax.optimization_barrier(model.apply(variables, hidden, n, method='run_stage'))
+        hidden = model.apply(variables, hidden, n, method='run_stage')
         logits = model.apply(variables, hidden, n, method='run_exit')
         carry = criterion.init(logits) if n == 0 else carry
         answer, uncertainty, carry = criterion.update(logits, carry, n)

@@ -131,5 +131,7 @@ def multiply_band(
 
 def _block(kernel_shape: tuple[int, ...], stride: int) -> tuple[int, int]:
     """Returns how many output pixels a band covers, and how many input pixels they see along a row."""
-    pixels = max(1, round(32 / kernel_shape[3]))
-    return pixels, stride * (pixels - 1) + kernel_shape[1]
+    columns, features = kernel_shape[1], kernel_shape[3]
+    overlap = stride < columns  # windows that share nothing are best taken one by one
+    pixels = max(1, round(32 / features)) if overlap else 1
+    return pixels, stride * (pixels - 1) + columns
