@@ -21,10 +21,10 @@ def get_config() -> ConfigDict:
     config.network = 'b-lenet'
     config.banded = True
 
-    config.epochs_baseline = 40
-    config.epochs = 40
+    config.epochs_baseline = 50
+    config.epochs = 50
     config.batch_size = 32
-    config.learning_rate = 2e-3
+    config.learning_rate = 3e-3
 
     config.exit_weights = (1.0, 0.3)
     return config
