@@ -55,14 +55,14 @@ def tradeoff(
     axes.set_xlim(left=0)
     axes.set_xlabel('time per image, batch 1 (ms)')
     axes.set_ylabel(f'test {metric} (%)')
-    axes.legend(loc='lower right', frameon=False)
+    figure.legend(loc='outside lower center', ncols=2, frameon=False)
     _save(figure, path)
 
 
 def _figure(title: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.4), dpi=150, layout='constrained')
+    figure = Figure(figsize=(7, 4.8), dpi=150, layout='constrained')
     axes = figure.add_subplot()
     axes.set_title(title, color=_INK, fontsize=11, loc='left')
     axes.grid(color='#e5e5e5', linewidth=0.6)

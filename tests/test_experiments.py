@@ -94,7 +94,7 @@ def test_chosen_point_is_on_the_validation_frontier(done):
 def test_finished_run_is_not_trained_again(done, tiny, monkeypatch, tmp_path):
     workdir, report = done
     shutil.copytree(workdir, tmp_path / 'copy')
-    monkeypatch.setattr(bj.training, 'train_epoch', None)
+    monkeypatch.setattr('branchy_jax.training.epochs.train_epoch', None)
     again = job.run(tiny, tmp_path / 'copy')
     for old, new in zip(report['rows'], again['rows'], strict=True):
         assert {key: old[key] for key in ('test_accuracy', 'thresholds', 'exit_fractions', 'macs')} == {

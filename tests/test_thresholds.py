@@ -133,6 +133,17 @@ def test_quantile_grid_separates(uncertainty, size):
             assert shares == set(range(len(distinct) + 1))
 
 
+@pytest.mark.parametrize(('exits', 'settings'), [(1, 1), (2, 1000), (3, 316**2), (6, 10**5), (25, None)])
+def test_default_grid_is_fine_but_bounded(exits, settings):
+    uncertainty = np.random.default_rng(0).random((exits, 5), np.float32)
+    costs = StageCosts(stages=np.ones(exits), exits=np.ones(exits))
+    if settings is None:
+        with pytest.raises(ValueError, match='grid: 25 exits .* give a grid'):
+            screen(uncertainty, np.ones((exits, 5, 1)), costs)
+    else:
+        assert len(screen(uncertainty, np.ones((exits, 5, 1)), costs)) == settings
+
+
 def test_accuracy_statistics_by_hand():
     logits = np.array([[[0.0, 1.0], [2.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]])
     assert accuracy_statistics(logits, np.array([1, 1]))[..., 0].tolist() == [[1.0, 0.0], [0.0, 1.0]]

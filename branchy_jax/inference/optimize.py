@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from branchy_jax.inference.rewrite import Constant, Forms, Known, run, trace
+from branchy_jax.inference.forms import Forms
+from branchy_jax.inference.known import Constant, Known
+from branchy_jax.inference.rewrite import run, trace
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, Variables
 

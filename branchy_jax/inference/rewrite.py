@@ -15,7 +15,6 @@ segment retraces the original at whatever batch size it meets, and takes its con
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,98 +26,10 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jax_core
 
-from branchy_jax.models.banded import DIMENSION_NUMBERS, band_matrix, multiply_band
+from branchy_jax.inference import forms as fast
+from branchy_jax.inference.forms import Forms
+from branchy_jax.inference.known import Constant, Known, Linear
 from branchy_jax.types import Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Forms:
-    """Which equivalent forms to emit.
-
-    Attributes:
-        most_channel_pairs: a convolution becomes a product with a banded matrix if its input channels times its output
-            channels are at most this many; 0: never.
-        sliced_pooling: max pooling as maxima of strided slices.
-        transposed_weights: matrix products with weights stored as ``[out, in]``, whose rows the dot products of a
-            single image read in order.
-        dtype: that matrix products and convolutions multiply in; ``None`` keeps theirs. They accumulate in float32.
-    """
-
-    most_channel_pairs: int = 0
-    sliced_pooling: bool = False
-    transposed_weights: bool = False
-    dtype: Any = None
-
-
-class Known:
-    """A value that depends on variables alone, computed when first asked for and then kept.
-
-    Attributes:
-        shape: of the value.
-        dtype: of the value.
-        source: for a broadcast, the known value that was spread, so that no batch-sized constant is stored.
-        dimensions: for a broadcast, the axes of ``source`` in this value.
-    """
-
-    def __init__(
-        self,
-        compute: Callable[[], Array],
-        shape: tuple[int, ...],
-        dtype: Any,
-        source: Known | None = None,
-        dimensions: tuple[int, ...] = (),
-    ) -> None:
-        self.shape, self.dtype, self.source, self.dimensions = shape, dtype, source, dimensions
-        self.value = functools.cache(compute)
-
-    def map(self, function: Callable[[Array], Array], *others: Known) -> Known:
-        """Returns the known result of a function of known values."""
-        spec = jax.eval_shape(function, *(jax.ShapeDtypeStruct(k.shape, k.dtype) for k in (self, *others)))
-        return Known(lambda: function(self.value(), *(k.value() for k in others)), spec.shape, spec.dtype)
-
-
-Constant = Callable[[Known], Array]
-"""Hands out a known value inside the rewritten program: records it when optimising, replays it afterwards."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """A convolution or matrix product with known weights that has not been emitted yet.
-
-    Attributes:
-        emit: ``(kernel, constant) → array``.
-        kernel: known weights.
-        feature_axis: axis of the output features in ``kernel``.
-        features: number of output features, the last axis of the result.
-        shift: known ``[features]`` to add, or ``None``.
-        aval: shape and dtype of the result.
-    """
-
-    emit: Callable[[Known, Constant], Array]
-    kernel: Known
-    feature_axis: int
-    features: int
-    shift: Known | None
-    aval: Any
-
-    def scaled(self, scale: Known) -> Linear:
-        """Returns the same with every feature multiplied."""
-        axes = [1] * len(self.kernel.shape)
-        axes[self.feature_axis] = self.features
-        kernel = self.kernel.map(lambda k, s: k * s.reshape(axes), scale)
-        shift = None if self.shift is None else self.shift.map(jnp.multiply, scale)
-        return dataclasses.replace(self, kernel=kernel, shift=shift)
-
-    def shifted(self, shift: Known) -> Linear:
-        """Returns the same with a value added to every feature."""
-        return dataclasses.replace(self, shift=shift if self.shift is None else self.shift.map(jnp.add, shift))
-
-    def result(self, constant: Constant) -> Array:
-        """Emits the operation."""
-        product = self.emit(self.kernel, constant)
-        if self.shift is None:
-            return product
-        return product + jnp.expand_dims(constant(self.shift).astype(product.dtype), range(product.ndim - 1))
 
 
 def trace(function: Callable[..., Any], variables: Any, hidden: Any) -> tuple[jax_core.ClosedJaxpr, Any]:
@@ -144,7 +55,7 @@ def _inline(jaxpr: jax_core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
     for equation in jaxpr.eqns:
         inputs = [v.val if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
         inner = _call_body(equation)
-        outputs = _bind(equation, inputs) if inner is None else _inline(inner.jaxpr, inner.consts, inputs)
+        outputs = fast.bind(equation, inputs) if inner is None else _inline(inner.jaxpr, inner.consts, inputs)
         env.update(zip(equation.outvars, outputs, strict=True))
     return [v.val if isinstance(v, jax_core.Literal) else env[v] for v in jaxpr.outvars]
 
@@ -158,11 +69,6 @@ def _call_body(equation: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr | None:
     if name in ('checkpoint', 'remat', 'remat2'):
         return jax_core.ClosedJaxpr(params['jaxpr'], ())
     return None
-
-
-def _bind(equation: jax_core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
-    return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
 def run(
@@ -199,7 +105,7 @@ def run(
             outputs = [_absorb(equation, inputs) or _linear(equation, inputs, forms)]
             if outputs == [None]:
                 arrays = [emitted(x) for x in inputs]
-                outputs = _pooled(equation, arrays, forms) or _bind(equation, arrays)
+                outputs = fast.pooled_by_slices(equation, arrays, forms) or fast.bind(equation, arrays)
             elif uses[equation.outvars[0]] > 1:  # several look at it: nothing may be absorbed beyond this point
                 outputs = [emitted(outputs[0])]
         env.update(zip(equation.outvars, outputs, strict=True))
@@ -215,7 +121,7 @@ def _known_outputs(equation: jax_core.JaxprEqn, inputs: list[Any]) -> list[Known
     @functools.cache
     def outputs() -> list[Array]:
         with jax.ensure_compile_time_eval():
-            return _bind(equation, [x.value() if isinstance(x, Known) else x for x in inputs])
+            return fast.bind(equation, [x.value() if isinstance(x, Known) else x for x in inputs])
 
     spread = {}
     if equation.primitive.name == 'broadcast_in_dim' and len(inputs) == 1:
@@ -281,74 +187,16 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
         if len(kernel.shape) != 2 or batch_axes or len(left_axes) != 1 or len(aval.shape) < 2:
             return None
         feature_axis = 1 - kernel_axes[0]
-        emit = _transposed if forms.transposed_weights and feature_axis == 1 else _bound
+        emit = fast.with_transposed_weights if forms.transposed_weights and feature_axis == 1 else fast.as_written
     else:
         numbers = params['dimension_numbers']
         if numbers.out_spec[1] != len(aval.shape) - 1:
             return None
         feature_axis = numbers.rhs_spec[0]
-        emit = _banded if _has_few_channels(equation, forms.most_channel_pairs) else _bound
+        emit = fast.as_banded_product if fast.has_few_channels(equation, forms.most_channel_pairs) else fast.as_written
 
     def emit_here(kernel: Known, constant: Constant) -> Array:
         value = left.result(constant) if isinstance(left, Linear) else left
         return emit(equation, value, kernel, constant, forms)
 
     return Linear(emit_here, kernel, feature_axis, kernel.shape[feature_axis], None, aval)
-
-
-def _bound(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms) -> Array:
-    if forms.dtype is None:
-        return _bind(equation, [left, constant(kernel)])[0]
-    kernel = kernel.map(lambda k: k.astype(forms.dtype))
-    params = {**equation.params, 'preferred_element_type': np.dtype(np.float32)}
-    product = equation.primitive.bind(left.astype(forms.dtype), constant(kernel), **params)
-    return product.astype(equation.outvars[0].aval.dtype)
-
-
-def _transposed(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms) -> Array:
-    params = equation.params
-    kernel = kernel.map(jnp.transpose)
-    numbers = ((params['dimension_numbers'][0][0], (1,)), ((), ()))
-    kept = params['preferred_element_type']
-    if forms.dtype is not None:
-        left, kernel, kept = left.astype(forms.dtype), kernel.map(lambda k: k.astype(forms.dtype)), np.float32
-    product = lax.dot_general(left, constant(kernel), numbers, params['precision'], preferred_element_type=kept)
-    return product.astype(equation.outvars[0].aval.dtype)
-
-
-def _has_few_channels(equation: jax_core.JaxprEqn, most_pairs: int) -> bool:
-    params, shape, kernel = equation.params, equation.invars[0].aval.shape, equation.invars[1].aval.shape
-    if len(shape) != 4 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
-        return False
-    plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
-    dilated = any(d != 1 for d in (*params['lhs_dilation'], *params['rhs_dilation']))
-    return params['dimension_numbers'] == plain and not dilated and kernel[2] * kernel[3] <= most_pairs
-
-
-def _banded(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms) -> Array:
-    params = equation.params
-    band = kernel.map(functools.partial(band_matrix, stride=params['window_strides'][1]))
-    if forms.dtype is not None:
-        left, band = left.astype(forms.dtype), band.map(lambda b: b.astype(forms.dtype))
-    product = multiply_band(
-        left, constant(band), kernel_shape=kernel.shape, strides=params['window_strides'], padding=params['padding'],
-        precision=params['precision'],
-    )  # fmt: skip
-    return product.astype(equation.outvars[0].aval.dtype)
-
-
-def _pooled(equation: jax_core.JaxprEqn, inputs: list[Array], forms: Forms) -> list[Array] | None:
-    """Emits a max pooling as maxima of strided slices, one axis after the other."""
-    params = equation.params
-    if equation.primitive.name != 'reduce_window_max' or not forms.sliced_pooling:
-        return None
-    if any(d != 1 for d in (*params['base_dilation'], *params['window_dilation'])):
-        return None
-    (x,) = inputs
-    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
-    x = lax.pad(x, jnp.array(lowest, x.dtype), [(*edge, 0) for edge in params['padding']])
-    for axis, (window, stride) in enumerate(zip(params['window_dimensions'], params['window_strides'], strict=True)):
-        reach = x.shape[axis] - window + 1
-        shifted = [lax.slice_in_dim(x, shift, shift + reach, stride, axis) for shift in range(window)]
-        x = functools.reduce(jnp.maximum, shifted)
-    return [x]

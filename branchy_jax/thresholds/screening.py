@@ -19,6 +19,8 @@ from branchy_jax.types import Array, OperatingPoint
 Metric = Callable[[np.ndarray, int], np.ndarray]
 """``(sums of statistics [..., S], number of inputs) → metric [...]``, larger is better."""
 
+_MOST_SETTINGS = 100_000
+
 
 @struct.dataclass
 class Screen:
@@ -124,7 +126,8 @@ def screen(
         uncertainty: ``[N, B]`` of every exit on every input, as `branchy_jax.inference.exit_outputs` returns it.
         statistics: ``[N, B, S]`` what each exit's answer adds to the metric's sums (`accuracy_statistics`).
         costs: per stage and head; the unit of the resulting cost.
-        grid: ``[N - 1, V]`` ascending candidates per exit; `quantile_grid` if none is given.
+        grid: ``[N - 1, V]`` ascending candidates per exit; `quantile_grid` if none is given, as fine as keeps the
+            combinations below a hundred thousand.
         metric: turns summed statistics into the figure to maximise.
         criterion: name kept with the points.
         split: name of the data, kept with the points.
@@ -133,7 +136,8 @@ def screen(
         `Screen` with G = V^(N-1) settings, the last exit's threshold varying fastest.
 
     Raises:
-        ValueError: arrays whose shapes do not agree, no inputs, or a grid with NaN or not ascending.
+        ValueError: arrays whose shapes do not agree, no inputs, a grid with NaN or not ascending, or too many exits
+            for a grid of their own.
 
     Example:
         >>> uncertainty = np.array([[0.1, 0.9], [0.0, 0.0]])
@@ -147,7 +151,7 @@ def screen(
     """
     uncertainty, statistics = _checked(uncertainty, statistics, costs)
     exits, inputs = uncertainty.shape
-    grid = quantile_grid(uncertainty) if grid is None else np.asarray(grid, np.float32)
+    grid = quantile_grid(uncertainty, size=_grid_size(exits)) if grid is None else np.asarray(grid, np.float32)
     _check_grid(grid, exits)
 
     counts, sums = _outcomes(uncertainty, statistics, grid)
@@ -162,6 +166,16 @@ def screen(
         criterion=criterion,
         split=split,
     )
+
+
+def _grid_size(exits: int) -> int:
+    size = min(1000, int(_MOST_SETTINGS ** (1 / max(1, exits - 1))))
+    if size < 2:
+        raise ValueError(
+            f'grid: {exits} exits have more than {_MOST_SETTINGS} combinations of thresholds; give a grid with one '
+            'candidate for most exits, or thin the network out with select_exits'
+        )
+    return size
 
 
 def evaluate(

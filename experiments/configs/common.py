@@ -31,8 +31,8 @@ def get_config() -> ConfigDict:
     config.regime = 'baseline'  # start from the trained baseline; 'joint': from random; 'frozen': train heads only
     config.exit_weights = (1.0,)  # one per exit
 
-    # 'accuracy': the cheapest thresholds that on validation data reach the baseline and, but for one standard error,
-    # the best thresholds; 'knee': the knee of the frontier.
+    # 'accuracy': the cheapest thresholds that on validation data are at most one standard error below the best and, if
+    # any do, reach the baseline; 'knee': the knee of the frontier.
     config.choose = 'accuracy'
     config.tolerance = 0.0  # accuracy that 'accuracy' may give up
 

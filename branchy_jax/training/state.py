@@ -1,0 +1,89 @@
+"""What training changes, and how it starts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from branchy_jax.models.branchy import BranchyNet, side_head_names
+from branchy_jax.types import Array, Variables
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that training changes, and the static things it needs.
+
+    Attributes:
+        step: number of steps taken.
+        params: float32 parameters.
+        model_state: the other variable collections, such as ``batch_stats``.
+        opt_state: of ``optimizer``.
+        model: the network.
+        optimizer: the optax transformation.
+        frozen_trunk: whether only the side heads train.
+    """
+
+    step: Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    model: BranchyNet = struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
+    frozen_trunk: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def variables(self) -> Variables:
+        """What ``model.apply`` takes."""
+        return {'params': self.params, **self.model_state}
+
+
+@functools.cache  # one object per learning rate: jit compares optimisers by identity
+def paper_adam(learning_rate: float | optax.Schedule = 1e-3) -> optax.GradientTransformation:
+    """Returns Adam as in the paper: step size 0.001, β1 0.99, β2 0.999 (BranchyNet, 2016, section IV)."""
+    return optax.adam(learning_rate, b1=0.99, b2=0.999)
+
+
+def create_train_state(
+    model: BranchyNet,
+    variables: Variables,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    frozen_trunk: bool = False,
+) -> TrainState:
+    """Starts training from given variables, which are copied: `train_step` donates its state, not your arrays.
+
+    Args:
+        model: the network.
+        variables: from ``model.init``, `initialize_from_baseline` or a file.
+        optimizer: any optax transformation; `paper_adam` if none is given.
+        frozen_trunk: trains the side heads only. All stages and the last exit keep their parameters, and their
+            BatchNorm and dropout stay in evaluation mode.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model = bj.models.create('b-lenet')
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))
+        >>> int(create_train_state(model, variables).step)
+        0
+    """
+    optimizer = paper_adam() if optimizer is None else optimizer
+    collections = jax.tree.map(jnp.array, dict(variables))
+    params = collections.pop('params')
+    if frozen_trunk:
+        heads = side_head_names(model)
+        labels = {name: 'head' if name in heads else 'trunk' for name in params}
+        optimizer = optax.multi_transform({'head': optimizer, 'trunk': optax.set_to_zero()}, labels)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=collections,
+        opt_state=optimizer.init(params),
+        model=model,
+        optimizer=optimizer,
+        frozen_trunk=frozen_trunk,
+    )

@@ -1,0 +1,94 @@
+"""One optimiser step on all exits, pure and jitted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from branchy_jax.losses import cross_entropy_per_exit, weighted_exit_loss
+from branchy_jax.training.state import TrainState
+from branchy_jax.types import Array, Batch
+
+Loss = Callable[[tuple[Array, ...], Array], Array]
+"""``(logits of N exits, labels) → losses [N]``."""
+
+
+Metrics = dict[str, Array]
+"""``loss`` scalar, ``exit_loss`` [N], ``exit_accuracy`` [N]."""
+
+
+def take_step(
+    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss
+) -> tuple[TrainState, Metrics]:
+    """Does what `train_step` does, for callers that jit more than one step."""
+
+    def objective(params: Any) -> tuple[Array, tuple[Any, Array, tuple[Array, ...]]]:
+        logits, model_state = state.model.apply(
+            {'params': params, **state.model_state},
+            batch.image,
+            train=True,
+            frozen_trunk=state.frozen_trunk,
+            rngs={'dropout': key},
+            mutable=list(state.model_state),
+        )
+        exit_loss = loss(logits, batch.label)
+        return weighted_exit_loss(exit_loss, exit_weights), (model_state, exit_loss, logits)
+
+    gradients, (model_state, exit_loss, logits) = jax.grad(objective, has_aux=True)(state.params)
+    updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
+    metrics = {
+        'loss': weighted_exit_loss(exit_loss, exit_weights),
+        'exit_loss': exit_loss,
+        'exit_accuracy': jnp.stack([jnp.mean(z.argmax(-1) == batch.label) for z in logits]),
+    }
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        model_state=model_state,
+        opt_state=opt_state,
+    )
+    return state, metrics
+
+
+@functools.partial(jax.jit, static_argnames='loss', donate_argnames='state')
+def train_step(
+    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss = cross_entropy_per_exit
+) -> tuple[TrainState, Metrics]:
+    r"""Takes one optimiser step on the weighted sum of the exits' losses.
+
+    .. math:: \min_\theta \sum_n w_n L_n(\theta)
+
+    Pure and jitted; ``state`` is donated, so keep the returned one and forget the old.
+
+    Args:
+        state: where training stands.
+        batch: images ``[B, H, W, C]`` float, ready for the network, and labels ``[B, …]``.
+        exit_weights: ``[N]``.
+        key: for dropout.
+        loss: ``(logits, labels) → [N]``.
+
+    Returns:
+        The next state, and metrics of this batch before the step: ``loss`` scalar, ``exit_loss`` [N],
+        ``exit_accuracy`` [N].
+
+    Raises:
+        ValueError: images, labels or weights of the wrong shape or dtype.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-lenet'), jnp.ones((2, 28, 28, 1))
+        >>> state = create_train_state(model, model.init(jax.random.key(0), images))
+        >>> batch = bj.Batch(images, jnp.array([3, 7]))
+        >>> state, metrics = train_step(state, batch, jnp.ones(2), jax.random.key(1))
+        >>> int(state.step), metrics['exit_loss'].shape
+        (1, (2,))
+
+    References:
+        BranchyNet, 2016, section III-B.
+    """
+    return take_step(state, batch, exit_weights, key, loss=loss)
