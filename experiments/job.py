@@ -108,8 +108,8 @@ def _choose(
 ) -> tuple[bj.thresholds.Screen, bj.OperatingPoint]:
     """Screens thresholds on validation data and picks one setting.
 
-    With ``choose = 'accuracy'``: the cheapest that is at most one standard error below the best setting (Breiman et al.,
-    Classification and Regression Trees, 1984, section 3.4.3), and reaches the baseline if any does. Reaching the
+    With ``choose = 'accuracy'``: the cheapest that is at most one standard error below the best setting (Breiman et
+    al., Classification and Regression Trees, 1984, section 3.4.3), and reaches the baseline if any does. Reaching the
     baseline alone would not do: of many settings the cheapest that just reaches a bar owes that partly to luck, and
     falls short of it on other data.
     """
