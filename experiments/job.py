@@ -42,14 +42,17 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     _check(config)
     dataset = bj.data.load_dataset(config.dataset, validation_fraction=config.validation_fraction, seed=config.seed)
-    model = bj.models.create(
-        config.network, num_classes=dataset.num_classes, image_shape=dataset.image_shape,
-        placement=config.placement, dtype=jnp.dtype(config.dtype),
-    )  # fmt: skip
+    options = {
+        'num_classes': dataset.num_classes,
+        'image_shape': dataset.image_shape,
+        'placement': config.placement,
+        'dtype': jnp.dtype(config.dtype),
+    }
+    model = bj.models.create(config.network, **options)
     baseline = bj.models.without_branches(model)
     _claim(workdir, config)
 
-    baseline_variables, variables = train_both(model, config, dataset, workdir)
+    baseline_variables, variables = train_both(config, options, dataset, workdir)
     costs = bj.costs.count_macs(model, dataset.image_shape)
     screened, point = _choose(config, dataset, costs, (model, variables), (baseline, baseline_variables))
 
@@ -57,8 +60,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     outputs = _outputs(model, variables, dataset, dataset.test)
     baseline_outputs = _outputs(baseline, baseline_variables, dataset, dataset.test)
     timed = time_networks(
-        (model, variables), (baseline, baseline_variables), dataset, point.thresholds,
-        images=config.latency_images, passes=config.latency_passes,
+        config.network, options, variables, baseline_variables,
+        dataset.normalization(dataset.test.image[: config.latency_images]), point.thresholds,
+        passes=config.latency_passes,
     )  # fmt: skip
     report = assemble(config, dataset, screened, point, costs, outputs, baseline_outputs, timed)
     write(workdir, report, config, dataset, {config.network: variables, config.network[2:]: baseline_variables})

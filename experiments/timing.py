@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -12,8 +15,6 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.types import Variables
-
-Network = tuple[bj.BranchyNet, Variables]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,38 +33,73 @@ class Timed:
 
 
 def time_networks(
-    branchy: Network, baseline: Network, dataset: bj.data.Dataset, thresholds: np.ndarray, *, images: int, passes: int
+    network: str,
+    options: Mapping[str, Any],
+    variables: Variables,
+    baseline_variables: Variables,
+    images: np.ndarray,
+    thresholds: np.ndarray,
+    *,
+    passes: int,
 ) -> Timed:
-    """Times both networks on the same test images, one call per image, every call waited for.
+    """Times both networks on the same images, one call per image, every call waited for.
 
-    Both run through `branchy_jax.inference.optimize`; the plain jitted baseline runs beside them.
+    Both run through `branchy_jax.inference.optimize`; the plain jitted baseline runs beside them. On a CPU all of them
+    run in a process of their own that keeps to one core, the fastest way for each: at batch 1 waking another core
+    costs as much as a small network.
 
     Args:
-        branchy: network and variables.
-        baseline: network and variables.
-        dataset: its first test images are the inputs.
+        network: name of the branchy network.
+        options: it was created with.
+        variables: of the branchy network.
+        baseline_variables: of its baseline.
+        images: ``[M, H, W, C]`` normalised.
         thresholds: ``[N - 1]`` of the chosen point.
-        images: inputs of a pass.
-        passes: interleaved passes over the inputs.
+        passes: interleaved passes over the images.
     """
-    normalized = dataset.normalization(dataset.test.image[:images])
-    inputs = [jax.block_until_ready(image) for image in normalized]
-    optimized, baseline_optimized = bj.inference.optimize(*branchy), bj.inference.optimize(*baseline)
-    none = jnp.zeros(0)
+    stored = jax.tree.map(np.asarray, (variables, baseline_variables))
+    arguments = (network, dict(options), *stored, np.asarray(images), np.asarray(thresholds), passes)
+    if jax.default_backend() != 'cpu':
+        return _time(*arguments)
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_keep_to_one_core) as process:
+        return process.submit(_time, *arguments).result()
+
+
+def _keep_to_one_core() -> None:
+    # Before the first use of jax, which makes as many threads as it sees cores, and hands calls over to one of them.
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+
+def _time(
+    network: str,
+    options: dict[str, Any],
+    variables: Variables,
+    baseline_variables: Variables,
+    images: np.ndarray,
+    thresholds: np.ndarray,
+    passes: int,
+) -> Timed:
+    model = bj.models.create(network, **options)
+    baseline = bj.models.without_branches(model)
+    inputs = [jax.block_until_ready(jnp.asarray(image)) for image in images]
+    few = inputs[: max(1, len(inputs) // 5)]
+    fast, fast_baseline = bj.inference.optimize(model, variables), bj.inference.optimize(baseline, baseline_variables)
+    none = np.zeros(0, np.float32)
     functions = {
-        'plain': _on(baseline, none, inputs),
-        'baseline': _on(baseline_optimized, none, inputs),
-        'branchy': _on(optimized, jnp.asarray(thresholds), inputs),
+        'plain': _on(baseline, jax.tree.map(jnp.asarray, baseline_variables), none, inputs),
+        'baseline': _on(*fast_baseline, none, inputs),
+        'branchy': _on(*fast, thresholds, inputs),
     }
-    exits, few = branchy[0].num_exits, inputs[: max(1, len(inputs) // 5)]
+    exits = model.num_exits
     for n in range(exits):  # force every image out at exit n
-        forced = np.where(np.arange(exits - 1) == n, np.inf, -np.inf)
-        functions[f'exit {n}'] = _on(optimized, jnp.asarray(forced, jnp.float32), few)
+        functions[f'exit {n}'] = _on(*fast, np.where(np.arange(exits - 1) == n, np.inf, -np.inf), few)
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
 
     def fields(name: str) -> dict[str, Any]:
         gain = bj.measure.paired_ratio(seconds['baseline'], seconds[name])
-        plain = bj.measure.paired_ratio(seconds['plain'], seconds[name])
         return {
             'batch': 1,
             'latency_images': len(inputs),
@@ -72,7 +108,7 @@ def time_networks(
             'gain': gain.median,
             'gain_low': gain.low,
             'gain_high': gain.high,
-            'gain_plain': plain.median,
+            'gain_plain': bj.measure.paired_ratio(seconds['plain'], seconds[name]).median,
         }
 
     return Timed(
@@ -82,7 +118,8 @@ def time_networks(
     )
 
 
-def _on(network: Network, thresholds: jax.Array, inputs: list[jax.Array]) -> Callable[[], None]:
-    model, variables = network
-    execute = bj.inference.staged(model)
+def _on(
+    model: bj.BranchyNet, variables: Variables, thresholds: np.ndarray, inputs: list[jax.Array]
+) -> Callable[[], None]:
+    execute, thresholds = bj.inference.staged(model), jnp.asarray(thresholds, jnp.float32)
     return bj.measure.one_by_one(lambda image: execute(variables, image, thresholds), inputs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,13 @@ from experiments.progress import training_progress
 
 
 def train_both(
-    model: bj.BranchyNet, config: ConfigDict, dataset: bj.data.Dataset, workdir: Path
+    config: ConfigDict, options: Mapping[str, Any], dataset: bj.data.Dataset, workdir: Path
 ) -> tuple[Variables, Variables]:
     """Trains the one-exit baseline on its own, then the branchy network.
 
     Args:
-        model: the branchy network.
         config: settings of the run.
+        options: that the network is created with.
         dataset: only its training part is used.
         workdir: checkpoints go below it.
 
@@ -31,10 +32,8 @@ def train_both(
         Variables of the baseline and of the branchy network.
     """
     if config.banded:  # the same network and parameters, in the form in which a CPU trains it fastest
-        model = bj.models.create(
-            config.network, num_classes=dataset.num_classes, image_shape=dataset.image_shape,
-            placement=config.placement, dtype=jnp.dtype(config.dtype), convolution=bj.models.banded_convolution,
-        )  # fmt: skip
+        options = {**options, 'convolution': bj.models.banded_convolution}
+    model = bj.models.create(config.network, **options)
     baseline = bj.models.without_branches(model)
     keys = jax.random.split(jax.random.key(config.seed), 4)
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)

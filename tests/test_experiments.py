@@ -169,8 +169,8 @@ def test_other_regimes_train(tiny, tmp_path, regime, monkeypatch):
 
     config = changed(tiny, regime=regime, epochs=1, epochs_baseline=1, banded=False, optimizer='sgd')
     dataset = bj.data.load_dataset(config.dataset, validation_fraction=config.validation_fraction)
-    model = bj.models.create('b-lenet', num_classes=4, image_shape=(12, 12, 1))
-    baseline, branchy = train_both(model, config, dataset, tmp_path)
+    options = {'num_classes': 4, 'image_shape': (12, 12, 1)}
+    baseline, branchy = train_both(config, options, dataset, tmp_path)
     shared = [name for name in branchy['params'] if not name.startswith('exit')]
     same = [
         all(jax.tree.leaves(jax.tree.map(np.array_equal, baseline['params'][name], branchy['params'][name])))
