@@ -142,25 +142,9 @@ def _page(report: Mapping[str, Any], config: ConfigDict, table: str) -> str:
 
 {report['device']}.
 Batch 1, mean over {branchy['latency_images']} test images, end to end, median of {branchy['latency_passes']} passes,
-interleaved{cores}. `gain` compares like with like: both networks as `inference.optimize` rewrites them (95 % interval of
-the median {branchy['gain_low']:.2f} to {branchy['gain_high']:.2f}); `gain over plain` is over the baseline as written.
-
-{table}\n\nWritten to {workdir}/report.md')
-
-
-def _page(report: Mapping[str, Any], config: ConfigDict, table: str) -> str:
-    branchy = report['rows'][1]
-    cores = ', on one core, where each network is fastest' if jax.default_backend() == 'cpu' else ''
-    name = f'{config.network[2:]}_{config.dataset}'
-    note = '\nThis CIFAR-10 is a copy re-encoded as JPEG (quality 75).\n' if config.dataset == 'cifar10' else ''
-    return f"""# {config.network} on {config.dataset}
-
-`python -m experiments.main --config=experiments/configs/{name}.py --workdir=DIR`
-
-{report['device']}. Batch 1, mean over {branchy['latency_images']} test images, end to end, median of
-{branchy['latency_passes']} interleaved passes{cores}. `gain` compares like with like: both networks as `inference.optimize`
-rewrites them (95 % interval of the median {branchy['gain_low']:.2f} to {branchy['gain_high']:.2f}); `gain over plain`
-is over the baseline as written, jitted.
+interleaved{cores}. `gain` compares like with like: both networks as `inference.optimize` rewrites them (95 % interval
+of the median {branchy['gain_low']:.2f} to {branchy['gain_high']:.2f}); `gain over plain` is over the baseline as
+written.
 
 {table}
 

