@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "$0")/../.ci/environment.sh"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses=2 --dist=loadfile "$@"  # a file per worker at a time: fixtures are made once

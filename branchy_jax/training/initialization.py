@@ -36,6 +36,7 @@ def initialize_from_baseline(variables: Variables, baseline: Variables) -> tuple
         ValueError: nothing at all matched; the two are not the same trunk.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> ours = {'params': {'conv1': jnp.zeros(3), 'exit1': jnp.zeros(2)}}
         >>> start, report = initialize_from_baseline(ours, {'params': {'conv1': jnp.ones(3)}})
         >>> report.taken, report.fresh

@@ -82,7 +82,7 @@ def train_step(
     Example:
         >>> import branchy_jax as bj
         >>> model, images = bj.models.create('b-lenet'), jnp.ones((2, 28, 28, 1))
-        >>> state = create_train_state(model, model.init(jax.random.key(0), images))
+        >>> state = bj.training.create_train_state(model, model.init(jax.random.key(0), images))
         >>> batch = bj.Batch(images, jnp.array([3, 7]))
         >>> state, metrics = train_step(state, batch, jnp.ones(2), jax.random.key(1))
         >>> int(state.step), metrics['exit_loss'].shape
