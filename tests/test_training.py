@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,6 +209,20 @@ def test_epoch_order_is_pure_and_visits_everything_once():
     assert len(np.unique(first)) == 18
     with pytest.raises(ValueError, match='batch_size: got 21, but there are only 20'):
         epoch_order(key, 0, 20, 21)
+
+
+def test_bfloat16_computation_trains_float32_parameters(batch, getkey):
+    dense = functools.partial(nn.Dense, dtype=jnp.bfloat16)
+    model = bj.BranchyNet(
+        stages=((bj.models.layers.flatten, dense(16), nn.relu), dense(16)), exits=(dense(3), dense(3))
+    )
+    state = create_train_state(model, model.init(getkey(), batch.image), optax.adam(0.02))
+    losses = []
+    for _ in range(30):
+        state, metrics = train_step(state, batch, jnp.ones(2), getkey())
+        losses.append(float(metrics['loss']))
+    assert losses[-1] < 0.7 * losses[0]
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
 
 
 def test_bad_batches_are_refused(network, batch, getkey):
