@@ -115,6 +115,8 @@ def test_knee_by_hand():
     cost, accuracy = np.array([10.0, 2.0, 1.0, 5.0]), np.array([0.9, 0.8, 0.5, 0.85])
     screened = Screen(np.zeros((4, 1)), accuracy, np.full((4, 2), 0.5), cost, 'entropy', 'validation')
     assert (knee(screened).cost, knee(screened).accuracy) == (2.0, 0.8)
+    accelerating = screened.replace(accuracy=np.array([0.9, 0.51, 0.5, 0.6]))  # nowhere above the line: no knee
+    assert knee(accelerating).accuracy == 0.9
     alone = Screen(np.zeros((1, 1)), accuracy[:1], np.full((1, 2), 0.5), cost[:1], 'entropy', 'validation')
     assert knee(alone).cost == 10.0
 

@@ -67,7 +67,8 @@ def for_cost(screened: Screen, at_most: float) -> OperatingPoint:
 def knee(screened: Screen) -> OperatingPoint:
     """Picks the knee of accuracy against cost: the frontier's point farthest above the line between its ends.
 
-    Both axes are scaled to [0, 1] first, as in Satopää et al., Finding a "Kneedle" in a Haystack, 2011.
+    Both axes are scaled to [0, 1] first, as in Satopää et al., Finding a "Kneedle" in a Haystack, 2011. A frontier
+    that nowhere rises above that line has no knee: every further cost pays, and the most accurate setting is picked.
 
     References:
         BranchyNet, 2016, Figure 3: the knee is the operating point of Table I.
@@ -77,4 +78,5 @@ def knee(screened: Screen) -> OperatingPoint:
     def scaled(values: np.ndarray) -> np.ndarray:
         return (values - values[0]) / max(values[-1] - values[0], np.finfo(float).tiny)
 
-    return frontier.point(int(np.argmax(scaled(frontier.accuracy) - scaled(frontier.cost))))
+    height = scaled(frontier.accuracy) - scaled(frontier.cost)
+    return frontier.point(len(height) - 1 - int(np.argmax(height[::-1])))
