@@ -54,6 +54,25 @@ def expected_cost(costs: StageCosts, exit_fractions: Array) -> float:
     return float(np.dot(np.asarray(exit_fractions, np.float64), costs.to_exit))
 
 
+def mac_limit(costs: StageCosts, exit_fractions: Array) -> float:
+    r"""Computes how many times less early exit costs than the trunk alone: the most that any executor can gain.
+
+    .. math:: \frac{\sum_i s_i + h_N}{\sum_n f_n \sum_{i \le n} (s_i + h_i)}
+
+    The *time limit*, in milliseconds, is ``expected_cost(times.best(), exit_fractions)`` with times from
+    `branchy_jax.inference.segment_times`.
+
+    Args:
+        costs: per stage and head, in MACs.
+        exit_fractions: ``[N]``.
+
+    Example:
+        >>> round(mac_limit(StageCosts(stages=[10, 90], exits=[1, 1]), [0.5, 0.5]), 3)
+        1.788
+    """
+    return costs.trunk / expected_cost(costs, exit_fractions)
+
+
 def count_macs(model: Any, image_shape: tuple[int, ...]) -> StageCosts:
     """Counts the multiply-accumulates that one image needs in each stage and head of a `BranchyNet`.
 

@@ -1,9 +1,33 @@
 """Running a network with exits: the dense oracle, and executors that agree with it while doing less."""
 
+from branchy_jax.inference.compacted import compacted as compacted
 from branchy_jax.inference.dense import dense as dense
 from branchy_jax.inference.exit_outputs import ExitOutputs as ExitOutputs
 from branchy_jax.inference.exit_outputs import exit_outputs as exit_outputs
 from branchy_jax.inference.optimize import optimize as optimize
+from branchy_jax.inference.pipeline import Answers as Answers
+from branchy_jax.inference.plan import Plan as Plan
+from branchy_jax.inference.plan import plan as plan
+from branchy_jax.inference.segment_times import SegmentTimes as SegmentTimes
+from branchy_jax.inference.segment_times import segment_times as segment_times
+from branchy_jax.inference.staged import COMMAND_BUFFERS as COMMAND_BUFFERS
+from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
+from branchy_jax.inference.stream import stream as stream
 
-__all__ = ['ExitOutputs', 'dense', 'exit_outputs', 'optimize', 'staged']
+__all__ = [
+    'Answers',
+    'COMMAND_BUFFERS',
+    'ExitOutputs',
+    'Plan',
+    'SegmentTimes',
+    'compacted',
+    'dense',
+    'exit_outputs',
+    'optimize',
+    'plan',
+    'segment_times',
+    'sequential',
+    'staged',
+    'stream',
+]

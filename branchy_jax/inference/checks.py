@@ -1,4 +1,4 @@
-"""What every executor refuses at its door."""
+"""The door of every executor: what it refuses, and what it answers without running."""
 
 from __future__ import annotations
 
@@ -8,7 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from branchy_jax.types import Array
+from branchy_jax.types import Array, ExitPrediction, Variables
+
+Executor = Callable[[Variables, Array, Array], ExitPrediction]
+"""``(variables, images, thresholds) → ExitPrediction``."""
+
+
+def guarded(run: Executor, num_exits: int, *, traceable: Executor | None = None) -> Executor:
+    """Puts the door before an executor of batches: thresholds are checked, an empty batch is answered at once.
+
+    Args:
+        run: ``(variables, images [B, …], thresholds [N - 1]) → ExitPrediction``.
+        num_exits: N.
+        traceable: of the same results, where ``run`` is not.
+    """
+    check = threshold_checker(num_exits)
+
+    def execute(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
+        thresholds = check(thresholds)
+        if getattr(images, 'shape', (1,))[:1] == (0,):
+            return empty_answer(traceable or run, variables, images, thresholds)
+        return run(variables, images, thresholds)
+
+    return execute
+
+
+def empty_answer(run: Executor, variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
+    """Returns what an executor answers to no images, for which many layers have no shape."""
+    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    answer = jax.eval_shape(run, variables, one, thresholds)
+    return jax.tree.map(lambda spec: jnp.zeros((0, *spec.shape[1:]), spec.dtype), answer)
 
 
 def threshold_checker(num_exits: int) -> Callable[[Array], Array]:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from branchy_jax.criteria import Criterion, entropy, is_confident
-from branchy_jax.inference.checks import threshold_checker
+from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.inference.checks import Executor, guarded
+from branchy_jax.inference.steps import build_steps, run_steps
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, ExitPrediction, Variables
 
-Executor = Callable[[Variables, Array, Array], ExitPrediction]
-"""``(variables, images, thresholds) → ExitPrediction``, jitted."""
 
-
-def dense(model: BranchyNet, *, criterion: Criterion = entropy) -> Executor:
+def dense(model: BranchyNet, *, criterion: Criterion = entropy, exits: Sequence[int] | None = None) -> Executor:
     """Builds the oracle executor: runs all stages and heads on the whole batch and selects the first confident exit.
 
     Args:
         model: a network with N exits.
         criterion: how unsure an exit is.
+        exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf. With
+            ``[N - 1]`` this is the network without its branches.
 
     Returns:
         ``(variables, images [B, H, W, C], thresholds [N - 1]) → ExitPrediction``. Works under `jax.jit` and
         `jax.vmap` (over thresholds, say). Raises ValueError on the wrong number of thresholds, NaN, or bad images.
+
+    Raises:
+        ValueError: impossible ``exits``.
 
     Example:
         >>> import branchy_jax as bj
@@ -38,44 +41,17 @@ def dense(model: BranchyNet, *, criterion: Criterion = entropy) -> Executor:
     References:
         BranchyNet, 2016, Figure 2.
     """
+    steps = build_steps(model, criterion, exits)
 
     @jax.jit
     def run(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
-        answers = [answer_at(n, *found) for n, found in enumerate(every_answer(model, variables, images, criterion))]
-        chosen = answers.pop()
-        for answer, threshold in zip(reversed(answers), reversed(thresholds), strict=True):
-            confident = is_confident(answer.uncertainty, threshold)
-            chosen = jax.tree.map(functools.partial(_select, confident), answer, chosen)
+        *earlier, last = run_steps(steps, variables, images, thresholds)
+        chosen = last.prediction
+        for step in reversed(earlier):
+            chosen = jax.tree.map(functools.partial(_select, step.confident), step.prediction, chosen)
         return chosen
 
-    check = threshold_checker(model.num_exits)
-
-    def execute(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
-        return run(variables, images, check(thresholds))
-
-    return execute
-
-
-def every_answer(
-    model: BranchyNet, variables: Variables, images: Array, criterion: Criterion
-) -> list[tuple[Array, Array]]:
-    """Returns answer logits ``[B, …, K]`` and uncertainty ``[B]`` of every exit, earliest first."""
-    carry, answers = None, []
-    for n, logits in enumerate(model.apply(variables, images)):
-        carry = criterion.init(logits) if n == 0 else carry
-        answer, uncertainty, carry = criterion.update(logits, carry, n)
-        answers.append((answer, uncertainty))
-    return answers
-
-
-def answer_at(n: int, logits: Array, uncertainty: Array) -> ExitPrediction:
-    """Returns the prediction of a batch that all leaves at exit ``n``."""
-    return ExitPrediction(
-        label=jnp.argmax(logits, axis=-1).astype(jnp.int32),
-        exit_index=jnp.full(uncertainty.shape, n, jnp.int32),
-        logits=logits,
-        uncertainty=uncertainty,
-    )
+    return guarded(run, model.num_exits)
 
 
 def _select(mask: Array, yes: Array, no: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from branchy_jax.criteria import Criterion, entropy
-from branchy_jax.inference.dense import every_answer
+from branchy_jax.inference.steps import build_steps, run_steps
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, Variables
 
@@ -66,10 +66,15 @@ def exit_outputs(
     if batch_size < 1:
         raise ValueError(f'batch_size: got {batch_size}; expected at least 1')
 
+    steps, anywhere = build_steps(model, criterion), jnp.zeros(model.num_exits - 1)
+
     @jax.jit
     def run(variables: Variables, images: Array) -> ExitOutputs:
-        logits, uncertainty = zip(*every_answer(model, variables, prepare(images), criterion), strict=True)
-        return ExitOutputs(logits=jnp.stack(logits), uncertainty=jnp.stack(uncertainty))
+        answers = [step.prediction for step in run_steps(steps, variables, prepare(images), anywhere)]
+        return ExitOutputs(
+            logits=jnp.stack([answer.logits for answer in answers]),
+            uncertainty=jnp.stack([answer.uncertainty for answer in answers]),
+        )
 
     batch_size = min(batch_size, count)
     batches = []

@@ -127,15 +127,30 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
         >>> select_exits(model, [1, 2]).num_exits
         2
     """
-    indices = list(indices)
-    if indices != sorted(set(indices)) or not indices or indices[0] < 0 or indices[-1] != model.num_exits - 1:
-        raise ValueError(
-            f'indices: got {indices}; give ascending exits in [0, {model.num_exits}), the last one '
-            f'({model.num_exits - 1}) among them'
-        )
+    indices = check_exits('indices', indices, model.num_exits)
     starts = [0, *(index + 1 for index in indices[:-1])]
     stages = tuple(tuple(model.stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))
     return model.clone(stages=stages, exits=tuple(model.exits[index] for index in indices))
+
+
+def check_exits(argument: str, exits: Sequence[int], num_exits: int) -> tuple[int, ...]:
+    """Returns a choice of exits as a tuple.
+
+    Args:
+        argument: its name in the message.
+        exits: ascending, the last exit among them.
+        num_exits: N.
+
+    Raises:
+        ValueError: not ascending, out of range, or without the last exit.
+    """
+    chosen = tuple(int(n) for n in exits)
+    if list(chosen) != sorted(set(chosen)) or not chosen or chosen[0] < 0 or chosen[-1] != num_exits - 1:
+        raise ValueError(
+            f'{argument}: got {list(chosen)}; give ascending exits in [0, {num_exits}), the last one '
+            f'({num_exits - 1}) among them'
+        )
+    return chosen
 
 
 def without_branches(model: BranchyNet) -> BranchyNet:

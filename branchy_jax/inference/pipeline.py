@@ -1,0 +1,181 @@
+"""Compaction from the host: stages with a pool of waiting rows before each, run whenever a pool holds a chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from branchy_jax.inference.steps import Step, StepFunction, at_rows
+from branchy_jax.types import ExitPrediction, Variables
+
+Submit = Callable[..., Future]
+"""``(function, *args) → Future``, such as `concurrent.futures.ThreadPoolExecutor.submit`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Images on their way through the network.
+
+    Attributes:
+        ids: ``[M]`` which images these are.
+        values: pytree of NumPy arrays ``[M, …]``: hidden value and carry.
+        since: when the first of them came in, in seconds of `time.monotonic`.
+    """
+
+    ids: np.ndarray
+    values: Any
+    since: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Images that have left the network.
+
+    Attributes:
+        ids: ``[M]`` which images these are.
+        prediction: of those.
+    """
+
+    ids: np.ndarray
+    prediction: ExitPrediction
+
+
+class Pool:
+    """Rows that wait for a stage.
+
+    Args:
+        chunk_size: how many the stage takes at once.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        self.chunk_size = chunk_size
+        self.count = 0
+        self._blocks: deque[Rows] = deque()
+
+    @property
+    def oldest(self) -> float:
+        """When the longest waiting of these images came in; infinity if none waits."""
+        return min((block.since for block in self._blocks), default=float('inf'))
+
+    def add(self, rows: Rows) -> None:
+        """Lets rows wait."""
+        if len(rows.ids):
+            self._blocks.append(rows)
+            self.count += len(rows.ids)
+
+    def take(self) -> Rows:
+        """Returns the next chunk: at most ``chunk_size`` ids, and values padded to exactly that."""
+        parts, missing = [], self.chunk_size
+        while missing and self._blocks:
+            block = self._blocks.popleft()
+            parts.append(Rows(block.ids[:missing], at_rows(block.values, slice(missing)), block.since))
+            if len(block.ids) > missing:
+                rest = slice(missing, None)
+                self._blocks.appendleft(Rows(block.ids[rest], at_rows(block.values, rest), block.since))
+            missing -= len(parts[-1].ids)
+        ids = np.concatenate([part.ids for part in parts])
+        self.count -= len(ids)
+        values = jax.tree.map(lambda *leaves: _chunk(leaves, self.chunk_size), *(part.values for part in parts))
+        return Rows(ids, values, min(part.since for part in parts))
+
+
+def _chunk(leaves: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Joins arrays to one of ``size`` rows, repeating the last row: any other filling might be slow, as NaN is."""
+    if len(leaves) == 1 and len(leaves[0]) == size:
+        return leaves[0]
+    missing = size - sum(len(leaf) for leaf in leaves)
+    return np.concatenate([*leaves, np.repeat(leaves[-1][-1:], missing, axis=0)])
+
+
+class Pipeline:
+    """A network being run on images that come and go. Holds fewer than a chunk of rows before each stage.
+
+    Args:
+        steps: jitted, from `branchy_jax.inference.steps.build_steps`.
+        variables: of the network.
+        thresholds: ``[N - 1]``.
+        chunk_sizes: one per step.
+        workers: how many chunks run at the same time.
+        submit: starts a chunk.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[StepFunction],
+        variables: Variables,
+        thresholds: np.ndarray,
+        chunk_sizes: Sequence[int],
+        *,
+        workers: int,
+        submit: Submit,
+    ) -> None:
+        self._steps, self._variables, self._thresholds = steps, variables, thresholds
+        self._pools = [Pool(size) for size in chunk_sizes]
+        self._workers, self._submit = workers, submit
+        self._running: deque[tuple[int, Rows, Future]] = deque()
+
+    def add(self, ids: np.ndarray, images: np.ndarray) -> None:
+        """Lets images wait for the first stage."""
+        self._pools[0].add(Rows(ids, (images, ()), time.monotonic()))
+
+    @property
+    def oldest(self) -> float:
+        """When the longest waiting image came in; infinity if none waits."""
+        return min(pool.oldest for pool in self._pools)
+
+    def run(self, *, due: float = -float('inf')) -> Iterator[Answers]:
+        """Runs whole chunks, and whatever came in at ``due`` or before, until nothing of that is left."""
+        while True:
+            while len(self._running) < self._workers and (n := self._next(due)) is not None:
+                chunk = self._pools[n].take()
+                arguments = (self._variables, *chunk.values, self._thresholds)
+                self._running.append((n, chunk, self._submit(_finished, self._steps[n], *arguments)))
+            if not self._running:
+                return
+            n, chunk, future = self._running.popleft()
+            yield from self._leave(n, chunk, future.result())
+
+    def _next(self, due: float) -> int | None:
+        """Returns the stage to run: the latest with a whole chunk, which keeps pools small, else the first due."""
+        whole = [n for n, pool in enumerate(self._pools) if pool.count >= pool.chunk_size]
+        if whole:
+            return whole[-1]
+        waiting = [n for n, pool in enumerate(self._pools) if pool.count and pool.oldest <= due]
+        first_running = min((n for n, _, _ in self._running), default=len(self._steps))
+        # A chunk in an earlier stage may yet fill this pool.
+        return waiting[0] if waiting and waiting[0] <= first_running else None
+
+    def _leave(self, n: int, chunk: Rows, step: Step) -> Iterator[Answers]:
+        ids = chunk.ids
+        step = at_rows(step, slice(len(ids)))
+        leaves = step.confident
+        if n + 1 < len(self._pools):
+            stay = ~leaves
+            values = at_rows((step.hidden, step.carry), stay)
+            self._pools[n + 1].add(Rows(ids[stay], values, chunk.since))
+        if leaves.any():
+            yield Answers(ids[leaves], at_rows(step.prediction, leaves))
+
+
+def _finished(step: StepFunction, *arguments: Any) -> Step:
+    """Runs a chunk and waits for it; on a CPU the NumPy arrays share its memory."""
+    return jax.tree.map(np.asarray, jax.block_until_ready(step(*arguments)))
+
+
+def inline(function: Callable[..., Any], *arguments: Any) -> Future:
+    """Submits to the calling thread."""
+    future: Future = Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+def submitter(workers: int) -> Submit:
+    """Returns where chunks run: in the calling thread if one at a time, else in a pool of threads."""
+    return inline if workers == 1 else ThreadPoolExecutor(workers, thread_name_prefix='branchy_jax').submit

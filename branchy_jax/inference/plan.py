@@ -1,0 +1,225 @@
+"""The planner: measures, forecasts, lets the best candidates race, and explains its choice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.inference.candidates import Candidate, build_candidates
+from branchy_jax.inference.checks import check_thresholds
+from branchy_jax.inference.exit_outputs import exit_outputs
+from branchy_jax.inference.optimize import optimize
+from branchy_jax.inference.prediction import Forecast, forecast
+from branchy_jax.inference.segment_times import SegmentTimes, segment_times
+from branchy_jax.measure import Ratio, interleaved_passes, paired_ratio
+from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.types import Array, ExitPrediction, Variables
+
+_MOST_IMAGES_IN_A_RACE = 128
+_HEAT_PASSES = 3
+_OUT_OF_THE_RACE = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One line of a plan's table.
+
+    Attributes:
+        name: of the executor and its setting.
+        exits: the exits that it asks.
+        predicted_ms: for a batch; NaN where nothing predicts it.
+        measured_ms: for a batch.
+        slowdown: its time ÷ the plain baseline's, from paired passes.
+    """
+
+    name: str
+    exits: tuple[int, ...]
+    predicted_ms: float
+    measured_ms: float
+    slowdown: Ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The executor that was fastest here, bound to its weights and thresholds: call it with images.
+
+    Attributes:
+        executor: its name.
+        thresholds: ``[N - 1]`` as it applies them: −inf where a head is skipped because it costs more than it saves.
+        exits: the exits it asks.
+        batch_size: that it was planned for; others work too.
+        contenders: what was tried, predicted and measured, fastest first.
+        times: of stages and heads alone.
+    """
+
+    executor: str
+    thresholds: np.ndarray
+    exits: tuple[int, ...]
+    batch_size: int
+    contenders: tuple[Contender, ...]
+    times: SegmentTimes
+    _run: Callable[[Variables, Array, Array], ExitPrediction] = dataclasses.field(repr=False)
+    _arguments: tuple[Variables, Array] = dataclasses.field(repr=False)
+
+    def __call__(self, images: Array) -> ExitPrediction:
+        """Answers ``images [B, H, W, C]``."""
+        variables, thresholds = self._arguments
+        return self._run(variables, images, thresholds)
+
+    def __str__(self) -> str:
+        lines = [f'{"":2}{"executor":34}{"exits asked":16}{"predicted ms":>14}{"measured ms":>14}   time ÷ baseline']
+        for contender in self.contenders:
+            chosen = '> ' if contender.name == self.executor and contender.exits == self.exits else '  '
+            predicted = '' if np.isnan(contender.predicted_ms) else f'{contender.predicted_ms:.3f}'
+            exits = ', '.join(str(n + 1) for n in contender.exits)
+            low, high = contender.slowdown.low, contender.slowdown.high
+            lines.append(
+                f'{chosen}{contender.name:34}{exits:16}{predicted:>14}{contender.measured_ms:>14.3f}   '
+                f'{contender.slowdown.median:.2f} [{low:.2f}, {high:.2f}]'
+            )
+        return '\n'.join([f'batches of {self.batch_size}', *lines])
+
+
+def plan(
+    model: BranchyNet,
+    variables: Variables,
+    images: Array,
+    thresholds: Array,
+    *,
+    batch_size: int | None = None,
+    criterion: Criterion = entropy,
+    times: SegmentTimes | None = None,
+    passes: int = 12,
+) -> Plan:
+    """Finds the fastest way to run a network at given thresholds on this device, by measuring.
+
+    Rewrites the network (`optimize`), measures its stages and heads, and forecasts for every choice of exits and
+    chunk sizes what a batch will cost; a head that costs more than it saves is skipped. The best forecast in each
+    executor and the network without branches then race on the images given, interleaved, and the fastest is chosen.
+    What does not beat the plain jitted baseline for certain (95 %) loses to it: on images distributed like those
+    given the plan is not slower than the network without branches.
+
+    With a criterion that remembers earlier exits no head can be skipped, and the network without branches, which
+    answers otherwise, is no choice.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        images: ``[M, H, W, C]`` normalised, like those to come.
+        thresholds: ``[N - 1]``.
+        batch_size: of the calls to come, at most M; all of ``images`` at once by default.
+        criterion: how unsure an exit is.
+        times: of the rewritten network from an earlier plan's ``times``, to save measuring.
+        passes: of the final race.
+
+    Returns:
+        A `Plan`: call it with images ``[B, H, W, C]``, print it for the table. It equals `dense` at its thresholds.
+
+    Raises:
+        ValueError: bad thresholds or images, or a batch size outside [1, M].
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-lenet'), jax.random.normal(jax.random.key(1), (8, 28, 28, 1))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> planned = plan(model, variables, images, [1.0], passes=1)
+        >>> planned(images).label.shape
+        (8,)
+    """
+    thresholds = np.asarray(check_thresholds(thresholds, model.num_exits))
+    batch_size = len(images) if batch_size is None else batch_size
+    if not 1 <= batch_size <= len(images):
+        raise ValueError(f'batch_size: got {batch_size} with {len(images)} images; give 1 to the number of images')
+    fast = (model, variables) if model.image_shape is None else optimize(model, variables)
+    outputs = exit_outputs(*fast, images, criterion=criterion, batch_size=min(len(images), 256))
+    confident = outputs.uncertainty[:-1] < thresholds[:, None]
+    may_skip = not _remembers(criterion, outputs.logits[0, :1])
+    if times is None:
+        times = segment_times(*fast, images, batch_sizes=_batch_sizes(batch_size), criterion=criterion)
+    best = forecast(times, confident, batch_size, may_skip=may_skip)[0]
+    candidates = build_candidates((model, variables), fast, best, batch_size, criterion, may_skip=may_skip)
+    batches = _batches(np.asarray(images), confident, batch_size)
+    contenders = _race(candidates, best, batches, thresholds, passes)
+    chosen = candidates[_choice([candidate.answers for candidate in candidates], contenders)]
+    applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf).astype(np.float32)
+    return Plan(
+        executor=chosen.name,
+        thresholds=applied,
+        exits=chosen.exits,
+        batch_size=batch_size,
+        contenders=tuple(sorted(contenders, key=lambda contender: contender.slowdown.median)),
+        times=times,
+        _run=chosen.run,
+        _arguments=(chosen.variables, jnp.asarray(applied)),
+    )
+
+
+def _remembers(criterion: Criterion, logits: Array) -> bool:
+    return bool(jax.tree.leaves(criterion.init(jnp.asarray(logits))))
+
+
+def _batch_sizes(batch_size: int) -> list[int]:
+    """Returns the batch size and fractions of it."""
+    return sorted({max(1, batch_size // 4**power) for power in range(4)})
+
+
+def _batches(images: np.ndarray, confident: np.ndarray, batch_size: int) -> list[Array]:
+    """Returns a few batches in which images leave at the exits in the shares of all images."""
+    if batch_size == len(images):
+        return [jnp.asarray(images)]
+    leaves = np.argmax(np.vstack([confident, np.ones(len(images), bool)]), axis=0)
+    count = min(len(images), max(_MOST_IMAGES_IN_A_RACE, batch_size)) // batch_size
+    spread = np.linspace(0, len(images) - 1, count * batch_size).round().astype(int)
+    rows = np.random.default_rng(0).permutation(np.argsort(leaves, kind='stable')[spread])
+    return [jax.block_until_ready(jnp.asarray(images[part])) for part in rows.reshape(count, batch_size)]
+
+
+def _race(
+    candidates: Sequence[Candidate], best: Forecast, batches: Sequence[Array], thresholds: np.ndarray, passes: int
+) -> list[Contender]:
+    """Times all candidates a little, the promising ones and the baseline well."""
+    functions = {n: _over(candidate, batches, thresholds) for n, candidate in enumerate(candidates)}
+    heat = interleaved_passes(functions, passes=_HEAT_PASSES, warmup=1)
+    fastest = min(np.median(seconds) for seconds in heat.values())
+    finalists = {n for n in heat if n == 0 or np.median(heat[n]) < _OUT_OF_THE_RACE * fastest}
+    final = interleaved_passes({n: functions[n] for n in finalists}, passes=passes, warmup=0)
+    found = []
+    for n, candidate in enumerate(candidates):
+        baseline, seconds = (final[0], final[n]) if n in finalists else (heat[0], heat[n])
+        follows = candidate.exits == best.exits and candidate.follows_forecast
+        found.append(
+            Contender(
+                name=candidate.name,
+                exits=candidate.exits,
+                predicted_ms=best.ms if follows else float('nan'),
+                measured_ms=float(np.median(seconds)) / len(batches) * 1e3,
+                slowdown=paired_ratio(seconds, baseline),
+            )
+        )
+    return found
+
+
+def _over(candidate: Candidate, batches: Sequence[Array], thresholds: np.ndarray) -> Callable[[], Any]:
+    settings = jnp.asarray(thresholds)
+
+    def run() -> None:
+        for batch in batches:
+            jax.block_until_ready(candidate.run(candidate.variables, batch, settings))
+
+    return run
+
+
+def _choice(answers: Sequence[bool], contenders: Sequence[Contender]) -> int:
+    """Returns the fastest of those that beat the baseline, which is the first, for certain; if none does, the baseline.
+
+    Where the baseline's answers differ, it is no choice, and the fastest wins.
+    """
+    others = [n for n in range(1, len(contenders)) if answers[n]]
+    certain = [n for n in others if contenders[n].slowdown.high < 1] if answers[0] else others
+    return min(certain, key=lambda n: contenders[n].slowdown.median, default=0)

@@ -1,0 +1,131 @@
+"""What each stage and each head costs on this device, measured alone at several batch sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+from branchy_jax.costs import StageCosts
+from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.measure import interleaved_passes
+from branchy_jax.models.branchy import BranchyNet, Hidden
+from branchy_jax.types import Array, Variables
+
+
+@struct.dataclass
+class SegmentTimes:
+    """Milliseconds of stages and heads for whole batches.
+
+    Attributes:
+        batch_sizes: ``[S]`` ascending.
+        stages: ``[S, N]`` ms of trunk stage n for that many images.
+        exits: ``[S, N]`` ms of head n and its uncertainty.
+    """
+
+    batch_sizes: np.ndarray
+    stages: np.ndarray
+    exits: np.ndarray
+
+    def per_image(self, batch_size: int) -> StageCosts:
+        """Returns ms per image at any batch size, interpolated between the measured ones on a logarithmic axis."""
+        at = functools.partial(np.interp, np.log(batch_size), np.log(self.batch_sizes))
+        rates = [values / self.batch_sizes[:, None] for values in (self.stages, self.exits)]
+        return StageCosts(*(np.array([at(rate) for rate in rates_of.T]) for rates_of in rates))
+
+    def best(self) -> StageCosts:
+        """Returns ms per image of every stage with its head at the batch size that suits the two of them best.
+
+        ``branchy_jax.costs.expected_cost(times.best(), exit_fractions)`` is the *time limit* of an operating point:
+        what an executor without any overhead would need.
+        """
+        size = np.argmin((self.stages + self.exits) / self.batch_sizes[:, None], axis=0)
+        exit_numbers = np.arange(self.stages.shape[1])
+        return StageCosts(
+            *(values[size, exit_numbers] / self.batch_sizes[size] for values in (self.stages, self.exits))
+        )
+
+
+def segment_functions(
+    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion = entropy
+) -> dict[tuple[str, int, int], Callable[[], Any]]:
+    """Returns functions that run one stage or one head on the real input it has for the first images.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        images: ``[M, H, W, C]``, repeated where ``batch_size`` asks for more.
+        batch_size: of every call.
+        criterion: how unsure an exit is; its time counts as the head's.
+
+    Returns:
+        ``('stage' or 'exit', n, batch_size)`` to a function of no arguments.
+    """
+
+    def run_stage(variables: Variables, hidden: Hidden, *, n: int) -> Hidden:
+        return model.apply(variables, hidden, n, method='run_stage')
+
+    def run_exit(variables: Variables, hidden: Hidden, *, n: int) -> Any:
+        logits = model.apply(variables, hidden, n, method='run_exit')
+        return criterion.update(logits, criterion.init(logits), n)
+
+    hidden, functions = jax.numpy.asarray(np.resize(np.asarray(images), (batch_size, *images.shape[1:]))), {}
+    for n in range(model.num_exits):
+        stage, head = (jax.jit(functools.partial(run, n=n)) for run in (run_stage, run_exit))
+        functions['stage', n, batch_size] = functools.partial(stage, variables, hidden)
+        hidden = stage(variables, hidden)
+        functions['exit', n, batch_size] = functools.partial(head, variables, hidden)
+    return functions
+
+
+def segment_times(
+    model: BranchyNet,
+    variables: Variables,
+    images: Array,
+    *,
+    batch_sizes: Sequence[int],
+    criterion: Criterion = entropy,
+    passes: int = 5,
+) -> SegmentTimes:
+    """Measures every stage and every head alone, at several batch sizes, in turns.
+
+    Args:
+        model: a network with N exits, as it will run (`optimize` it first).
+        variables: of ``model``.
+        images: ``[M, H, W, C]`` normalised.
+        batch_sizes: to measure at.
+        criterion: how unsure an exit is; its time counts as the head's.
+        passes: how often each is timed; medians count.
+
+    Raises:
+        ValueError: no images, or a batch size below 1.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-lenet'), np.ones((2, 28, 28, 1), np.float32)
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> segment_times(model, variables, images, batch_sizes=[1, 2], passes=1).stages.shape
+        (2, 2)
+    """
+    sizes = sorted(set(batch_sizes))
+    if not sizes or sizes[0] < 1 or len(images) == 0:
+        raise ValueError(f'batch_sizes: got {list(batch_sizes)} for {len(images)} images; give sizes and images')
+    functions = {}
+    for size in sizes:
+        functions.update(segment_functions(model, variables, images, size, criterion=criterion))
+    return times_of(interleaved_passes(functions, passes=passes, warmup=1))
+
+
+def times_of(seconds: dict[tuple[str, int, int], np.ndarray]) -> SegmentTimes:
+    """Collects the clock's readings of `segment_functions` into `SegmentTimes`."""
+    sizes = sorted({size for _, _, size in seconds})
+    exits = sorted({n for _, n, _ in seconds})
+    stages, heads = (
+        np.array([[np.median(seconds[kind, n, size]) * 1e3 for n in exits] for size in sizes])
+        for kind in ('stage', 'exit')
+    )
+    return SegmentTimes(batch_sizes=np.array(sizes), stages=stages, exits=heads)

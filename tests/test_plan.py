@@ -1,0 +1,185 @@
+"""The planner: forecasts against brute force, choices that keep their promise, plans that equal `dense`."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_inference import CRITERIA, check_same
+
+import branchy_jax as bj
+from branchy_jax.inference import SegmentTimes, dense, exit_outputs, plan, segment_times
+from branchy_jax.inference.plan import Contender, _batches, _choice
+from branchy_jax.inference.prediction import forecast
+from branchy_jax.measure import Ratio
+
+
+def linear_times(stages, exits, sizes=(1, 4, 16), overhead=0.0):
+    """Times that grow linearly with the batch, plus an overhead per call."""
+    sizes = np.array(sizes)
+    return SegmentTimes(
+        batch_sizes=sizes,
+        stages=overhead + sizes[:, None] * np.array(stages, float),
+        exits=sizes[:, None] * np.array(exits, float),
+    )
+
+
+def brute_force(stages, exits, confident):
+    """Mean cost of an image by walking it through the network, for every choice of exits."""
+    num_exits, count = len(stages), confident.shape[1]
+    found = {}
+    for k in range(num_exits):
+        for side in itertools.combinations(range(num_exits - 1), k):
+            total = 0.0
+            for image in range(count):
+                for n in range(num_exits):
+                    total += stages[n]
+                    if n in side or n == num_exits - 1:
+                        total += exits[n]
+                        if n < num_exits - 1 and confident[n, image]:
+                            break
+            found[*side, num_exits - 1] = total / count
+    return found
+
+
+@given(
+    stages=st.lists(st.floats(0.1, 10), min_size=4, max_size=4),
+    exits=st.lists(st.floats(0.01, 10), min_size=4, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_forecast_without_overhead_is_the_mean_cost_of_an_image(stages, exits, seed):
+    confident = np.random.default_rng(seed).random((3, 8)) < 0.5
+    found = forecast(linear_times(stages, exits), np.repeat(confident, 2, axis=1), 1)
+    # Chunks of one image have no remainder; draws of one image scatter, so compare at the same draws.
+    rows = np.random.default_rng(0).integers(16, size=(32, 1)).ravel() // 2
+    expected = brute_force(stages, exits, confident[:, rows])
+    assert {option.exits for option in found} == set(expected)
+    for option in found:
+        np.testing.assert_allclose(option.ms, expected[option.exits], rtol=1e-9)
+    assert [option.ms for option in found] == sorted(option.ms for option in found)
+
+
+def test_forecast_skips_a_head_that_costs_more_than_it_saves():
+    confident = np.array([[True] * 2 + [False] * 8, [True] * 8 + [False] * 2])
+    # The first head costs 3 and saves two images of ten a stage of 10: 2 an image.
+    best = forecast(linear_times([1, 10, 10], [3, 1, 1]), confident, 10)[0]
+    assert best.exits == (1, 2)
+    # At a cost of 1 it is worth it.
+    assert forecast(linear_times([1, 10, 10], [1, 1, 1]), confident, 10)[0].exits == (0, 1, 2)
+    # Nobody leaves: no head at all.
+    assert forecast(linear_times([1, 10, 10], [1, 1, 1]), confident & False, 10)[0].exits == (2,)
+    assert forecast(linear_times([1, 10, 10], [9, 9, 1]), confident, 10, may_skip=False)[0].exits == (0, 1, 2)
+
+
+def test_forecast_counts_the_remainders_of_chunks():
+    """16 images, 5 survive. An overhead of 1 a chunk and 1 an image: 5 + 1 in one chunk of 5."""
+    times = linear_times([1, 1], [0, 0], overhead=1.0)
+    confident = np.array([[True] * 11 + [False] * 5])
+    best = forecast(times, np.tile(confident, (1, 1)), 16)
+    assert best[0].exits == (0, 1)
+    sizes = best[0].chunk_sizes
+    assert sizes[0] == 16
+    assert 4 <= sizes[1] <= 8  # batches drawn from the images leave 2 to 8 survivors
+
+
+def test_times_are_interpolated_and_the_best_size_is_found():
+    times = SegmentTimes(
+        batch_sizes=np.array([1, 4]),
+        stages=np.array([[2.0, 2.0], [4.0, 12.0]]),
+        exits=np.array([[1.0, 1.0], [4.0, 4.0]]),
+    )
+    np.testing.assert_allclose(times.per_image(2).stages, [1.5, 2.5])
+    np.testing.assert_allclose(times.per_image(64).stages, [1.0, 3.0])
+    best = times.best()
+    np.testing.assert_allclose((best.stages, best.exits), ([1.0, 2.0], [1.0, 1.0]))
+    assert bj.costs.expected_cost(best, [0.5, 0.5]) == 3.5
+
+
+def test_segments_are_measured_on_this_device(network):
+    times = segment_times(*network, batch_sizes=[4, 2, 4], passes=2)
+    assert times.batch_sizes.tolist() == [2, 4]
+    assert times.stages.shape == times.exits.shape == (2, 3)
+    assert (times.stages > 0).all()
+    with pytest.raises(ValueError, match='batch_sizes'):
+        segment_times(*network, batch_sizes=[0])
+
+
+SETTINGS = [(0.7, 0.5), (-np.inf, -np.inf), (np.inf, -np.inf), (0.3, np.inf)]
+
+
+@pytest.fixture(scope='module')
+def uncertainty(network):
+    return exit_outputs(*network).uncertainty
+
+
+@pytest.mark.parametrize('batch_size', [1, 8, 24])
+def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size):
+    model, variables, images = network
+    times = segment_times(model, variables, images, batch_sizes=[1, 8], passes=2)
+    for quantiles in SETTINGS:
+        thresholds = np.array(
+            [q if np.isinf(q) else np.quantile(uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32
+        )
+        planned = plan(model, variables, images, thresholds, batch_size=batch_size, times=times, passes=2)
+        skipped = [n for n in range(2) if n not in planned.exits]
+        assert np.isneginf(planned.thresholds[skipped]).all()
+        kept = [n for n in range(2) if n in planned.exits]
+        np.testing.assert_array_equal(planned.thresholds[kept], thresholds[kept])
+        for size in {batch_size, 5 if batch_size > 1 else 1}:
+            found = planned(images[:size])
+            check_same(found, dense(model)(variables, images[:size], planned.thresholds))
+        assert planned.contenders[0].name
+        assert planned.executor in str(planned)
+
+
+def test_plan_with_a_criterion_that_remembers_asks_every_exit(network):
+    model, variables, images = network
+    planned = plan(model, variables, images, [-np.inf, -np.inf], criterion=CRITERIA[1], passes=1)
+    assert planned.exits == (0, 1, 2)
+    check_same(planned(images), dense(model, criterion=CRITERIA[1])(variables, images, planned.thresholds))
+
+
+def test_plan_of_a_network_without_image_shape(network):
+    model, variables, images = network
+    planned = plan(model.clone(image_shape=None), variables, images, [0.0, 0.0], passes=1)
+    assert planned(images).label.shape == (24,)
+
+
+@pytest.mark.parametrize('batch_size', [0, 25, -1])
+def test_plan_refuses_impossible_batch_sizes(network, batch_size):
+    with pytest.raises(ValueError, match='batch_size: got'):
+        plan(*network, [0.0, 0.0], batch_size=batch_size)
+
+
+def contender(name, low, median, high):
+    return Contender(name, (2,), float('nan'), 1.0, Ratio(median, low, high))
+
+
+@pytest.mark.parametrize(
+    ('ratios', 'chosen'),
+    [
+        ({'baseline': (1, 1, 1), 'a': (0.5, 0.6, 0.7), 'b': (0.6, 0.7, 0.8)}, 'a'),
+        ({'baseline': (1, 1, 1), 'a': (0.8, 0.95, 1.1), 'b': (0.97, 0.98, 0.99)}, 'b'),
+        ({'baseline': (1, 1, 1), 'a': (0.8, 0.95, 1.1), 'b': (1.2, 1.3, 1.4)}, 'baseline'),
+    ],
+)
+def test_what_does_not_beat_the_baseline_for_certain_loses(ratios, chosen):
+    names = list(ratios)
+    contenders = [contender(name, low, median, high) for name, (low, median, high) in ratios.items()]
+    assert names[_choice([True] * len(names), contenders)] == chosen
+    assert names[_choice([False, True, True], contenders)] == 'a'
+
+
+def test_race_batches_hold_the_shares_of_all_images():
+    confident = np.array([[True] * 700 + [False] * 300, [True] * 900 + [False] * 100])
+    images = np.arange(1000, dtype=np.float32)
+    batches = _batches(images, confident, 32)
+    assert [len(batch) for batch in batches] == [32] * 4
+    drawn = np.concatenate(batches)
+    assert abs((drawn < 700).mean() - 0.7) < 0.02
+    assert abs((drawn >= 900).mean() - 0.1) < 0.02
+    assert isinstance(_batches(images, confident, 1000)[0], jax.Array)
+    assert len(_batches(jnp.asarray(images), confident, 1000)) == 1

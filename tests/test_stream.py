@@ -1,0 +1,233 @@
+"""No image is lost or answered twice, whatever happens to the supply or to the caller."""
+
+import itertools
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from branchy_jax.inference import dense, exit_outputs, stream
+from branchy_jax.inference.pipeline import Pool, Rows
+
+
+@pytest.fixture(scope='module')
+def thresholds(network):
+    uncertainty = exit_outputs(*network).uncertainty
+    return (np.quantile(uncertainty[:2], 0.45, axis=1)).astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def expected(network, thresholds):
+    model, variables, images = network
+    return jax.tree.map(np.asarray, dense(model)(variables, images, thresholds))
+
+
+@pytest.fixture(scope='module')
+def answer(network):
+    return stream(network[0], chunk_size=(4, 3, 2))
+
+
+@pytest.fixture(scope='module')
+def answer_in_threads(network):
+    return stream(network[0], chunk_size=3, workers=2)
+
+
+def check_answers(found, expected, sent):
+    """Every image sent is answered exactly once, as `dense` answers it. Image i of the fixture has id 100 + i."""
+    ids = np.concatenate([np.zeros(0, int), *(answers.ids for answers in found)])
+    assert sorted(ids.tolist()) == sorted(100 + row for row in sent)
+    for answers in found:
+        rows = answers.ids - 100
+        np.testing.assert_array_equal(answers.prediction.label, expected.label[rows])
+        np.testing.assert_array_equal(answers.prediction.exit_index, expected.exit_index[rows])
+        np.testing.assert_allclose(answers.prediction.logits, expected.logits[rows], rtol=1e-5, atol=1e-6)
+
+
+class SupplyBroke(Exception):
+    pass
+
+
+@settings(max_examples=100)
+@given(
+    sizes=st.lists(st.integers(0, 9), max_size=6),
+    breaks_after=st.none() | st.integers(0, 6),
+    threads=st.booleans(),
+)
+def test_every_image_is_answered_once(
+    network, expected, thresholds, answer, answer_in_threads, sizes, breaks_after, threads
+):
+    """Batches of any size, a supply that may raise at any point."""
+    _, variables, images = network
+    sent = []
+
+    def supply():
+        rows = itertools.cycle(range(len(images)))
+        unused = set(range(len(images)))
+        for number, size in enumerate(sizes):
+            if number == breaks_after:
+                raise SupplyBroke
+            chosen = [row for row in itertools.islice(rows, size) if row in unused]
+            unused -= set(chosen)
+            sent.extend(chosen)
+            yield np.array(chosen, int) + 100, np.asarray(images)[chosen]
+
+    found, broke = [], False
+    try:
+        for answers in (answer_in_threads if threads else answer)(variables, supply(), thresholds):
+            found.append(answers)
+    except SupplyBroke:
+        broke = True
+    assert broke == (breaks_after is not None and breaks_after < len(sizes))
+    check_answers(found, expected, sent)
+
+
+def test_ids_count_from_zero_where_none_are_given(network, thresholds, answer):
+    _, variables, images = network
+    found = list(answer(variables, [images[:5], images[5:7]], thresholds))
+    assert sorted(np.concatenate([answers.ids for answers in found]).tolist()) == list(range(7))
+
+
+def test_survivors_of_several_batches_share_chunks(network):
+    """Six batches of four, all of which go to the end, fill chunks of 24 there exactly once."""
+    model, variables, images = network
+    run_counts = []
+    answer = stream(model, chunk_size=(4, 24, 24))
+    for answers in answer(variables, np.split(np.asarray(images), 6), [-np.inf, -np.inf]):
+        run_counts.append(len(answers.ids))
+    assert run_counts == [24]
+
+
+def test_a_batch_of_the_wrong_shape_is_refused_after_the_others_are_answered(network, thresholds, answer, expected):
+    _, variables, images = network
+    rows, found = np.arange(6), []
+    answers = answer(variables, [(rows + 100, images[:6]), images[:, :2], images], thresholds)
+    with pytest.raises(ValueError, match='images: expected'):
+        found.extend(iter(lambda: next(answers), None))
+    check_answers(found, expected, rows)
+
+
+def test_ids_that_do_not_fit_are_refused(network, thresholds, answer):
+    _, variables, images = network
+    with pytest.raises(ValueError, match='ids: got shape'):
+        list(answer(variables, [(np.arange(3), images)], thresholds))
+
+
+def test_a_deadline_answers_while_the_supply_is_silent(network, thresholds, expected):
+    """Three images fill no chunk of 24. The supply says nothing more until they have been answered."""
+    model, variables, images = network
+    answered = threading.Event()
+
+    def supply():
+        yield np.arange(100, 103), images[:3]
+        assert answered.wait(timeout=60)
+
+    found = []
+    for answers in stream(model, chunk_size=24, deadline=0.01)(variables, supply(), thresholds):
+        found.append(answers)
+        if sum(len(answers.ids) for answers in found) == 3:
+            answered.set()
+    assert answered.is_set()
+    check_answers(found, expected, range(3))
+
+
+def test_without_a_deadline_images_wait_for_a_whole_chunk(network, thresholds):
+    model, variables, images = network
+    released = threading.Event()
+
+    def supply():
+        yield images[:3]
+        released.set()
+        yield images[3:4]
+
+    first = next(stream(model, chunk_size=(4, 1, 1), ahead=1)(variables, supply(), thresholds))
+    assert released.is_set()
+    assert len(first.ids)
+
+
+def test_memory_is_bounded_while_nobody_asks(network, thresholds):
+    """An endless supply is read a few batches ahead, no further."""
+    model, variables, images = network
+    read = itertools.count()
+
+    def supply():
+        for _ in read:
+            yield images[:2]
+
+    answers = stream(model, chunk_size=2, ahead=3)(variables, supply(), [np.inf, np.inf])
+    for _ in range(4):
+        next(answers)
+    time.sleep(0.3)
+    # 4 given out, 3 read ahead, one in the reader's hand, one taken for the answer to come.
+    assert next(read) <= 4 + 3 + 2
+    answers.close()
+
+
+def test_a_caller_who_stops_ends_the_reading(network, thresholds, answer):
+    _, variables, images = network
+    closed = threading.Event()
+
+    def supply():
+        try:
+            while True:
+                yield images[:4]
+        finally:
+            closed.set()
+
+    answers = answer(variables, supply(), [np.inf, np.inf])
+    next(answers)
+    answers.close()
+    assert closed.wait(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [({'deadline': -1.0}, 'deadline'), ({'deadline': float('nan')}, 'deadline'), ({'workers': 0}, 'workers'),
+     ({'ahead': 0}, 'ahead'), ({'chunk_size': 0}, 'chunk_size'), ({'exits': [0]}, 'exits')],
+)  # fmt: skip
+def test_impossible_settings_are_refused(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(network[0], **{'chunk_size': 2, **options})
+
+
+def test_bad_thresholds_are_refused_before_anything_is_read(network, answer):
+    def supply():
+        raise AssertionError('read')
+        yield
+
+    with pytest.raises(ValueError, match='thresholds'):
+        answer(network[1], supply(), [0.0])
+
+
+def test_pool_hands_out_rows_in_order_and_pads_with_the_last():
+    pool = Pool(4)
+    pool.add(Rows(np.arange(3), np.arange(3.0), since=2.0))
+    pool.add(Rows(np.arange(3, 6), np.arange(3.0, 6.0), since=1.0))
+    assert (pool.count, pool.oldest) == (6, 1.0)
+    first, second = pool.take(), pool.take()
+    assert (first.ids.tolist(), first.values.tolist(), first.since) == ([0, 1, 2, 3], [0, 1, 2, 3], 1.0)
+    assert (second.ids.tolist(), second.values.tolist()) == ([4, 5], [4, 5, 5, 5])
+    assert (pool.count, pool.oldest) == (0, float('inf'))
+
+
+def test_stages_may_pass_pytrees_of_any_dtype(network, thresholds):
+    """A hidden value of several leaves, one of them integers, survives the pools."""
+    import flax.linen as nn
+
+    import branchy_jax as bj
+
+    model = bj.BranchyNet(
+        stages=(lambda x: {'x': x.reshape(x.shape[0], -1), 'n': jnp.arange(x.shape[0])}, lambda hidden: hidden),
+        exits=((lambda hidden: hidden['x'], nn.Dense(3)), (lambda hidden: hidden['x'] * 2, nn.Dense(3))),
+    )
+    images = network[2]
+    variables = model.init(jax.random.key(0), images)
+    oracle = dense(model)(variables, images, [0.9])
+    found = list(stream(model, chunk_size=5)(variables, [images], [0.9]))
+    for answers in found:
+        np.testing.assert_array_equal(answers.prediction.exit_index, np.asarray(oracle.exit_index)[answers.ids])
+    assert sum(len(answers.ids) for answers in found) == len(images)
