@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from branchy_jax.checkpoint import write_atomically
 from branchy_jax.report import Record
 
 _INK, _OURS, _BASELINE, _PAPER = '#222222', '#0b6e99', '#c2410c', '#8a8a8a'
+_SERIES = ('#0b6e99', '#2a9d5c', '#8e5ea2', '#b8860b', '#c2557a', '#4c566a', '#7a9a01')
 
 
 def tradeoff(
@@ -57,6 +59,105 @@ def tradeoff(
     axes.set_ylabel(f'test {metric} (%)')
     figure.legend(loc='outside lower center', ncols=2, frameon=False)
     _save(figure, path)
+
+
+def gain_against_batch(path: Path | str, cells: Sequence[Record], *, title: str = '') -> None:
+    """Draws the gain of planned execution against the batch size, with the MAC limit of each setting as a line.
+
+    Args:
+        path: the picture to write.
+        cells: with ``batch``, ``exit_fractions``, ``executor``, ``gain`` and ``mac_limit``.
+        title: above the picture.
+    """
+    figure, axes = _figure(title)
+    for color, (name, found) in zip(itertools.cycle(_SERIES), _planned_by_shares(cells).items(), strict=False):
+        batches = [cell['batch'] for cell in found]
+        axes.plot(batches, [cell['gain'] for cell in found], '-o', color=color, markersize=4, label=f'{name} % leave')
+        axes.plot(batches, [cell['mac_limit'] for cell in found], ':', color=color, linewidth=1)
+    axes.axhline(1, color=_INK, linewidth=0.8)
+    axes.set_xscale('log')
+    axes.set_yscale('log')
+    _plain_ticks(axes, sorted({cell['batch'] for cell in cells}))
+    axes.set_xlabel('batch size')
+    axes.set_ylabel('gain over the plain baseline (dotted: MAC limit)')
+    figure.legend(loc='outside lower center', ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str = '') -> None:
+    """Draws the time of a whole batch against the batch size, planned and baseline.
+
+    Args:
+        path: the picture to write.
+        cells: with ``batch``, ``exit_fractions``, ``executor``, ``ms`` and ``baseline_ms`` per image.
+        title: above the picture.
+    """
+    figure, axes = _figure(title)
+    series = _planned_by_shares(cells)
+    for color, (name, found) in zip(itertools.cycle(_SERIES), series.items(), strict=False):
+        batches = [cell['batch'] for cell in found]
+        axes.plot(
+            batches, [cell['ms'] * cell['batch'] for cell in found], '-o', color=color, markersize=4,
+            label=f'{name} % leave',
+        )  # fmt: skip
+    for number, found in enumerate(series.values()):
+        axes.plot(
+            [cell['batch'] for cell in found], [cell['baseline_ms'] * cell['batch'] for cell in found], 's--',
+            color=_BASELINE, markersize=4, linewidth=0.8, label=None if number else 'plain baseline',
+        )  # fmt: skip
+    axes.set_xscale('log')
+    axes.set_yscale('log')
+    axes.set_aspect('equal', adjustable='datalim')
+    _plain_ticks(axes, sorted({cell['batch'] for cell in cells}))
+    axes.set_xlabel('batch size')
+    axes.set_ylabel('time of a batch (ms); slope 1 is linear')
+    figure.legend(loc='outside lower center', ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def time_against_macs(path: Path | str, cells: Sequence[Record], *, title: str = '') -> None:
+    """Draws how far the clock follows the multiply-accumulates: both as shares of the baseline's, planned execution.
+
+    Args:
+        path: the picture to write.
+        cells: with ``batch``, ``executor``, ``gain`` and ``mac_limit``.
+        title: above the picture.
+    """
+    figure, axes = _figure(title)
+    planned = [cell for cell in cells if cell['executor'] == 'planned']
+    for color, batch in zip(itertools.cycle(_SERIES), sorted({cell['batch'] for cell in planned}), strict=False):
+        points = sorted((1 / cell['mac_limit'], 1 / cell['gain']) for cell in planned if cell['batch'] == batch)
+        axes.plot(*zip(*points, strict=True), '-o', color=color, markersize=4, label=f'batch {batch:,}')
+    axes.plot([0, 1], [0, 1], ':', color=_INK, linewidth=1, label='time follows MACs')
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("expected MACs ÷ baseline's")
+    axes.set_ylabel("time ÷ plain baseline's")
+    figure.legend(loc='outside lower center', ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def _planned_by_shares(cells: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for cell in cells:
+        if cell['executor'] == 'planned':
+            shares = [round(100 * share) for share in cell['exit_fractions']]
+            close = [name for name in found if _near(name, shares)]
+            found.setdefault(close[0] if close else '/'.join(map(str, shares)), []).append(cell)
+    return {name: sorted(cells, key=lambda cell: cell['batch']) for name, cells in found.items()}
+
+
+def _near(name: str, shares: Sequence[int]) -> bool:
+    """Whether shares are those of a name but for the rounding that a small batch forces."""
+    return all(abs(int(known) - share) <= 3 for known, share in zip(name.split('/'), shares, strict=True))
+
+
+def _plain_ticks(axes: Any, batches: Sequence[int]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xticks(batches, [f'{batch:,}' for batch in batches])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
 
 
 def _figure(title: str) -> tuple[Any, Any]:

@@ -62,11 +62,12 @@ def time_networks(
     if jax.default_backend() != 'cpu':
         return _time(*arguments)
     spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_keep_to_one_core) as process:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process:
         return process.submit(_time, *arguments).result()
 
 
-def _keep_to_one_core() -> None:
+def keep_to_one_core() -> None:
+    """Keeps this process to one core, where waking another would cost more than it does."""
     # Before the first use of jax, which makes as many threads as it sees cores, and hands calls over to one of them.
     if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

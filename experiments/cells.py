@@ -1,0 +1,242 @@
+"""One cell of the benchmark: a batch size at forced exit shares, every executor against the plain jitted baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import branchy_jax as bj
+from branchy_jax.inference import SegmentTimes
+from branchy_jax.inference.prediction import forecast
+from branchy_jax.inference.segment_times import segment_functions
+from branchy_jax.types import Variables
+
+Network = tuple[bj.BranchyNet, Variables]
+_BATCH_1_IMAGES = 100
+_WARM_UP_STEPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured, shared by all cells.
+
+    Attributes:
+        name: of the network.
+        plain: the network as it is.
+        fast: the same, rewritten by `branchy_jax.inference.optimize`.
+        macs: per stage and head.
+    """
+
+    name: str
+    plain: Network
+    fast: Network
+    macs: bj.costs.StageCosts
+
+
+def prepare(name: str, variables: Variables | None, images: np.ndarray) -> Subject:
+    """Creates the network; without trained variables, with random ones whose BatchNorms know the images."""
+    model = bj.models.create(name)
+    if variables is None:
+        variables = _settled(model, model.init(jax.random.key(0), images[:1]), images[:32])
+    variables = jax.tree.map(jnp.asarray, variables)
+    return Subject(
+        name=name,
+        plain=(model, variables),
+        fast=bj.inference.optimize(model, variables),
+        macs=bj.costs.count_macs(model, model.image_shape),
+    )
+
+
+def _settled(model: bj.BranchyNet, variables: Variables, images: np.ndarray) -> Variables:
+    """Lets running statistics settle: a deep residual network with fresh ones overflows, and all its exits agree."""
+    if 'batch_stats' not in variables:
+        return variables
+
+    @jax.jit
+    def step(variables: Variables) -> Variables:
+        rngs = {'dropout': jax.random.key(0)}
+        _, updated = model.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
+        return {**variables, **updated}
+
+    for _ in range(_WARM_UP_STEPS):
+        variables = step(variables)
+    return variables
+
+
+def force_shares(uncertainty: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """Returns thresholds ``[N - 1]`` at which these images leave in these shares, up to rounding and ties.
+
+    Args:
+        uncertainty: ``[N, M]``.
+        shares: ``[N]`` summing to 1.
+    """
+    waiting = np.arange(uncertainty.shape[1])
+    thresholds = []
+    for n, left in enumerate(np.round(np.cumsum(shares[:-1]) * uncertainty.shape[1]).astype(int)):
+        leaving = left - (uncertainty.shape[1] - len(waiting))
+        ordered = np.sort(uncertainty[n, waiting])
+        if leaving <= 0:
+            thresholds.append(-np.inf)
+        elif leaving >= len(waiting):
+            thresholds.append(np.inf)
+        else:
+            thresholds.append((ordered[leaving - 1] + ordered[leaving]) / 2)
+        waiting = waiting[~(uncertainty[n, waiting] < thresholds[-1])]
+    return np.array(thresholds, np.float32)
+
+
+def images_needed(batch: int) -> int:
+    """Returns how many images a cell is measured on."""
+    return _BATCH_1_IMAGES if batch == 1 else batch
+
+
+def measure_cell(
+    subject: Subject, images: np.ndarray, shares: Sequence[float], batch: int, times: SegmentTimes, *, passes: int
+) -> list[dict[str, Any]]:
+    """Measures one cell: the executors, the baselines and the stages alone, interleaved.
+
+    Args:
+        subject: the network.
+        images: ``[M, H, W, C]``, one batch of them; for batch 1 at least 100, given one by one.
+        shares: ``[N]`` to force.
+        batch: batch size.
+        times: of the stages at several batch sizes, to choose chunk sizes and limits by.
+        passes: interleaved passes.
+
+    Returns:
+        One record per executor.
+    """
+    images = images[: images_needed(batch)]
+    uncertainty = bj.inference.exit_outputs(*subject.fast, images, batch_size=min(256, len(images))).uncertainty
+    thresholds = force_shares(uncertainty, shares)
+    planned = bj.inference.plan(*subject.plain, images, thresholds, batch_size=batch, times=times)
+    functions, compiled = {}, {}
+    executors = {
+        **_baselines(subject),
+        **_executors(subject, uncertainty, thresholds, batch, times),
+        'planned': planned,
+    }
+    for name, execute in executors.items():
+        functions[name] = _over(name, execute, images, batch)
+        compiled[name] = _seconds(functions[name])
+    best = _best_sizes(times, subject.plain[0].num_exits)
+    for n, size in enumerate(best):
+        every = segment_functions(*subject.fast, images, size)
+        functions.update({key: every[key] for key in every if key[1] == n})
+    seconds = bj.measure.interleaved_passes(functions, passes=passes)
+    fractions = _fractions(uncertainty, thresholds)
+    limit = sum(
+        fractions[n:].sum() * (seconds['stage', n, size] + seconds['exit', n, size]) / size * 1e3
+        for n, size in enumerate(best)
+    )
+    limit_within = _limit_within(times, batch, fractions)
+    records = []
+    for name in executors:
+        if not name.startswith('baseline'):
+            records.append({
+                'network': subject.name,
+                'batch': batch,
+                'exit_fractions': fractions,
+                'executor': name,
+                **_figures(seconds, name, len(images), limit, limit_within),
+                'mac_limit': bj.costs.mac_limit(subject.macs, fractions),
+                'compile_s': compiled[name] - float(np.median(seconds[name])),
+                'peak_memory_mb': peak_memory_mb(),
+            })  # fmt: skip
+    records[-1]['plan'] = str(planned)
+    return records
+
+
+def _figures(
+    seconds: dict[Any, np.ndarray], name: str, count: int, limit: np.ndarray, limit_within: float
+) -> dict[str, float]:
+    """Returns what the clock said, per image."""
+    ms = seconds[name] / count * 1e3
+    gain = bj.measure.paired_ratio(seconds['baseline'], seconds[name])
+    slowdown = bj.measure.paired_ratio(seconds[name], seconds['baseline'])
+    return {
+        'ms': float(np.median(ms)),
+        'baseline_ms': float(np.median(seconds['baseline'])) / count * 1e3,
+        'gain': gain.median,
+        'gain_low': gain.low,
+        'gain_high': gain.high,
+        'gain_over_optimized': bj.measure.paired_ratio(seconds['baseline, optimized'], seconds[name]).median,
+        'time_limit_ms': float(np.median(limit)),
+        'realised': float(np.median(limit / ms)),
+        'realised_within_batch': limit_within / float(np.median(ms)),
+        'slowdown_low': slowdown.low,
+        'slowdown_high': slowdown.high,
+    }
+
+
+def _baselines(subject: Subject) -> dict[str, Callable[[Any], Any]]:
+    (model, variables), (fast, fast_variables) = subject.plain, subject.fast
+    baseline = jax.jit(bj.models.without_branches(model).apply)
+    optimized = jax.jit(bj.models.without_branches(fast).apply)
+    return {
+        'baseline': functools.partial(baseline, variables),
+        'baseline, optimized': functools.partial(optimized, fast_variables),
+    }
+
+
+def _executors(
+    subject: Subject, uncertainty: np.ndarray, thresholds: np.ndarray, batch: int, times: SegmentTimes
+) -> dict[str, Callable[[Any], Any]]:
+    model, variables = subject.fast
+    settings = jnp.asarray(thresholds)
+    built = {'dense': bj.inference.dense(model)}
+    if batch == 1:
+        built['staged'] = bj.inference.staged(model)
+    else:
+        chunks = forecast(times, uncertainty[:-1] < thresholds[:, None], batch, may_skip=False)[0].chunk_sizes
+        built['compacted'] = bj.inference.compacted(model, chunk_size=chunks)
+    return {
+        name: lambda images, execute=execute: execute(variables, images, settings) for name, execute in built.items()
+    }
+
+
+def _over(name: str, execute: Callable[[Any], Any], images: np.ndarray, batch: int) -> Callable[[], Any]:
+    """Returns a pass over the images: in one call, or one call each."""
+    if batch > 1:
+        return functools.partial(execute, jax.block_until_ready(jnp.asarray(images)))
+    inputs = [jnp.asarray(image if name == 'staged' else image[None]) for image in images]
+    return bj.measure.one_by_one(execute, jax.block_until_ready(inputs))
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def _best_sizes(times: SegmentTimes, num_exits: int) -> list[int]:
+    rates = (times.stages + times.exits) / times.batch_sizes[:, None]
+    return [int(times.batch_sizes[np.argmin(rates[:, n])]) for n in range(num_exits)]
+
+
+def _fractions(uncertainty: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    confident = np.vstack([uncertainty[:-1] < thresholds[:, None], np.ones(uncertainty.shape[1], bool)])
+    return np.bincount(confident.argmax(axis=0), minlength=len(confident)) / uncertainty.shape[1]
+
+
+def _limit_within(times: SegmentTimes, batch: int, fractions: np.ndarray) -> float:
+    """Returns the time limit where no stage may see more images at once than the batch holds."""
+    inside = times.batch_sizes <= batch
+    smaller = SegmentTimes(times.batch_sizes[inside], times.stages[inside], times.exits[inside])
+    return bj.costs.expected_cost(smaller.best(), fractions)
+
+
+def peak_memory_mb() -> float:
+    """Returns the most memory used so far: of the device where it tells, else of the process."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if 'peak_bytes_in_use' in statistics:
+        return statistics['peak_bytes_in_use'] / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,83 @@
+"""The benchmark forces the shares it is asked for, and writes what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import branchy_jax as bj
+from experiments.cells import force_shares
+
+ROOT = Path(__file__).parents[1]
+
+
+@given(
+    weights=st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda found: sum(found) > 0.1),
+    seed=st.integers(0, 100),
+)
+def test_shares_are_forced(weights, seed):
+    shares = np.array(weights) / sum(weights)
+    uncertainty = np.random.default_rng(seed).random((3, 200))
+    first, second = force_shares(uncertainty, shares)
+    leaves = np.where(uncertainty[0] < first, 0, np.where(uncertainty[1] < second, 1, 2))
+    np.testing.assert_allclose(np.bincount(leaves, minlength=3) / 200, shares, atol=1 / 200 + 1e-9)
+
+
+def test_nobody_and_everybody_are_infinite_thresholds():
+    uncertainty = np.random.default_rng(0).random((3, 10))
+    assert force_shares(uncertainty, [0, 0, 1]).tolist() == [-np.inf, -np.inf]
+    assert force_shares(uncertainty, [1, 0, 0]).tolist()[0] == np.inf
+    assert force_shares(uncertainty, [0, 1, 0]).tolist() == [-np.inf, np.inf]
+
+
+def benchmark(workdir, *flags):
+    command = [sys.executable, '-m', 'experiments.benchmark', '--network=b-lenet', f'--workdir={workdir}', *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('benchmark')
+    result = benchmark(workdir, '--batches=3', '--shares=67/33', '--passes=2', '--one_core')
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout
+
+
+def test_benchmark_writes_its_cells(done):
+    workdir, printed = done
+    record = bj.report.read_json(workdir / 'benchmark.json')
+    assert {cell['executor'] for cell in record['cells']} == {'dense', 'compacted', 'planned'}
+    for cell in record['cells']:
+        assert {
+            'network', 'batch', 'exit_fractions', 'executor', 'ms', 'baseline_ms', 'gain', 'mac_limit', 'time_limit_ms',
+            'realised', 'slowdown_low', 'slowdown_high', 'compile_s', 'peak_memory_mb',
+        } <= set(cell)  # fmt: skip
+        assert (cell['network'], cell['batch']) == ('b-lenet', 3)
+        np.testing.assert_allclose(cell['exit_fractions'], [2 / 3, 1 / 3])
+        costs = bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1))
+        assert cell['mac_limit'] == pytest.approx(costs.trunk / (costs.to_exit @ [2 / 3, 1 / 3]))
+        assert cell['slowdown_low'] <= 1 / cell['gain'] * 1.001
+    assert 'planned' in printed
+
+
+def test_benchmark_shows_what_it_found(done):
+    workdir, _ = done
+    page = (workdir / 'benchmark.md').read_text()
+    assert '--shares=67/33' in page
+    assert 'batches of 3' in page
+    for picture in ('gain.png', 'cost.png', 'follows.png'):
+        assert (workdir / picture).read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+    ('flag', 'message'),
+    [('--shares=70/20', 'shares: got'), ('--shares=a/b', 'shares: got'), ('--batches=0', 'batches: got')],
+)
+def test_benchmark_refuses_impossible_settings(tmp_path, flag, message):
+    result = benchmark(tmp_path, flag)
+    assert result.returncode != 0
+    assert message in result.stderr
