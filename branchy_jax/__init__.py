@@ -1,6 +1,8 @@
 """BranchyNet in JAX and Flax: networks whose easy inputs leave early."""
 
+from branchy_jax import calibration as calibration
 from branchy_jax import checkpoint as checkpoint
+from branchy_jax import control as control
 from branchy_jax import costs as costs
 from branchy_jax import criteria as criteria
 from branchy_jax import data as data
@@ -26,7 +28,9 @@ __all__ = [
     'ExitPrediction',
     'Normalization',
     'OperatingPoint',
+    'calibration',
     'checkpoint',
+    'control',
     'costs',
     'criteria',
     'data',

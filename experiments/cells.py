@@ -71,28 +71,6 @@ def _settled(model: bj.BranchyNet, variables: Variables, images: np.ndarray) -> 
     return variables
 
 
-def force_shares(uncertainty: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """Returns thresholds ``[N - 1]`` at which these images leave in these shares, up to rounding and ties.
-
-    Args:
-        uncertainty: ``[N, M]``.
-        shares: ``[N]`` summing to 1.
-    """
-    waiting = np.arange(uncertainty.shape[1])
-    thresholds = []
-    for n, left in enumerate(np.round(np.cumsum(shares[:-1]) * uncertainty.shape[1]).astype(int)):
-        leaving = left - (uncertainty.shape[1] - len(waiting))
-        ordered = np.sort(uncertainty[n, waiting])
-        if leaving <= 0:
-            thresholds.append(-np.inf)
-        elif leaving >= len(waiting):
-            thresholds.append(np.inf)
-        else:
-            thresholds.append((ordered[leaving - 1] + ordered[leaving]) / 2)
-        waiting = waiting[~(uncertainty[n, waiting] < thresholds[-1])]
-    return np.array(thresholds, np.float32)
-
-
 def images_needed(batch: int) -> int:
     """Returns how many images a cell is measured on."""
     return _BATCH_1_IMAGES if batch == 1 else batch
@@ -116,7 +94,7 @@ def measure_cell(
     """
     images = images[: images_needed(batch)]
     uncertainty = bj.inference.exit_outputs(*subject.fast, images, batch_size=min(256, len(images))).uncertainty
-    thresholds = force_shares(uncertainty, shares)
+    thresholds = bj.thresholds.for_shares(uncertainty, shares)
     planned = bj.inference.plan(*subject.plain, images, thresholds, batch_size=batch, times=times)
     functions, compiled = {}, {}
     executors = {

@@ -6,32 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import branchy_jax as bj
-from experiments.cells import force_shares
 
 ROOT = Path(__file__).parents[1]
-
-
-@given(
-    weights=st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda found: sum(found) > 0.1),
-    seed=st.integers(0, 100),
-)
-def test_shares_are_forced(weights, seed):
-    shares = np.array(weights) / sum(weights)
-    uncertainty = np.random.default_rng(seed).random((3, 200))
-    first, second = force_shares(uncertainty, shares)
-    leaves = np.where(uncertainty[0] < first, 0, np.where(uncertainty[1] < second, 1, 2))
-    np.testing.assert_allclose(np.bincount(leaves, minlength=3) / 200, shares, atol=1 / 200 + 1e-9)
-
-
-def test_nobody_and_everybody_are_infinite_thresholds():
-    uncertainty = np.random.default_rng(0).random((3, 10))
-    assert force_shares(uncertainty, [0, 0, 1]).tolist() == [-np.inf, -np.inf]
-    assert force_shares(uncertainty, [1, 0, 0]).tolist()[0] == np.inf
-    assert force_shares(uncertainty, [0, 1, 0]).tolist() == [-np.inf, np.inf]
 
 
 def benchmark(workdir, *flags):

@@ -89,3 +89,97 @@ def test_own_criterion_keeps_name_and_logits():
     assert answer is logits
     assert carry == ()
     np.testing.assert_allclose(uncertainty, [0.25], rtol=1e-6)
+
+
+@given(LOGITS)
+def test_max_probability_and_margin_are_the_float64_reference(logits):
+    probability = np.sort(special.softmax(logits.astype(np.float64), axis=-1), axis=-1)
+    doubt = np.asarray(bj.criteria.doubt_of_logits(jnp.asarray(logits)))
+    closeness = np.asarray(bj.criteria.closeness_of_logits(jnp.asarray(logits)))
+    np.testing.assert_allclose(doubt, probability[:, :-1].sum(-1), rtol=1e-5, atol=1e-12)
+    expected = probability[:, :-1].sum(-1) + probability[:, -2]
+    np.testing.assert_allclose(closeness, expected, rtol=1e-5, atol=1e-12)
+
+
+def walk(criterion, logits):
+    """Returns answers and uncertainties of a criterion over exits ``[N, B, K]``."""
+    return tuple(np.asarray(found) for found in bj.criteria.replay(criterion, logits))
+
+
+def logits_of(labels, classes=3):
+    return jnp.asarray(5.0 * np.eye(classes, dtype=np.float32)[np.array(labels)])
+
+
+def test_patience_counts_agreements_in_a_row():
+    labels = [[0, 1, 2], [0, 1, 1], [0, 2, 1], [1, 2, 1]]  # four exits, three inputs
+    _, uncertainty = walk(bj.criteria.patience, logits_of(labels))
+    assert uncertainty.tolist() == [[0, 0, 0], [-1, -1, 0], [-2, 0, -1], [0, -1, -2]]
+
+
+def test_patience_of_dense_predictions_is_the_mean_over_pixels():
+    labels = [[[0, 1]], [[0, 2]], [[0, 2]]]
+    _, uncertainty = walk(bj.criteria.patience, logits_of(labels))
+    assert uncertainty.tolist() == [[0], [-0.5], [-1.5]]
+
+
+@pytest.mark.parametrize('kind', ['arithmetic', 'geometric'])
+def test_ensembles_are_means_of_probabilities(kind):
+    logits = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    probability = special.softmax(logits.astype(np.float64), axis=-1)
+    answers, uncertainty = walk(bj.criteria.ensemble(kind), jnp.asarray(logits))
+    for n in range(4):
+        if kind == 'arithmetic':
+            expected = probability[: n + 1].mean(axis=0)
+        else:
+            expected = np.exp(np.log(probability[: n + 1]).mean(axis=0))
+            expected /= expected.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(np.exp(answers[n]), expected, rtol=1e-5)
+        np.testing.assert_allclose(uncertainty[n], special.entr(expected).sum(-1), rtol=1e-5)
+
+
+def test_temperatures_divide_each_exits_logits():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32))
+    answers, uncertainty = walk(bj.criteria.with_temperatures([2.0, 0.5]), logits)
+    np.testing.assert_allclose(answers, np.asarray(logits) / [[[2.0]], [[0.5]]], rtol=1e-6)
+    np.testing.assert_allclose(uncertainty[1], reference_entropy(np.asarray(logits[1]) * 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize('temperatures', [[1.0, 0.0], [1.0, -1.0], [np.nan], [[1.0]]])
+def test_impossible_temperatures_are_refused(temperatures):
+    with pytest.raises(ValueError, match='temperatures: got'):
+        bj.criteria.with_temperatures(temperatures)
+
+
+def test_unknown_ensembles_are_refused():
+    with pytest.raises(ValueError, match='kind: got'):
+        bj.criteria.ensemble('harmonic')
+
+
+@pytest.mark.parametrize(
+    'criterion',
+    [bj.criteria.max_probability, bj.criteria.margin, bj.criteria.patience, bj.criteria.ensemble('geometric'),
+     bj.criteria.with_temperatures([2.0, 1.0, 0.5], bj.criteria.ensemble()), 'learned'],
+    ids=lambda criterion: getattr(criterion, 'name', criterion),
+)  # fmt: skip
+def test_every_criterion_runs_in_every_executor(network, criterion):
+    model, variables, images = network
+    if criterion == 'learned':
+        logits = bj.inference.exit_outputs(model, variables, images).logits
+        labels = np.arange(len(images)) % logits.shape[-1]
+        criterion = bj.calibration.fit_learned(logits, labels, jax.random.key(0), steps=20)
+    every = bj.inference.exit_outputs(model, variables, images, criterion=criterion)
+    spread = np.sort(every.uncertainty[:2], axis=1)
+    middle = np.array([(row[11] + row[12]) / 2 if row[11] < row[12] else -0.5 for row in spread], np.float32)
+    expected = bj.inference.dense(model, criterion=criterion)(variables, images, middle)
+    executors = {
+        'loop': bj.inference.compacted(model, chunk_size=5, on_host=False, criterion=criterion),
+        'host': bj.inference.compacted(model, chunk_size=5, on_host=True, criterion=criterion),
+        'sequential': bj.inference.sequential(model, criterion=criterion),
+    }
+    for execute in executors.values():
+        found = execute(variables, images, middle)
+        np.testing.assert_array_equal(found.exit_index, expected.exit_index)
+        np.testing.assert_array_equal(found.label, expected.label)
+    alone = bj.inference.staged(model, criterion=criterion)(variables, images[3], middle)
+    assert int(alone.exit_index) == int(expected.exit_index[3])
+    assert len(set(expected.exit_index.tolist())) > 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import branchy_jax as bj
-from experiments import job, paper
+from experiments import confidence, job, paper
 from experiments.configs import common, lenet_mnist5k
 
 ROOT = Path(__file__).parents[1]
@@ -184,3 +184,21 @@ def test_paper_figures_are_those_of_table_1():
     gains = {name: round(row['gain'], 1) for name, row in rows.items() if name.startswith('B-')}
     assert gains == {'B-LeNet (paper)': 5.4, 'B-AlexNet (paper)': 1.5, 'B-ResNet (paper)': 1.9}
     json.dumps(rows)
+
+
+def test_confidence_reports_on_a_finished_run(tiny, done):
+    workdir, _ = done
+    record = confidence.run(tiny, workdir, splits=30, size=60)
+    assert record == bj.report.read_json(workdir / 'confidence.json')
+    assert {'promises', 'comparison', 'expectations', 'calibration', 'search'} <= set(record)
+    for row in record['promises']:
+        assert {'network', 'method', 'epsilon', 'delta', 'splits', 'broken', 'cost_saved'} <= set(row)
+        assert row['broken'] <= row['allowed'] + 0.1  # 30 sets only
+    assert {row['exit'] for row in record['calibration']} == {1, 2}
+    exact = [row for row in record['search'] if row['method'] == 'exact']
+    assert all(row['gap'] >= 0 for row in record['search'])
+    assert len(exact) == 3
+    page = (workdir / 'confidence.md').read_text()
+    for picture in ('reliability.png', 'control.png', 'protocols.png', 'exits.png'):
+        assert f'({picture})' in page
+        assert (workdir / picture).read_bytes().startswith(b'\x89PNG')

@@ -13,6 +13,8 @@ ALLOWED = {
     'costs': {'types'},
     'measure': set(),
     'checkpoint': {'types'},
+    'calibration': {'types', 'criteria'},
+    'control': {'types'},
     'data': GROUND,
     'models': GROUND,
     'losses': GROUND,
@@ -20,7 +22,7 @@ ALLOWED = {
     'thresholds': GROUND,
     'inference': GROUND | {'models'},
     'report': GROUND,
-    'plots': GROUND | {'report'},
+    'plots': GROUND | {'report', 'calibration'},
 }
 ON_USE = {'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors'}
 EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}

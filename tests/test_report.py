@@ -52,8 +52,8 @@ def test_table_shows_every_figure_and_dashes_for_what_is_missing():
 
 def test_tradeoff_draws_what_it_is_given(tmp_path, monkeypatch):
     drawn = []
-    save = plots._save
-    monkeypatch.setattr(plots, '_save', lambda figure, path: drawn.append(figure) or save(figure, path))
+    save = plots.speed.save
+    monkeypatch.setattr(plots.speed, 'save', lambda figure, path: drawn.append(figure) or save(figure, path))
     frontier = [
         {'latency_ms': ms, 'test_accuracy': accuracy} for ms, accuracy in [(0.1, 0.9), (0.2, 0.96), (0.4, 0.98)]
     ]

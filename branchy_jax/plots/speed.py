@@ -1,4 +1,4 @@
-"""Pictures. Matplotlib is imported on use."""
+"""Pictures of what early exit saves: accuracy, gain and time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from branchy_jax.checkpoint import write_atomically
+from branchy_jax.plots.canvas import BASELINE, INK, OURS, SERIES, new_figure, save
 from branchy_jax.report import Record
-
-_INK, _OURS, _BASELINE, _PAPER = '#222222', '#0b6e99', '#c2410c', '#8a8a8a'
-_SERIES = ('#0b6e99', '#2a9d5c', '#8e5ea2', '#b8860b', '#c2557a', '#4c566a', '#7a9a01')
 
 
 def tradeoff(
@@ -43,22 +40,22 @@ def tradeoff(
     def at(record: Record) -> tuple[float, float]:
         return record['latency_ms'], 100 * record[key]
 
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     axes.plot(
-        *zip(*map(at, frontier), strict=True), '-o', color=_OURS, markersize=3.5, label='thresholds of the frontier'
+        *zip(*map(at, frontier), strict=True), '-o', color=OURS, markersize=3.5, label='thresholds of the frontier'
     )
     axes.plot(
-        *at(chosen), '*', color=_OURS, markersize=17, label=f'chosen on validation data, {chosen["gain"]:.2f}× faster'
+        *at(chosen), '*', color=OURS, markersize=17, label=f'chosen on validation data, {chosen["gain"]:.2f}× faster'
     )
     if knee is not None:
-        axes.plot(*at(knee), 'o', markersize=14, markerfacecolor='none', markeredgecolor=_OURS, label='knee')
-    axes.plot(*at(baseline), 's', color=_BASELINE, markersize=9, label=f'{baseline["network"]}, no exits')
-    axes.axhline(at(baseline)[1], color=_BASELINE, linewidth=0.8, linestyle=':')
+        axes.plot(*at(knee), 'o', markersize=14, markerfacecolor='none', markeredgecolor=OURS, label='knee')
+    axes.plot(*at(baseline), 's', color=BASELINE, markersize=9, label=f'{baseline["network"]}, no exits')
+    axes.axhline(at(baseline)[1], color=BASELINE, linewidth=0.8, linestyle=':')
     axes.set_xlim(left=0)
     axes.set_xlabel('time per image, batch 1 (ms)')
     axes.set_ylabel(f'test {metric} (%)')
     figure.legend(loc='outside lower center', ncols=2, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def gain_against_batch(path: Path | str, cells: Sequence[Record], *, title: str = '') -> None:
@@ -69,19 +66,19 @@ def gain_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
         cells: with ``batch``, ``exit_fractions``, ``executor``, ``gain`` and ``mac_limit``.
         title: above the picture.
     """
-    figure, axes = _figure(title)
-    for color, (name, found) in zip(itertools.cycle(_SERIES), _planned_by_shares(cells).items(), strict=False):
+    figure, axes = new_figure(title)
+    for color, (name, found) in zip(itertools.cycle(SERIES), _planned_by_shares(cells).items(), strict=False):
         batches = [cell['batch'] for cell in found]
         axes.plot(batches, [cell['gain'] for cell in found], '-o', color=color, markersize=4, label=f'{name} % leave')
         axes.plot(batches, [cell['mac_limit'] for cell in found], ':', color=color, linewidth=1)
-    axes.axhline(1, color=_INK, linewidth=0.8)
+    axes.axhline(1, color=INK, linewidth=0.8)
     axes.set_xscale('log')
     axes.set_yscale('log')
     _plain_ticks(axes, sorted({cell['batch'] for cell in cells}))
     axes.set_xlabel('batch size')
     axes.set_ylabel('gain over the plain baseline (dotted: MAC limit)')
     figure.legend(loc='outside lower center', ncols=4, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str = '') -> None:
@@ -92,9 +89,9 @@ def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
         cells: with ``batch``, ``exit_fractions``, ``executor``, ``ms`` and ``baseline_ms`` per image.
         title: above the picture.
     """
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     series = _planned_by_shares(cells)
-    for color, (name, found) in zip(itertools.cycle(_SERIES), series.items(), strict=False):
+    for color, (name, found) in zip(itertools.cycle(SERIES), series.items(), strict=False):
         batches = [cell['batch'] for cell in found]
         axes.plot(
             batches, [cell['ms'] * cell['batch'] for cell in found], '-o', color=color, markersize=4,
@@ -103,7 +100,7 @@ def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
     for number, found in enumerate(series.values()):
         axes.plot(
             [cell['batch'] for cell in found], [cell['baseline_ms'] * cell['batch'] for cell in found], 's--',
-            color=_BASELINE, markersize=4, linewidth=0.8, label=None if number else 'plain baseline',
+            color=BASELINE, markersize=4, linewidth=0.8, label=None if number else 'plain baseline',
         )  # fmt: skip
     axes.set_xscale('log')
     axes.set_yscale('log')
@@ -112,7 +109,7 @@ def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
     axes.set_xlabel('batch size')
     axes.set_ylabel('time of a batch (ms); slope 1 is linear')
     figure.legend(loc='outside lower center', ncols=4, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def time_against_macs(path: Path | str, cells: Sequence[Record], *, title: str = '') -> None:
@@ -123,18 +120,18 @@ def time_against_macs(path: Path | str, cells: Sequence[Record], *, title: str =
         cells: with ``batch``, ``executor``, ``gain`` and ``mac_limit``.
         title: above the picture.
     """
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     planned = [cell for cell in cells if cell['executor'] == 'planned']
-    for color, batch in zip(itertools.cycle(_SERIES), sorted({cell['batch'] for cell in planned}), strict=False):
+    for color, batch in zip(itertools.cycle(SERIES), sorted({cell['batch'] for cell in planned}), strict=False):
         points = sorted((1 / cell['mac_limit'], 1 / cell['gain']) for cell in planned if cell['batch'] == batch)
         axes.plot(*zip(*points, strict=True), '-o', color=color, markersize=4, label=f'batch {batch:,}')
-    axes.plot([0, 1], [0, 1], ':', color=_INK, linewidth=1, label='time follows MACs')
+    axes.plot([0, 1], [0, 1], ':', color=INK, linewidth=1, label='time follows MACs')
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("expected MACs ÷ baseline's")
     axes.set_ylabel("time ÷ plain baseline's")
     figure.legend(loc='outside lower center', ncols=4, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _planned_by_shares(cells: Sequence[Record]) -> dict[str, list[Record]]:
@@ -158,19 +155,3 @@ def _plain_ticks(axes: Any, batches: Sequence[int]) -> None:
     axes.set_xticks(batches, [f'{batch:,}' for batch in batches])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-
-
-def _figure(title: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.8), dpi=150, layout='constrained')
-    axes = figure.add_subplot()
-    axes.set_title(title, color=_INK, fontsize=11, loc='left')
-    axes.grid(color='#e5e5e5', linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path | str) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format='png'))

@@ -1,0 +1,260 @@
+"""Probabilities that mean what they say: temperatures, learned confidence, and how far off both are.
+
+Everything here works on cached logits ``[N, B, K]`` (`branchy_jax.inference.exit_outputs`) of validation data, never
+on training data, on which a network is surer than it will be.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from branchy_jax.criteria import Carry, Criterion
+from branchy_jax.types import Array
+
+_MOST_FEATURES = 10
+_SMALLEST_PROBABILITY = 1e-8
+_MOST_LOG_TEMPERATURE = float(np.log(1000))  # an exit that knows nothing would have an infinite one
+
+
+def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, steps: int = 50) -> np.ndarray:
+    r"""Fits a temperature per exit by L-BFGS, minimising the cross-entropy of ``logits / temperature``.
+
+    .. math:: T_n = \arg\min_T \sum_b -\ln \operatorname{softmax}(z_{nb} / T)_{y_b}
+
+    Args:
+        logits: ``[N, B, K]`` on validation data.
+        labels: ``[B]``.
+        shared: one temperature for all exits.
+        steps: of L-BFGS on the logarithm of the temperature.
+
+    Returns:
+        ``[N]`` float32 within a thousandth and a thousand, for `branchy_jax.criteria.with_temperatures`.
+
+    Raises:
+        ValueError: arrays whose shapes do not agree, or labels out of range.
+
+    Example:
+        >>> logits = np.log([[[0.99, 0.01]] * 4])   # 99 % sure, right three times of four
+        >>> temperature = fit_temperatures(logits, [0, 0, 0, 1])
+        >>> round(float(jax.nn.softmax(logits[0, 0] / temperature[0])[0]), 2)
+        0.75
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
+    """
+    logits, labels = _checked(logits, labels)
+    exits = len(logits)
+
+    def loss(log_temperature: Array) -> Array:
+        scaled = logits * jnp.exp(-log_temperature)[:, None, None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(scaled, jnp.broadcast_to(labels, scaled.shape[:2]))
+        return losses.mean(axis=1).sum()
+
+    start = jnp.zeros(1 if shared else exits)
+    spread = (lambda t: jnp.broadcast_to(t, (exits,))) if shared else (lambda t: t)
+    found = _minimise(lambda t: loss(spread(t)), start, steps)
+    return np.asarray(jnp.exp(jnp.clip(spread(found), -_MOST_LOG_TEMPERATURE, _MOST_LOG_TEMPERATURE)), np.float32)
+
+
+def _minimise(loss: Callable[[Array], Array], start: Array, steps: int) -> Array:
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry: tuple[Array, optax.OptState], _: None) -> tuple[tuple[Array, optax.OptState], None]:
+        point, state = carry
+        value, gradient = value_and_grad(point, state=state)
+        update, state = solver.update(gradient, state, point, value=value, grad=gradient, value_fn=loss)
+        return (optax.apply_updates(point, update), state), None
+
+    (point, _), _ = jax.jit(lambda start: jax.lax.scan(step, (start, solver.init(start)), length=steps))(start)
+    return point
+
+
+@struct.dataclass
+class Reliability:
+    """How often answers of a given confidence are right.
+
+    Attributes:
+        confidence: ``[M]`` mean confidence in a bin.
+        accuracy: ``[M]`` share of right answers in it.
+        count: ``[M]`` how many fall into it; empty bins hold zeros.
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the mean distance of confidence from accuracy, bins weighted by their count."""
+        return float(np.sum(self.count * np.abs(self.confidence - self.accuracy)) / self.count.sum())
+
+
+def reliability(confidence: Array, right: Array, *, bins: int = 15, equal_counts: bool = False) -> Reliability:
+    """Sorts answers into bins of confidence.
+
+    Args:
+        confidence: ``[B]`` in ``[0, 1]``.
+        right: ``[B]`` booleans.
+        bins: M.
+        equal_counts: bins of equally many answers (adaptive calibration error) instead of equal width.
+
+    Raises:
+        ValueError: no answers, shapes that do not agree, fewer than one bin.
+
+    Example:
+        >>> reliability([0.9, 0.9, 0.6, 0.6], [True, True, True, False], bins=5).error
+        0.09999999999999998
+
+    References:
+        Guo et al., 2017, section 2; Nixon et al., Measuring Calibration in Deep Learning, 2019 (adaptive).
+    """
+    confidence, right = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
+    if confidence.ndim != 1 or confidence.shape != right.shape or not len(confidence) or bins < 1:
+        raise ValueError(
+            f'confidence: expected two arrays [B] and at least one bin, got {confidence.shape}, {right.shape}, {bins}'
+        )
+    if equal_counts:
+        rank = np.argsort(np.argsort(confidence, kind='stable'), kind='stable')
+        place = rank * bins // len(confidence)
+    else:
+        place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, values, minlength=bins) for values in (confidence, right)]
+    means = [total / np.maximum(count, 1) for total in sums]
+    return Reliability(confidence=means[0], accuracy=means[1], count=count)
+
+
+def brier_score(logits: Array, labels: Array) -> float:
+    r"""Computes the mean squared distance of probabilities from the truth, :math:`\sum_k (\hat y_k - [k = y])^2`.
+
+    Args:
+        logits: ``[B, K]``.
+        labels: ``[B]``.
+
+    Example:
+        >>> brier_score(np.log([[0.5, 0.5]]), [0])
+        0.5
+    """
+    probability = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)), np.float64)
+    truth = np.eye(probability.shape[-1])[np.asarray(labels)]
+    return float(np.mean(np.sum((probability - truth) ** 2, axis=-1)))
+
+
+@struct.dataclass
+class Recognizer:
+    """Weights of one small network per exit that predicts from its sorted probabilities whether it is right.
+
+    Attributes:
+        mean: ``[N, F]`` of the features on the data it was fitted on.
+        deviation: ``[N, F]`` of the same.
+        hidden: ``[N, F, M]``.
+        hidden_bias: ``[N, M]``.
+        output: ``[N, M]``.
+        output_bias: ``[N]``.
+    """
+
+    mean: Array
+    deviation: Array
+    hidden: Array
+    hidden_bias: Array
+    output: Array
+    output_bias: Array
+
+
+def fit_learned(
+    logits: Array, labels: Array, key: Array, *, width: int = 32, steps: int = 1000, learning_rate: float = 3e-3
+) -> Criterion:
+    """Fits the paper's meta-recognition: per exit a small network that tells from sorted probabilities if it is right.
+
+    One hidden layer on the logarithms of the ten largest probabilities, trained on the whole data at once by AdamW.
+
+    Args:
+        logits: ``[N, B, K]`` on validation data.
+        labels: ``[B]``.
+        key: of the initial weights.
+        width: of the hidden layer.
+        steps: of AdamW.
+        learning_rate: its peak, decaying to zero.
+
+    Returns:
+        A `Criterion` whose uncertainty is the predicted probability of being wrong.
+
+    Raises:
+        ValueError: arrays whose shapes do not agree, or labels out of range.
+
+    References:
+        BranchyNet, 2016, section V: "meta-recognition", proposed there. Zhang et al., Predicting failures of vision
+        systems, 2014.
+    """
+    logits, labels = _checked(logits, labels)
+    features = _features(logits)
+    right = (logits.argmax(axis=-1) == labels[None]).astype(jnp.float32)
+    exits, _, count = features.shape
+    first, second = jax.random.split(key)
+    start = Recognizer(
+        mean=features.mean(axis=1),
+        deviation=features.std(axis=1) + 1e-3,
+        hidden=jax.random.normal(first, (exits, count, width)) / jnp.sqrt(count),
+        hidden_bias=jnp.zeros((exits, width)),
+        output=jax.random.normal(second, (exits, width)) / jnp.sqrt(width),
+        output_bias=jnp.zeros(exits),
+    )
+    solver = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-3)
+
+    def loss(trained: Recognizer) -> Array:
+        recognizer = trained.replace(mean=start.mean, deviation=start.deviation)
+        scores = jax.vmap(_score)(recognizer, features)
+        return optax.sigmoid_binary_cross_entropy(scores, right).mean(axis=1).sum()
+
+    def step(carry: tuple[Recognizer, optax.OptState], _: None) -> tuple[tuple[Recognizer, optax.OptState], None]:
+        trained, state = carry
+        updates, state = solver.update(jax.grad(loss)(trained), state, trained)
+        return (optax.apply_updates(trained, updates), state), None
+
+    (fitted, _), _ = jax.jit(lambda start: jax.lax.scan(step, (start, solver.init(start)), length=steps))(start)
+    return learned(fitted.replace(mean=start.mean, deviation=start.deviation))
+
+
+def learned(recognizer: Recognizer) -> Criterion:
+    """Builds the criterion of a fitted `Recognizer`: the predicted probability that the exit is wrong."""
+
+    def update(logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        own = jax.tree.map(lambda values: values[n], recognizer)
+        wrong = jax.nn.sigmoid(-_score(own, _features(logits)))
+        return logits, wrong.reshape(wrong.shape[0], -1).mean(axis=-1), carry
+
+    return Criterion(init=lambda logits: (), update=update, name='learned')
+
+
+def _score(own: Recognizer, features: Array) -> Array:
+    """Returns the log odds of being right ``[…]`` from ``features […, F]``, for one exit."""
+    chex.assert_equal(own.mean.shape[-1], features.shape[-1])
+    spread = functools.partial(jnp.expand_dims, axis=tuple(range(features.ndim - 1)))
+    normal = (features - spread(own.mean)) / spread(own.deviation)
+    hidden = jax.nn.gelu(normal @ own.hidden + spread(own.hidden_bias))
+    return hidden @ own.output + own.output_bias
+
+
+def _features(logits: Array) -> Array:
+    """Returns logarithms of the largest probabilities, descending, ``[…, F]`` with F at most ten."""
+    probability = jax.nn.softmax(logits.astype(jnp.float32))
+    largest = jax.lax.top_k(probability, min(_MOST_FEATURES, logits.shape[-1]))[0]
+    return jnp.log(largest + _SMALLEST_PROBABILITY)
+
+
+def _checked(logits: Array, labels: Array) -> tuple[Array, Array]:
+    logits, labels = jnp.asarray(logits, jnp.float32), np.asarray(labels)
+    if logits.ndim != 3 or labels.shape != logits.shape[1:2] or 0 in logits.shape:
+        raise ValueError(f'logits: expected [N, B, K] with labels [B], got {logits.shape} and {labels.shape}')
+    if labels.min() < 0 or labels.max() >= logits.shape[-1]:
+        raise ValueError(f'labels: got {labels.min()} to {labels.max()}; expected classes in [0, {logits.shape[-1]})')
+    return logits, jnp.asarray(labels)

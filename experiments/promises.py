@@ -1,0 +1,112 @@
+"""Are the promises kept? Calibration sets drawn from a population of cached outputs, a thousand times."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from branchy_jax.costs import StageCosts
+from branchy_jax.thresholds import losses_along
+from branchy_jax.thresholds.guarantees import METHODS, last_passed
+
+
+class Population:
+    """Inputs whose losses along a path are known, to draw calibration sets from.
+
+    The promise is about the distribution that calibration inputs come from: here that is the empirical one of these
+    inputs, so the risk to compare with is the mean over all of them, and draws are with replacement.
+
+    Args:
+        path: ``[G, N - 1]`` settings fixed on other data.
+        uncertainty: ``[N, B]``.
+        losses: ``[N, B]`` in [0, 1].
+        costs: per stage and head.
+        size: inputs in a calibration set.
+        splits: how many sets are drawn.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, path: np.ndarray, uncertainty: np.ndarray, losses: np.ndarray, costs: StageCosts, *, size: int,
+        splits: int, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.losses, exits = losses_along(path, uncertainty, losses)
+        self.risk = self.losses.mean(axis=1)
+        self.saved = 1 - costs.to_exit[exits].mean(axis=1) / costs.trunk
+        self.full = np.isneginf(path).all(axis=1)
+        self.drawn = np.random.default_rng(seed).integers(self.losses.shape[1], size=(splits, size))
+
+    def learn_then_test(self, method: str, epsilon: float, delta: float) -> np.ndarray:
+        """Returns for every calibration set where on the path fixed-sequence testing stops."""
+        options = {'delta': delta} if method == 'betting' else {}
+        passes = np.zeros((len(self.drawn), len(self.risk)), bool)
+        alive = np.arange(len(self.drawn))
+        for g, loss in enumerate(self.losses):
+            if not self.full[g]:
+                alive = alive[METHODS[method](loss[self.drawn[alive]], epsilon, **options) <= delta]
+            passes[alive, g] = True
+        return np.array([last_passed(row) for row in passes])
+
+    def plain_screen(self, epsilon: float) -> np.ndarray:
+        """Returns for every calibration set the cheapest setting that loses at most ε on that set itself."""
+        risks = np.array([loss[self.drawn].mean(axis=1) for loss in self.losses])
+        allowed = np.where(risks <= epsilon, self.saved[:, None], -np.inf)
+        return allowed.argmax(axis=0)
+
+    def conformal(self, epsilon: float) -> np.ndarray:
+        """Returns for every calibration set where conformal risk control stops."""
+        envelope = np.maximum.accumulate(self.losses, axis=0)
+        count = self.drawn.shape[1]
+        risks = np.array([loss[self.drawn].mean(axis=1) for loss in envelope])
+        passes = self.full[:, None] | (count / (count + 1) * risks + 1 / (count + 1) <= epsilon)
+        return np.array([last_passed(row) for row in passes.T])
+
+    def outcome(self, stops: np.ndarray, epsilon: float) -> dict[str, float]:
+        """Returns how often a promise broke and what was saved."""
+        return {
+            'splits': len(stops),
+            'broken': float((self.risk[stops] > epsilon).mean()),
+            'mean_risk': float(self.risk[stops].mean()),
+            'cost_saved': float(self.saved[stops].mean()),
+        }
+
+
+EPSILONS, DELTAS = (0.005, 0.01, 0.02), (0.05, 0.1)
+
+
+def simulate(
+    network: str, populations: dict[str, Population], *, epsilons: Sequence[float] = EPSILONS,
+    deltas: Sequence[float] = DELTAS,
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Runs all methods on all populations.
+
+    Args:
+        network: its name, kept with the records.
+        populations: name of the loss to its population.
+        epsilons: risks to promise.
+        deltas: probabilities of breaking the promise.
+
+    Returns:
+        Records under ``promises``, ``comparison`` and ``expectations``.
+    """
+
+    def cases() -> Iterator[tuple[str, Population, float]]:
+        for (loss, population), epsilon in itertools.product(populations.items(), epsilons):
+            yield loss, population, epsilon
+
+    records: dict[str, list[dict[str, Any]]] = {'promises': [], 'comparison': [], 'expectations': []}
+    for loss, population, epsilon in cases():
+        case = {'network': network, 'loss': loss, 'epsilon': epsilon}
+        for method, delta in itertools.product(METHODS, deltas):
+            stops = population.learn_then_test(method, epsilon, delta)
+            standard_error = (delta * (1 - delta) / len(stops)) ** 0.5
+            outcome = {**population.outcome(stops, epsilon), 'allowed': delta + 2 * standard_error}
+            records['promises'].append({**case, 'method': method, 'delta': delta, **outcome})
+        screened = population.outcome(population.plain_screen(epsilon), epsilon)
+        records['comparison'].append({**case, 'method': 'plain screen', **screened})
+        controlled = population.outcome(population.conformal(epsilon), epsilon)
+        records['expectations'].append({**case, 'method': 'conformal risk control', **controlled})
+    return records

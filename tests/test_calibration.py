@@ -1,0 +1,134 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import optimize, special
+
+import branchy_jax as bj
+from branchy_jax.calibration import brier_score, fit_learned, fit_temperatures, reliability
+
+
+def overconfident(exits=2, count=600, classes=4, factor=3.0, seed=0):
+    """Logits whose softmax at temperature ``factor`` is the true distribution of the labels."""
+    generator = np.random.default_rng(seed)
+    first = generator.normal(size=(count, classes))
+    calm = np.stack([first, 2 * first + generator.normal(size=first.shape)])[:exits]
+    labels = np.array([generator.choice(classes, p=p) for p in special.softmax(calm[0], axis=-1)])
+    return (calm * factor).astype(np.float32), labels
+
+
+def cross_entropy(logits, labels, temperature):
+    return -special.log_softmax(logits.astype(np.float64) / temperature, axis=-1)[np.arange(len(labels)), labels].mean()
+
+
+def test_temperatures_minimise_the_cross_entropy():
+    logits, labels = overconfident()
+    found = fit_temperatures(logits, labels)
+    for n in range(2):
+        best = optimize.minimize_scalar(
+            lambda t, n=n: cross_entropy(logits[n], labels, t), bounds=(0.1, 50), method='bounded'
+        )
+        np.testing.assert_allclose(found[n], best.x, rtol=1e-2)
+    assert 2.5 < found[0] < 3.6
+
+
+def test_an_exit_that_knows_nothing_has_the_largest_temperature():
+    logits, _ = overconfident()
+    labels = np.random.default_rng(9).integers(0, 4, logits.shape[1])
+    assert 1000 >= fit_temperatures(logits, labels)[0] > 10
+
+
+def test_a_shared_temperature_minimises_the_sum():
+    logits, labels = overconfident()
+    found = fit_temperatures(logits, labels, shared=True)
+    assert found.shape == (2,)
+    assert found[0] == found[1]
+    best = optimize.minimize_scalar(
+        lambda t: sum(cross_entropy(one, labels, t) for one in logits), bounds=(0.1, 50), method='bounded'
+    )
+    np.testing.assert_allclose(found[0], best.x, rtol=1e-2)
+
+
+def test_temperatures_lower_the_calibration_error():
+    logits, labels = overconfident(count=3000)
+    right = logits[0].argmax(-1) == labels
+
+    def error(temperature):
+        return reliability(special.softmax(logits[0] / temperature, axis=-1).max(-1), right).error
+
+    assert error(fit_temperatures(logits, labels)[0]) < 0.03 < error(1.0)
+
+
+@given(seed=st.integers(0, 100), bins=st.integers(1, 20), equal=st.booleans())
+def test_reliability_is_counted_bin_by_bin(seed, bins, equal):
+    generator = np.random.default_rng(seed)
+    confidence, right = generator.random(50), generator.random(50) < 0.5
+    found = reliability(confidence, right, bins=bins, equal_counts=equal)
+    if equal:
+        groups = np.array_split(np.argsort(confidence), bins)
+        assert found.count.max() - found.count.min() <= 1
+        assert sum(len(group) for group in groups) == found.count.sum()
+    else:
+        edges = np.linspace(0, 1, bins + 1)
+        groups = [np.flatnonzero((confidence > a) & (confidence <= b)) for a, b in itertools.pairwise(edges)]
+        expected = sum(len(g) * abs(confidence[g].mean() - right[g].mean()) for g in groups if len(g)) / 50
+        np.testing.assert_allclose(found.error, expected, atol=1e-12)
+    assert found.count.sum() == 50
+
+
+def test_perfect_and_worst_calibration():
+    assert reliability(np.ones(4), np.ones(4)).error == 0
+    assert reliability(np.ones(4), np.zeros(4)).error == 1
+
+
+def test_brier_score_by_hand():
+    # Probabilities (.8, .2): squared distance from class 0 .04 + .04, from class 1 .64 + .64.
+    assert brier_score(np.log([[0.8, 0.2], [0.8, 0.2]]), [0, 1]) == pytest.approx((0.08 + 1.28) / 2, rel=1e-6)
+
+
+def test_learned_recognises_what_entropy_cannot():
+    """An exit that is right exactly where its second and third probability are equal: entropy hardly tells."""
+    generator = np.random.default_rng(0)
+    even = generator.random(800) < 0.5
+    rest = np.where(even[:, None], [0.2, 0.2], [0.3, 0.1])
+    probability = np.concatenate([np.full((800, 1), 0.6), rest], axis=1) + generator.uniform(0, 0.01, (800, 3))
+    logits = np.log(probability)[None].astype(np.float32)
+    labels = np.where(even, 0, 1)
+    criterion = fit_learned(logits[:, :400], labels[:400], jax.random.key(0), steps=400)
+    _, wrong, _ = criterion.update(jnp.asarray(logits[0, 400:]), (), 0)
+    assert np.asarray(wrong)[even[400:]].max() < 0.2
+    assert np.asarray(wrong)[~even[400:]].min() > 0.8
+    assert criterion.name == 'learned'
+
+
+def test_learned_takes_the_order_of_classes_for_nothing():
+    logits, labels = overconfident()
+    criterion = fit_learned(logits, labels, jax.random.key(1), steps=20)
+    some = jnp.asarray(logits[0, :5])
+    np.testing.assert_allclose(
+        criterion.update(some, (), 1)[1], criterion.update(some[:, ::-1], (), 1)[1], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    'fit', [fit_temperatures, lambda logits, labels: fit_learned(logits, labels, jax.random.key(0))]
+)
+def test_fitting_refuses_what_does_not_fit(fit):
+    logits = np.zeros((2, 4, 3))
+    with pytest.raises(ValueError, match='logits: expected'):
+        fit(logits, [0, 1])
+    with pytest.raises(ValueError, match='labels: got'):
+        fit(logits, [0, 1, 2, 3])
+
+
+def test_reliability_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match='confidence: expected'):
+        reliability([0.5], [True, False])
+
+
+def test_calibration_is_exported():
+    assert bj.calibration.fit_temperatures is fit_temperatures

@@ -1,0 +1,199 @@
+"""Promises, kept: p-values against brute force and simulation, procedures against hand-made cases."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from branchy_jax.costs import StageCosts
+from branchy_jax.thresholds import (
+    accuracy_statistics,
+    conformal_risk_control,
+    learn_then_test,
+    losses_against_full,
+    losses_along,
+    p_values,
+    screen,
+    threshold_path,
+)
+from branchy_jax.thresholds.guarantees import METHODS, last_passed
+
+COSTS = StageCosts(stages=[1, 1, 1], exits=[0, 0, 0])
+
+
+@given(count=st.integers(1, 30), wrong=st.integers(0, 30), epsilon=st.floats(0.01, 0.99))
+def test_binomial_p_value_is_the_sum_of_probabilities(count, wrong, epsilon):
+    wrong = min(wrong, count)
+    losses = np.arange(count) < wrong
+    expected = sum(math.comb(count, k) * epsilon**k * (1 - epsilon) ** (count - k) for k in range(wrong + 1))
+    assert p_values.binomial(losses, epsilon) == pytest.approx(expected, rel=1e-9)
+
+
+@given(count=st.integers(1, 30), seed=st.integers(0, 100), epsilon=st.floats(0.01, 0.99))
+def test_hoeffding_bentkus_by_its_formula(count, seed, epsilon):
+    losses = np.random.default_rng(seed).random(count) * 0.5
+    mean = losses.mean()
+    a = min(mean, epsilon)
+    h = (a * math.log(a / epsilon) if a else 0) + (1 - a) * math.log((1 - a) / (1 - epsilon))
+    up = math.ceil(count * mean - 1e-9)
+    tail = sum(math.comb(count, k) * epsilon**k * (1 - epsilon) ** (count - k) for k in range(up + 1))
+    assert p_values.hoeffding_bentkus(losses, epsilon) == pytest.approx(min(1, math.exp(-count * h), math.e * tail))
+
+
+def test_betting_by_a_slow_loop():
+    losses, epsilon, delta = np.random.default_rng(0).random(40) * 0.3, 0.25, 0.05
+    wealth, best, total, squares = 1.0, 1.0, 0.0, 0.0
+    variance = 0.25
+    for i, loss in enumerate(losses, start=1):
+        bet = min(1.0, math.sqrt(2 * math.log(1 / delta) / (len(losses) * variance)))
+        wealth *= 1 - bet * (loss - epsilon)
+        best = max(best, wealth)
+        total += loss
+        squares += (loss - (0.5 + total) / (1 + i)) ** 2
+        variance = (0.25 + squares) / (1 + i)
+    assert p_values.betting(losses, epsilon, delta=delta) == pytest.approx(1 / best, rel=1e-9)
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('delta', [0.05, 0.2])
+def test_p_values_are_valid_at_the_edge_of_the_hypothesis(method, delta):
+    """Where the risk is exactly epsilon, p ≤ delta happens at most with probability delta: 20,000 draws."""
+    epsilon = 0.1
+    losses = (np.random.default_rng(1).random((20_000, 80)) < epsilon).astype(float)
+    refuted = (METHODS[method](losses, epsilon) <= delta).mean()
+    assert refuted <= delta + 2 * math.sqrt(delta * (1 - delta) / 20_000)
+    assert (METHODS[method](losses * 0, epsilon) <= 0.05).all()  # and they have power
+
+
+def test_binomial_refuses_losses_between_zero_and_one():
+    with pytest.raises(ValueError, match='losses: the exact binomial'):
+        p_values.binomial(np.array([0.5]), 0.1)
+
+
+def test_a_fixed_sequence_returns_the_last_that_passed():
+    assert last_passed([True, True, False, True, True]) == 1  # not 2, the first that failed; not 4, behind a failure
+    assert last_passed([False, True]) == -1
+    assert last_passed([True, True]) == 1
+
+
+def test_losses_by_hand():
+    right_answers = np.array([[0, 1, 1, 0], [0, 0, 1, 1]])  # two exits, four inputs
+    logits = np.eye(2)[right_answers]
+    labels = [0, 0, 0, 0]
+    # Early wrong and full right: input 1. Both wrong: input 2. Early right, full wrong: input 3 loses nothing.
+    assert losses_against_full(logits, labels).tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+    assert losses_against_full(logits).tolist() == [[0, 1, 0, 1], [0, 0, 0, 0]]
+
+
+def population(count, seed=0):
+    """Three exits; the surer an exit, the rarer it is wrong where the full network is right."""
+    generator = np.random.default_rng(seed)
+    uncertainty = generator.random((3, count))
+    losses = (generator.random((3, count)) < uncertainty * np.array([[0.3], [0.15], [0.0]])).astype(float)
+    return uncertainty, losses
+
+
+def path(size=20):
+    """From never leaving to leaving most."""
+    return np.concatenate([[[-np.inf, -np.inf]], np.repeat(np.linspace(0, 1.01, size)[:, None], 2, axis=1)])
+
+
+def test_no_label_reaches_an_exit_decision():
+    uncertainty, losses = population(100)
+    _, exits = losses_along(path(), uncertainty, losses)
+    _, with_others = losses_along(path(), uncertainty, 1 - losses)
+    np.testing.assert_array_equal(exits, with_others)
+    expected = [[next((n for n in range(2) if u[n] < t[n]), 2) for u in uncertainty.astype(np.float32).T]
+                for t in path().astype(np.float32)]  # fmt: skip
+    np.testing.assert_array_equal(exits, expected)
+
+
+BIG = population(400_000, seed=99)
+
+
+def true_risk(thresholds):
+    on_path, _ = losses_along(thresholds[None], *BIG)
+    return on_path.mean()
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('starts', [1, 2])
+def test_the_promise_is_kept(method, starts):
+    epsilon, delta, draws = 0.03, 0.2, 150
+    paths = [path(), np.where(np.arange(2) == 0, path(), -np.inf)][:starts]
+    broken, promised = 0, 0
+    risks = {}
+    for seed in range(draws):
+        found = learn_then_test(paths, *population(400, seed), epsilon=epsilon, delta=delta, costs=COSTS, method=method)
+        key = found.thresholds.tobytes()
+        risks.setdefault(key, true_risk(found.thresholds) if found.promised else 0.0)
+        broken += risks[key] > epsilon
+        promised += found.promised
+    assert broken / draws <= delta + 2 * math.sqrt(delta * (1 - delta) / draws)
+    assert promised > draws / 2
+
+
+def test_conformal_risk_control_holds_in_expectation():
+    epsilon = 0.05
+    risks = [
+        true_risk(conformal_risk_control(path(), *population(200, s), epsilon=epsilon).thresholds) for s in range(60)
+    ]
+    assert np.mean(risks) <= epsilon + 2 * np.std(risks) / math.sqrt(60)
+    assert np.mean(risks) > epsilon / 3
+
+
+def test_nothing_is_promised_from_too_few_inputs():
+    uncertainty, losses = population(20)
+    for found in (
+        learn_then_test(path(), uncertainty, losses * 0, epsilon=0.01, delta=0.1, costs=COSTS),
+        conformal_risk_control(path(), uncertainty, losses * 0, epsilon=0.01),
+    ):
+        assert not found.promised
+        assert np.isneginf(found.thresholds).all()
+        assert found.exit_fractions.tolist() == [0, 0, 1]
+        assert 'Nothing but the full network' in found.statement
+
+
+def test_enough_harmless_inputs_are_promised_to_the_end_of_the_path():
+    uncertainty, losses = population(400)
+    found = learn_then_test(path(), uncertainty, losses * 0, epsilon=0.01, delta=0.1, costs=COSTS)
+    assert found.promised
+    assert found.index == 20
+    np.testing.assert_allclose(found.thresholds, path()[-1])
+    assert 'at least 0.9' in found.statement
+
+
+def test_paths_begin_with_never_and_get_cheaper():
+    uncertainty, losses = population(500)
+    screened = screen(uncertainty, (1 - losses)[..., None], COSTS)
+    found = threshold_path(screened, size=15)
+    assert np.isneginf(found[0]).all()
+    _, exits = losses_along(found, uncertainty, losses)
+    cost = (exits + 1).mean(axis=1)
+    assert (np.diff(cost) < 1e-9).all()
+    assert len(found) <= 16
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [({'epsilon': 0.0}, 'epsilon and delta'), ({'delta': 1.0}, 'epsilon and delta'),
+     ({'method': 'luck'}, 'method: got'),
+     ({'losses': np.full((3, 50), 2.0)}, 'losses: got'), ({'losses': np.zeros((2, 50))}, 'losses: expected'),
+     ({'paths': np.zeros((4, 3))}, 'paths: expected')],
+)  # fmt: skip
+def test_impossible_requests_are_refused(changes, message):
+    uncertainty, losses = population(50)
+    options = {'paths': path(), 'uncertainty': uncertainty, 'losses': losses, 'epsilon': 0.1, 'delta': 0.1, **changes}
+    with pytest.raises(ValueError, match=message):
+        learn_then_test(costs=COSTS, **options)
+
+
+def test_statistics_and_losses_agree():
+    """The loss bounds the gap in error rate from above."""
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(3, 200, 4)), generator.integers(0, 4, 200)
+    right = accuracy_statistics(logits, labels)[..., 0]
+    gap = right[-1].mean() - right.mean(axis=1)
+    assert (losses_against_full(logits, labels).mean(axis=1) >= gap - 1e-12).all()
