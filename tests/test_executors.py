@@ -16,7 +16,6 @@ from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
 from branchy_jax.inference import compacted, dense, exit_outputs, sequential, staged
-from branchy_jax.inference.staged import batch_of_one
 
 CRITERION = {criterion.name: criterion for criterion in CRITERIA}
 BATCH_SIZES = (0, 1, 5, 24)
@@ -97,8 +96,17 @@ def test_single_images_with_exits_left_out(network, uncertainty):
     for b in range(4):
         alone = jax.tree.map(lambda x, b=b: x[b], expected)
         check_same(staged(model, exits=[1, 2])(variables, images[b], thresholds), alone)
-        kept = batch_of_one(model, exits=[1, 2])(variables, images[b : b + 1], jnp.asarray(thresholds))
+        kept = sequential(model, exits=[1, 2])(variables, images[b : b + 1], thresholds)
         check_same(jax.tree.map(lambda x: x[0], kept), alone)
+
+
+@pytest.mark.parametrize('build', [staged, sequential])
+def test_compiler_options_reach_the_compiler(network, build):
+    model, variables, images = network
+    with pytest.raises(Exception, match='no_such_option'):
+        build(model, compiler_options={'no_such_option': 1})(
+            variables, images[0 if build is staged else slice(2)], [0, 0]
+        )
 
 
 @pytest.mark.parametrize('build', [dense, staged, sequential, functools.partial(compacted, chunk_size=2)])

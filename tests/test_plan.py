@@ -128,7 +128,7 @@ def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size):
         assert np.isneginf(planned.thresholds[skipped]).all()
         kept = [n for n in range(2) if n in planned.exits]
         np.testing.assert_array_equal(planned.thresholds[kept], thresholds[kept])
-        for size in {batch_size, 5 if batch_size > 1 else 1}:
+        for size in {batch_size, 5}:
             found = planned(images[:size])
             check_same(found, dense(model)(variables, images[:size], planned.thresholds))
         assert planned.contenders[0].name

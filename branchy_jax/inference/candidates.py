@@ -11,7 +11,7 @@ from branchy_jax.inference.checks import Executor
 from branchy_jax.inference.compacted import compacted
 from branchy_jax.inference.dense import dense
 from branchy_jax.inference.prediction import Forecast
-from branchy_jax.inference.staged import batch_of_one, sequential
+from branchy_jax.inference.staged import sequential
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Variables
 
@@ -66,7 +66,7 @@ def build_candidates(
         add('baseline, optimized', dense(fast_model, criterion=criterion, exits=last), last)
     if batch_size == 1:
         if best.exits != last:
-            run = batch_of_one(fast_model, criterion=criterion, exits=best.exits)
+            run = sequential(fast_model, criterion=criterion, exits=best.exits)
             add('staged', run, best.exits, follows_forecast=True)
         return found
     options = {'criterion': criterion, 'exits': best.exits}

@@ -72,17 +72,6 @@ def staged(
     return execute
 
 
-def batch_of_one(model: BranchyNet, *, criterion: Criterion = entropy, exits: Sequence[int] | None = None) -> Executor:
-    """Builds what `staged` is for callers that keep the batch axis: ``images [1, H, W, C]``, results with B = 1."""
-    steps = build_steps(model, criterion, exits)
-
-    @jax.jit
-    def run(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
-        return _answer(steps, variables, images, (), thresholds)
-
-    return run
-
-
 def sequential(
     model: BranchyNet,
     *,
@@ -92,7 +81,8 @@ def sequential(
 ) -> Executor:
     """Builds the executor for a stream of single images in one program: a loop whose body is `staged`.
 
-    Saves the dispatch of every image but the first, which is most of the time of a small network at batch 1.
+    Saves the dispatch of every image but the first, which is most of the time of a small network at batch 1. A batch of
+    one image runs without a loop, as `staged` does.
 
     Args:
         model: a network with N exits.
@@ -117,6 +107,8 @@ def sequential(
     steps = build_steps(model, criterion, exits)
 
     def run(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
+        if len(images) == 1:
+            return _answer(steps, variables, images, (), thresholds)
         return lax.map(lambda image: at_rows(_answer(steps, variables, image[None], (), thresholds), 0), images)
 
     return guarded(jax.jit(run, compiler_options=_as_given(compiler_options)), model.num_exits)
