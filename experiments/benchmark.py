@@ -10,7 +10,6 @@ against multiply-accumulates). All times are milliseconds per image; ratios are 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes, segment_times
 from branchy_jax.report import markdown_table, write_json, write_text
 from experiments.cells import Subject, images_needed, measure_cell, peak_memory_mb, prepare
+from experiments.records import describe_device
 from experiments.timing import keep_to_one_core
 
 _NETWORK = flags.DEFINE_string('network', None, 'A branchy network: b-lenet, b-alexnet, b-resnet110.')
@@ -92,13 +92,11 @@ def _sizes(batch: int) -> list[int]:
 
 def _write(workdir: Path, subject: Subject, cells: Sequence[dict[str, Any]], times: SegmentTimes) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0]
     record = {
-        'device': f'{device.device_kind} ({device.platform}), {len(os.sched_getaffinity(0))} host cores',
-        'jax': jax.__version__,
+        'device': describe_device(),
+        'passes': _PASSES.value,
         'command': shlex.join(['python', '-m', 'experiments.benchmark', *sys.argv[1:]]),
         'unit': 'ms per image',
-        'passes': _PASSES.value,
         'peak_memory_mb': peak_memory_mb(),
         'segment_times': dataclasses.asdict(times),
         'cells': list(cells),
@@ -140,7 +138,7 @@ def _markdown(record: dict[str, Any]) -> str:
     return '\n\n'.join([
         f'# Benchmark of {record["cells"][0]["network"]}',
         f'`{record["command"]}`',
-        f'{record["device"]}, jax {record["jax"]}, {record["passes"]} interleaved passes. Milliseconds per image.',
+        f'{record["device"]}, {record["passes"]} interleaved passes. Milliseconds per image.',
         markdown_table(_COLUMNS, rows),
         _LEGEND,
         f'# How the planner chose\n\n{plans}\n',

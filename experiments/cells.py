@@ -122,6 +122,7 @@ def measure_cell(
             records.append({
                 'network': subject.name,
                 'batch': batch,
+                'shares': list(shares),
                 'exit_fractions': fractions,
                 'executor': name,
                 **_figures(seconds, name, len(images), limit, limit_within),

@@ -184,14 +184,15 @@ def promises(
     network: str, validation: Outputs, test: Outputs, costs: bj.costs.StageCosts, *, splits: int, size: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Simulates the promises: the path comes from validation data, the calibration sets from the test outputs."""
-    path = bj.thresholds.threshold_path(_screened(bj.criteria.entropy, validation, costs)[2])
-    uncertainty = np.asarray(bj.criteria.replay(bj.criteria.entropy, test.logits)[1])
-    populations = {
-        name: Population(
-            path, uncertainty, bj.thresholds.losses_against_full(test.logits, labels), costs, size=size, splits=splits
-        )
-        for name, labels in (('error gap', test.labels), ('disagreement', None))
-    }
+    on_validation, uncertainty = (
+        np.asarray(bj.criteria.replay(bj.criteria.entropy, part.logits)[1]) for part in (validation, test)
+    )
+    populations = {}
+    for name, labels, test_labels in (('error gap', validation.labels, test.labels), ('disagreement', None, None)):
+        kept = 1 - bj.thresholds.losses_against_full(validation.logits, labels)
+        path = bj.thresholds.threshold_path(bj.thresholds.screen(on_validation, kept[..., None], costs))
+        losses = bj.thresholds.losses_against_full(test.logits, test_labels)
+        populations[name] = Population(path, uncertainty, losses, costs, size=size, splits=splits)
     return simulate(network, populations)
 
 

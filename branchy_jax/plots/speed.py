@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from branchy_jax.plots.canvas import BASELINE, INK, OURS, SERIES, new_figure, save
 from branchy_jax.report import Record
 
@@ -63,7 +65,7 @@ def gain_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
 
     Args:
         path: the picture to write.
-        cells: with ``batch``, ``exit_fractions``, ``executor``, ``gain`` and ``mac_limit``.
+        cells: with ``batch``, ``shares``, ``executor``, ``gain`` and ``mac_limit``.
         title: above the picture.
     """
     figure, axes = new_figure(title)
@@ -86,7 +88,7 @@ def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
 
     Args:
         path: the picture to write.
-        cells: with ``batch``, ``exit_fractions``, ``executor``, ``ms`` and ``baseline_ms`` per image.
+        cells: with ``batch``, ``shares``, ``executor``, ``ms`` and ``baseline_ms`` per image.
         title: above the picture.
     """
     figure, axes = new_figure(title)
@@ -104,10 +106,12 @@ def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
         )  # fmt: skip
     axes.set_xscale('log')
     axes.set_yscale('log')
-    axes.set_aspect('equal', adjustable='datalim')
+    ends = np.array([min(cell['batch'] for cell in cells), max(cell['batch'] for cell in cells)])
+    largest = max(cell['ms'] * cell['batch'] for cell in cells if cell['executor'] == 'planned')
+    axes.plot(ends, largest * ends / ends[-1], ':', color=INK, linewidth=1, label='linear')
     _plain_ticks(axes, sorted({cell['batch'] for cell in cells}))
     axes.set_xlabel('batch size')
-    axes.set_ylabel('time of a batch (ms); slope 1 is linear')
+    axes.set_ylabel('time of a batch (ms)')
     figure.legend(loc='outside lower center', ncols=4, frameon=False)
     save(figure, path)
 
@@ -135,18 +139,12 @@ def time_against_macs(path: Path | str, cells: Sequence[Record], *, title: str =
 
 
 def _planned_by_shares(cells: Sequence[Record]) -> dict[str, list[Record]]:
+    """Groups planned cells by the shares that were asked for; a small batch rounds what it gets."""
     found: dict[str, list[Record]] = {}
     for cell in cells:
         if cell['executor'] == 'planned':
-            shares = [round(100 * share) for share in cell['exit_fractions']]
-            close = [name for name in found if _near(name, shares)]
-            found.setdefault(close[0] if close else '/'.join(map(str, shares)), []).append(cell)
+            found.setdefault('/'.join(f'{100 * share:.0f}' for share in cell['shares']), []).append(cell)
     return {name: sorted(cells, key=lambda cell: cell['batch']) for name, cells in found.items()}
-
-
-def _near(name: str, shares: Sequence[int]) -> bool:
-    """Whether shares are those of a name but for the rounding that a small batch forces."""
-    return all(abs(int(known) - share) <= 3 for known, share in zip(name.split('/'), shares, strict=True))
 
 
 def _plain_ticks(axes: Any, batches: Sequence[int]) -> None:
@@ -154,4 +152,5 @@ def _plain_ticks(axes: Any, batches: Sequence[int]) -> None:
 
     axes.set_xticks(batches, [f'{batch:,}' for batch in batches])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f'{value:g}' if f'{value:e}'[0] in '125' else ''))

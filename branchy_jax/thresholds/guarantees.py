@@ -76,21 +76,22 @@ def losses_against_full(logits: Array, labels: Array | None = None) -> np.ndarra
 
 
 def threshold_path(screened: Screen, *, size: int = 50) -> np.ndarray:
-    """Picks a path of settings from never leaving to leaving most: the frontier, thinned evenly in cost.
+    """Picks a path of settings from never leaving to leaving most: the frontier of cost and risk, thinned in risk.
 
     The path must be fixed before the calibration data is looked at: ``screened`` is to come from other data.
 
     Args:
-        screened: settings on separate data.
+        screened: settings on separate data, screened for what is to be promised: give `screen` the statistics
+            ``1 - losses[..., None]`` with `losses_against_full`. A screen for accuracy would do, but knows no settings
+            between the full network and the most accurate one.
         size: G, settings on the path at most.
 
     Returns:
         ``[G, N - 1]``; the first never exits, cost falls along the path.
     """
     frontier = pareto_frontier(screened)
-    wanted = np.linspace(frontier.cost[-1], frontier.cost[0], size)
-    nearest = np.abs(frontier.cost[:, None] - wanted).argmin(axis=0)
-    kept = np.unique(nearest)[::-1]
+    # Evenly spaced in rank: the frontier is dense where risk is small, which is where promises are made.
+    kept = np.unique(np.linspace(0, len(frontier) - 1, size).round().astype(int))[::-1]
     never = np.full((1, frontier.thresholds.shape[1]), -np.inf, np.float32)
     return np.concatenate([never, frontier.thresholds[kept]])
 
