@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from branchy_jax.criteria import Carry, Criterion
+from branchy_jax.criteria import Carry, Criterion, check_exit_number
 from branchy_jax.types import Array
 
 _MOST_FEATURES = 10
@@ -228,6 +228,7 @@ def learned(recognizer: Recognizer) -> Criterion:
     """Builds the criterion of a fitted `Recognizer`: the predicted probability that the exit is wrong."""
 
     def update(logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_exit_number(n, len(recognizer.output_bias), 'recognizer')
         own = jax.tree.map(lambda values: values[n], recognizer)
         wrong = jax.nn.sigmoid(-_score(own, _features(logits)))
         return logits, wrong.reshape(wrong.shape[0], -1).mean(axis=-1), carry

@@ -13,6 +13,8 @@ from flax import struct
 
 from branchy_jax.types import Array
 
+_FEWEST_EXPECTED = 5.0
+
 
 @struct.dataclass
 class Controller:
@@ -48,16 +50,18 @@ def create_controller(
 
     Args:
         path: ``[G, N - 1]`` settings from leaving most to leaving least, best evenly spaced in what is held
-            (`path_by_shares`); infinities are replaced by the nearest finite threshold of their exit.
+            (`path_by_shares`; turn a `branchy_jax.thresholds.threshold_path` round); infinities are replaced by the
+            nearest finite threshold of their exit.
         target: mean to hold: of cost or milliseconds per image, or of a label-free proxy of accuracy such as one minus
             a calibrated or learned uncertainty. Whatever is held must rise along the path.
         scale: rise of that mean along the path, roughly.
         position: to start at.
-        horizon: images after which an error has shrunk to a third; short ones follow faster and scatter more.
+        horizon: images after which an error has shrunk to a third; short ones follow faster and scatter more. Well
+            above the batch size, see `update`.
         largest_step: the most that the position moves in one update, however wild the observations.
 
     Raises:
-        ValueError: numbers out of range, or a path without two settings.
+        ValueError: numbers out of range, a path without two settings, or one that begins at its leaving least.
 
     Example:
         >>> controller = create_controller([[0.1], [0.0]], target=5.0, scale=10.0)
@@ -78,12 +82,18 @@ def create_controller(
 def _finite(path: np.ndarray) -> np.ndarray:
     if path.ndim != 2 or len(path) < 2 or np.isnan(path).any() or not np.isfinite(path).any(axis=0).all():
         raise ValueError(f'path: expected [G, N - 1] with G at least 2 and finite settings, got shape {path.shape}')
+    if (path[0] < path[-1]).any():
+        raise ValueError(
+            'path: it must lead from leaving most to leaving least; this one leads the other way, turn it round'
+        )
     with_nan = np.where(np.isfinite(path), path, np.nan)
     return np.clip(path, np.nanmin(with_nan, axis=0), np.nanmax(with_nan, axis=0))
 
 
 def path_by_shares(uncertainty: Array, *, size: int = 101) -> np.ndarray:
-    """Builds a path along which every exit answers a share of what reaches it that falls evenly from all to none.
+    """Builds a path along which every exit is sure of a share of all inputs that falls evenly from all to none.
+
+    Shares of *all* inputs, not of those that reach the exit: costs are roughly, not exactly, even along it.
 
     Args:
         uncertainty: ``[N, B]`` on validation data.
@@ -93,7 +103,9 @@ def path_by_shares(uncertainty: Array, *, size: int = 101) -> np.ndarray:
         ``[G, N - 1]``.
     """
     uncertainty = np.asarray(uncertainty, np.float32)
-    return np.quantile(uncertainty[:-1], np.linspace(1, 0, size), axis=1).astype(np.float32)
+    path = np.quantile(uncertainty[:-1], np.linspace(1, 0, size), axis=1).astype(np.float32)
+    path[0] = np.nextafter(path[0], np.float32(np.inf))  # the comparison is strict: now all are sure
+    return path
 
 
 def thresholds_of(controller: Controller) -> Array:
@@ -110,8 +122,9 @@ def update(controller: Controller, observed: Array) -> Controller:
     .. math:: p \leftarrow \operatorname{clip}_{[0, 1]}\left(p +
         \operatorname{clip}_{\pm s}\left(\frac{1}{h} \sum_b \frac{t - o_b}{r}\right)\right)
 
-    An integral controller on a plant without memory: it settles without overshoot as long as the observed mean rises
-    along the path no steeper than twice the given scale times horizon over batch size.
+    An integral controller on a plant without memory. Where the observed mean rises along the path by k times the given
+    scale, it settles without overshoot while k times the batch size is below the horizon, and settles at all below
+    twice that.
 
     Args:
         controller: its state.
@@ -164,9 +177,11 @@ def observe(monitor: Monitor, exit_index: Array) -> Monitor:
 
     Args:
         monitor: its state.
-        exit_index: ``[B]`` as executors return it.
+        exit_index: ``[B]`` as executors return it; B may be 0.
     """
     exit_index = jnp.atleast_1d(exit_index)
+    if len(exit_index) == 0:
+        return monitor
     found = jax.nn.one_hot(exit_index, len(monitor.expected)).mean(axis=0)
     seen = jnp.minimum(monitor.seen + len(exit_index), jnp.maximum(monitor.memory, len(exit_index)))
     weight = len(exit_index) / seen
@@ -177,10 +192,14 @@ def drift(monitor: Monitor) -> Array:
     r"""Returns how far the shares are from those expected, in standard deviations of chance.
 
     .. math:: \sqrt{\frac{\chi^2}{N - 1}}, \quad
-        \chi^2 = m \sum_n \frac{(\hat f_n - f_n)^2}{f_n}, \quad m \text{ images in the moving average}
+        \chi^2 = m \sum_n \frac{(\hat f_n - f_n)^2}{f_n}
 
-    About 1 without drift; above 3 hardly by chance.
+    with m the images that the moving average is worth: twice its memory once it is full. About 1 without drift, above
+    3 hardly by chance; 0 while too few images were seen to tell (five expected at the rarest exit). The shares
+    expected count as exact: take them from many more images than the memory holds.
     """
     expected = jnp.maximum(monitor.expected, 1 / monitor.memory)
-    chi_squared = monitor.seen * jnp.sum((monitor.shares - monitor.expected) ** 2 / expected)
-    return jnp.sqrt(chi_squared / max(1, len(monitor.expected) - 1))
+    worth = jnp.where(monitor.seen < monitor.memory, monitor.seen, 2 * monitor.memory)
+    chi_squared = worth * jnp.sum((monitor.shares - monitor.expected) ** 2 / expected)
+    enough = monitor.seen * expected.min() >= _FEWEST_EXPECTED
+    return jnp.where(enough, jnp.sqrt(chi_squared / max(1, len(monitor.expected) - 1)), 0.0)

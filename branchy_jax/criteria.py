@@ -151,7 +151,8 @@ def _never_asked(logits: Array) -> Carry:
 def _agreement(logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
     before, count = carry
     label = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    count = jnp.where(label == before, count + 1, 0.0)
+    agrees = (label == before) & ~jnp.isnan(logits).any(axis=-1)
+    count = jnp.where(agrees, count + 1, 0.0)
     return logits, -count.reshape(count.shape[0], -1).mean(axis=-1), (label, count)
 
 
@@ -226,6 +227,7 @@ def with_temperatures(temperatures: Array, criterion: Criterion = entropy) -> Cr
         raise ValueError(f'temperatures: got {values.tolist()}; give one positive number per exit')
 
     def update(logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_exit_number(n, len(values), 'temperatures')
         return criterion.update(logits / values[n], carry, n)
 
     def init(logits: Array) -> Carry:
@@ -237,10 +239,20 @@ def with_temperatures(temperatures: Array, criterion: Criterion = entropy) -> Cr
 def is_confident(uncertainty: Array, threshold: Array) -> Array:
     """Decides whether an exit answers: ``uncertainty < threshold``, strictly.
 
-    The only comparison with a threshold in the library. ``-inf`` never exits, ``+inf`` exits on any finite
-    uncertainty, and an uncertainty that is NaN goes on to the next exit.
+    The one rule of the library; searches and planners that work on arrays follow it. ``-inf`` never
+    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit.
     """
     return uncertainty < threshold
+
+
+def check_exit_number(n: int, count: int, argument: str) -> None:
+    """Refuses an exit for which a criterion has nothing of its own.
+
+    Raises:
+        ValueError: n is beyond the last.
+    """
+    if not 0 <= n < count:
+        raise ValueError(f'{argument}: there are {count}, one per exit, but the network asks for exit {n + 1}')
 
 
 def replay(criterion: Criterion, logits: Array) -> tuple[Array, Array]:

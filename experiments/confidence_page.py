@@ -42,6 +42,7 @@ def page(record: Record) -> str:
         '![The cost held](control.png)',
         '## Anytime and budgeted batch',
         _anytime(record['protocols']['anytime']),
+        _budgeted(record['protocols']['budgeted']),
         '![Accuracy against cost](protocols.png)',
         '## Who leaves where, at the knee',
         _exits(record['exits']),
@@ -117,6 +118,13 @@ def _anytime(rows: Sequence[Record]) -> str:
     return markdown_table(
         ['exit', 'thousand MACs', 'accuracy %'],
         [[str(row['exit']), f'{row["cost"] / 1e3:.1f}', f'{100 * row["accuracy"]:.2f}'] for row in rows],
+    )
+
+
+def _budgeted(rows: Sequence[Record]) -> str:
+    return markdown_table(
+        ['budget met: thousand MACs', 'accuracy %'],
+        [[f'{row["cost"] / 1e3:.1f}', f'{100 * row["accuracy"]:.2f}'] for row in rows[::3]],
     )
 
 

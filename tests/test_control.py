@@ -61,6 +61,22 @@ def test_back_at_its_target_within_two_thousand_images_of_a_shift(path, hardness
     assert overshoot.max() < 0.05
 
 
+def test_a_label_free_proxy_of_accuracy_is_held(path):
+    """One minus the uncertainty of the exit that answered, which rises along the path as cost does."""
+    generator = np.random.default_rng(0)
+    controller, step, found = create_controller(path, target=0.8, scale=0.5), jax.jit(update), []
+    for number in range(500):
+        side = images(generator, 20, 1.0 if number < 250 else 0.5)
+        uncertainty = np.concatenate([side, np.full((1, 20), 0.1)])
+        confident = side < np.asarray(thresholds_of(controller))[:, None]
+        exits = np.concatenate([confident, np.ones((1, 20), bool)]).argmax(axis=0)
+        proxy = 1 - uncertainty[exits, np.arange(20)]
+        controller = step(controller, jnp.asarray(proxy))
+        found.append(proxy.mean())
+    assert np.mean(found[150:250]) == pytest.approx(0.8, abs=0.02)
+    assert np.mean(found[350:]) == pytest.approx(0.8, abs=0.02)
+
+
 def test_steps_are_bounded(path):
     controller = create_controller(path, target=5.0, scale=9.0, largest_step=0.01)
     after = update(controller, jnp.full(100_000, 1e30))

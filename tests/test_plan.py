@@ -12,8 +12,9 @@ from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes, dense, exit_outputs, plan, segment_times
+from branchy_jax.inference.candidates import build_candidates
 from branchy_jax.inference.plan import Contender, _batches, _choice
-from branchy_jax.inference.prediction import forecast
+from branchy_jax.inference.prediction import Forecast, forecast
 from branchy_jax.measure import Ratio
 
 
@@ -56,7 +57,8 @@ def test_forecast_without_overhead_is_the_mean_cost_of_an_image(stages, exits, s
     # Chunks of one image have no remainder; draws of one image scatter, so compare at the same draws.
     rows = np.random.default_rng(0).integers(16, size=(32, 1)).ravel() // 2
     expected = brute_force(stages, exits, confident[:, rows])
-    assert {option.exits for option in found} == set(expected)
+    useful = {exits for exits in expected if all(confident[n].any() for n in exits[:-1])}
+    assert {option.exits for option in found} == useful
     for option in found:
         np.testing.assert_allclose(option.ms, expected[option.exits], rtol=1e-9)
     assert [option.ms for option in found] == sorted(option.ms for option in found)
@@ -69,8 +71,9 @@ def test_forecast_skips_a_head_that_costs_more_than_it_saves():
     assert best.exits == (1, 2)
     # At a cost of 1 it is worth it.
     assert forecast(linear_times([1, 10, 10], [1, 1, 1]), confident, 10)[0].exits == (0, 1, 2)
-    # Nobody leaves: no head at all.
-    assert forecast(linear_times([1, 10, 10], [1, 1, 1]), confident & False, 10)[0].exits == (2,)
+    # Nobody leaves: no head at all, even where a cut between stages would allow better chunks.
+    nobody = forecast(linear_times([1, 10, 10], [0, 0, 0], overhead=5.0), confident & False, 10)
+    assert [option.exits for option in nobody] == [(2,)]
     assert forecast(linear_times([1, 10, 10], [9, 9, 1]), confident, 10, may_skip=False)[0].exits == (0, 1, 2)
 
 
@@ -115,24 +118,55 @@ def uncertainty(network):
     return exit_outputs(*network).uncertainty
 
 
-@pytest.mark.parametrize('batch_size', [1, 8, 24])
-def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size):
+def thresholds_at(uncertainty, quantiles):
+    return np.array([q if np.isinf(q) else np.quantile(uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32)
+
+
+@pytest.mark.parametrize('batch_size', [1, 24])
+def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size):
     model, variables, images = network
+    thresholds, forecasts = thresholds_at(uncertainty, (0.7, 0.5)), [
+        Forecast(exits=(0, 1, 2), chunk_sizes=(8, 5, 3), ms=1.0), Forecast(exits=(1, 2), chunk_sizes=(8, 5), ms=2.0)
+    ]  # fmt: skip
+    plain = (model, variables)
+    candidates = build_candidates(plain, plain, forecasts, batch_size, CRITERIA[0], skip=True)
+    names = [candidate.name.split(',')[0].split(' of')[0] for candidate in candidates]
+    assert names[:3] == ['baseline', 'last exit', 'last exit']
+    assert set(names[3:]) == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
+    for candidate in candidates:
+        if candidate.may_win:
+            as_if = np.where(np.isin([0, 1], candidate.exits), thresholds, -np.inf)
+            expected = dense(model)(variables, images[:batch_size], as_if)
+            check_same(candidate.run(candidate.variables, images[:batch_size], thresholds), expected)
+    np.testing.assert_allclose(
+        candidates[0].run(candidates[0].variables, images, None)[0], model.apply(variables, images)[-1], rtol=1e-5,
+        atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'quantiles'), [(1, SETTINGS[0]), (8, SETTINGS[1]), (24, SETTINGS[0]), (24, SETTINGS[3])]
+)
+def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quantiles):
+    model, variables, images = network
+    thresholds = thresholds_at(uncertainty, quantiles)
     times = segment_times(model, variables, images, batch_sizes=[1, 8], passes=2)
-    for quantiles in SETTINGS:
-        thresholds = np.array(
-            [q if np.isinf(q) else np.quantile(uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32
-        )
-        planned = plan(model, variables, images, thresholds, batch_size=batch_size, times=times, passes=2)
-        skipped = [n for n in range(2) if n not in planned.exits]
-        assert np.isneginf(planned.thresholds[skipped]).all()
-        kept = [n for n in range(2) if n in planned.exits]
-        np.testing.assert_array_equal(planned.thresholds[kept], thresholds[kept])
-        for size in {batch_size, 5}:
-            found = planned(images[:size])
-            check_same(found, dense(model)(variables, images[:size], planned.thresholds))
-        assert planned.contenders[0].name
-        assert planned.executor in str(planned)
+    planned = plan(model, variables, images, thresholds, batch_size=batch_size, times=times, passes=2)
+    kept = np.isin([0, 1], planned.exits)
+    np.testing.assert_array_equal(planned.thresholds, np.where(kept, thresholds, -np.inf).astype(np.float32))
+    for size in {batch_size, 5}:
+        found = planned(images[:size])
+        check_same(found, dense(model)(variables, images[:size], planned.thresholds))
+    table = str(planned).splitlines()
+    assert table[0] == f'batches of {batch_size}'
+    assert [line.startswith(f'> {planned.executor} ') for line in table].count(True) == 1
+    assert isinstance(hash(planned), int)
+
+
+def test_plan_keeps_all_heads_where_it_is_told_to(network, uncertainty):
+    model, variables, images = network
+    planned = plan(model, variables, images, [-np.inf, -np.inf], skip_heads=False, passes=1)
+    assert planned.exits == (0, 1, 2)
 
 
 def test_plan_with_a_criterion_that_remembers_asks_every_exit(network):
@@ -148,29 +182,44 @@ def test_plan_of_a_network_without_image_shape(network):
     assert planned(images).label.shape == (24,)
 
 
-@pytest.mark.parametrize('batch_size', [0, 25, -1])
-def test_plan_refuses_impossible_batch_sizes(network, batch_size):
-    with pytest.raises(ValueError, match='batch_size: got'):
-        plan(*network, [0.0, 0.0], batch_size=batch_size)
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [({'batch_size': 0}, 'batch_size: got'), ({'batch_size': 25}, 'batch_size: got'),
+     ({'batch_size': 2.5}, 'batch_size: got'), ({'passes': 0}, 'passes: got'),
+     ({'times': linear_times([1, 1], [1, 1])}, 'times: are of')],
+)  # fmt: skip
+def test_plan_refuses_impossible_settings(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(*network, [0.0, 0.0], **options)
 
 
-def contender(name, low, median, high):
-    return Contender(name, (2,), float('nan'), 1.0, Ratio(median, low, high))
+def contender(name, low, median, high, *, exits=(0, 2), finalist=True):
+    return Contender(
+        name, exits, float('nan'), 1.0, Ratio(median, low, high), finalist=finalist, may_win=name != 'pace'
+    )
+
+
+PACE = contender('pace', 1, 1, 1, exits=(2,))
+WITHOUT = contender('without', 0.9, 1.0, 1.1, exits=(2,))
 
 
 @pytest.mark.parametrize(
-    ('ratios', 'chosen'),
+    ('others', 'chosen'),
     [
-        ({'baseline': (1, 1, 1), 'a': (0.5, 0.6, 0.7), 'b': (0.6, 0.7, 0.8)}, 'a'),
-        ({'baseline': (1, 1, 1), 'a': (0.8, 0.95, 1.1), 'b': (0.97, 0.98, 0.99)}, 'b'),
-        ({'baseline': (1, 1, 1), 'a': (0.8, 0.95, 1.1), 'b': (1.2, 1.3, 1.4)}, 'baseline'),
+        ([contender('a', 0.5, 0.6, 0.7), contender('b', 0.6, 0.7, 0.8)], 'a'),
+        ([contender('a', 0.8, 0.95, 1.1), contender('b', 0.97, 0.98, 0.99)], 'b'),  # a is faster, but not for certain
+        ([contender('a', 0.8, 0.95, 1.1), contender('b', 1.2, 1.3, 1.4)], 'without'),
+        ([contender('a', 0.3, 0.4, 0.5, finalist=False), contender('b', 0.6, 0.7, 0.8)], 'b'),  # a was timed thrice
     ],
 )
-def test_what_does_not_beat_the_baseline_for_certain_loses(ratios, chosen):
-    names = list(ratios)
-    contenders = [contender(name, low, median, high) for name, (low, median, high) in ratios.items()]
-    assert names[_choice([True] * len(names), contenders)] == chosen
-    assert names[_choice([False, True, True], contenders)] == 'a'
+def test_what_does_not_beat_the_baseline_for_certain_loses(others, chosen):
+    contenders = [PACE, WITHOUT, *others]
+    assert contenders[_choice(contenders, 3)].name == chosen
+
+
+def test_where_the_network_without_branches_is_no_choice_the_fastest_wins():
+    contenders = [PACE, contender('a', 0.8, 0.95, 1.1), contender('b', 1.2, 1.3, 1.4)]
+    assert contenders[_choice(contenders, 3)].name == 'a'
 
 
 def test_race_batches_hold_the_shares_of_all_images():

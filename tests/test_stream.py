@@ -137,16 +137,64 @@ def test_a_deadline_answers_while_the_supply_is_silent(network, thresholds, expe
 
 def test_without_a_deadline_images_wait_for_a_whole_chunk(network, thresholds):
     model, variables, images = network
-    released = threading.Event()
+    late = threading.Event()
 
     def supply():
         yield images[:3]
-        released.set()
+        late.wait(timeout=0.3)  # three images alone are not answered meanwhile
         yield images[3:4]
 
-    first = next(stream(model, chunk_size=(4, 1, 1), ahead=1)(variables, supply(), thresholds))
-    assert released.is_set()
-    assert len(first.ids)
+    first = next(stream(model, chunk_size=(4, 1, 1), ahead=1)(variables, supply(), [np.inf, np.inf]))
+    assert len(first.ids) == 4
+
+
+def test_a_deadline_is_kept_while_other_images_keep_coming(network):
+    """One image goes on to a stage whose chunk of 100 nobody else helps to fill."""
+    model, variables, images = network
+    uncertainty = exit_outputs(model, variables, images).uncertainty[0]
+    hardest, easier = int(uncertainty.argmax()), np.flatnonzero(uncertainty < np.sort(uncertainty)[-2])
+    threshold = float(np.sort(uncertainty)[-2:].mean())
+    answered = threading.Event()
+
+    def supply():
+        yield np.array([1]), images[hardest : hardest + 1]
+        for number in range(2000):
+            if answered.is_set():
+                return
+            yield np.array([2 + number]), np.asarray(images)[easier[:1]]
+        raise AssertionError('the image was left waiting')
+
+    answer = stream(model, chunk_size=(1, 100, 100), deadline=0.02)
+    for answers in answer(variables, supply(), [threshold, -np.inf]):
+        if 1 in answers.ids:
+            answered.set()
+    assert answered.is_set()
+
+
+def test_a_supply_may_fill_the_same_buffer_again(network, thresholds, expected, answer):
+    _, variables, images = network
+
+    def supply():
+        buffer, ids = np.empty((3, *images.shape[1:]), np.float32), np.empty(3, int)
+        for start in range(0, 24, 3):
+            buffer[:], ids[:] = images[start : start + 3], np.arange(100 + start, 103 + start)
+            yield ids, buffer
+
+    check_answers(list(answer(variables, supply(), thresholds)), expected, range(24))
+
+
+@pytest.mark.parametrize(
+    'bad', [np.zeros((2, 5), np.float32), np.float32(1.0), None, (1, 2, 3), np.zeros((2, 4, 4, 1))]
+)
+def test_what_is_no_batch_ends_the_stream_after_the_others_are_answered(network, thresholds, expected, bad):
+    model, variables, images = network
+    answers = stream(model.clone(image_shape=None), chunk_size=24)(
+        variables, [(np.arange(100, 106), images[:6]), bad, images], thresholds
+    )
+    found = []
+    with pytest.raises((ValueError, TypeError)):
+        found.extend(iter(lambda: next(answers), None))
+    check_answers(found, expected, range(6))
 
 
 def test_memory_is_bounded_while_nobody_asks(network, thresholds):
@@ -162,8 +210,8 @@ def test_memory_is_bounded_while_nobody_asks(network, thresholds):
     for _ in range(4):
         next(answers)
     time.sleep(0.3)
-    # 4 given out, 3 read ahead, one in the reader's hand, one taken for the answer to come.
-    assert next(read) <= 4 + 3 + 2
+    # 4 given out, 3 taken at once, 3 read ahead, one in the reader's hand.
+    assert next(read) <= 4 + 3 + 3 + 1
     answers.close()
 
 

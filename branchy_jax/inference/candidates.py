@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
-from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.criteria import Criterion
 from branchy_jax.inference.checks import Executor
 from branchy_jax.inference.compacted import compacted
 from branchy_jax.inference.dense import dense
 from branchy_jax.inference.prediction import Forecast
 from branchy_jax.inference.staged import sequential
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.branchy import BranchyNet, without_branches
 from branchy_jax.types import Variables
 
 Network = tuple[BranchyNet, Variables]
@@ -27,56 +28,59 @@ class Candidate:
         run: the executor.
         variables: its weights.
         exits: that it asks.
-        follows_forecast: whether it does what the forecast adds up.
-        answers: whether it may be chosen; the plain baseline may not where its answers differ.
+        forecast: of its time, where there is one.
+        may_win: whether it answers as `dense` does; the plain jitted baseline only sets the pace.
     """
 
     name: str
     run: Executor
     variables: Variables
     exits: tuple[int, ...]
-    follows_forecast: bool = False
-    answers: bool = True
+    forecast: Forecast | None = None
+    may_win: bool = True
 
 
 def build_candidates(
-    plain: Network, fast: Network, best: Forecast, batch_size: int, criterion: Criterion, *, may_skip: bool
+    plain: Network, fast: Network, forecasts: Sequence[Forecast], batch_size: int, criterion: Criterion, *, skip: bool
 ) -> list[Candidate]:
     """Returns the plain jitted network without branches, then everything that might beat it.
 
     Args:
         plain: the network as it is.
         fast: the network as rewritten.
-        best: exits and chunk sizes to use.
+        forecasts: exits and chunk sizes to race with.
         batch_size: B.
         criterion: how unsure an exit is.
-        may_skip: whether the network without branches is a choice.
+        skip: whether heads may be left out, so that the network without branches is a choice.
     """
-    network, weights = plain
+    (network, weights), (fast_network, fast_weights) = plain, fast
     last = (network.num_exits - 1,)
-    # A criterion that remembers has no say in the network without branches: any other times it as well.
-    bare = dense(network, criterion=criterion if may_skip else entropy, exits=last)
-    found = [Candidate('baseline', bare, weights, last, answers=may_skip)]
-    fast_model, variables = fast
+    baseline = jax.jit(without_branches(network).apply)
+    found = [
+        Candidate('baseline', lambda variables, images, _: baseline(variables, images), weights, last, may_win=False)
+    ]
 
-    def add(name: str, run: Executor, exits: tuple[int, ...], *, follows_forecast: bool = False) -> None:
-        found.append(Candidate(name, run, variables, exits, follows_forecast))
+    def add(name: str, run: Executor, exits: tuple[int, ...], forecast: Forecast | None = None) -> None:
+        found.append(Candidate(name, run, fast_weights, exits, forecast))
 
-    if may_skip:
-        add('baseline, optimized', dense(fast_model, criterion=criterion, exits=last), last)
-    if batch_size == 1:
-        if best.exits != last:
-            run = sequential(fast_model, criterion=criterion, exits=best.exits)
-            add('staged', run, best.exits, follows_forecast=True)
-        return found
-    options = {'criterion': criterion, 'exits': best.exits}
-    chunks = {'chunk_size': best.chunk_sizes, **options}
-    sizes = '/'.join(map(str, best.chunk_sizes))
-    add('sequential', sequential(fast_model, **options), best.exits)
-    loop = compacted(fast_model, on_host=False, **chunks)
-    add(f'compacted, loop of {sizes}', loop, best.exits, follows_forecast=True)
-    if jax.default_backend() == 'cpu':
-        for workers in (1, 2):
-            host = compacted(fast_model, on_host=True, workers=workers, **chunks)
-            add(f'compacted, host × {workers}, {sizes}', host, best.exits, follows_forecast=True)
+    if skip:
+        found.append(Candidate('last exit', dense(network, criterion=criterion, exits=last), weights, last))
+        add('last exit, optimized', dense(fast_network, criterion=criterion, exits=last), last)
+    else:
+        everyone = tuple(range(network.num_exits))
+        add('dense', dense(fast_network, criterion=criterion), everyone)
+    for forecast in forecasts:
+        options = {'criterion': criterion, 'exits': forecast.exits}
+        if batch_size == 1:
+            if len(forecast.exits) > 1:
+                add('staged', sequential(fast_network, **options), forecast.exits, forecast)
+            continue
+        add('sequential', sequential(fast_network, **options), forecast.exits)
+        chunks = {'chunk_size': forecast.chunk_sizes, **options}
+        sizes = '/'.join(map(str, forecast.chunk_sizes))
+        add(f'compacted, loop of {sizes}', compacted(fast_network, on_host=False, **chunks), forecast.exits, forecast)
+        if jax.default_backend() == 'cpu':
+            for workers in (1, 2):
+                run = compacted(fast_network, on_host=True, workers=workers, **chunks)
+                add(f'compacted, host × {workers}, {sizes}', run, forecast.exits, forecast)
     return found

@@ -8,25 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from branchy_jax.models.branchy import BranchyNet, check_images
 from branchy_jax.types import Array, ExitPrediction, Variables
 
 Executor = Callable[[Variables, Array, Array], ExitPrediction]
 """``(variables, images, thresholds) → ExitPrediction``."""
 
 
-def guarded(run: Executor, num_exits: int, *, traceable: Executor | None = None) -> Executor:
-    """Puts the door before an executor of batches: thresholds are checked, an empty batch is answered at once.
+def guarded(run: Executor, model: BranchyNet, *, traceable: Executor | None = None) -> Executor:
+    """Puts the door before an executor of batches: input is checked, an empty batch is answered at once.
 
     Args:
         run: ``(variables, images [B, …], thresholds [N - 1]) → ExitPrediction``.
-        num_exits: N.
+        model: whose input it is.
         traceable: of the same results, where ``run`` is not.
     """
-    check = threshold_checker(num_exits)
+    check, image_shape = threshold_checker(model.num_exits), model.image_shape
 
     def execute(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
         thresholds = check(thresholds)
-        if getattr(images, 'shape', (1,))[:1] == (0,):
+        if image_shape is not None:
+            check_images(images, image_shape)
+        if images.shape[0] == 0:
             return empty_answer(traceable or run, variables, images, thresholds)
         return run(variables, images, thresholds)
 

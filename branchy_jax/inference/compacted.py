@@ -28,8 +28,9 @@ def compacted(
 ) -> Executor:
     """Builds the batch executor: each stage runs on chunks of the images that no exit before it was sure of.
 
-    Every stage compiles once for its chunk size, however many survive; the last chunk of a stage is padded. There are
-    two ways to drive it, with the same results:
+    Every stage compiles once for its chunk size, however many survive; the last chunk of a stage is padded. (A chunk
+    larger than the batch is cut to it, and the program of loops is one per batch size.) There are two ways to drive it,
+    with the same results:
 
     - one program in which every stage is a `lax.while_loop` over chunks: nothing leaves the device. Wins on GPU and
       TPU. Works under `jax.jit`.
@@ -69,7 +70,7 @@ def compacted(
         raise ValueError(f'workers: got {workers} with on_host={on_host}; give at least 1, more only with on_host=True')
     loops = jax.jit(build_loops(steps, chunk_sizes))
     run = _build_host_driven(steps, chunk_sizes, workers) if on_host else loops
-    return guarded(run, model.num_exits, traceable=loops)
+    return guarded(run, model, traceable=loops)
 
 
 def check_chunk_sizes(chunk_size: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]
         sizes = [min(size, len(images)) for size in chunk_sizes]
         pipeline = Pipeline(steps, variables, np.asarray(thresholds), sizes, workers=workers, submit=submit)
         pipeline.add(np.arange(len(images)), np.asarray(images))
-        return _in_order(len(images), pipeline.run(due=float('inf')))
+        return _in_order(len(images), pipeline.run(flush=True))
 
     return run
 

@@ -51,7 +51,7 @@ def dense(model: BranchyNet, *, criterion: Criterion = entropy, exits: Sequence[
             chosen = jax.tree.map(functools.partial(_select, step.confident), step.prediction, chosen)
         return chosen
 
-    return guarded(run, model.num_exits)
+    return guarded(run, model)
 
 
 def _select(mask: Array, yes: Array, no: Array) -> Array:

@@ -95,7 +95,7 @@ def _chunk(leaves: Sequence[np.ndarray], size: int) -> np.ndarray:
 
 
 class Pipeline:
-    """A network being run on images that come and go. Holds fewer than a chunk of rows before each stage.
+    """A network being run on images that come and go. Between runs fewer than a chunk of rows wait before each stage.
 
     Args:
         steps: jitted, from `branchy_jax.inference.steps.build_steps`.
@@ -121,19 +121,24 @@ class Pipeline:
         self._workers, self._submit = workers, submit
         self._running: deque[tuple[int, Rows, Future]] = deque()
 
-    def add(self, ids: np.ndarray, images: np.ndarray) -> None:
-        """Lets images wait for the first stage."""
-        self._pools[0].add(Rows(ids, (images, ()), time.monotonic()))
+    def add(self, ids: np.ndarray, images: np.ndarray, *, since: float | None = None) -> None:
+        """Lets images wait for the first stage; they came in at ``since``, or now."""
+        self._pools[0].add(Rows(ids, (images, ()), time.monotonic() if since is None else since))
 
     @property
     def oldest(self) -> float:
         """When the longest waiting image came in; infinity if none waits."""
         return min(pool.oldest for pool in self._pools)
 
-    def run(self, *, due: float = -float('inf')) -> Iterator[Answers]:
-        """Runs whole chunks, and whatever came in at ``due`` or before, until nothing of that is left."""
+    def run(self, *, deadline: float = float('inf'), flush: bool = False) -> Iterator[Answers]:
+        """Runs whole chunks until none is left.
+
+        Args:
+            deadline: seconds after coming in from which an image waits for no others.
+            flush: whether to run whatever waits, too.
+        """
         while True:
-            while len(self._running) < self._workers and (n := self._next(due)) is not None:
+            while len(self._running) < self._workers and (n := self._next(deadline, flush=flush)) is not None:
                 chunk = self._pools[n].take()
                 arguments = (self._variables, *chunk.values, self._thresholds)
                 self._running.append((n, chunk, self._submit(_finished, self._steps[n], *arguments)))
@@ -142,12 +147,17 @@ class Pipeline:
             n, chunk, future = self._running.popleft()
             yield from self._leave(n, chunk, future.result())
 
-    def _next(self, due: float) -> int | None:
-        """Returns the stage to run: the latest with a whole chunk, which keeps pools small, else the first due."""
+    def _next(self, deadline: float, *, flush: bool) -> int | None:
+        """Returns the stage to run: one that is overdue, else the latest with a whole chunk: pools stay small."""
+        longest = min(range(len(self._pools)), key=lambda n: self._pools[n].oldest)
+        if self._pools[longest].oldest + deadline <= time.monotonic():
+            return longest
         whole = [n for n, pool in enumerate(self._pools) if pool.count >= pool.chunk_size]
         if whole:
             return whole[-1]
-        waiting = [n for n, pool in enumerate(self._pools) if pool.count and pool.oldest <= due]
+        if not flush:
+            return None
+        waiting = [n for n, pool in enumerate(self._pools) if pool.count]
         first_running = min((n for n, _, _ in self._running), default=len(self._steps))
         # A chunk in an earlier stage may yet fill this pool.
         return waiting[0] if waiting and waiting[0] <= first_running else None

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.criteria import Criterion, entropy, is_confident
 from branchy_jax.inference.candidates import Candidate, build_candidates
 from branchy_jax.inference.checks import check_thresholds
 from branchy_jax.inference.exit_outputs import exit_outputs
 from branchy_jax.inference.optimize import optimize
-from branchy_jax.inference.prediction import Forecast, forecast
+from branchy_jax.inference.prediction import forecast
 from branchy_jax.inference.segment_times import SegmentTimes, segment_times
 from branchy_jax.measure import Ratio, interleaved_passes, paired_ratio
 from branchy_jax.models.branchy import BranchyNet
@@ -24,6 +24,8 @@ from branchy_jax.types import Array, ExitPrediction, Variables
 _MOST_IMAGES_IN_A_RACE = 128
 _HEAT_PASSES = 3
 _OUT_OF_THE_RACE = 1.25
+_CLEARLY_FASTER = 0.8
+_FORECASTS_IN_A_RACE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Contender:
         predicted_ms: for a batch; NaN where nothing predicts it.
         measured_ms: for a batch.
         slowdown: its time ÷ the plain baseline's, from paired passes.
+        finalist: whether it came into the final race; else the figures are of the few passes of the heat.
+        may_win: whether it was to be chosen.
     """
 
     name: str
@@ -43,11 +47,15 @@ class Contender:
     predicted_ms: float
     measured_ms: float
     slowdown: Ratio
+    finalist: bool
+    may_win: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The executor that was fastest here, bound to its weights and thresholds: call it with images.
+
+    It may be driven by the host (its name then says so), and cannot be traced.
 
     Attributes:
         executor: its name.
@@ -75,13 +83,14 @@ class Plan:
     def __str__(self) -> str:
         lines = [f'{"":2}{"executor":34}{"exits asked":16}{"predicted ms":>14}{"measured ms":>14}   time ÷ baseline']
         for contender in self.contenders:
-            chosen = '> ' if contender.name == self.executor and contender.exits == self.exits else '  '
+            chosen = '> ' if (contender.name, contender.exits) == (self.executor, self.exits) else '  '
             predicted = '' if np.isnan(contender.predicted_ms) else f'{contender.predicted_ms:.3f}'
             exits = ', '.join(str(n + 1) for n in contender.exits)
-            low, high = contender.slowdown.low, contender.slowdown.high
+            ratio = contender.slowdown
+            interval = f' [{ratio.low:.2f}, {ratio.high:.2f}]' if contender.finalist else ', out in the heat'
             lines.append(
                 f'{chosen}{contender.name:34}{exits:16}{predicted:>14}{contender.measured_ms:>14.3f}   '
-                f'{contender.slowdown.median:.2f} [{low:.2f}, {high:.2f}]'
+                f'{ratio.median:.2f}{interval}'
             )
         return '\n'.join([f'batches of {self.batch_size}', *lines])
 
@@ -94,16 +103,17 @@ def plan(
     *,
     batch_size: int | None = None,
     criterion: Criterion = entropy,
+    skip_heads: bool = True,
     times: SegmentTimes | None = None,
     passes: int = 12,
 ) -> Plan:
     """Finds the fastest way to run a network at given thresholds on this device, by measuring.
 
     Rewrites the network (`optimize`), measures its stages and heads, and forecasts for every choice of exits and
-    chunk sizes what a batch will cost; a head that costs more than it saves is skipped. The best forecast in each
-    executor and the network without branches then race on the images given, interleaved, and the fastest is chosen.
-    What does not beat the plain jitted baseline for certain (95 %) loses to it: on images distributed like those
-    given the plan is not slower than the network without branches.
+    chunk sizes what a batch will cost; a head that costs more than it saves is skipped. The two best forecasts in each
+    executor and the network without branches then race on the images given, interleaved. The fastest of those that
+    beat the plain jitted baseline for certain (95 %) is chosen; if none does, the network without branches in its
+    faster form. So on images distributed like those given the plan is not slower than the baseline, but for noise.
 
     With a criterion that remembers earlier exits no head can be skipped, and the network without branches, which
     answers otherwise, is no choice.
@@ -115,14 +125,16 @@ def plan(
         thresholds: ``[N - 1]``.
         batch_size: of the calls to come, at most M; all of ``images`` at once by default.
         criterion: how unsure an exit is.
-        times: of the rewritten network from an earlier plan's ``times``, to save measuring.
-        passes: of the final race.
+        skip_heads: whether heads may be left out; not where a guarantee holds for exactly these thresholds.
+        times: of the same network from an earlier plan's ``times``, to save measuring.
+        passes: of the final race; fewer than 6 make "for certain" less than 95 %.
 
     Returns:
-        A `Plan`: call it with images ``[B, H, W, C]``, print it for the table. It equals `dense` at its thresholds.
+        A `Plan`: call it with images ``[B, H, W, C]``, print it for the table. It equals `dense` at its thresholds, up
+        to the rounding of `optimize`.
 
     Raises:
-        ValueError: bad thresholds or images, or a batch size outside [1, M].
+        ValueError: bad thresholds or images, a batch size outside [1, M], no passes, or times of another network.
 
     Example:
         >>> import branchy_jax as bj
@@ -134,19 +146,17 @@ def plan(
     """
     thresholds = np.asarray(check_thresholds(thresholds, model.num_exits))
     batch_size = len(images) if batch_size is None else batch_size
-    if not 1 <= batch_size <= len(images):
-        raise ValueError(f'batch_size: got {batch_size} with {len(images)} images; give 1 to the number of images')
+    _check(model, len(images), batch_size, times, passes)
     fast = (model, variables) if model.image_shape is None else optimize(model, variables)
     outputs = exit_outputs(*fast, images, criterion=criterion, batch_size=min(len(images), 256))
-    confident = outputs.uncertainty[:-1] < thresholds[:, None]
-    may_skip = not _remembers(criterion, outputs.logits[0, :1])
+    confident = is_confident(outputs.uncertainty[:-1], thresholds[:, None])
+    skip = skip_heads and not _remembers(criterion, outputs.logits[0, :1])
     if times is None:
         times = segment_times(*fast, images, batch_sizes=_batch_sizes(batch_size), criterion=criterion)
-    best = forecast(times, confident, batch_size, may_skip=may_skip)[0]
-    candidates = build_candidates((model, variables), fast, best, batch_size, criterion, may_skip=may_skip)
-    batches = _batches(np.asarray(images), confident, batch_size)
-    contenders = _race(candidates, best, batches, thresholds, passes)
-    chosen = candidates[_choice([candidate.answers for candidate in candidates], contenders)]
+    forecasts = forecast(times, confident, batch_size, may_skip=skip)[:_FORECASTS_IN_A_RACE]
+    candidates = build_candidates((model, variables), fast, forecasts, batch_size, criterion, skip=skip)
+    contenders = _race(candidates, _batches(np.asarray(images), confident, batch_size), thresholds, passes)
+    chosen = candidates[_choice(contenders, model.num_exits)]
     applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf).astype(np.float32)
     return Plan(
         executor=chosen.name,
@@ -158,6 +168,15 @@ def plan(
         _run=chosen.run,
         _arguments=(chosen.variables, jnp.asarray(applied)),
     )
+
+
+def _check(model: BranchyNet, count: int, batch_size: int, times: SegmentTimes | None, passes: int) -> None:
+    if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= count:
+        raise ValueError(f'batch_size: got {batch_size} with {count} images; give 1 to the number of images')
+    if passes < 1:
+        raise ValueError(f'passes: got {passes}; give at least 1')
+    if times is not None and times.stages.shape[1] != model.num_exits:
+        raise ValueError(f'times: are of a network with {times.stages.shape[1]} exits, this one has {model.num_exits}')
 
 
 def _remembers(criterion: Criterion, logits: Array) -> bool:
@@ -181,45 +200,50 @@ def _batches(images: np.ndarray, confident: np.ndarray, batch_size: int) -> list
 
 
 def _race(
-    candidates: Sequence[Candidate], best: Forecast, batches: Sequence[Array], thresholds: np.ndarray, passes: int
+    candidates: Sequence[Candidate], batches: Sequence[Array], thresholds: np.ndarray, passes: int
 ) -> list[Contender]:
     """Times all candidates a little, the promising ones and the baseline well."""
     functions = {n: _over(candidate, batches, thresholds) for n, candidate in enumerate(candidates)}
     heat = interleaved_passes(functions, passes=_HEAT_PASSES, warmup=1)
-    fastest = min(np.median(seconds) for seconds in heat.values())
-    finalists = {n for n in heat if n == 0 or np.median(heat[n]) < _OUT_OF_THE_RACE * fastest}
+    fastest = min(np.median(heat[n]) for n in heat if candidates[n].may_win)
+    promising = {n for n in heat if n == 0 or np.median(heat[n]) < _OUT_OF_THE_RACE * fastest}
+    # The network without branches comes along where it may yet be needed, because nothing clearly beats the baseline.
+    close = fastest > _CLEARLY_FASTER * np.median(heat[0])
+    finalists = promising | {n for n, c in enumerate(candidates) if close and len(c.exits) == 1}
     final = interleaved_passes({n: functions[n] for n in finalists}, passes=passes, warmup=0)
     found = []
     for n, candidate in enumerate(candidates):
         baseline, seconds = (final[0], final[n]) if n in finalists else (heat[0], heat[n])
-        follows = candidate.exits == best.exits and candidate.follows_forecast
         found.append(
             Contender(
                 name=candidate.name,
                 exits=candidate.exits,
-                predicted_ms=best.ms if follows else float('nan'),
+                predicted_ms=float('nan') if candidate.forecast is None else candidate.forecast.ms,
                 measured_ms=float(np.median(seconds)) / len(batches) * 1e3,
                 slowdown=paired_ratio(seconds, baseline),
+                finalist=n in finalists,
+                may_win=candidate.may_win,
             )
         )
     return found
 
 
 def _over(candidate: Candidate, batches: Sequence[Array], thresholds: np.ndarray) -> Callable[[], Any]:
-    settings = jnp.asarray(thresholds)
+    on_device = jnp.asarray(thresholds)
 
     def run() -> None:
         for batch in batches:
-            jax.block_until_ready(candidate.run(candidate.variables, batch, settings))
+            jax.block_until_ready(candidate.run(candidate.variables, batch, on_device))
 
     return run
 
 
-def _choice(answers: Sequence[bool], contenders: Sequence[Contender]) -> int:
-    """Returns the fastest of those that beat the baseline, which is the first, for certain; if none does, the baseline.
+def _choice(contenders: Sequence[Contender], num_exits: int) -> int:
+    """Returns the fastest finalist that beats the baseline for certain; if none does, the best without branches.
 
-    Where the baseline's answers differ, it is no choice, and the fastest wins.
+    Where the network without branches answers otherwise and is no contender, the fastest wins.
     """
-    others = [n for n in range(1, len(contenders)) if answers[n]]
-    certain = [n for n in others if contenders[n].slowdown.high < 1] if answers[0] else others
-    return min(certain, key=lambda n: contenders[n].slowdown.median, default=0)
+    eligible = [n for n, contender in enumerate(contenders) if contender.may_win and contender.finalist]
+    certain = [n for n in eligible if contenders[n].slowdown.high < 1]
+    without = [n for n in eligible if contenders[n].exits == (num_exits - 1,)]
+    return min(certain or without or eligible, key=lambda n: contenders[n].slowdown.median)

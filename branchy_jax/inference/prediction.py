@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from flax import struct
 
+from branchy_jax.costs import StageCosts
 from branchy_jax.inference.segment_times import SegmentTimes
 
 _RESAMPLED_BATCHES = 32
@@ -34,8 +36,9 @@ def forecast(
 ) -> list[Forecast]:
     """Computes for every choice of exits the best chunk sizes and the time of a batch, fastest first.
 
-    Batches are drawn from the images given, so that the remainders of chunks count as they will come. With more than
-    ten side exits, choices are limited to those that differ from all or from none in one exit.
+    Batches are drawn from the images given, so that the remainders of chunks count as they will come. A head that is
+    sure of none of the images is left out of all choices. With more than ten other side exits, choices are limited to
+    those that differ from all or from none in one exit.
 
     Args:
         times: of stages and heads.
@@ -48,29 +51,34 @@ def forecast(
     rows = np.random.default_rng(seed).integers(count, size=(_RESAMPLED_BATCHES, batch_size))
     if batch_size == count:
         rows[0] = np.arange(count)
-    options = _choices(num_exits) if may_skip else [tuple(range(num_exits))]
-    found = [_forecast(times, confident[:, rows], exits) for exits in options]
+    # A head that is sure of nobody here is never worth asking.
+    useful = [n for n in range(num_exits - 1) if confident[n].any()]
+    options = _choices(useful, num_exits - 1) if may_skip else [tuple(range(num_exits))]
+    per_image = functools.cache(times.per_image)
+    found = [_forecast(times, per_image, confident[:, rows], exits) for exits in options]
     return sorted(found, key=lambda option: option.ms)
 
 
-def _choices(num_exits: int) -> list[tuple[int, ...]]:
-    side, last = range(num_exits - 1), (num_exits - 1,)
+def _choices(side: Sequence[int], last: int) -> list[tuple[int, ...]]:
     if 2 ** len(side) <= _MOST_SUBSETS:
-        subsets = itertools.chain.from_iterable(itertools.combinations(side, k) for k in range(num_exits))
+        subsets = itertools.chain.from_iterable(itertools.combinations(side, k) for k in range(len(side) + 1))
     else:
         few = [(), *((n,) for n in side)]
         subsets = itertools.chain(few, (tuple(sorted(set(side) - set(chosen))) for chosen in few))
-    return [chosen + last for chosen in subsets]
+    return [(*chosen, last) for chosen in subsets]
 
 
-def _forecast(times: SegmentTimes, confident: np.ndarray, exits: tuple[int, ...]) -> Forecast:
+def _forecast(
+    times: SegmentTimes, per_image: Callable[[int], StageCosts], confident: np.ndarray, exits: tuple[int, ...]
+) -> Forecast:
     """Computes the cost of a choice of exits for batches ``confident [N - 1, R, B]``."""
     waiting = np.ones(confident.shape[1:], bool)
     batch_size, total, sizes, start = waiting.shape[1], 0.0, [], 0
     for n in exits:
         counts = waiting.sum(axis=1)
         best = min(
-            (_step_ms(times, counts, size, range(start, n + 1)), size) for size in _sizes(times, counts, batch_size)
+            (_step_ms(per_image(size), counts, size, range(start, n + 1)), size)
+            for size in _sizes(times, counts, batch_size)
         )
         total, start = total + best[0], n + 1
         sizes.append(best[1])
@@ -86,7 +94,6 @@ def _sizes(times: SegmentTimes, counts: np.ndarray, batch_size: int) -> list[int
     return sorted(size for size in {*times.batch_sizes.tolist(), *even, batch_size} if size <= batch_size)
 
 
-def _step_ms(times: SegmentTimes, counts: np.ndarray, size: int, stages: Sequence[int]) -> float:
-    rates = times.per_image(size)
-    per_image = rates.stages[list(stages)].sum() + rates.exits[stages[-1]]
-    return float(np.mean(np.ceil(counts / size)) * size * per_image)
+def _step_ms(rates: StageCosts, counts: np.ndarray, size: int, stages: Sequence[int]) -> float:
+    ms = rates.stages[list(stages)].sum() + rates.exits[stages[-1]]
+    return float(np.mean(np.ceil(counts / size)) * size * ms)

@@ -62,6 +62,7 @@ def staged(
     steps = build_steps(model, criterion, exits)
 
     def run(variables: Variables, image: Array, thresholds: Array) -> ExitPrediction:
+        _refuse_batches(image, model.image_shape)
         return at_rows(_answer(steps, variables, image[None], (), thresholds), 0)
 
     run, check = jax.jit(run, compiler_options=_as_given(compiler_options)), threshold_checker(model.num_exits)
@@ -111,7 +112,7 @@ def sequential(
             return _answer(steps, variables, images, (), thresholds)
         return lax.map(lambda image: at_rows(_answer(steps, variables, image[None], (), thresholds), 0), images)
 
-    return guarded(jax.jit(run, compiler_options=_as_given(compiler_options)), model.num_exits)
+    return guarded(jax.jit(run, compiler_options=_as_given(compiler_options)), model)
 
 
 def _answer(
@@ -126,6 +127,14 @@ def _answer(
         lambda: step.prediction,
         lambda: _answer(steps[1:], variables, step.hidden, step.carry, thresholds),
     )
+
+
+def _refuse_batches(image: Array, image_shape: tuple[int, ...] | None) -> None:
+    if image_shape is not None and image.ndim != len(image_shape):
+        raise ValueError(
+            f'image: expected one image [{", ".join(map(str, image_shape))}], got shape {tuple(image.shape)}; for '
+            'batches there are compacted, sequential and dense'
+        )
 
 
 def _as_given(compiler_options: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -39,8 +39,8 @@ def stream(
 
     Before each stage images wait until a whole chunk of them has come together, from one batch or from many, so that
     every stage runs full. The supply is read in a thread of its own, ``ahead`` batches ahead at most; while the caller
-    does not ask for answers, nothing more is read. In memory are at most those batches, one more, and less than a
-    chunk before each stage (in the host's memory, also on a GPU).
+    does not ask for answers, nothing more is read. In memory are at most twice those batches, one more in the reader's
+    hand, and less than a chunk before each stage (in the host's memory, also on a GPU).
 
     Every image is answered exactly once, in no particular order. When the supply ends, whatever waits is answered.
     When it raises, so too, and then its exception is raised here; a batch of the wrong shape counts as that. When the
@@ -50,7 +50,7 @@ def stream(
         model: a network with N exits.
         chunk_size: images that a stage takes at once; one number, or one for each exit that is asked.
         deadline: seconds after its arrival from which an image no longer waits for others: chunks are then padded.
-            Counts while the caller asks for answers.
+            Kept while the caller asks for answers, up to the chunks that are running.
         criterion: how unsure an exit is.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         workers: chunks that run at the same time, in threads.
@@ -90,68 +90,90 @@ def stream(
 def _answers(
     pipeline: Pipeline, supply: Iterable[Arrival], image_shape: tuple[int, ...] | None, deadline: float, ahead: int
 ) -> Iterator[Answers]:
-    reader, seen, failure = _Reader(supply, ahead), 0, None
+    reader, failure = _Reader(supply, _Door(image_shape), ahead), None
     try:
         while not reader.ended:
-            arrival = reader.next(timeout=pipeline.oldest + deadline - time.monotonic())
-            if arrival is not None:
-                try:
-                    ids, images = _checked(arrival, seen, image_shape)
-                except ValueError as error:
-                    failure = error
-                    break
-                pipeline.add(ids, images)
-                seen += len(images)
-            yield from pipeline.run(due=time.monotonic() - deadline)
-        yield from pipeline.run(due=float('inf'))
+            # All that has come in by now, so that several chunks can run at the same time.
+            arrivals = reader.next(timeout=pipeline.oldest + deadline - time.monotonic(), most=ahead)
+            for since, ids, images in arrivals:
+                pipeline.add(ids, images, since=since)
+            yield from pipeline.run(deadline=deadline)
+        yield from pipeline.run(flush=True)
+        failure = reader.failure
     finally:
         reader.stop()
-    failure = failure or reader.failure
     if failure is not None:
         raise failure
 
 
-def _checked(arrival: Arrival, seen: int, image_shape: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
-    ids, images = arrival if isinstance(arrival, tuple) else (None, arrival)
-    images = np.asarray(images)
-    if image_shape is not None:
-        check_images(images, image_shape)
-    ids = np.arange(seen, seen + len(images)) if ids is None else np.asarray(ids)
-    if ids.shape != (len(images),):
-        raise ValueError(f'ids: got shape {ids.shape} for {len(images)} images; give one id per image')
-    return ids, images
+class _Door:
+    """Checks what the supply yields, and makes copies: a supply may fill the same buffer again."""
+
+    def __init__(self, image_shape: tuple[int, ...] | None) -> None:
+        self._image_shape, self._seen, self._first = image_shape, 0, None
+
+    def __call__(self, arrival: Arrival) -> tuple[np.ndarray, np.ndarray]:
+        given = isinstance(arrival, tuple)
+        if given and len(arrival) != 2:
+            raise ValueError(f'supply: got a tuple of {len(arrival)}; yield images, or (ids, images)')
+        images = np.array(arrival[1] if given else arrival)
+        if self._image_shape is not None:
+            check_images(images, self._image_shape)
+        if images.ndim < 2:
+            raise ValueError(f'images: expected a batch [B, …], got shape {images.shape}')
+        self._first = (images.shape[1:], images.dtype) if self._first is None else self._first
+        if (images.shape[1:], images.dtype) != self._first:
+            raise ValueError(
+                f'images: all batches of a stream are alike; the first had images {self._first[0]} {self._first[1]}, '
+                f'this one {images.shape[1:]} {images.dtype}'
+            )
+        ids = np.array(arrival[0]) if given else np.arange(self._seen, self._seen + len(images))
+        if ids.shape != (len(images),):
+            raise ValueError(f'ids: got shape {ids.shape} for {len(images)} images; give one id per image')
+        self._seen += len(images)
+        return ids, images
 
 
 class _Reader:
     """Reads a supply in a thread, a few items ahead."""
 
-    def __init__(self, supply: Iterable[Any], ahead: int) -> None:
+    def __init__(
+        self, supply: Iterable[Arrival], door: Callable[[Arrival], tuple[np.ndarray, np.ndarray]], ahead: int
+    ) -> None:
         self.ended = False
         self.failure: BaseException | None = None
         self._items: queue.Queue = queue.Queue(maxsize=ahead)
         self._stopped = threading.Event()
-        threading.Thread(target=self._read, args=(supply,), name='branchy_jax supply', daemon=True).start()
+        threading.Thread(target=self._read, args=(supply, door), name='branchy_jax supply', daemon=True).start()
 
-    def next(self, timeout: float) -> Any:
-        """Returns the next item; ``None`` if none comes in time, or none comes any more and ``ended`` is set."""
+    def next(self, *, timeout: float, most: int) -> list[tuple[float, np.ndarray, np.ndarray]]:
+        """Returns what has come in: when, ids and images; waits for the first.
+
+        Empty if nothing comes in time, or nothing comes any more: then ``ended`` is set, and ``failure`` if the supply
+        raised.
+        """
+        found: list[tuple[float, np.ndarray, np.ndarray]] = []
         try:
-            kind, value = self._items.get(timeout=None if timeout == float('inf') else max(0.0, timeout))
+            while len(found) < most:
+                wait = max(0.0, min(timeout, threading.TIMEOUT_MAX)) if not found else 0.0
+                kind, value = self._items.get(block=wait > 0, timeout=wait)
+                if kind == 'end':
+                    self.ended, self.failure = True, value
+                    break
+                found.append(value)
         except queue.Empty:
-            return None
-        if kind == 'item':
-            return value
-        self.ended, self.failure = True, value
-        return None
+            pass
+        return found
 
     def stop(self) -> None:
         """Lets the thread end after the item that it is waiting for."""
         self._stopped.set()
 
-    def _read(self, supply: Iterable[Any]) -> None:
+    def _read(self, supply: Iterable[Arrival], door: Callable[[Arrival], tuple[np.ndarray, np.ndarray]]) -> None:
         failure = None
         try:
-            for item in supply:
-                if not self._put(('item', item)):
+            for arrival in supply:
+                if not self._put(('item', (time.monotonic(), *door(arrival)))):
                     return
         except BaseException as error:  # raised again where the answers are read
             failure = error

@@ -34,6 +34,9 @@ METHODS: dict[str, PValue] = {
 class Guarantee:
     """Thresholds and what is promised of them.
 
+    The promise holds for exactly these thresholds. A `branchy_jax.inference.plan` that skips a head, or a controller
+    that moves them, runs other thresholds: plan with ``skip_heads=False``.
+
     Attributes:
         thresholds: ``[N - 1]``; all −inf where nothing can be promised.
         promised: whether anything but the full network could be promised.
@@ -84,10 +87,10 @@ def threshold_path(screened: Screen, *, size: int = 50) -> np.ndarray:
         screened: settings on separate data, screened for what is to be promised: give `screen` the statistics
             ``1 - losses[..., None]`` with `losses_against_full`. A screen for accuracy would do, but knows no settings
             between the full network and the most accurate one.
-        size: G, settings on the path at most.
+        size: settings taken from the frontier at most.
 
     Returns:
-        ``[G, N - 1]``; the first never exits, cost falls along the path.
+        ``[G, N - 1]``; the first never exits, cost falls along the path on the data it was screened on.
     """
     frontier = pareto_frontier(screened)
     # Evenly spaced in rank: the frontier is dense where risk is small, which is where promises are made.
@@ -150,7 +153,8 @@ def learn_then_test(
     Args:
         paths: ``[G, N - 1]`` from `threshold_path` on *separate* data, or several of them.
         uncertainty: ``[N, B]`` on calibration data.
-        losses: ``[N, B]`` in [0, 1] (`losses_against_full`); 0 or 1 for ``method='binomial'``.
+        losses: ``[N, B]`` in [0, 1] against the full network, whose own row is 0 (`losses_against_full`); 0 or 1 for
+            ``method='binomial'``.
         epsilon: the most that may be lost.
         delta: probability that the promise may break.
         costs: per stage and head, to choose among paths.
@@ -164,12 +168,14 @@ def learn_then_test(
         ValueError: an unknown method, ε or δ outside (0, 1), losses outside [0, 1], shapes that do not agree.
 
     References:
-        Angelopoulos et al., Learn then Test, 2021, sections 2 and 3 (fixed sequence, multi-start). Jazbec et al., Fast
+        Angelopoulos et al., Learn then Test, 2021 (fixed sequence, multi-start). Jazbec et al., Fast
         yet Safe: Early-Exiting with Risk Control, 2024 (early exit).
     """
     if method not in METHODS:
         raise ValueError(f'method: got {method!r}; choose from {", ".join(map(repr, METHODS))}')
-    paths = [np.asarray(paths)] if np.ndim(paths) == 2 else [np.asarray(path) for path in paths]
+    paths = [np.asarray(path) for path in ([paths] if getattr(paths, 'ndim', 0) == 2 else paths)]
+    if not paths:
+        raise ValueError('paths: got none; give one from threshold_path, or several')
     level = delta / len(paths)
     p_value = functools.partial(METHODS[method], delta=level) if method == 'betting' else METHODS[method]
     uncertainty, losses = _checked(uncertainty, losses, epsilon, delta, paths)
@@ -186,7 +192,10 @@ def learn_then_test(
         if best.promised
         else f'Nothing but the full network can be promised at epsilon {epsilon:g}, delta {delta:g}'
     )
-    return best.replace(statement=f'{words} ({method}, {losses.shape[1]} independent calibration inputs).')
+    return best.replace(
+        statement=f'{words} ({method}; {losses.shape[1]} calibration inputs, independent draws from the inputs to come '
+        'that took no part in training, fitting a criterion or building the path).'
+    )
 
 
 def conformal_risk_control(path: Array, uncertainty: Array, losses: Array, *, epsilon: float) -> Guarantee:
@@ -200,7 +209,7 @@ def conformal_risk_control(path: Array, uncertainty: Array, losses: Array, *, ep
     Args:
         path: ``[G, N - 1]`` fixed beforehand on separate data.
         uncertainty: ``[N, B]`` on calibration data.
-        losses: ``[N, B]`` in [0, 1].
+        losses: ``[N, B]`` in [0, 1] against the full network, whose own row is 0.
         epsilon: the most that may be lost on average.
 
     Returns:
@@ -210,7 +219,7 @@ def conformal_risk_control(path: Array, uncertainty: Array, losses: Array, *, ep
         ValueError: ε outside (0, 1), losses outside [0, 1], shapes that do not agree.
 
     References:
-        Angelopoulos et al., Conformal Risk Control, 2022, theorem 1 and section 4.2 (monotone upper envelope).
+        Angelopoulos et al., Conformal Risk Control, 2022: theorem 1, and the monotone envelope for general losses.
     """
     path = np.asarray(path)
     uncertainty, losses = _checked(uncertainty, losses, epsilon, 0.5, [path])
@@ -257,6 +266,11 @@ def _checked(
         raise ValueError(f'losses: expected [N, B] as uncertainty has, got {losses.shape} and {uncertainty.shape}')
     if not ((losses >= 0) & (losses <= 1)).all():
         raise ValueError(f'losses: got values from {losses.min()} to {losses.max()}; they must lie in [0, 1]')
+    if losses[-1].any():
+        raise ValueError(
+            'losses: the last row, of the full network against itself, must be 0; plain errors are not losses against '
+            'it (losses_against_full makes them)'
+        )
     for path in paths:
         if path.ndim != 2 or path.shape[1] != len(uncertainty) - 1 or len(path) == 0:
             raise ValueError(f'paths: expected [G, {len(uncertainty) - 1}] settings, got shape {path.shape}')

@@ -24,7 +24,7 @@ def binomial(losses: np.ndarray, epsilon: float) -> np.ndarray:
         0.25
 
     References:
-        Clopper and Pearson, 1934. Angelopoulos et al., Learn then Test, 2021, section 3.
+        Clopper and Pearson, 1934. Angelopoulos et al., Learn then Test, 2021.
     """
     losses = np.asarray(losses)
     if not np.isin(losses, (0, 1)).all():
@@ -47,7 +47,7 @@ def hoeffding_bentkus(losses: np.ndarray, epsilon: float) -> np.ndarray:
         ``[…]``, at most 1.
 
     References:
-        Bates et al., Distribution-Free, Risk-Controlling Prediction Sets, 2021, theorem 2 and section 3.1.
+        Bates et al., Distribution-Free, Risk-Controlling Prediction Sets, 2021, section 3.1.
     """
     losses = np.asarray(losses, np.float64)
     count, risk = losses.shape[-1], losses.mean(axis=-1)

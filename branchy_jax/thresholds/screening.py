@@ -151,7 +151,7 @@ def screen(
     """
     uncertainty, statistics = _checked(uncertainty, statistics, costs)
     exits, inputs = uncertainty.shape
-    grid = quantile_grid(uncertainty, size=_grid_size(exits)) if grid is None else np.asarray(grid, np.float32)
+    grid = quantile_grid(uncertainty, size=grid_size(exits)) if grid is None else np.asarray(grid, np.float32)
     _check_grid(grid, exits)
 
     counts, sums = _outcomes(uncertainty, statistics, grid)
@@ -168,7 +168,8 @@ def screen(
     )
 
 
-def _grid_size(exits: int) -> int:
+def grid_size(exits: int) -> int:
+    """Returns how many candidates per exit keep the combinations below a hundred thousand."""
     size = min(1000, int(_MOST_SETTINGS ** (1 / max(1, exits - 1))))
     if size < 2:
         raise ValueError(

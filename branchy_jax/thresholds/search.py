@@ -7,7 +7,7 @@ from scipy import optimize
 
 from branchy_jax.costs import StageCosts, expected_cost
 from branchy_jax.thresholds.choice import for_cost
-from branchy_jax.thresholds.screening import Metric, evaluate, mean_of_statistic, quantile_grid, screen
+from branchy_jax.thresholds.screening import Metric, evaluate, grid_size, mean_of_statistic, quantile_grid, screen
 from branchy_jax.types import Array, OperatingPoint
 
 
@@ -106,18 +106,18 @@ def exact(
         statistics: ``[N, B, S]`` (`accuracy_statistics`).
         costs: per stage and head; measured times (`branchy_jax.inference.segment_times`) or MACs.
         at_most: expected cost of one input.
-        grid: ``[N - 1, V]``; `quantile_grid` of 100 values if none is given.
+        grid: ``[N - 1, V]``; `quantile_grid` of 100 values if none is given, fewer where there are too many settings.
         metric: turns summed statistics into the figure to maximise.
 
     Raises:
-        ValueError: every setting costs more.
+        ValueError: every setting costs more, or too many exits for a grid of their own.
 
     Example:
         >>> right = np.array([[[1.0], [0.0]], [[1.0], [1.0]]])
         >>> exact([[0.1, 0.9], [0, 0]], right, StageCosts([1, 9], [0, 0]), 6).accuracy
         1.0
     """
-    grid = quantile_grid(uncertainty) if grid is None else grid
+    grid = quantile_grid(uncertainty, size=min(100, grid_size(len(uncertainty)))) if grid is None else grid
     return for_cost(screen(uncertainty, statistics, costs, grid=grid, metric=metric), at_most)
 
 
