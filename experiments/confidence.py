@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: Path, *, splits: int, size: int) -> dict[st
     variables = jax.tree.map(jnp.asarray, bj.checkpoint.load_weights(weights)[0])
     dataset = bj.data.load_dataset(config.dataset, validation_fraction=config.validation_fraction, seed=config.seed)
     shape = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
-    model = bj.models.create(config.network, placement=config.placement, **shape)
+    model = bj.models.create(config.network, placement=config.placement, dtype=jnp.dtype(config.dtype), **shape)
 
     def outputs_of(images: np.ndarray, labels: np.ndarray) -> Outputs:
         found = bj.inference.exit_outputs(model, variables, images, prepare=dataset.normalization)
@@ -81,8 +81,9 @@ def run(config: ConfigDict, workdir: Path, *, splits: int, size: int) -> dict[st
     test = outputs_of(dataset.test.image, dataset.test.label)
     costs = bj.costs.count_macs(model, dataset.image_shape)
     title = f'B-{config.network[2:]}, {dataset.name}' if hasattr(dataset, 'name') else config.network
-    calibration, temperatures = calibrations(config.network, validation, test, workdir / 'reliability.png', title)
-    criteria = all_criteria(validation, temperatures)
+    fitting, choosing = halves(validation)  # what is fitted on one half is screened on the other
+    calibration, temperatures = calibrations(config.network, fitting, test, workdir / 'reliability.png', title)
+    criteria = all_criteria(fitting, temperatures)
     record = {
         'network': config.network,
         'dataset': config.dataset,
@@ -91,16 +92,24 @@ def run(config: ConfigDict, workdir: Path, *, splits: int, size: int) -> dict[st
         'inputs': {'validation': len(validation.labels), 'test': len(test.labels), 'calibration set': size},
         **promises(config.network, validation, test, costs, splits=splits, size=size),
         'calibration': calibration,
-        'criteria': compare_criteria(config.network, criteria, validation, test, costs),
+        'criteria': compare_criteria(config.network, criteria, choosing, test, costs),
         'search': searches(config.network, (model, variables), dataset, validation, test),
         'exact_search': time_exact_search(),
         'control': control(outputs_of, dataset, validation, costs, workdir / 'control.png', title),
-        'protocols': protocols(criteria, validation, test, costs, workdir / 'protocols.png', title),
+        'protocols': protocols(criteria, choosing, test, costs, workdir / 'protocols.png', title),
         'exits': who_leaves_where(dataset, validation, test, costs, workdir / 'exits.png', title),
     }
     bj.report.write_json(workdir / 'confidence.json', record)
     bj.report.write_text(workdir / 'confidence.md', page(record))
     return record
+
+
+def halves(part: Outputs) -> tuple[Outputs, Outputs]:
+    """Splits cached outputs at random."""
+    rows = np.random.default_rng(0).permutation(len(part.labels))
+    middle = len(rows) // 2
+    first, second = (Outputs(part.logits[:, chosen], part.labels[chosen]) for chosen in (rows[:middle], rows[middle:]))
+    return first, second
 
 
 def calibrations(
@@ -142,22 +151,28 @@ def all_criteria(validation: Outputs, temperatures: np.ndarray) -> dict[str, Cri
 
 
 def compare_criteria(
-    network: str, criteria: Mapping[str, Criterion], validation: Outputs, test: Outputs, costs: bj.costs.StageCosts
+    network: str, criteria: Mapping[str, Criterion], choosing: Outputs, test: Outputs, costs: bj.costs.StageCosts
 ) -> list[dict[str, Any]]:
-    """Reports what each criterion costs on test data at equal accuracy, with thresholds from validation data."""
-    full = float((test.logits[-1].argmax(-1) == test.labels).mean())
-    records, entropy_costs = [], {}
+    """Compares what criteria cost, in two ways.
+
+    ``cost``: of the cheapest setting that on validation data gives up no more than asked against the last exit, with
+    its accuracy on test data. ``cost_at_equal_accuracy``: read off the test curve of the validation frontier at the
+    accuracy of the last exit minus what is given up, so that costs compare at equal accuracy on test data.
+    """
+    full, full_test = (float((part.logits[-1].argmax(-1) == part.labels).mean()) for part in (choosing, test))
+    records: list[dict[str, Any]] = []
     for name, criterion in criteria.items():
-        cost, accuracy = _test_curve(criterion, validation, test, costs)
-        record = {'network': network, 'criterion': name}
+        frontier = bj.thresholds.pareto_frontier(_screened(criterion, choosing, costs)[2])
+        cost, accuracy = _on_test(criterion, frontier, test, costs)
         for given_up in (0.0, 0.002, 0.005, 0.01):
-            reaching = cost[accuracy >= full - given_up - 1e-9]
-            found = float(reaching.min()) if len(reaching) else None
-            entropy_costs.setdefault(given_up, found)  # entropy comes first
-            record[f'cost_{given_up}'] = found
-            if found is not None and entropy_costs[given_up] is not None:
-                record[f'against_entropy_{given_up}'] = found / entropy_costs[given_up]
-        records.append(record)
+            record = {'network': network, 'criterion': name, 'given_up': given_up}
+            kept = np.flatnonzero(frontier.accuracy >= full - given_up - 1e-9)
+            if len(kept):
+                record.update(cost=float(cost[kept[0]]), accuracy_change=float(accuracy[kept[0]]) - full_test)
+            reaching = cost[accuracy >= full_test - given_up - 1e-9]
+            if len(reaching):
+                record['cost_at_equal_accuracy'] = float(reaching.min())
+            records.append(record)
     return records
 
 
@@ -169,11 +184,10 @@ def _screened(
     return uncertainty, statistics, bj.thresholds.screen(uncertainty, statistics, costs, criterion=criterion.name)
 
 
-def _test_curve(
-    criterion: Criterion, validation: Outputs, test: Outputs, costs: bj.costs.StageCosts
+def _on_test(
+    criterion: Criterion, frontier: bj.thresholds.Screen, test: Outputs, costs: bj.costs.StageCosts
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns cost and accuracy on test data of the settings that make the frontier on validation data."""
-    frontier = bj.thresholds.pareto_frontier(_screened(criterion, validation, costs)[2])
     answers, uncertainty = (np.asarray(found) for found in bj.criteria.replay(criterion, test.logits))
     statistics = bj.thresholds.accuracy_statistics(answers, test.labels)
     found = bj.thresholds.evaluate(uncertainty, statistics, costs, frontier.thresholds)
@@ -199,7 +213,7 @@ def promises(
 def searches(
     network: str, trained: Any, dataset: bj.data.Dataset, validation: Outputs, test: Outputs
 ) -> list[dict[str, Any]]:
-    """Compares searches under a bound on the measured time: half the way from the first exit to the last."""
+    """Compares searches under bounds on the measured time: part of the way from the first exit to the last."""
     images = dataset.normalization(dataset.validation.image[:64])
     times = bj.inference.segment_times(*bj.inference.optimize(*trained), images, batch_sizes=[16, 64]).best()
     uncertainty = np.asarray(bj.criteria.replay(bj.criteria.entropy, validation.logits)[1])
@@ -263,18 +277,14 @@ def control(
     controller = bj.control.create_controller(
         bj.control.path_by_shares(reference), target=target, scale=float(relative[-1] - relative[0])
     )
-    update, fixed = jax.jit(bj.control.update), None
+    update, fixed = jax.jit(bj.control.update), _thresholds_for(reference, relative, target)
     held, left_alone = [], []
     for start in range(0, uncertainty.shape[1], _CONTROL_BATCH):
         batch = uncertainty[:, start : start + _CONTROL_BATCH]
         spent = relative[_exits(batch, np.asarray(bj.control.thresholds_of(controller)))]
         controller = update(controller, jnp.asarray(spent))
-        if (
-            start + _CONTROL_BATCH >= 0.8 * len(labels) and fixed is None
-        ):  # what the controller settled on before the first shift, kept as it is
-            fixed = np.asarray(bj.control.thresholds_of(controller))
         held.extend(spent)
-        left_alone.extend(relative[_exits(batch, fixed)] if fixed is not None else spent)
+        left_alone.extend(relative[_exits(batch, fixed)])
     averages = {
         'controlled': _moving_average(np.array(held)),
         'thresholds left alone': _moving_average(np.array(left_alone)),
@@ -291,6 +301,13 @@ def control(
         }
         for k, name in enumerate(parts)
     ]
+
+
+def _thresholds_for(uncertainty: np.ndarray, costs: np.ndarray, target: float) -> np.ndarray:
+    """Returns the setting on the controller's path whose cost on validation data is nearest to the target."""
+    path = bj.control.path_by_shares(uncertainty)
+    spent = [costs[_exits(uncertainty, setting)].mean() for setting in path]
+    return path[np.abs(np.array(spent) - target).argmin()]
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
@@ -320,7 +337,8 @@ def protocols(
         'budgeted batch': (budgeted.cost / 1e6, 100 * budgeted.accuracy),
     }
     for name in ('entropy', 'learned', 'arithmetic ensemble'):
-        cost, accuracy = _test_curve(criteria[name], validation, test, costs)
+        frontier = bj.thresholds.pareto_frontier(_screened(criteria[name], validation, costs)[2])
+        cost, accuracy = _on_test(criteria[name], frontier, test, costs)
         lines[f'frontier, {name}'] = (cost / 1e6, 100 * accuracy)
     bj.plots.curves(picture, lines, title=f'{title}: accuracy against cost')
     return {

@@ -58,7 +58,8 @@ def publish(workdir: Path, into: Path) -> Path:
         'licence': 'Apache-2.0',
     }
     options = {
-        'placement': config['placement'], 'num_classes': data.num_classes, 'image_shape': list(data.image_shape)
+        'placement': config['placement'],
+        'dtype': config['dtype'], 'num_classes': data.num_classes, 'image_shape': list(data.image_shape)
     }  # fmt: skip
     path = into / f'{network}@{dataset}.safetensors'
     write_pretrained(path, network, options, jax.tree.map(np.asarray, variables), normalization, points, card)

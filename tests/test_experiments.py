@@ -188,12 +188,13 @@ def test_paper_figures_are_those_of_table_1():
 
 def test_confidence_reports_on_a_finished_run(tiny, done):
     workdir, _ = done
-    record = confidence.run(tiny, workdir, splits=30, size=60)
+    record = confidence.run(tiny, workdir, splits=30, size=600)
     assert record == bj.report.read_json(workdir / 'confidence.json')
     assert {'promises', 'comparison', 'expectations', 'calibration', 'search'} <= set(record)
     for row in record['promises']:
         assert {'network', 'method', 'epsilon', 'delta', 'splits', 'broken', 'cost_saved'} <= set(row)
         assert row['broken'] <= row['allowed'] + 0.1  # 30 sets only
+    assert len({row['cost_saved'] for row in record['promises']}) > 1
     assert {row['exit'] for row in record['calibration']} == {1, 2}
     exact = [row for row in record['search'] if row['method'] == 'exact']
     assert all(row['gap'] >= 0 for row in record['search'])

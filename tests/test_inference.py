@@ -249,3 +249,9 @@ def test_nan_threshold_under_jit_never_exits(network):
     model, variables, images = network
     found = jax.jit(dense(model))(variables, images, jnp.full(2, jnp.nan))
     assert set(found.exit_index.tolist()) == {2}
+
+
+def test_staged_says_that_it_takes_one_image(network):
+    model, variables, images = network
+    with pytest.raises(ValueError, match=r'image: expected one image \[4, 4, 1\], got shape \(24, 4, 4, 1\)'):
+        staged(model)(variables, images, [0.0, 0.0])

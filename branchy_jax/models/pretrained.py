@@ -98,6 +98,7 @@ def read_pretrained(path: Path | str) -> Pretrained:
     )
     options = dict(card['options'])
     options['image_shape'] = tuple(options['image_shape'])
+    options['dtype'] = jnp.dtype(options.get('dtype', 'float32'))
     return Pretrained(
         model=create(card['network'], **options),
         variables=stored,
