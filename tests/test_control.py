@@ -90,6 +90,8 @@ def test_positions_stay_on_the_path(path):
         controller = update(controller, jnp.full(1000, 100.0))
     assert float(controller.position) == 0.0
     np.testing.assert_allclose(thresholds_of(controller), path[0])
+    everyone = images(np.random.default_rng(5), 5000, 1.0).max(axis=1).astype(np.float32)
+    assert (everyone < path[0]).all()
     np.testing.assert_allclose(thresholds_of(controller.replace(position=jnp.float32(1.0))), path[-1], rtol=1e-5)
 
 
@@ -106,11 +108,11 @@ def test_infinite_settings_become_the_nearest_finite_ones():
 @pytest.mark.parametrize(
     'changes',
     [{'scale': 0.0}, {'target': np.nan}, {'horizon': 0.0}, {'largest_step': 0.0}, {'position': 2.0},
-     {'path': [[1.0]]}, {'path': [[np.nan], [1.0]]}, {'path': [[np.inf], [-np.inf]]}],
+     {'path': [[1.0]]}, {'path': [[0.0], [1.0]]}, {'path': [[np.nan], [1.0]]}, {'path': [[np.inf], [-np.inf]]}],
 )  # fmt: skip
 def test_impossible_controllers_are_refused(changes):
     options = {'path': [[1.0], [0.0]], 'target': 1.0, 'scale': 1.0, **changes}
-    with pytest.raises(ValueError, match=r'path: expected|target, scale'):
+    with pytest.raises(ValueError, match=r'path: expected|path: it must lead|target, scale'):
         create_controller(options.pop('path'), **options)
 
 
@@ -133,6 +135,21 @@ def test_drift_is_noticed_and_chance_is_not():
             found.append(float(drift(monitor)))
     assert max(found[:100]) < 3
     assert min(found[140:]) > 3
+
+
+def test_monitor_says_nothing_too_early_and_survives_empty_batches():
+    monitor = create_monitor([0.95, 0.05])
+    first = observe(monitor, jnp.array([1]))
+    assert float(drift(first)) == 0.0
+    assert observe(first, jnp.zeros(0, jnp.int32)).shares.tolist() == first.shares.tolist()
+
+
+def test_overshoot_begins_where_the_docstring_says():
+    """Observed rises along the path by the scale: the error shrinks by 1 − B / horizon an update."""
+    for batch, sign in ((100, 1), (450, -1)):
+        controller = create_controller([[1.0], [0.0]], target=0.5, scale=1.0, position=0.6, largest_step=1.0)
+        after = update(controller, jnp.full(batch, controller.position))
+        assert np.sign(float(after.position) - 0.5) == sign
 
 
 def test_impossible_monitors_are_refused():

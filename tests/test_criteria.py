@@ -150,6 +150,20 @@ def test_impossible_temperatures_are_refused(temperatures):
         bj.criteria.with_temperatures(temperatures)
 
 
+def test_criteria_refuse_exits_they_know_nothing_of():
+    logits = jnp.zeros((3, 2, 4))
+    with pytest.raises(ValueError, match='temperatures: there are 2'):
+        bj.criteria.replay(bj.criteria.with_temperatures([1.0, 2.0]), logits)
+    fitted = bj.calibration.fit_learned(logits[:2], np.zeros(2, int), jax.random.key(0), steps=1)
+    with pytest.raises(ValueError, match='recognizer: there are 2'):
+        bj.criteria.replay(fitted, logits)
+
+
+def test_patience_takes_no_agreement_from_nan():
+    logits = jnp.full((3, 1, 4), jnp.nan)
+    assert bj.criteria.replay(bj.criteria.patience, logits)[1].ravel().tolist() == [0, 0, 0]
+
+
 def test_unknown_ensembles_are_refused():
     with pytest.raises(ValueError, match='kind: got'):
         bj.criteria.ensemble('harmonic')
@@ -176,6 +190,10 @@ def test_every_criterion_runs_in_every_executor(network, criterion):
         'host': bj.inference.compacted(model, chunk_size=5, on_host=True, criterion=criterion),
         'sequential': bj.inference.sequential(model, criterion=criterion),
     }
+    streamed = list(bj.inference.stream(model, chunk_size=5, criterion=criterion)(variables, [images], middle))
+    ids = np.concatenate([answers.ids for answers in streamed])
+    exits = np.concatenate([answers.prediction.exit_index for answers in streamed])
+    np.testing.assert_array_equal(exits[np.argsort(ids)], expected.exit_index)
     for execute in executors.values():
         found = execute(variables, images, middle)
         np.testing.assert_array_equal(found.exit_index, expected.exit_index)

@@ -19,6 +19,7 @@ from branchy_jax.thresholds import (
     threshold_path,
 )
 from branchy_jax.thresholds.guarantees import METHODS, last_passed
+from experiments.promises import Population
 
 COSTS = StageCosts(stages=[1, 1, 1], exits=[0, 0, 0])
 
@@ -135,6 +136,44 @@ def test_the_promise_is_kept(method, starts):
     assert promised > draws / 2
 
 
+def test_many_starts_are_corrected_for():
+    """Twelve exits, each a path of its own that loses a little too much: any that passes breaks the promise."""
+    epsilon, delta, draws, starts = 0.05, 0.3, 300, 12
+    never = np.full(starts, -np.inf)
+    paths = [np.where(np.arange(starts) == k, np.inf, never)[None] for k in range(starts)]
+    costs = StageCosts(stages=np.ones(starts + 1), exits=np.zeros(starts + 1))
+    broken = 0
+    for seed in range(draws):
+        losses = np.random.default_rng(seed).random((starts + 1, 300)) < epsilon * 1.001
+        losses[-1] = False
+        found = learn_then_test(paths, np.zeros((starts + 1, 300)), losses, epsilon=epsilon, delta=delta, costs=costs)
+        broken += found.promised
+    assert broken / draws <= delta + 2 * math.sqrt(delta * (1 - delta) / draws)
+
+
+def test_paths_may_differ_in_length_and_must_be_there():
+    uncertainty, losses = population(400)
+    found = learn_then_test([path(20), path(5)], uncertainty, losses * 0, epsilon=0.05, delta=0.1, costs=COSTS)
+    assert found.promised
+    with pytest.raises(ValueError, match='paths: got none'):
+        learn_then_test([], uncertainty, losses, epsilon=0.05, delta=0.1, costs=COSTS)
+
+
+def test_the_simulation_runs_the_procedure():
+    """`experiments.promises` vectorises; on single draws it must do what the library does."""
+    uncertainty, losses = population(500, seed=3)
+    simulated = Population(path(), uncertainty, losses, COSTS, size=200, splits=20)
+    for method in METHODS:
+        stops = simulated.learn_then_test(method, 0.05, 0.1)
+        for drawn, stop in zip(simulated.drawn, stops, strict=True):
+            found = learn_then_test(
+                path(), uncertainty[:, drawn], losses[:, drawn], epsilon=0.05, delta=0.1, costs=COSTS, method=method
+            )
+            assert found.index == stop
+    for drawn, stop in zip(simulated.drawn, simulated.conformal(0.05), strict=True):
+        assert conformal_risk_control(path(), uncertainty[:, drawn], losses[:, drawn], epsilon=0.05).index == stop
+
+
 def test_conformal_risk_control_holds_in_expectation():
     epsilon = 0.05
     risks = [
@@ -181,6 +220,7 @@ def test_paths_begin_with_never_and_get_cheaper():
     [({'epsilon': 0.0}, 'epsilon and delta'), ({'delta': 1.0}, 'epsilon and delta'),
      ({'method': 'luck'}, 'method: got'),
      ({'losses': np.full((3, 50), 2.0)}, 'losses: got'), ({'losses': np.zeros((2, 50))}, 'losses: expected'),
+     ({'losses': np.ones((3, 50))}, 'losses: the last row'),
      ({'paths': np.zeros((4, 3))}, 'paths: expected')],
 )  # fmt: skip
 def test_impossible_requests_are_refused(changes, message):
