@@ -47,10 +47,10 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # jax would tell of every platform that is not there
     if _ONE_CORE.value:
         keep_to_one_core()
-    shape = bj.models.create(_NETWORK.value).image_shape
-    batches = _batches()
+    model = bj.models.create(_NETWORK.value)
+    batches, all_shares = _batches(), _shares(model.num_exits)
     count = max(images_needed(batch) for batch in batches)
-    images = np.random.default_rng(_SEED.value).standard_normal((count, *shape), np.float32)
+    images = np.random.default_rng(_SEED.value).standard_normal((count, *model.image_shape), np.float32)
     weights = None if _WEIGHTS.value is None else bj.checkpoint.load_weights(_WEIGHTS.value)[0]
     subject = prepare(_NETWORK.value, weights, images)
     cells: list[dict[str, Any]] = []
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     for batch in batches:
         times = segment_times(*subject.fast, images, batch_sizes=_sizes(batch), passes=7)
         all_times[str(batch)] = dataclasses.asdict(times)
-        for shares in _shares(subject.plain[0].num_exits):
+        for shares in all_shares:
             found = measure_cell(subject, images, shares, batch, times, passes=_PASSES.value)
             cells += found
             _write(Path(_WORKDIR.value), subject, cells, all_times)
