@@ -7,7 +7,7 @@ from typing import Any
 
 from branchy_jax.checkpoint import write_atomically
 
-INK, OURS, BASELINE, PAPER = '#222222', '#0b6e99', '#c2410c', '#8a8a8a'
+INK, OURS, BASELINE = '#222222', '#0b6e99', '#c2410c'
 SERIES = ('#0b6e99', '#2a9d5c', '#8e5ea2', '#b8860b', '#c2557a', '#4c566a', '#7a9a01')
 
 

@@ -79,7 +79,7 @@ def gain_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
     _plain_ticks(axes, sorted({cell['batch'] for cell in cells}))
     axes.set_xlabel('batch size')
     axes.set_ylabel('gain over the plain baseline (dotted: MAC limit)')
-    figure.legend(loc='outside lower center', ncols=4, frameon=False)
+    figure.legend(loc='outside lower center', ncols=3, frameon=False)
     save(figure, path)
 
 
@@ -112,7 +112,7 @@ def cost_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
     _plain_ticks(axes, sorted({cell['batch'] for cell in cells}))
     axes.set_xlabel('batch size')
     axes.set_ylabel('time of a batch (ms)')
-    figure.legend(loc='outside lower center', ncols=4, frameon=False)
+    figure.legend(loc='outside lower center', ncols=3, frameon=False)
     save(figure, path)
 
 
@@ -134,7 +134,7 @@ def time_against_macs(path: Path | str, cells: Sequence[Record], *, title: str =
     axes.set_ylim(bottom=0)
     axes.set_xlabel("expected MACs ÷ baseline's")
     axes.set_ylabel("time ÷ plain baseline's")
-    figure.legend(loc='outside lower center', ncols=4, frameon=False)
+    figure.legend(loc='outside lower center', ncols=3, frameon=False)
     save(figure, path)
 
 
