@@ -107,7 +107,7 @@ def measure_cell(
     for name, execute in executors.items():
         functions[name] = _over(name, execute, images, batch)
         compiled[name] = _seconds(functions[name])
-    best = _best_sizes(times, subject.plain[0].num_exits)
+    best = times.best_sizes.tolist()
     for n, size in enumerate(best):
         every = segment_functions(*subject.fast, images, size)
         functions.update({key: every[key] for key in every if key[1] == n})
@@ -197,11 +197,6 @@ def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
-
-
-def _best_sizes(times: SegmentTimes, num_exits: int) -> list[int]:
-    rates = (times.stages + times.exits) / times.batch_sizes[:, None]
-    return [int(times.batch_sizes[np.argmin(rates[:, n])]) for n in range(num_exits)]
 
 
 def _fractions(uncertainty: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ def run(config: ConfigDict, workdir: Path, *, splits: int, size: int) -> dict[st
     validation = outputs_of(dataset.validation.image, dataset.validation.label)
     test = outputs_of(dataset.test.image, dataset.test.label)
     costs = bj.costs.count_macs(model, dataset.image_shape)
-    title = f'B-{config.network[2:]}, {dataset.name}' if hasattr(dataset, 'name') else config.network
+    title = f'{config.network} on {config.dataset}'
     fitting, choosing = halves(validation)  # what is fitted on one half is screened on the other
     calibration, temperatures = calibrations(config.network, fitting, test, workdir / 'reliability.png', title)
     criteria = all_criteria(fitting, temperatures)
@@ -310,10 +310,12 @@ def _thresholds_for(uncertainty: np.ndarray, costs: np.ndarray, target: float) -
     return path[np.abs(np.array(spent) - target).argmin()]
 
 
-def _moving_average(values: np.ndarray) -> np.ndarray:
-    """Averages every value with those before it, up to 500."""
-    size = min(500, len(values))
-    return ndimage.uniform_filter1d(values, size, origin=(size - 1) // 2, mode='nearest')
+def _moving_average(values: np.ndarray, *, reach: int = 500) -> np.ndarray:
+    """Averages every value with those before it, as many as there are up to ``reach``."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - reach)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _exits(uncertainty: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

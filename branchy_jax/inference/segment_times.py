@@ -37,17 +37,23 @@ class SegmentTimes:
         rates = [values / self.batch_sizes[:, None] for values in (self.stages, self.exits)]
         return StageCosts(*(np.array([at(rate) for rate in rates_of.T]) for rates_of in rates))
 
+    @property
+    def best_sizes(self) -> np.ndarray:
+        """``[N]`` the batch size at which a stage with its head takes least per image."""
+        return self.batch_sizes[self._best_rows]
+
+    @property
+    def _best_rows(self) -> np.ndarray:
+        return np.argmin((self.stages + self.exits) / self.batch_sizes[:, None], axis=0)
+
     def best(self) -> StageCosts:
         """Returns ms per image of every stage with its head at the batch size that suits the two of them best.
 
         ``branchy_jax.costs.expected_cost(times.best(), exit_fractions)`` is the *time limit* of an operating point:
         what an executor without any overhead would need.
         """
-        size = np.argmin((self.stages + self.exits) / self.batch_sizes[:, None], axis=0)
-        exit_numbers = np.arange(self.stages.shape[1])
-        return StageCosts(
-            *(values[size, exit_numbers] / self.batch_sizes[size] for values in (self.stages, self.exits))
-        )
+        rows, exit_numbers = self._best_rows, np.arange(self.stages.shape[1])
+        return StageCosts(*(values[rows, exit_numbers] / self.best_sizes for values in (self.stages, self.exits)))
 
 
 def segment_functions(
