@@ -65,7 +65,7 @@ class ExitPrediction:
     """What an early-exit network answered, and where. Every executor returns one; ``staged`` without B.
 
     Attributes:
-        label: ``[B, …]`` int32, argmax of the answering exit.
+        label: ``[B, …]`` int32, argmax of the answering exit, or what the criterion decides.
         exit_index: ``[B]`` int32 in ``[0, N)``, the exit that answered.
         logits: ``[B, …, K]`` of the answering exit.
         uncertainty: ``[B]`` of the answering exit, in the unit of the criterion.

@@ -174,7 +174,7 @@ def test_augmentation_can_be_switched_off(getkey):
 def test_second_load_reads_the_cache(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        'branchy_jax.data._read_mnist5k',
+        'branchy_jax.data.load.read_mnist5k',
         lambda: calls.append(1) or {key: value[..., None] if 'x' in key else value for key, value in arrays().items()},
     )
     first, second = (load_dataset('mnist5k', cache=tmp_path) for _ in range(2))

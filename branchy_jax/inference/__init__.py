@@ -3,7 +3,9 @@
 from branchy_jax.inference.compacted import compacted as compacted
 from branchy_jax.inference.dense import dense as dense
 from branchy_jax.inference.exit_outputs import ExitOutputs as ExitOutputs
+from branchy_jax.inference.exit_outputs import ExitStatistics as ExitStatistics
 from branchy_jax.inference.exit_outputs import exit_outputs as exit_outputs
+from branchy_jax.inference.exit_outputs import exit_statistics as exit_statistics
 from branchy_jax.inference.optimize import optimize as optimize
 from branchy_jax.inference.pipeline import Answers as Answers
 from branchy_jax.inference.plan import Plan as Plan
@@ -19,11 +21,13 @@ __all__ = [
     'Answers',
     'COMMAND_BUFFERS',
     'ExitOutputs',
+    'ExitStatistics',
     'Plan',
     'SegmentTimes',
     'compacted',
     'dense',
     'exit_outputs',
+    'exit_statistics',
     'optimize',
     'plan',
     'segment_times',
