@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 Array = jax.Array
@@ -113,7 +114,8 @@ def check_labels(labels: Array, num_classes: int) -> None:
     """
     if isinstance(labels, jax.core.Tracer) or labels.size == 0:
         return
-    lowest, highest = int(labels.min()), int(labels.max())
+    values = np.asarray(labels)  # jnp would trace even concrete labels inside jit
+    lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= num_classes:
         raise ValueError(
             f'labels: expected classes in [0, {num_classes}), got {lowest} to {highest}; '

@@ -64,7 +64,7 @@ def test_keras_column_of_labels(write):
         ({'x_train': arrays()['x_train'][:, 0]}, 'x_train .* must be uint8'),
         ({'y_train': np.zeros(40)}, 'y_train .* must be one integer per image'),
         ({'y_train': np.zeros(39, int)}, 'y_train .* must be one integer per image'),
-        ({'y_train': arrays()['y_train'] - 1}, 'negative labels'),
+        ({'y_train': arrays()['y_train'] - 1}, 'labels from -1 to 2'),
         ({'x_test': np.zeros((0, 6, 5), np.uint8), 'y_test': np.zeros(0, int)}, 'test split .* empty'),
         ({'y_train': np.array([object()] * 40)}, 'no pickled objects'),
     ],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.compose import Layers, Route
@@ -24,6 +25,7 @@ def b_unet(
     head_width: int = 16,
     heads: Sequence[Layers | None] | None = None,
     dtype: jnp.dtype = jnp.float32,
+    convolution: Callable[..., Array] = lax.conv_general_dilated,
 ) -> BranchyNet:
     """Builds B-U-Net: four levels down, three up, and masks after the third level down and after the first up.
 
@@ -39,6 +41,7 @@ def b_unet(
         head_width: features of the side heads.
         heads: one replacement per side exit, reading the hidden dictionary; ``None`` keeps the default.
         dtype: of the computation; parameters and logits stay float32.
+        convolution: drop-in for `jax.lax.conv_general_dilated`, for the 3 × 3 convolutions.
 
     Returns:
         `BranchyNet` with N = 3; exits return logits ``[B, H, W, K]``.
@@ -61,7 +64,7 @@ def b_unet(
         )
     if heads is not None and len(heads) != 2:
         raise ValueError(f'heads: this network has 2 side heads, got {len(heads)}; None keeps a default')
-    conv = functools.partial(nn.Conv, dtype=dtype)
+    conv = functools.partial(nn.Conv, dtype=dtype, conv_general_dilated=convolution)
 
     def block(features: int, name: str) -> Layers:
         return (
