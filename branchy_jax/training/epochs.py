@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from branchy_jax import checkpoint
-from branchy_jax.losses import cross_entropy_per_exit
+from branchy_jax.losses import Loss, Watch, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
-from branchy_jax.training.step import Loss, Metrics, take_step
-from branchy_jax.types import Array, Batch
+from branchy_jax.training.step import Metrics, take_step
+from branchy_jax.types import Array, Batch, Variables, check_labels
 
-Prepare = Callable[[Array, Array], Array]
-"""``(key, images as stored) → images as fed to the network``: normalisation and augmentation, traced inside jit."""
+Prepare = Callable[[Array, Batch], Batch]
+"""``(key, batch as stored) → batch as fed to the network``: normalisation and augmentation, traced inside jit."""
 
 
 def epoch_order(key: Array, epoch: int, num_examples: int, batch_size: int) -> Array:
@@ -44,22 +44,23 @@ def epoch_order(key: Array, epoch: int, num_examples: int, batch_size: int) -> A
 
 
 def _step_on_rows(
-    state: TrainState, data: Batch, rows: Array, key: Array, exit_weights: Array, *, prepare: Prepare, loss: Loss
+    state: TrainState, data: Batch, rows: Array, key: Array, exit_weights: Array, *, prepare: Prepare, **options: Any
 ) -> tuple[TrainState, Metrics]:
     prepare_key, dropout_key = jax.random.split(key)
-    batch = Batch(image=prepare(prepare_key, data.image[rows]), label=data.label[rows])
-    return take_step(state, batch, exit_weights, dropout_key, loss=loss)
+    batch = prepare(prepare_key, jax.tree.map(lambda values: values[rows], data))
+    return take_step(state, batch, exit_weights, dropout_key, **options)
 
 
-_jitted_step_on_rows = jax.jit(_step_on_rows, static_argnames=('prepare', 'loss'), donate_argnames='state')
+_STATIC = ('prepare', 'loss', 'watch')
+_jitted_step_on_rows = jax.jit(_step_on_rows, static_argnames=_STATIC, donate_argnames='state')
 
 
-@functools.partial(jax.jit, static_argnames=('prepare', 'loss'), donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
 def _scan_epoch(
-    state: TrainState, data: Batch, order: Array, keys: Array, exit_weights: Array, *, prepare: Prepare, loss: Loss
+    state: TrainState, data: Batch, order: Array, keys: Array, exit_weights: Array, **options: Any
 ) -> tuple[TrainState, Metrics]:
     def body(state: TrainState, step: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
-        return _step_on_rows(state, data, *step, exit_weights, prepare=prepare, loss=loss)
+        return _step_on_rows(state, data, *step, exit_weights, **options)
 
     return lax.scan(body, state, (order, keys))
 
@@ -74,6 +75,7 @@ def train_epoch(
     batch_size: int,
     prepare: Prepare,
     loss: Loss = cross_entropy_per_exit,
+    watch: Watch = accuracy_per_exit,
     scan: bool = True,
     on_step: Callable[[int, int, int, Metrics], None] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -86,8 +88,9 @@ def train_epoch(
         key: of the whole training; order, augmentation and dropout derive from it and ``epoch``.
         epoch: 0, 1, ….
         batch_size: examples in a step.
-        prepare: ``(key, stored images) → network inputs``; runs inside jit.
+        prepare: ``(key, stored batch) → batch for the network``; runs inside jit.
         loss: ``(logits, labels) → [N]``.
+        watch: ``(logits, labels) → figures by name``.
         scan: the epoch is one program, a `jax.lax.scan`; otherwise one dispatch per step, which is slower for small
             networks but reports progress within the epoch. Both end with the same parameters up to rounding.
         on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step, or once per epoch with
@@ -95,22 +98,24 @@ def train_epoch(
 
     Returns:
         The next state, and the metrics averaged over the epoch.
+
+    Raises:
+        ValueError: too few examples for one batch.
     """
+    options = {'prepare': prepare, 'loss': loss, 'watch': watch}
     order = epoch_order(key, epoch, len(data), batch_size)
     steps = len(order)
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), steps)
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
     if scan:
-        state, history = _scan_epoch(state, data, order, keys, exit_weights, prepare=prepare, loss=loss)
+        state, history = _scan_epoch(state, data, order, keys, exit_weights, **options)
         metrics = jax.tree.map(lambda values: values.mean(0), history)
         if on_step is not None:
             on_step(epoch, steps, steps, metrics)
         return state, metrics
     history = []
     for step in range(steps):
-        state, metrics = _jitted_step_on_rows(
-            state, data, order[step], keys[step], exit_weights, prepare=prepare, loss=loss
-        )
+        state, metrics = _jitted_step_on_rows(state, data, order[step], keys[step], exit_weights, **options)
         history.append(metrics)
         if on_step is not None:
             on_step(epoch, step + 1, steps, metrics)
@@ -141,14 +146,17 @@ def fit(
         epochs: how many in all, those before a resume included.
         directory: where to keep one checkpoint per epoch (only the newest stays); ``None`` keeps none.
         on_epoch: called as ``on_epoch(epochs done, state, metrics)`` after every epoch.
-        **options: of `train_epoch`: ``batch_size``, ``prepare``, ``loss``, ``scan``, ``on_step``.
+        **options: of `train_epoch`: ``batch_size``, ``prepare``, ``loss``, ``watch``, ``scan``, ``on_step``.
 
     Returns:
         The trained state.
 
     Raises:
-        ValueError: the directory holds a checkpoint of another network or optimiser, or an unreadable one.
+        ValueError: the directory holds a checkpoint of another network or optimiser, or an unreadable one; labels
+            that the network has no class for.
     """
+    if options.get('loss', cross_entropy_per_exit) is cross_entropy_per_exit:  # another may take any target
+        check_labels(data.label, _num_classes(state, data, options['prepare'], key))
     start = 0
     if directory is not None and (found := checkpoint.restore(directory, state)) is not None:
         start, state = found
@@ -159,3 +167,10 @@ def fit(
         if on_epoch is not None:
             on_epoch(epoch + 1, state, metrics)
     return state
+
+
+def _num_classes(state: TrainState, data: Batch, prepare: Prepare, key: Array) -> int:
+    def logits(variables: Variables, data: Batch) -> Array:
+        return state.model.apply(variables, prepare(key, data).image)[-1]
+
+    return jax.eval_shape(logits, state.variables, jax.tree.map(lambda values: values[:1], data)).shape[-1]
