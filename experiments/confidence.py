@@ -28,7 +28,7 @@ from scipy import ndimage
 
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
-from experiments import job
+from experiments import datasets, job
 from experiments.confidence_page import page
 from experiments.promises import Population, simulate
 
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, *, splits: int, size: int) -> dict[st
     if not weights.exists():
         job.run(config, workdir)
     variables = jax.tree.map(jnp.asarray, bj.checkpoint.load_weights(weights)[0])
-    dataset = bj.data.load_dataset(config.dataset, validation_fraction=config.validation_fraction, seed=config.seed)
+    dataset = datasets.load(config)
     shape = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
     model = bj.models.create(config.network, placement=config.placement, dtype=jnp.dtype(config.dtype), **shape)
 

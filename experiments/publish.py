@@ -42,11 +42,9 @@ def publish(workdir: Path, into: Path) -> Path:
     network, dataset, row = config['network'], report['dataset'], report['rows'][1]
     variables, _ = bj.checkpoint.load_weights(workdir / f'{network}.safetensors')
     normalization = bj.Normalization(**variables.pop('normalization'))
-    data = bj.data.load_dataset(
-        config['dataset'], validation_fraction=config['validation_fraction'], seed=config['seed']
-    )
-    points = [_point(row, row['macs'], report['criterion'])]
-    points += [_point(found, found['macs'], report['criterion']) for found in _others(report['frontier'], row)]
+    chosen = report['operating_points']
+    others = _others(report['frontier'], chosen)
+    points = [_point(found, found['macs'], report['criterion']) for found in (*chosen, *others)]
     card = {
         'dataset': dataset,
         'exit_accuracy': row['exit_accuracy'],
@@ -59,7 +57,7 @@ def publish(workdir: Path, into: Path) -> Path:
     }
     options = {
         'placement': config['placement'],
-        'dtype': config['dtype'], 'num_classes': data.num_classes, 'image_shape': list(data.image_shape)
+        'dtype': config['dtype'], 'num_classes': report['num_classes'], 'image_shape': report['image_shape'],
     }  # fmt: skip
     path = into / f'{network}@{dataset}.safetensors'
     write_pretrained(path, network, options, jax.tree.map(np.asarray, variables), normalization, points, card)
@@ -78,14 +76,14 @@ def _point(found: dict[str, Any], macs: float, criterion: str) -> bj.OperatingPo
     )
 
 
-def _others(frontier: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the knee, the most accurate on validation data, and the cheapest, but for the one already chosen."""
+def _others(frontier: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the knee, the most accurate on validation data, and the cheapest, but for those already chosen."""
     knee = [point for point in frontier if point['knee']]
     best = max(frontier, key=lambda point: point['validation_accuracy'])
     cheapest = min(frontier, key=lambda point: point['macs'])
     found = {tuple(point['thresholds']): point for point in (*knee, best, cheapest)}
-    found.pop(tuple(row['thresholds']), None)
-    return list(found.values())
+    taken = {tuple(point['thresholds']) for point in chosen}
+    return [point for thresholds, point in found.items() if thresholds not in taken]
 
 
 def _card(network: str, card: dict[str, Any], points: list[bj.OperatingPoint]) -> str:

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
+from branchy_jax.inference.segment_times import segment_functions
 from branchy_jax.types import Variables
+
+_SEGMENT_CALLS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +26,15 @@ class Timed:
 
     Attributes:
         baseline: of the one-exit network.
-        branchy: of the branchy network at its thresholds.
+        points: of the branchy network, by operating point.
         exit_latency_ms: time of an image that leaves at exit n.
+        trunk_only_ms: of each stage alone, then of the last head: what the paper's protocol counts.
     """
 
     baseline: dict[str, Any]
-    branchy: dict[str, Any]
+    points: dict[str, dict[str, Any]]
     exit_latency_ms: list[float]
+    trunk_only_ms: list[float]
 
 
 def time_networks(
@@ -38,7 +43,7 @@ def time_networks(
     variables: Variables,
     baseline_variables: Variables,
     images: np.ndarray,
-    thresholds: np.ndarray,
+    thresholds: Mapping[str, np.ndarray],
     *,
     passes: int,
 ) -> Timed:
@@ -54,11 +59,11 @@ def time_networks(
         variables: of the branchy network.
         baseline_variables: of its baseline.
         images: ``[M, H, W, C]`` normalised.
-        thresholds: ``[N - 1]`` of the chosen point.
+        thresholds: ``[N - 1]`` by operating point.
         passes: interleaved passes over the images.
     """
     stored = jax.tree.map(np.asarray, (variables, baseline_variables))
-    arguments = (network, dict(options), *stored, np.asarray(images), np.asarray(thresholds), passes)
+    arguments = (network, dict(options), *stored, np.asarray(images), dict(thresholds), passes)
     if jax.default_backend() != 'cpu':
         return _time(*arguments)
     spawn = multiprocessing.get_context('spawn')
@@ -80,7 +85,7 @@ def _time(
     variables: Variables,
     baseline_variables: Variables,
     images: np.ndarray,
-    thresholds: np.ndarray,
+    thresholds: dict[str, np.ndarray],
     passes: int,
 ) -> Timed:
     model = bj.models.create(network, **options)
@@ -92,14 +97,15 @@ def _time(
     functions = {
         'plain': _on(baseline, jax.tree.map(jnp.asarray, baseline_variables), none, inputs),
         'baseline': _on(*fast_baseline, none, inputs),
-        'branchy': _on(*fast, thresholds, inputs),
+        **{('point', name): _on(*fast, values, inputs) for name, values in thresholds.items()},
     }
     exits = model.num_exits
     for n in range(exits):  # force every image out at exit n
         functions[f'exit {n}'] = _on(*fast, np.where(np.arange(exits - 1) == n, np.inf, -np.inf), few)
+    functions.update(_trunk_segments(fast, images, _SEGMENT_CALLS))
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
 
-    def fields(name: str) -> dict[str, Any]:
+    def fields(name: Any) -> dict[str, Any]:
         gain = bj.measure.paired_ratio(seconds['baseline'], seconds[name])
         return {
             'batch': 1,
@@ -114,9 +120,25 @@ def _time(
 
     return Timed(
         baseline=fields('baseline'),
-        branchy=fields('branchy'),
+        points={name: fields(('point', name)) for name in thresholds},
         exit_latency_ms=[float(np.median(seconds[f'exit {n}'])) / len(few) * 1e3 for n in range(exits)],
+        trunk_only_ms=[
+            float(np.median(seconds[key])) / _SEGMENT_CALLS * 1e3
+            for key in (*(('stage', n, 1) for n in range(exits)), ('exit', exits - 1, 1))
+        ],
     )
+
+
+def _trunk_segments(
+    network: tuple[bj.BranchyNet, Variables], images: np.ndarray, calls: int
+) -> dict[Any, Callable[[], None]]:
+    every = segment_functions(*network, images, 1)
+    last = network[0].num_exits - 1
+    return {
+        key: bj.measure.one_by_one(lambda _, run=run: run(), range(calls))
+        for key, run in every.items()
+        if key[0] == 'stage' or key[1] == last
+    }
 
 
 def _on(

@@ -73,9 +73,17 @@ def _train(
         state = bj.training.fit(
             state, jax.tree.map(jnp.asarray, dataset.train), jnp.array(exit_weights), key, epochs=epochs,
             directory=directory, batch_size=config.batch_size, prepare=_preparation(config, dataset),
-            scan=config.scan_epoch, on_step=on_step,
+            loss=_loss(config), scan=config.scan_epoch, on_step=on_step,
         )  # fmt: skip
     return state.variables
+
+
+def _loss(config: ConfigDict) -> bj.losses.Loss:
+    share = config.distillation
+    if not share:
+        return bj.losses.cross_entropy_per_exit
+    taught = bj.losses.distillation(bj.losses.last_exit, temperature=config.temperature)
+    return bj.losses.weighted_sum((1 - share, bj.losses.cross_entropy_per_exit), (share, taught))
 
 
 def _preparation(config: ConfigDict, dataset: bj.data.Dataset) -> bj.training.Prepare:

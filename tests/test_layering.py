@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {'types', 'criteria', 'costs', 'measure', 'checkpoint'}
+GROUND = {'types', 'criteria', 'costs', 'measure', 'energy', 'checkpoint'}
 ALLOWED = {
     'types': set(),
     'criteria': {'types'},
     'costs': {'types'},
     'measure': set(),
+    'energy': set(),
     'checkpoint': {'types'},
     'calibration': {'types', 'criteria'},
     'control': {'types'},
@@ -24,7 +25,7 @@ ALLOWED = {
     'report': GROUND,
     'plots': GROUND | {'report', 'calibration'},
 }
-ON_USE = {'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors'}
+ON_USE = {'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors', 'pynvml', 'zeus'}
 EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}
 NEVER = {'pickle', 'dill', 'cloudpickle', 'tensorflow', 'torch'}
 FILES = sorted((ROOT / 'branchy_jax').rglob('*.py'))

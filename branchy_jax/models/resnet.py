@@ -33,25 +33,27 @@ def b_resnet(
     dtype: jnp.dtype = jnp.float32,
     convolution: Callable[..., Array] = lax.conv_general_dilated,
 ) -> BranchyNet:
-    """Builds B-ResNet: 6n + 2 layers in three groups of 16, 32 and 64 features, and two side exits.
+    """Builds B-ResNet: 6n + 2 layers in three groups of 16, 32 and 64 features, and two or three side exits.
 
     ``'text'`` is He et al.'s network with branches after the first block and after the last block of 16 features.
     The paper's first branch leaves "after the 2nd convolution", which lies inside the first block; ours waits for
     that block's end. The heads have three and two convolutions and one dense layer, strided and averaged so that the
     first costs about 1 % of the trunk. ``'released'`` is the authors' network: an unpadded first convolution with the
     first branch right behind it, large heads (the first costs 20 % of the trunk), a 6 × 6 average pooling at the end.
+    ``'tuned'`` is He et al.'s network with three branches, after a sixth, a third and two thirds of its blocks: harder
+    data wants the first branch later. Each head has two convolutions or one, and costs at most 1 % of the trunk.
 
     Args:
         depth: 6n + 2; 110 in the paper.
         num_classes: K.
         image_shape: ``(H, W, C)``.
-        placement: ``'text'`` or ``'released'``.
-        heads: two replacements for the side heads; ``None`` keeps one.
+        placement: ``'text'``, ``'released'`` or ``'tuned'``.
+        heads: a replacement for each side head; ``None`` keeps one.
         dtype: of the computation; parameters, BatchNorm statistics and logits stay float32.
         convolution: drop-in for `jax.lax.conv_general_dilated`.
 
     Returns:
-        `BranchyNet` with N = 3.
+        `BranchyNet` with N = 3, or N = 4 if ``'tuned'``.
 
     Raises:
         ValueError: a depth that is not 6n + 2, unknown placement or wrong number of heads.
@@ -72,10 +74,11 @@ def b_resnet(
         norm = nn.BatchNorm(momentum=0.9, dtype=dtype, name=f'{name}_norm')
         return conv(features, (3, 3), name=name, **options), norm, nn.relu
 
-    first, *others = [block(16, name=f'block{n + 1}') for n in range(blocks)]
+    group1 = first, *others = [block(16, name=f'block{n + 1}') for n in range(blocks)]
     group2 = [block(32, stride=2 if n == 0 else 1, name=f'block{blocks + n + 1}') for n in range(blocks)]
     group3 = [block(64, stride=2 if n == 0 else 1, name=f'block{2 * blocks + n + 1}') for n in range(blocks)]
-    classify1, classify2 = dense(num_classes, name='exit1_fc'), dense(num_classes, name='exit2_fc')
+    classify1, classify2, classify3 = (dense(num_classes, name=f'exit{n}_fc') for n in (1, 2, 3))
+    half = blocks // 2
     layouts = {
         'text': (
             (
@@ -95,6 +98,27 @@ def b_resnet(
                     *normalized_conv('exit2_conv2', 64, strides=2, padding=1),
                     global_average_pool, classify2,
                 ),
+            ),
+        ),
+        'tuned': (
+            (
+                (*normalized_conv('conv1', 16, padding=1), *group1[:half]),
+                tuple(group1[half:]),
+                tuple(group2),
+                (*group3, global_average_pool),
+            ),
+            (
+                (
+                    *normalized_conv('exit1_conv1', 32, strides=2, padding=1),
+                    *normalized_conv('exit1_conv2', 64, strides=2, padding=1),
+                    global_average_pool, classify1,
+                ),
+                (
+                    *normalized_conv('exit2_conv1', 32, strides=2, padding=1),
+                    *normalized_conv('exit2_conv2', 64, strides=2, padding=1),
+                    global_average_pool, classify2,
+                ),
+                (*normalized_conv('exit3_conv1', 64, strides=2, padding=1), global_average_pool, classify3),
             ),
         ),
         'released': (

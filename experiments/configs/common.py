@@ -10,11 +10,12 @@ def get_config() -> ConfigDict:
 
     config.dataset = ''  # 'mnist5k', a TFDS name, or a path ending in .npz
     config.validation_fraction = 0.1  # of the training part, per class; thresholds are picked on it
+    config.most_examples = 0  # of each part, to try a run out; 0: all
     config.crop_padding = 0  # random shifts, in pixels
     config.flip = False  # random mirroring, left and right
 
     config.network = ''  # the branchy one; its baseline is trained on its own
-    config.placement = 'text'  # where the branches leave: as in the paper's 'text' or as in the 'released' code
+    config.placement = 'text'  # where the branches leave: the paper's 'text', the 'released' code, or 'tuned' here
     config.dtype = 'float32'  # of the computation; 'bfloat16' on accelerators
     config.banded = False  # train with convolutions as banded products: faster for few channels on a CPU
 
@@ -30,10 +31,13 @@ def get_config() -> ConfigDict:
 
     config.regime = 'baseline'  # start from the trained baseline; 'joint': from random; 'frozen': train heads only
     config.exit_weights = (1.0,)  # one per exit
+    config.distillation = 0.0  # share of each exit's loss that draws it to the last exit instead of the labels
+    config.temperature = 2.0  # of the distillation
 
-    # 'accuracy': the cheapest thresholds that on validation data are at most one standard error below the best and, if
-    # any do, reach the baseline; 'knee': the knee of the frontier.
+    # 'accuracy': the cheapest thresholds that on validation data are at most so many standard errors below the best
+    # and, if any do, reach the baseline; 'knee': the knee of the frontier.
     config.choose = 'accuracy'
+    config.standard_errors = 1.0
     config.tolerance = 0.0  # accuracy that 'accuracy' may give up
 
     config.latency_images = 1000  # of the test part, per pass, one call each

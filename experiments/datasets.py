@@ -1,0 +1,27 @@
+"""The data of a run: as the library loads it, or from an unpacked folder on machines without TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+import branchy_jax as bj
+
+
+def load(config: ConfigDict) -> bj.data.Dataset:
+    """Loads what ``config.dataset`` names.
+
+    Where the environment variable ``BRANCHY_JAX_PACKS`` names a folder with ``NAME.npz``, as ``unpack.py`` writes them
+    from ``shared/packs``, the arrays come from there: the same images in the same order as TFDS gives.
+    """
+    unpacked = Path(os.environ.get('BRANCHY_JAX_PACKS', ''), f'{config.dataset}.npz')
+    name = str(unpacked) if unpacked.is_absolute() and unpacked.exists() else config.dataset
+    found = bj.data.load_dataset(name, validation_fraction=config.validation_fraction, seed=config.seed)
+    if config.most_examples:
+        found = found.replace(**{
+            split: bj.Batch(*(values[: config.most_examples] for values in (part.image, part.label)))
+            for split, part in (('train', found.train), ('validation', found.validation), ('test', found.test))
+        })  # fmt: skip
+    return found.replace(name=config.dataset)
