@@ -12,6 +12,7 @@ from branchy_jax import measure as measure
 from branchy_jax import models as models
 from branchy_jax import plots as plots
 from branchy_jax import report as report
+from branchy_jax import sharding as sharding
 from branchy_jax import thresholds as thresholds
 from branchy_jax import training as training
 from branchy_jax.models.branchy import BranchyNet as BranchyNet
@@ -40,6 +41,7 @@ __all__ = [
     'models',
     'plots',
     'report',
+    'sharding',
     'thresholds',
     'training',
 ]

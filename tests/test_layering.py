@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {'types', 'criteria', 'costs', 'measure', 'checkpoint'}
+GROUND = {'types', 'criteria', 'costs', 'measure', 'checkpoint', 'sharding'}
 ALLOWED = {
     'types': set(),
     'criteria': {'types'},
     'costs': {'types'},
     'measure': set(),
     'checkpoint': {'types'},
+    'sharding': {'types'},
     'calibration': {'types', 'criteria'},
     'control': {'types'},
     'data': GROUND,

@@ -10,6 +10,9 @@ from branchy_jax.inference.plan import Plan as Plan
 from branchy_jax.inference.plan import plan as plan
 from branchy_jax.inference.segment_times import SegmentTimes as SegmentTimes
 from branchy_jax.inference.segment_times import segment_times as segment_times
+from branchy_jax.inference.sharded import Balance as Balance
+from branchy_jax.inference.sharded import sharded as sharded
+from branchy_jax.inference.sharded import survivor_balance as survivor_balance
 from branchy_jax.inference.staged import COMMAND_BUFFERS as COMMAND_BUFFERS
 from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
@@ -17,6 +20,7 @@ from branchy_jax.inference.stream import stream as stream
 
 __all__ = [
     'Answers',
+    'Balance',
     'COMMAND_BUFFERS',
     'ExitOutputs',
     'Plan',
@@ -28,6 +32,8 @@ __all__ = [
     'plan',
     'segment_times',
     'sequential',
+    'sharded',
     'staged',
     'stream',
+    'survivor_balance',
 ]

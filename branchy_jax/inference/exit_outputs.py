@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from branchy_jax.criteria import Criterion, entropy
 from branchy_jax.inference.steps import build_steps, run_steps
 from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.sharding import replicate, replicated, shard
 from branchy_jax.types import Array, Variables
 
 
@@ -36,6 +39,7 @@ def exit_outputs(
     criterion: Criterion = entropy,
     batch_size: int = 256,
     prepare: Callable[[Array], Array] = lambda images: images,
+    mesh: Mesh | None = None,
 ) -> ExitOutputs:
     """Runs all exits over a data set, batch by batch, with one compilation.
 
@@ -46,6 +50,7 @@ def exit_outputs(
         criterion: how unsure an exit is.
         batch_size: images per dispatch; the last batch is padded.
         prepare: normalisation of stored images, applied inside jit.
+        mesh: the devices that share every batch; each process gets all answers.
 
     Returns:
         `ExitOutputs` as NumPy arrays.
@@ -68,7 +73,7 @@ def exit_outputs(
 
     steps, anywhere = build_steps(model, criterion), jnp.zeros(model.num_exits - 1)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
     def run(variables: Variables, images: Array) -> ExitOutputs:
         answers = [step.prediction for step in run_steps(steps, variables, prepare(images), anywhere)]
         return ExitOutputs(
@@ -77,8 +82,11 @@ def exit_outputs(
         )
 
     batch_size = min(batch_size, count)
+    if mesh is not None:
+        batch_size, variables = -(-batch_size // mesh.size) * mesh.size, replicate(mesh, variables)
     batches = []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batches.append(jax.tree.map(np.asarray, run(variables, images[rows])))
+        batch = images[rows] if mesh is None else shard(mesh, images[rows])
+        batches.append(jax.tree.map(np.asarray, run(variables, batch)))
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :count], *batches)
