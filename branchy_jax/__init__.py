@@ -6,6 +6,7 @@ from branchy_jax import control as control
 from branchy_jax import costs as costs
 from branchy_jax import criteria as criteria
 from branchy_jax import data as data
+from branchy_jax import export as export
 from branchy_jax import inference as inference
 from branchy_jax import losses as losses
 from branchy_jax import measure as measure
@@ -35,6 +36,7 @@ __all__ = [
     'costs',
     'criteria',
     'data',
+    'export',
     'inference',
     'losses',
     'measure',

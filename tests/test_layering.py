@@ -22,10 +22,11 @@ ALLOWED = {
     'training': GROUND | {'models', 'losses'},
     'thresholds': GROUND,
     'inference': GROUND | {'models'},
+    'export': GROUND | {'models', 'inference'},
     'report': GROUND,
     'plots': GROUND | {'report', 'calibration'},
 }
-ON_USE = {'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors'}
+ON_USE = {'flatbuffers', 'grain', 'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors'}
 EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}
 NEVER = {'pickle', 'dill', 'cloudpickle', 'tensorflow', 'torch'}
 FILES = sorted((ROOT / 'branchy_jax').rglob('*.py'))
