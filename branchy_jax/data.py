@@ -150,6 +150,8 @@ def fit_normalization(images: np.ndarray) -> Normalization:
 def augment(key: Array, images: Array, *, crop_padding: int = 4, flip: bool = True) -> Array:
     """Shifts each image by a random crop of its zero-padded self and mirrors half of them; traced inside jit.
 
+    Under the same key masks ``[B, H, W, 1]`` move as their images do; what moves in is class 0.
+
     Args:
         key: PRNG key.
         images: ``[B, H, W, C]``.

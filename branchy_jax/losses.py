@@ -1,11 +1,24 @@
-"""One loss per exit, and their weighted sum."""
+"""Losses: one value per exit, from the logits of all of them and the targets. They add up and compose."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import optax
 
-from branchy_jax.types import Array
+from branchy_jax.types import Array, check_labels
+
+Loss = Callable[[tuple[Array, ...], Array], Array]
+"""``(logits of N exits, targets) → losses [N]``."""
+
+Watch = Callable[[tuple[Array, ...], Array], dict[str, Array]]
+"""``(logits of N exits, targets) → figures by name``, each scalar or [N]: what to look at while training."""
+
+Teachers = Callable[[tuple[Array, ...]], tuple[Array, ...]]
+"""``logits of N exits → logits of the teacher of each``."""
 
 
 def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array) -> Array:
@@ -21,7 +34,8 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array) -> Array:
         ``[N]`` float32.
 
     Raises:
-        ValueError: labels that are not integers or whose shape does not match the logits.
+        ValueError: labels that are not integers, whose shape does not match the logits or, where values can be seen,
+            that are out of range.
 
     Example:
         >>> losses = cross_entropy_per_exit((jnp.zeros((2, 10)), jnp.zeros((2, 10))), jnp.array([3, 7]))
@@ -39,7 +53,25 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array) -> Array:
                 f'labels: exit {n} gives logits of shape {exit_logits.shape}, so labels must have shape '
                 f'{exit_logits.shape[:-1]}; got {labels.shape}'
             )
+    check_labels(labels, logits[-1].shape[-1])
     return jnp.stack([optax.softmax_cross_entropy_with_integer_labels(z, labels).mean() for z in logits])
+
+
+def accuracy_per_exit(logits: tuple[Array, ...], labels: Array) -> dict[str, Array]:
+    """Computes the share of right answers of every exit: what `branchy_jax.training.train_step` watches by default.
+
+    Args:
+        logits: N arrays ``[B, …, K]``.
+        labels: ``[B, …]`` integers.
+
+    Returns:
+        ``{'exit_accuracy': [N]}``.
+
+    Example:
+        >>> accuracy_per_exit((jnp.array([[0.0, 1.0], [0.0, 1.0]]),), jnp.array([1, 0]))['exit_accuracy'].tolist()
+        [0.5]
+    """
+    return {'exit_accuracy': jnp.stack([jnp.mean(z.argmax(-1) == labels) for z in logits])}
 
 
 def weighted_exit_loss(exit_losses: Array, exit_weights: Array) -> Array:
@@ -66,3 +98,81 @@ def weighted_exit_loss(exit_losses: Array, exit_weights: Array) -> Array:
             f'got shape {exit_weights.shape}'
         )
     return jnp.sum(exit_weights * exit_losses)
+
+
+@functools.cache  # one object per setting: jit compares losses by identity
+def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
+    r"""Builds the loss that adds others up: :math:`L_n = \sum_j \alpha_j L_n^{(j)}`.
+
+    Args:
+        *terms: pairs of a factor and a loss, such as ``(1.0, cross_entropy_per_exit)``.
+
+    Raises:
+        ValueError: no terms.
+
+    Example:
+        >>> loss = weighted_sum((0.9, cross_entropy_per_exit), (0.1, distillation(last_exit, temperature=2.0)))
+        >>> loss((jnp.zeros((2, 10)), jnp.ones((2, 10))), jnp.array([3, 7])).shape
+        (2,)
+    """
+    if not terms:
+        raise ValueError('terms: got none; give pairs of a factor and a loss')
+
+    def loss(logits: tuple[Array, ...], targets: Array) -> Array:
+        return sum(factor * term(logits, targets) for factor, term in terms)
+
+    return loss
+
+
+@functools.cache  # as above
+def distillation(teachers: Teachers, *, temperature: float = 1.0) -> Loss:
+    r"""Builds the loss that draws each exit towards a teacher among the network's own exits.
+
+    .. math:: L_n = \frac{T^2}{B} \sum_b \operatorname{KL}\left(\operatorname{softmax}(t_{n, b} / T) \,\middle\|\,
+        \operatorname{softmax}(z_{n, b} / T)\right)
+
+    No gradient flows into a teacher, so an exit that teaches itself has loss and gradient 0. Labels are not used.
+
+    Args:
+        teachers: `last_exit`, `next_exit`, `ensemble_of_exits`, or your own.
+        temperature: T; above 1 the teacher's doubts weigh more.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+
+    Example:
+        >>> logits = (jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0]]))
+        >>> [round(float(loss), 3) for loss in distillation(last_exit)(logits, None)]
+        [0.067, 0.0]
+
+    References:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Phuong and Lampert, Distillation-Based
+        Training for Multi-Exit Architectures, 2019.
+    """
+    if not temperature > 0:
+        raise ValueError(f'temperature: got {temperature}; expected a positive number')
+
+    def loss(logits: tuple[Array, ...], targets: Array) -> Array:
+        losses = []
+        for own, teacher in zip(logits, jax.lax.stop_gradient(teachers(logits)), strict=True):
+            student, wanted = jax.nn.log_softmax(own / temperature), jax.nn.log_softmax(teacher / temperature)
+            losses.append(temperature**2 * optax.losses.kl_divergence_with_log_targets(student, wanted).mean())
+        return jnp.stack(losses)
+
+    return loss
+
+
+def last_exit(logits: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Teachers for `distillation`: the last exit teaches all."""
+    return (logits[-1],) * len(logits)
+
+
+def next_exit(logits: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Teachers for `distillation`: each exit is taught by the one after it."""
+    return (*logits[1:], logits[-1])
+
+
+def ensemble_of_exits(logits: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Teachers for `distillation`: the mean of all exits' probabilities teaches all."""
+    log_probabilities = jnp.stack([jax.nn.log_softmax(z) for z in logits])
+    return (jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(logits) * 1.0),) * len(logits)

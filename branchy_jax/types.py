@@ -25,11 +25,11 @@ Variables = Any
 
 @struct.dataclass
 class Batch:
-    """Images with their labels.
+    """Images with their labels, or inputs with their targets.
 
     Attributes:
         image: ``[B, H, W, C]``; uint8 as stored, float32 as fed to a network.
-        label: ``[B, …]`` integers in ``[0, K)``.
+        label: ``[B, …]`` integers in ``[0, K)``, or whatever the loss takes.
     """
 
     image: Array
@@ -96,3 +96,26 @@ class OperatingPoint:
     split: str = struct.field(pytree_node=False)
     exit_fractions: Array
     cost: float
+
+
+def check_labels(labels: Array, num_classes: int) -> None:
+    """Refuses labels that no class has, where values can be seen; inside `jax.jit` they cannot.
+
+    Args:
+        labels: integers of any shape.
+        num_classes: K.
+
+    Raises:
+        ValueError: a label below 0 or not below K.
+
+    Example:
+        >>> check_labels(jnp.array([0, 9]), 10)
+    """
+    if isinstance(labels, jax.core.Tracer) or labels.size == 0:
+        return
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(
+            f'labels: expected classes in [0, {num_classes}), got {lowest} to {highest}; '
+            'count classes from 0, and give the network as many as there are'
+        )

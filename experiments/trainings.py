@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,15 @@ def _train(
     return state.variables
 
 
-def _preparation(config: ConfigDict, dataset: bj.data.Dataset) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    crop_padding, flip, normalize = config.crop_padding, config.flip, dataset.normalization
+def _preparation(config: ConfigDict, dataset: bj.data.Dataset) -> bj.training.Prepare:
+    augment = functools.partial(bj.data.augment, crop_padding=config.crop_padding, flip=config.flip)
+    normalize = dataset.normalization
 
-    def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
-        return normalize(bj.data.augment(key, images, crop_padding=crop_padding, flip=flip))
+    def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:
+        image, label = normalize(augment(key, batch.image)), batch.label
+        if label.ndim == 3:  # a mask moves with its image: same key, same shift
+            label = augment(key, label[..., None])[..., 0]
+        return bj.Batch(image, label)
 
     return prepare
 

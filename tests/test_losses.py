@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy import special
 
-from branchy_jax.losses import cross_entropy_per_exit, weighted_exit_loss
+from branchy_jax.losses import (
+    cross_entropy_per_exit,
+    distillation,
+    ensemble_of_exits,
+    last_exit,
+    next_exit,
+    weighted_exit_loss,
+    weighted_sum,
+)
 
 
 @pytest.mark.parametrize('extra', [(), (2, 3)])
@@ -37,3 +45,51 @@ def test_bad_labels_are_refused():
 def test_wrong_number_of_weights_is_refused():
     with pytest.raises(ValueError, match='exit_weights: expected one weight for each of the 2 exits'):
         weighted_exit_loss(jnp.ones(2), jnp.ones(3))
+
+
+def kl_divergence(teacher, student, temperature):
+    """Float64, per exit: T² KL(teacher ‖ student)."""
+    p, q = (special.log_softmax(np.asarray(z, np.float64) / temperature, -1) for z in (teacher, student))
+    return temperature**2 * (np.exp(p) * (p - q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize('extra', [(), (2, 2)])
+@pytest.mark.parametrize(('teachers', 'taught_by'), [(last_exit, [2, 2, 2]), (next_exit, [1, 2, 2])])
+def test_distillation_is_the_float64_reference(getkey, extra, teachers, taught_by):
+    logits = tuple(3 * jax.random.normal(getkey(), (4, *extra, 5)) for _ in range(3))
+    expected = [kl_divergence(logits[t], logits[n], 2.5) for n, t in enumerate(taught_by)]
+    np.testing.assert_allclose(distillation(teachers, temperature=2.5)(logits, None), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_ensemble_teaches_the_mean_of_probabilities(getkey):
+    logits = tuple(3 * jax.random.normal(getkey(), (4, 5)) for _ in range(3))
+    mean = np.mean([special.softmax(np.asarray(z, np.float64), -1) for z in logits], axis=0)
+    for teacher in ensemble_of_exits(logits):
+        np.testing.assert_allclose(np.exp(teacher), mean, rtol=1e-5)
+
+
+def test_no_gradient_reaches_a_teacher(getkey):
+    logits = tuple(jax.random.normal(getkey(), (4, 5)) for _ in range(3))
+    for teachers in (last_exit, next_exit):
+        gradient = jax.grad(lambda z, teachers=teachers: distillation(teachers)(z, None)[0])(logits)
+        assert jnp.abs(gradient[0]).max() > 1e-3
+        assert jnp.abs(gradient[1]).max() == jnp.abs(gradient[2]).max() == 0
+    itself = jax.grad(lambda z: distillation(last_exit)(z, None)[2])(logits)
+    assert all(jnp.abs(g).max() < 1e-6 for g in itself)
+
+
+def test_losses_add_up_and_are_one_object_per_setting(getkey):
+    logits = tuple(jax.random.normal(getkey(), (4, 5)) for _ in range(2))
+    labels = jnp.array([0, 1, 2, 3])
+    terms = (0.7, cross_entropy_per_exit), (0.2, distillation(last_exit, temperature=2.0))
+    expected = 0.7 * terms[0][1](logits, labels) + 0.2 * terms[1][1](logits, labels)
+    np.testing.assert_allclose(weighted_sum(*terms)(logits, labels), expected, rtol=1e-6)
+    assert weighted_sum(*terms) is weighted_sum(*terms)
+    assert distillation(last_exit, temperature=2.0) is distillation(last_exit, temperature=2.0)
+
+
+def test_impossible_distillation_is_refused():
+    with pytest.raises(ValueError, match='temperature: got 0'):
+        distillation(last_exit, temperature=0)
+    with pytest.raises(ValueError, match='terms: got none'):
+        weighted_sum()

@@ -28,8 +28,8 @@ from branchy_jax.training import (
 SGD = optax.sgd(0.1)
 
 
-def prepare(key, images):
-    return images.astype(jnp.float32) / 255
+def prepare(key, batch):
+    return batch.replace(image=batch.image.astype(jnp.float32) / 255)
 
 
 def check_equal(found, expected):
@@ -42,7 +42,7 @@ def is_same(found, expected):
 
 @pytest.fixture
 def batch(small_data):
-    return bj.Batch(image=prepare(None, jnp.asarray(small_data.image[:16])), label=jnp.asarray(small_data.label[:16]))
+    return prepare(None, jax.tree.map(lambda values: jnp.asarray(values[:16]), small_data))
 
 
 @pytest.fixture
@@ -133,8 +133,9 @@ def test_every_step_of_every_epoch_draws_anew(network, small_data, scan):
     model, variables, _ = network
     data = bj.Batch(jnp.asarray(small_data.image), jnp.zeros(80, jnp.int32))
 
-    def noise(key, images):
-        return jnp.broadcast_to(jax.random.normal(key, (1, *images.shape[1:])), images.shape)
+    def noise(key, batch):
+        shape = batch.image.shape
+        return batch.replace(image=jnp.broadcast_to(jax.random.normal(key, (1, *shape[1:])), shape))
 
     def losses(epoch):
         found = []
@@ -278,7 +279,7 @@ SCRIPT = """
     state = bj.training.create_train_state(model, model.init(jax.random.key(1), images / 255.0))
     state = bj.training.fit(
         state, data, jnp.ones(2), jax.random.key(2), epochs=epochs, directory=directory, batch_size=8,
-        prepare=lambda key, images: images / 255.0,
+        prepare=lambda key, batch: batch.replace(image=batch.image / 255.0),
     )
     bj.checkpoint.save_weights(result, state.variables)
 """
@@ -308,3 +309,28 @@ def test_run_killed_by_the_system_resumes(tmp_path):
     assert start('victim').wait(120) == 0
     assert untouched.wait(120) == 0
     check_equal(*(bj.checkpoint.load_weights(tmp_path / f'{name}.st')[0] for name in ('untouched', 'victim')))
+
+
+def test_labels_without_a_class_are_refused(network, train, small_data):
+    model, variables, _ = network
+    state = create_train_state(model, variables, SGD)
+    bad = small_data.replace(label=small_data.label + 1)
+    with pytest.raises(ValueError, match=r'labels: expected classes in \[0, 3\), got 1 to 3'):
+        train(state, data=bad, epochs=1)
+
+
+def test_other_tasks_bring_their_loss_and_what_to_watch(network, batch, getkey):
+    """Squared error against real targets: the gradient is that of the formula, the figures are those asked for."""
+    model, variables, _ = network
+    targets = jax.random.normal(getkey(), (16, 3))
+
+    def squared_error(logits, targets):
+        return jnp.stack([jnp.mean((z - targets) ** 2) for z in logits])
+
+    state = create_train_state(model, variables, SGD)
+    state, metrics = bj.training.train_step(
+        state, bj.Batch(batch.image, targets), jnp.ones(3), getkey(),
+        loss=squared_error, watch=lambda logits, targets: {'exit_error': squared_error(logits, targets) ** 0.5},
+    )  # fmt: skip
+    assert set(metrics) == {'loss', 'exit_loss', 'exit_error'}
+    np.testing.assert_allclose(metrics['exit_error'], np.sqrt(metrics['exit_loss']), rtol=1e-6)

@@ -1,5 +1,6 @@
 """Joint training of all exits: a pure, jitted step, and loops around it that survive being killed."""
 
+from branchy_jax.losses import Loss as Loss
 from branchy_jax.training.epochs import Prepare as Prepare
 from branchy_jax.training.epochs import epoch_order as epoch_order
 from branchy_jax.training.epochs import fit as fit
@@ -9,7 +10,6 @@ from branchy_jax.training.initialization import initialize_from_baseline as init
 from branchy_jax.training.state import TrainState as TrainState
 from branchy_jax.training.state import create_train_state as create_train_state
 from branchy_jax.training.state import paper_adam as paper_adam
-from branchy_jax.training.step import Loss as Loss
 from branchy_jax.training.step import Metrics as Metrics
 from branchy_jax.training.step import train_step as train_step
 

@@ -13,13 +13,13 @@ from jax import lax
 from jax.sharding import Mesh
 
 from branchy_jax import checkpoint, sharding
-from branchy_jax.losses import cross_entropy_per_exit
+from branchy_jax.losses import Loss, Watch, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
-from branchy_jax.training.step import Loss, Metrics, take_step
-from branchy_jax.types import Array, Batch
+from branchy_jax.training.step import Metrics, take_step
+from branchy_jax.types import Array, Batch, Variables, check_labels
 
-Prepare = Callable[[Array, Array], Array]
-"""``(key, images as stored) → images as fed to the network``: normalisation and augmentation, traced inside jit."""
+Prepare = Callable[[Array, Batch], Batch]
+"""``(key, batch as stored) → batch as fed to the network``: normalisation and augmentation, traced inside jit."""
 
 
 def epoch_order(key: Array, epoch: int, num_examples: int, batch_size: int) -> Array:
@@ -50,40 +50,31 @@ def step_keys(key: Array, epoch: int, steps: int) -> Array:
 
 
 def step_on_stored(
-    state: TrainState, batch: Batch, key: Array, exit_weights: Array, *, prepare: Prepare, loss: Loss
+    state: TrainState, batch: Batch, key: Array, exit_weights: Array, *, prepare: Prepare, **options: Any
 ) -> tuple[TrainState, Metrics]:
     """Takes a step on a batch of images as stored; for callers that jit more than that."""
     prepare_key, dropout_key = jax.random.split(key)
-    batch = batch.replace(image=prepare(prepare_key, batch.image))
-    return take_step(state, batch, exit_weights, dropout_key, loss=loss)
+    return take_step(state, prepare(prepare_key, batch), exit_weights, dropout_key, **options)
 
 
 def _step_on_rows(
-    state: TrainState,
-    data: Batch,
-    rows: Array,
-    key: Array,
-    exit_weights: Array,
-    *,
-    prepare: Prepare,
-    loss: Loss,
-    mesh: Mesh | None,
+    state: TrainState, data: Batch, rows: Array, key: Array, exit_weights: Array, *, mesh: Mesh | None, **options: Any
 ) -> tuple[TrainState, Metrics]:
     # Every device holds all examples; told so, each gathers its own share of the batch and computes on that alone.
     batch = sharding.constrain(mesh, jax.tree.map(lambda values: values[rows], data))
-    return step_on_stored(state, batch, key, exit_weights, prepare=prepare, loss=loss)
+    return step_on_stored(state, batch, key, exit_weights, **options)
 
 
-_STATIC = ('prepare', 'loss', 'mesh')
+_STATIC = ('prepare', 'loss', 'watch', 'mesh')
 _jitted_step_on_rows = jax.jit(_step_on_rows, static_argnames=_STATIC, donate_argnames='state')
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
 def _scan_epoch(
-    state: TrainState, data: Batch, order: Array, keys: Array, exit_weights: Array, **static: Any
+    state: TrainState, data: Batch, order: Array, keys: Array, exit_weights: Array, **options: Any
 ) -> tuple[TrainState, Metrics]:
     def body(state: TrainState, step: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
-        return _step_on_rows(state, data, *step, exit_weights, **static)
+        return _step_on_rows(state, data, *step, exit_weights, **options)
 
     return lax.scan(body, state, (order, keys))
 
@@ -98,6 +89,7 @@ def train_epoch(
     batch_size: int,
     prepare: Prepare,
     loss: Loss = cross_entropy_per_exit,
+    watch: Watch = accuracy_per_exit,
     scan: bool = True,
     on_step: Callable[[int, int, int, Metrics], None] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -113,8 +105,9 @@ def train_epoch(
         key: of the whole training; order, augmentation and dropout derive from it and ``epoch``.
         epoch: 0, 1, ….
         batch_size: examples in a step.
-        prepare: ``(key, stored images) → network inputs``; runs inside jit.
+        prepare: ``(key, stored batch) → batch for the network``; runs inside jit.
         loss: ``(logits, labels) → [N]``.
+        watch: ``(logits, labels) → figures by name``.
         scan: the epoch is one program, a `jax.lax.scan`; otherwise one dispatch per step, which is slower for small
             networks but reports progress within the epoch. Both end with the same parameters up to rounding.
         on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step, or once per epoch with
@@ -130,19 +123,19 @@ def train_epoch(
     steps, keys = len(order), step_keys(key, epoch, len(order))
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
     mesh = sharding.mesh_of(state)
+    options = {'prepare': prepare, 'loss': loss, 'watch': watch, 'mesh': mesh}
     if mesh is not None:
         sharding.check_divisible('batch_size', batch_size, mesh)
         data = sharding.replicate(mesh, data)
-    static = {'prepare': prepare, 'loss': loss, 'mesh': mesh}
     if scan:
-        state, history = _scan_epoch(state, data, order, keys, exit_weights, **static)
+        state, history = _scan_epoch(state, data, order, keys, exit_weights, **options)
         metrics = jax.tree.map(lambda values: values.mean(0), history)
         if on_step is not None:
             on_step(epoch, steps, steps, metrics)
         return state, metrics
     history = []
     for step in range(steps):
-        state, metrics = _jitted_step_on_rows(state, data, order[step], keys[step], exit_weights, **static)
+        state, metrics = _jitted_step_on_rows(state, data, order[step], keys[step], exit_weights, **options)
         history.append(metrics)
         if on_step is not None:
             on_step(epoch, step + 1, steps, metrics)
@@ -174,14 +167,17 @@ def fit(
         epochs: how many in all, those before a resume included.
         directory: where to keep one checkpoint per epoch (only the newest stays); ``None`` keeps none.
         on_epoch: called as ``on_epoch(epochs done, state, metrics)`` after every epoch.
-        **options: of `train_epoch`: ``batch_size``, ``prepare``, ``loss``, ``scan``, ``on_step``.
+        **options: of `train_epoch`: ``batch_size``, ``prepare``, ``loss``, ``watch``, ``scan``, ``on_step``.
 
     Returns:
         The trained state.
 
     Raises:
-        ValueError: the directory holds a checkpoint of another network or optimiser, or an unreadable one.
+        ValueError: the directory holds a checkpoint of another network or optimiser, or an unreadable one; labels
+            that the network has no class for.
     """
+    if options.get('loss', cross_entropy_per_exit) is cross_entropy_per_exit:  # another may take any target
+        check_labels(data.label, _num_classes(state, data, options['prepare'], key))
     start, mesh = 0, sharding.mesh_of(state)
     if mesh is not None:  # once, not once an epoch
         data = sharding.replicate(mesh, data)
@@ -194,3 +190,10 @@ def fit(
         if on_epoch is not None:
             on_epoch(epoch + 1, state, metrics)
     return state
+
+
+def _num_classes(state: TrainState, data: Batch, prepare: Prepare, key: Array) -> int:
+    def logits(variables: Variables, data: Batch) -> Array:
+        return state.model.apply(variables, prepare(key, data).image)[-1]
+
+    return jax.eval_shape(logits, state.variables, jax.tree.map(lambda values: values[:1], data)).shape[-1]

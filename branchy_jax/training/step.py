@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from branchy_jax.losses import cross_entropy_per_exit, weighted_exit_loss
+from branchy_jax.losses import Loss, Watch, accuracy_per_exit, cross_entropy_per_exit, weighted_exit_loss
 from branchy_jax.training.state import TrainState
 from branchy_jax.types import Array, Batch
 
-Loss = Callable[[tuple[Array, ...], Array], Array]
-"""``(logits of N exits, labels) → losses [N]``."""
-
-
 Metrics = dict[str, Array]
-"""``loss`` scalar, ``exit_loss`` [N], ``exit_accuracy`` [N]."""
+"""``loss`` scalar, ``exit_loss`` [N], and what was watched: by default ``exit_accuracy`` [N]."""
 
 
 def take_step(
-    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss
+    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss, watch: Watch
 ) -> tuple[TrainState, Metrics]:
     """Does what `train_step` does, for callers that jit more than one step."""
 
@@ -44,7 +38,7 @@ def take_step(
     metrics = {
         'loss': weighted_exit_loss(exit_loss, exit_weights),
         'exit_loss': exit_loss,
-        'exit_accuracy': jnp.stack([jnp.mean(z.argmax(-1) == batch.label) for z in logits]),
+        **watch(logits, batch.label),
     }
     state = state.replace(
         step=state.step + 1,
@@ -55,9 +49,15 @@ def take_step(
     return state, metrics
 
 
-@functools.partial(jax.jit, static_argnames='loss', donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=('loss', 'watch'), donate_argnames='state')
 def train_step(
-    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss = cross_entropy_per_exit
+    state: TrainState,
+    batch: Batch,
+    exit_weights: Array,
+    key: Array,
+    *,
+    loss: Loss = cross_entropy_per_exit,
+    watch: Watch = accuracy_per_exit,
 ) -> tuple[TrainState, Metrics]:
     r"""Takes one optimiser step on the weighted sum of the exits' losses.
 
@@ -67,14 +67,15 @@ def train_step(
 
     Args:
         state: where training stands.
-        batch: images ``[B, H, W, C]`` float, ready for the network, and labels ``[B, …]``.
+        batch: images ``[B, H, W, C]`` float, ready for the network, and labels ``[B, …]`` or other targets.
         exit_weights: ``[N]``.
         key: for dropout.
-        loss: ``(logits, labels) → [N]``.
+        loss: ``(logits, labels) → [N]``; see `branchy_jax.losses`.
+        watch: ``(logits, labels) → figures by name``, for other tasks than classification.
 
     Returns:
-        The next state, and metrics of this batch before the step: ``loss`` scalar, ``exit_loss`` [N],
-        ``exit_accuracy`` [N].
+        The next state, and metrics of this batch before the step: ``loss`` scalar, ``exit_loss`` [N], and what was
+        watched, by default ``exit_accuracy`` [N].
 
     Raises:
         ValueError: images, labels or weights of the wrong shape or dtype.
@@ -91,4 +92,4 @@ def train_step(
     References:
         BranchyNet, 2016, section III-B.
     """
-    return take_step(state, batch, exit_weights, key, loss=loss)
+    return take_step(state, batch, exit_weights, key, loss=loss, watch=watch)
