@@ -14,6 +14,7 @@ from branchy_jax import models as models
 from branchy_jax import plots as plots
 from branchy_jax import report as report
 from branchy_jax import sharding as sharding
+from branchy_jax import streaming as streaming
 from branchy_jax import thresholds as thresholds
 from branchy_jax import training as training
 from branchy_jax.models.branchy import BranchyNet as BranchyNet
@@ -44,6 +45,7 @@ __all__ = [
     'plots',
     'report',
     'sharding',
+    'streaming',
     'thresholds',
     'training',
 ]

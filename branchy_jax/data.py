@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from flax import struct
 from jax import lax
 
 from branchy_jax.checkpoint import write_atomically
+from branchy_jax.prepared import Prepared, open_prepared
 from branchy_jax.types import Array, Batch, Normalization
 
 Arrays = dict[str, np.ndarray]
@@ -90,7 +88,7 @@ def load_dataset(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f'validation_fraction: expected a share in (0, 1), got {validation_fraction}')
-    arrays = _load_arrays(name, Path(cache) if cache is not None else _default_cache(), download=download)
+    arrays = _load_arrays(name, Path(cache) if cache is not None else default_cache(), download=download)
     images, labels = arrays['x_train'], arrays['y_train']
     kept, validation = stratified_split(labels, fraction=validation_fraction, seed=seed)
     splits = {
@@ -174,7 +172,8 @@ def augment(key: Array, images: Array, *, crop_padding: int = 4, flip: bool = Tr
     return images
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Returns the folder for decoded arrays: ``$BRANCHY_JAX_CACHE`` or ``~/.cache/branchy_jax``."""
     return Path(os.environ.get('BRANCHY_JAX_CACHE', Path.home() / '.cache' / 'branchy_jax'))
 
 
@@ -249,50 +248,15 @@ def _read_mnist5k() -> Arrays:
 
 
 def _read_tfds(name: str, cache: Path, *, download: bool) -> Arrays:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ValueError(f'name: {name!r} comes from TensorFlow Datasets; pip install tensorflow-datasets') from error
-    try:
-        # Given here, since TFDS itself reads the variable only when it is first imported.
-        builder = tfds.builder(name, file_format='array_record', data_dir=os.environ.get('TFDS_DATA_DIR'))
-    except tfds.core.DatasetNotFoundError as error:
-        choices = ['mnist5k', *tfds.list_builders(with_community_datasets=False)]
-        close = difflib.get_close_matches(name, choices, n=3) or ['mnist5k', 'mnist', 'cifar10']
-        raise ValueError(
-            f'name: unknown data set {name!r}; did you mean {", ".join(close)}? '
-            "Choose 'mnist5k', a TFDS image classification name, or a path ending in .npz"
-        ) from error
-    if not builder.is_prepared():
-        _prepare(builder, name, download=download)
-    features = builder.info.supervised_keys
-    if features is None or set(builder.info.splits) < {'train', 'test'}:
-        raise ValueError(f'name: {name!r} is not an image classification data set with train and test splits')
-    key = hashlib.sha256(str(builder.data_dir).encode()).hexdigest()[:12]
-    file = re.sub(r'\W+', '-', builder.info.full_name)
-    return _cached(cache / f'{file}-{key}.npz', lambda: _decode(builder, *features))
+    prepared = open_prepared(name, download=download)
+    return _cached(cache / f'{prepared.file_name}.npz', lambda: _decode(prepared))
 
 
-def _prepare(builder: Any, name: str, *, download: bool) -> None:
-    place = f'{name!r} is not prepared in {builder.data_dir}'
-    if not download:  # asked first: without a network TFDS takes minutes to say so
-        raise ValueError(
-            f'name: {place}; set TFDS_DATA_DIR to where it is, or pass download=True on a machine with a network'
-        )
-    try:
-        builder.download_and_prepare()
-    except Exception as error:  # network, disk, checksum, or TensorFlow missing: each its own kind
-        raise ValueError(
-            f'name: {place}, and preparing it failed ({type(error).__name__}: {str(error)[:200]}); check the network, '
-            "or use 'mnist5k', which needs none"
-        ) from error
-
-
-def _decode(builder: Any, image_key: str, label_key: str) -> Arrays:
+def _decode(prepared: Prepared) -> Arrays:
     arrays = {}
     for split in ('train', 'test'):
-        source = builder.as_data_source(split=split)
-        examples = [(example[image_key], example[label_key]) for example in source]
+        source = prepared.builder.as_data_source(split=split)
+        examples = [(example[prepared.image_key], example[prepared.label_key]) for example in source]
         arrays[f'x_{split}'] = np.stack([image for image, _ in examples])
         arrays[f'y_{split}'] = np.array([label for _, label in examples], np.int32)
-    return _checked(arrays, builder.info.full_name)
+    return _checked(arrays, prepared.builder.info.full_name)

@@ -18,7 +18,7 @@ import numpy as np
 
 from branchy_jax.checkpoint import save_weights
 from branchy_jax.criteria import Criterion, entropy
-from branchy_jax.export.programs import PLATFORMS, Program, batch_program, rewrite, part_programs, staged_program
+from branchy_jax.export.programs import PLATFORMS, Program, batch_program, part_programs, rewrite, staged_program
 from branchy_jax.inference.checks import check_thresholds
 from branchy_jax.inference.compacted import check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet

@@ -133,16 +133,16 @@ def part_programs(network: Rewritten, criterion: Criterion) -> tuple[list[Progra
     programs, cuts = [], [{'after': 'input', 'bytes_per_image': _bytes_per_image(hidden)}]
     for n in range(model.num_exits):
         run = functools.partial(_run_stage, model, n)
-        inputs, structure = _named('hidden', hidden)
+        inputs = _named('hidden', hidden)
         result = jax.eval_shape(run, variables, hidden)
-        programs.append(_part(network, f'stage {n + 1}', run, (hidden,), inputs, tuple(_named('hidden', result)[0])))
+        programs.append(_part(network, f'stage {n + 1}', run, (hidden,), inputs, tuple(_named('hidden', result))))
         hidden = result
 
         head = functools.partial(_run_exit, model, criterion, n)
-        inputs, structure = _named('hidden', hidden)
-        carried, _ = _named('carry', carry)
+        inputs = _named('hidden', hidden)
+        carried = _named('carry', carry)
         *_, after = jax.eval_shape(head, variables, hidden, carry)
-        outputs = (*(name for name in _ANSWER if name != 'exit_index'), *_named('carry', after)[0])
+        outputs = (*(name for name in _ANSWER if name != 'exit_index'), *_named('carry', after))
         programs.append(_part(network, f'exit {n + 1}', head, (hidden, carry), {**inputs, **carried}, outputs))
         carry = after
         if n + 1 < model.num_exits:
@@ -199,11 +199,9 @@ def _run_exit(model: BranchyNet, criterion: Criterion, n: int, variables: Variab
     return jnp.argmax(answer, axis=-1).astype(jnp.int32), answer, uncertainty, carry
 
 
-def _named(name: str, tree: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
-    leaves, structure = jax.tree.flatten(tree)
-    if len(leaves) == 1:
-        return {name: leaves[0]}, structure
-    return {f'{name} {n + 1}': leaf for n, leaf in enumerate(leaves)}, structure
+def _named(name: str, tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    leaves = jax.tree.leaves(tree)
+    return {name if len(leaves) == 1 else f'{name} {n + 1}': leaf for n, leaf in enumerate(leaves)}
 
 
 def _bytes_per_image(tree: Any) -> int:

@@ -95,7 +95,7 @@ def survivor_balance(
     criterion: Criterion = entropy,
     exits: Sequence[int] | None = None,
 ) -> Callable[[Variables, Array, Array], Balance]:
-    """Builds the report on `sharded`, from a run of the same program: where survivors were found and how they were dealt.
+    """Builds the report on `sharded`, from a run of the same program: where survivors were found, how they were dealt.
 
     Args:
         model: as for `sharded`.
