@@ -19,9 +19,10 @@ import optax
 
 import branchy_jax as bj
 from branchy_jax import sharding
-from branchy_jax.inference import compacted, dense, exit_outputs, plan, sharded, survivor_balance
+from branchy_jax.inference import compacted, dense, exit_outputs, plan, segment_times, sharded
 
 STEPS, BATCH = 20, 16
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)  # one object: jit compares optimisers by identity
 
 
 def network():
@@ -56,7 +57,7 @@ def furthest(found, expected):
 
 
 def fresh(model, variables, mesh=None):
-    state = bj.training.create_train_state(model, variables, optax.sgd(0.1, momentum=0.9))
+    state = bj.training.create_train_state(model, variables, OPTIMIZER)
     return state if mesh is None else sharding.replicate(mesh, state)
 
 
@@ -117,25 +118,26 @@ def check_inference(mesh, state):
     settings = {'skewed': skewed, 'all': [np.inf, 0.0], 'none': [-np.inf, -np.inf],
                 'half': np.median(uncertainty[:2], axis=1) + 1e-4}  # fmt: skip
     oracle, checks = dense(model), {}
-    executors = {size: sharded(model, mesh=mesh, chunk_size=size) for size in (2, (5, 2, 1))}
+    run = sharded(model, mesh=mesh, chunk_size=(5, 2, 1))
     for name, thresholds in settings.items():
         expected = oracle(variables, images, thresholds)
-        checks[name] = [same(run(variables, images, thresholds), expected) for run in executors.values()]
+        checks[name] = same(run(variables, images, thresholds), expected)
     uneven = images[:13]
-    checks['uneven'] = [same(executors[2](variables, uneven, skewed), oracle(variables, uneven, skewed))]
-    balance = survivor_balance(model, mesh=mesh, chunk_size=2)(variables, images, skewed)
-    planned = plan(model, variables, images, skewed, mesh=mesh, passes=1, skip_heads=False)
+    checks['uneven'] = same(run(variables, uneven, skewed), oracle(variables, uneven, skewed))
+    balance = run.balance(variables, images, skewed)
+    times = segment_times(model, variables, images, batch_sizes=[2, 12], passes=1)
+    planned = plan(model, variables, images, skewed, mesh=mesh, passes=1, skip_heads=False, times=times)
     raced = [contender for contender in planned.contenders if contender.name.startswith('sharded')]
     together = exit_outputs(model, variables, images[:50], batch_size=20, mesh=mesh)
     return {
         'same as dense': checks,
-        'same as compacted': same(executors[2](variables, images, skewed),
+        'same as compacted': same(run(variables, images, skewed),
                                   compacted(model, chunk_size=2)(variables, images, skewed)),
         'found': balance.found.tolist(),
         'dealt': balance.dealt.tolist(),
         'report': str(balance),
         'rows of a device': sorted({shard.data.shape[0] for shard in
-                                    executors[2](variables, images, skewed).label.addressable_shards}),
+                                    run(variables, images, skewed).label.addressable_shards}),
         'plan': {'same as dense': same(planned(images), oracle(variables, images, planned.thresholds)),
                  'races on the mesh': len(raced), 'chunks fit a share': max(
                      (int(size) for c in raced for size in c.name.split(', ')[1].split('/')), default=99) <= 12},

@@ -12,7 +12,6 @@ from branchy_jax.inference.segment_times import SegmentTimes as SegmentTimes
 from branchy_jax.inference.segment_times import segment_times as segment_times
 from branchy_jax.inference.sharded import Balance as Balance
 from branchy_jax.inference.sharded import sharded as sharded
-from branchy_jax.inference.sharded import survivor_balance as survivor_balance
 from branchy_jax.inference.staged import COMMAND_BUFFERS as COMMAND_BUFFERS
 from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
@@ -35,5 +34,4 @@ __all__ = [
     'sharded',
     'staged',
     'stream',
-    'survivor_balance',
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,22 @@ class Balance:
         return '\n'.join(lines)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sharded:
+    """An executor over many devices, which can tell how well it used them."""
+
+    _run: Executor = dataclasses.field(repr=False)
+    _with_balance: Callable[[Variables, Array, Array], tuple[ExitPrediction, Balance]] = dataclasses.field(repr=False)
+
+    def __call__(self, variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
+        """Answers ``images [B, H, W, C]``, as `dense` would."""
+        return self._run(variables, images, thresholds)
+
+    def balance(self, variables: Variables, images: Array, thresholds: Array) -> Balance:
+        """Runs the same program and reports where survivors were found, and how they were dealt out."""
+        return jax.tree.map(np.asarray, self._with_balance(variables, images, np.asarray(thresholds, np.float32))[1])
+
+
 def sharded(
     model: BranchyNet,
     *,
@@ -53,7 +70,7 @@ def sharded(
     chunk_size: int | Sequence[int],
     criterion: Criterion = entropy,
     exits: Sequence[int] | None = None,
-) -> Executor:
+) -> Sharded:
     """Builds the batch executor for many devices: `compacted` on each, with survivors dealt out anew before each stage.
 
     Hard images come in runs: were survivors to stay where they are, one device would work while the others wait. Before
@@ -70,7 +87,8 @@ def sharded(
     Returns:
         ``(variables, images [B, H, W, C], thresholds [N - 1]) → ExitPrediction`` in the order of the images, whose
         rows lie spread over the devices. B need not be a multiple of their number. Works under `jax.jit`. Raises
-        ValueError on the wrong number of thresholds, NaN, or bad images.
+        ValueError on the wrong number of thresholds, NaN, or bad images. Its ``balance``, called alike, returns a
+        `Balance`.
 
     Raises:
         ValueError: a chunk size below 1, not one chunk size per exit asked, or impossible ``exits``.
@@ -82,45 +100,11 @@ def sharded(
         >>> run = sharded(model, mesh=bj.sharding.data_mesh(1), chunk_size=2)
         >>> run(variables, images, [float('-inf')]).exit_index.tolist()
         [1, 1, 1, 1, 1]
-    """
-    run = _build(model, mesh, chunk_size, criterion, exits)
-    return guarded(lambda *arguments: run(*arguments)[0], model)
-
-
-def survivor_balance(
-    model: BranchyNet,
-    *,
-    mesh: Mesh,
-    chunk_size: int | Sequence[int],
-    criterion: Criterion = entropy,
-    exits: Sequence[int] | None = None,
-) -> Callable[[Variables, Array, Array], Balance]:
-    """Builds the report on `sharded`, from a run of the same program: where survivors were found, how they were dealt.
-
-    Args:
-        model: as for `sharded`.
-        mesh: as for `sharded`.
-        chunk_size: as for `sharded`.
-        criterion: as for `sharded`.
-        exits: as for `sharded`.
-
-    Returns:
-        ``(variables, images, thresholds) → Balance``.
-
-    Example:
-        >>> import branchy_jax as bj
-        >>> model, images = bj.models.create('b-lenet'), jnp.ones((5, 28, 28, 1))
-        >>> variables = model.init(jax.random.key(0), images)
-        >>> report = survivor_balance(model, mesh=bj.sharding.data_mesh(1), chunk_size=2)
-        >>> report(variables, images, [float('-inf')]).dealt.tolist()
+        >>> run.balance(variables, images, [float('-inf')]).dealt.tolist()
         [[5], [5]]
     """
     run = _build(model, mesh, chunk_size, criterion, exits)
-
-    def report(variables: Variables, images: Array, thresholds: Array) -> Balance:
-        return jax.tree.map(np.asarray, run(variables, images, jnp.asarray(thresholds, jnp.float32))[1])
-
-    return report
+    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), run)
 
 
 def on_mesh(run: Executor, mesh: Mesh) -> Executor:
