@@ -142,9 +142,11 @@ def _read_weights(folder: Path, part: dict[str, Any] | None) -> dict[str, jax.Ar
 
 def _program(folder: Path, name: str, part: dict[str, Any], weights: dict[str, jax.Array]) -> Callable[..., Any]:
     exported = jax.export.deserialize(bytearray(_read(folder, part)))
-    calls = set(re.findall(r'custom_call\s*@?"?(\w+)', exported.mlir_module())) - _HARMLESS_CALLS
-    if calls or exported.ordered_effects or exported.unordered_effects:
-        raise ValueError(f'folder: {name} of {folder} asks for more than StableHLO: {", ".join(sorted(calls))}')
+    called = re.findall(r'custom_call\s*@"?(\w+)|call_target_name\s*=\s*"(\w+)', exported.mlir_module())
+    more = {target for targets in called for target in targets if target} - _HARMLESS_CALLS
+    more |= {str(effect) for effect in (*exported.ordered_effects, *exported.unordered_effects)}
+    if more:
+        raise ValueError(f'folder: {name} of {folder} asks for more than StableHLO: {", ".join(sorted(more))}')
     own = {key: weights[key] for key in part['weights']}
     names = [output['name'] for output in part['outputs']]
 

@@ -226,7 +226,20 @@ def test_reader_needs_jax_and_numpy_only(exported, network, thresholds, tmp_path
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert 'exit_index: 0 of 6 differ' in result.stdout
-    np.savez(tmp_path / 'answers.npz', label=expected.label, exit_index=expected.exit_index + 1)
+
+
+def test_reader_tells_what_differs(exported, tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / 'images.npy', np.zeros((2, 4, 4, 1), np.uint8))
+    arguments = ['run_exported.py', str(exported[0]), f'--images={tmp_path}/images.npy', '--program=batch']
+    monkeypatch.setattr(sys, 'argv', [*arguments, f'--output={tmp_path}/answers.npz'])
+    run_exported.main()
+    with np.load(tmp_path / 'answers.npz') as found:
+        wrong = {'label': found['label'], 'exit_index': found['exit_index'] + [1, 0]}
+    np.savez(tmp_path / 'wrong.npz', **wrong)
+    monkeypatch.setattr(sys, 'argv', [*arguments, f'--expect={tmp_path}/wrong.npz'])
+    with pytest.raises(SystemExit):
+        run_exported.main()
+    assert 'exit_index: 1 of 2 differ' in capsys.readouterr().out
 
 
 def test_failed_export_leaves_nothing(network, tmp_path, monkeypatch):
