@@ -12,6 +12,8 @@ from branchy_jax.inference.plan import Plan as Plan
 from branchy_jax.inference.plan import plan as plan
 from branchy_jax.inference.segment_times import SegmentTimes as SegmentTimes
 from branchy_jax.inference.segment_times import segment_times as segment_times
+from branchy_jax.inference.sharded import Balance as Balance
+from branchy_jax.inference.sharded import sharded as sharded
 from branchy_jax.inference.staged import COMMAND_BUFFERS as COMMAND_BUFFERS
 from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
@@ -19,6 +21,7 @@ from branchy_jax.inference.stream import stream as stream
 
 __all__ = [
     'Answers',
+    'Balance',
     'COMMAND_BUFFERS',
     'ExitOutputs',
     'ExitStatistics',
@@ -32,6 +35,7 @@ __all__ = [
     'plan',
     'segment_times',
     'sequential',
+    'sharded',
     'staged',
     'stream',
 ]

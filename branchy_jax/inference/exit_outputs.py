@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from branchy_jax.criteria import Criterion, entropy
 from branchy_jax.inference.steps import Step, at_rows, build_steps, run_steps
 from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.sharding import replicate, replicated, shard
 from branchy_jax.types import Array, Batch, Variables
 
 
@@ -50,6 +53,7 @@ def exit_outputs(
     criterion: Criterion = entropy,
     batch_size: int = 256,
     prepare: Callable[[Array], Array] = lambda images: images,
+    mesh: Mesh | None = None,
 ) -> ExitOutputs:
     """Runs all exits over a data set, batch by batch, with one compilation.
 
@@ -60,6 +64,7 @@ def exit_outputs(
         criterion: how unsure an exit is.
         batch_size: images per dispatch; the last batch is padded.
         prepare: normalisation of stored images, applied inside jit.
+        mesh: the devices that share every batch; each process gets all answers.
 
     Returns:
         `ExitOutputs` as NumPy arrays.
@@ -76,11 +81,11 @@ def exit_outputs(
     """
     steps, anywhere = build_steps(model, criterion), jnp.zeros(model.num_exits - 1)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
     def run(variables: Variables, images: Array) -> ExitOutputs:
         return ExitOutputs(*_all_answers(run_steps(steps, variables, prepare(images), anywhere)))
 
-    return _in_batches(run, variables, images, batch_size)
+    return _in_batches(run, variables, images, batch_size, mesh)
 
 
 def exit_statistics(
@@ -92,6 +97,7 @@ def exit_statistics(
     criterion: Criterion = entropy,
     batch_size: int = 256,
     prepare: Callable[[Array], Array] = lambda images: images,
+    mesh: Mesh | None = None,
 ) -> ExitStatistics:
     """Runs all exits over a labelled data set and keeps what choosing thresholds needs, not the logits.
 
@@ -106,6 +112,7 @@ def exit_statistics(
         criterion: how unsure an exit is.
         batch_size: images per dispatch; the last batch is padded.
         prepare: normalisation of stored images, applied inside jit.
+        mesh: devices to share the batches out to.
 
     Returns:
         `ExitStatistics` as NumPy arrays.
@@ -122,12 +129,12 @@ def exit_statistics(
     """
     steps, anywhere = build_steps(model, criterion), jnp.zeros(model.num_exits - 1)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
     def run(variables: Variables, data: Batch) -> ExitStatistics:
         answers, uncertainty = _all_answers(run_steps(steps, variables, prepare(data.image), anywhere))
         return ExitStatistics(statistics(answers, data.label), uncertainty)
 
-    return _in_batches(run, variables, data, batch_size)
+    return _in_batches(run, variables, data, batch_size, mesh)
 
 
 def _all_answers(steps: Sequence[Step]) -> tuple[Array, Array]:
@@ -136,7 +143,9 @@ def _all_answers(steps: Sequence[Step]) -> tuple[Array, Array]:
     return jnp.stack([answer.logits for answer in answers]), jnp.stack([answer.uncertainty for answer in answers])
 
 
-def _in_batches(run: Callable[[Variables, Any], Any], variables: Variables, data: Any, batch_size: int) -> Any:
+def _in_batches(
+    run: Callable[[Variables, Any], Any], variables: Variables, data: Any, batch_size: int, mesh: Mesh | None
+) -> Any:
     """Runs over rows of ``data`` in batches of one size; what comes back has the rows on axis 1."""
     count = len(jax.tree.leaves(data)[0])
     if count == 0:
@@ -144,8 +153,11 @@ def _in_batches(run: Callable[[Variables, Any], Any], variables: Variables, data
     if batch_size < 1:
         raise ValueError(f'batch_size: got {batch_size}; expected at least 1')
     batch_size = min(batch_size, count)
+    if mesh is not None:
+        batch_size, variables = -(-batch_size // mesh.size) * mesh.size, replicate(mesh, variables)
     batches = []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batches.append(jax.tree.map(np.asarray, run(variables, at_rows(data, rows))))
+        batch = at_rows(data, rows)
+        batches.append(jax.tree.map(np.asarray, run(variables, batch if mesh is None else shard(mesh, batch))))
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :count], *batches)
