@@ -10,6 +10,9 @@ from branchy_jax.types import Batch
 _INK = 96
 """Pixels at least this bright belong to a digit; fainter ones are the blur of its edge."""
 
+_SCRAP = 8
+"""Height and width of a piece of clutter."""
+
 
 def digit_canvases(
     digits: Dataset, *, side: int = 48, most_digits: int = 3, most_clutter: int = 8, seed: int = 0
@@ -66,7 +69,7 @@ def _canvas(
     image, mask = np.zeros((side, side), np.uint8), np.zeros((side, side), np.uint8)
     for _ in range(generator.integers(0, most_clutter + 1)):
         digit = digits.image[generator.integers(len(digits)), ..., 0]
-        scrap = 8
+        scrap = min(_SCRAP, *digit.shape)
         row, column = (generator.integers(0, length - scrap + 1) for length in digit.shape)
         _paint(generator, image, digit[row : row + scrap, column : column + scrap])
     for _ in range(generator.integers(1, most_digits + 1)):

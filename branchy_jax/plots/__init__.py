@@ -4,7 +4,7 @@ from branchy_jax.plots.confidence import contact_sheet as contact_sheet
 from branchy_jax.plots.confidence import curves as curves
 from branchy_jax.plots.confidence import held as held
 from branchy_jax.plots.confidence import reliability_diagrams as reliability_diagrams
-from branchy_jax.plots.masks import masks as masks
+from branchy_jax.plots.dense import masks as masks
 from branchy_jax.plots.speed import cost_against_batch as cost_against_batch
 from branchy_jax.plots.speed import gain_against_batch as gain_against_batch
 from branchy_jax.plots.speed import time_against_macs as time_against_macs

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.network_options = ConfigDict({'patch_size': 7, 'depth': 6, 'width': 64, 'exits_after': (2, 4)})
 
     config.epochs_baseline = 12
-    config.epochs = 8
+    config.epochs = 5
     config.batch_size = 128
     config.optimizer = 'adamw'
     config.learning_rate = 1.5e-3
