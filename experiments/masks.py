@@ -49,7 +49,7 @@ def write(
     report = {**bj.report.read_json(workdir / 'report.json'), 'class_iou': classes, 'pixelwise': pixels}
     bj.report.write_json(workdir / 'report.json', report)
     page = (workdir / 'report.md').read_text(encoding='utf-8')
-    bj.report.write_text(workdir / 'report.md', f'{page}\n{_classes(classes)}\n\n{_pixels(pixels)}')
+    bj.report.write_text(workdir / 'report.md', f'{page}\n{_classes(classes, _names(dataset))}\n\n{_pixels(pixels)}')
     _picture(workdir / 'masks.png', dataset, networks, outputs, thresholds)
 
 
@@ -111,10 +111,9 @@ def anytime(
     }
 
 
-def _classes(classes: Mapping[str, list[float]]) -> str:
-    count = len(next(iter(classes.values())))
+def _classes(classes: Mapping[str, list[float]], names: tuple[str, ...]) -> str:
     rows = [[name, *('–' if np.isnan(v) else f'{100 * v:.1f}' for v in values)] for name, values in classes.items()]
-    table = bj.report.markdown_table(['IoU % on test', *map(str, range(count))], rows)
+    table = bj.report.markdown_table(['IoU % on test', *names], rows)
     return f'## Classes\n\n{table}'
 
 
@@ -146,6 +145,12 @@ is saved only where an image leaves, here once less than {_STILL_UNSURE:.0%} of 
 """
 
 
+def _names(dataset: bj.data.Dataset) -> tuple[str, ...]:
+    """Names classes: those of canvases are the background and the digits."""
+    numbers = tuple(str(k) for k in range(dataset.num_classes))
+    return ('background', *numbers[:-1]) if dataset.name.startswith('digit_canvases') else numbers
+
+
 def _picture(
     path: Path, dataset: bj.data.Dataset, networks: Networks, outputs: ExitStatistics, thresholds: np.ndarray
 ) -> None:
@@ -155,5 +160,5 @@ def _picture(
     logits = networks.model.apply(networks.variables, dataset.normalization(images))
     bj.plots.masks(
         path, images, dataset.test.label[shown], np.stack([np.argmax(z, axis=-1) for z in logits]), first[shown],
-        num_classes=dataset.num_classes, title=f'{dataset.name}: the first test images that each exit answers',
+        num_classes=dataset.num_classes, class_names=_names(dataset), title=f'{dataset.name}: the first test images that each exit answers',
     )  # fmt: skip
