@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
@@ -85,11 +84,8 @@ def anytime(
     exits = networks.model.num_exits
     pixel_thresholds = (threshold,) * (exits - 1)
 
-    def statistics(logits: jnp.ndarray, labels: jnp.ndarray) -> jnp.ndarray:
-        return jnp.asarray(bj.thresholds.iou_statistics(logits, labels))
-
     found = bj.inference.exit_statistics(
-        networks.model, networks.variables, dataset.test, statistics,
+        networks.model, networks.variables, dataset.test, bj.thresholds.iou_statistics,
         criterion=bj.criteria.pixelwise(pixel_thresholds), prepare=dataset.normalization, batch_size=64,
     )  # fmt: skip
     count = found.statistics.shape[1]
