@@ -44,7 +44,13 @@ def train_both(
     )  # fmt: skip
     start = jax.jit(model.init)(keys[2], example)
     if config.regime != 'joint':
-        start, taken = bj.training.initialize_from_baseline(start, baseline_variables)
+        trained = baseline_variables
+        if config.epochs_start:
+            trained = train(
+                baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
+                name=f'{config.network[2:]}-start', epochs=config.epochs_start,
+            )  # fmt: skip
+        start, taken = bj.training.initialize_from_baseline(start, trained)
         print(f'{config.network}: took {len(taken.taken)} arrays from the baseline, {len(taken.fresh)} start fresh')
     variables = train(
         model, start, keys[3], config.exit_weights,
