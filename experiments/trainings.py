@@ -37,7 +37,7 @@ def train_both(
     baseline = bj.models.without_branches(model)
     keys = jax.random.split(jax.random.key(config.seed), 4)
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
-    train = functools.partial(_train, config=config, dataset=dataset, workdir=workdir)
+    train = functools.partial(train_network, config=config, dataset=dataset, workdir=workdir)
     baseline_variables = train(
         baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
         name=config.network[2:], epochs=config.epochs_baseline,
@@ -59,7 +59,7 @@ def train_both(
     return baseline_variables, variables
 
 
-def _train(
+def train_network(
     model: bj.BranchyNet,
     variables: Variables,
     key: jax.Array,
@@ -72,6 +72,20 @@ def _train(
     workdir: Path,
     frozen_trunk: bool = False,
 ) -> Variables:
+    """Trains one network, resuming from its checkpoints.
+
+    Args:
+        model: the network.
+        variables: to start from.
+        key: of the whole training.
+        exit_weights: ``[N]``.
+        name: of its checkpoints.
+        epochs: in all.
+        config: settings of the run.
+        dataset: only its training part is used.
+        workdir: checkpoints go below it.
+        frozen_trunk: trains the side heads only.
+    """
     optimizer = _optimizer(config, steps=epochs * (len(dataset.train) // config.batch_size))
     state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk)
     directory = workdir / 'checkpoints' / name
