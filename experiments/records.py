@@ -92,12 +92,30 @@ def assemble(
             }
             for n in range(len(frontier))
         ],
+        'first_and_last': _first_and_last(outputs, statistics, costs),
         'exit_latency_ms': timed.exit_latency_ms,
         'trunk_only_ms': timed.trunk_only_ms,
         'stage_macs': costs.stages.tolist(),
         'exit_macs': costs.exits.tolist(),
         'paper': paper.rows_beside(config.network),
     }
+
+
+_FIGURE_4_POINTS = 41
+
+
+def _first_and_last(outputs: ExitOutputs, statistics: np.ndarray, costs: bj.costs.StageCosts) -> list[dict[str, float]]:
+    """Returns accuracy against the share that leaves first, the exits between never asked (the paper's Figure 4)."""
+    first = np.sort(outputs.uncertainty[0])
+    places = np.linspace(0, len(first), _FIGURE_4_POINTS).round().astype(int)
+    limits = np.append(first, np.inf)[places]  # strictly below: as many as asked leave
+    never = np.full((len(limits), outputs.uncertainty.shape[0] - 2), -np.inf)
+    thresholds = np.concatenate([limits[:, None], never], axis=1)
+    found = bj.thresholds.evaluate(outputs.uncertainty, statistics, costs, thresholds)
+    return [
+        {'share': float(share), 'test_accuracy': float(accuracy), 'threshold': float(limit)}
+        for share, accuracy, limit in zip(found.exit_fractions[:, 0], found.accuracy, limits, strict=True)
+    ]
 
 
 def _operating_point(
