@@ -22,10 +22,6 @@ import branchy_jax as bj
 from experiments.finished import FinishedRun, read_run
 from experiments.records import describe_device
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
-_BATCHES = flags.DEFINE_list('batches', ['256'], 'Batch sizes; those above the test images are left out.')
-_PASSES = flags.DEFINE_integer('passes', 20, 'Interleaved pairs.', lower_bound=1)
-
 
 def main(arguments: list[str]) -> None:
     """Measures the run in ``--workdir``."""
@@ -116,6 +112,9 @@ def _line(finished: FinishedRun, found: dict[str, Any]) -> str:
     )
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
+    _BATCHES = flags.DEFINE_list('batches', ['256'], 'Batch sizes; those above the test images are left out.')
+    _PASSES = flags.DEFINE_integer('passes', 20, 'Interleaved pairs.', lower_bound=1)
     flags.mark_flags_as_required(['workdir'])
     app.run(main)

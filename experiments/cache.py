@@ -22,11 +22,6 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
-_IMAGES = flags.DEFINE_integer('images', 8, 'Test images per setting.', lower_bound=1)
-_SETTINGS = flags.DEFINE_integer('settings', 5, 'Thresholds of the frontier.', lower_bound=1)
-_INSIDE = flags.DEFINE_string('inside', None, 'Set by this command where it calls itself under valgrind.')
-
 CACHES = ('--I1=32768,8,64', '--D1=32768,8,64', '--LL=33554432,16,64')
 NO_VALGRIND = 'valgrind: not found; install it (apt install valgrind): cache misses are not measured without it'
 
@@ -152,6 +147,10 @@ def _control(*arguments: str) -> None:
     subprocess.run(['callgrind_control', *arguments, str(os.getpid())], capture_output=True, check=True)
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
+    _IMAGES = flags.DEFINE_integer('images', 8, 'Test images per setting.', lower_bound=1)
+    _SETTINGS = flags.DEFINE_integer('settings', 5, 'Thresholds of the frontier.', lower_bound=1)
+    _INSIDE = flags.DEFINE_string('inside', None, 'Set by this command where it calls itself under valgrind.')
     flags.mark_flags_as_required(['workdir'])
     app.run(main)

@@ -31,18 +31,6 @@ from experiments.seeds import Recipe, Trained, faster_way, train_seeds
 from experiments.variants import with_branch
 from experiments.verdicts import interval, judge
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
-_NETWORK = flags.DEFINE_string('network', 'b-lenet', 'The branchy network, such as b-lenet, b-alexnet, b-resnet20.')
-_DATASET = flags.DEFINE_string('dataset', 'mnist5k', 'mnist5k, a TFDS name or an .npz.')
-_SEEDS = flags.DEFINE_integer('seeds', 5, 'Trainings of each variant.', lower_bound=1)
-_EPOCHS = flags.DEFINE_integer('epochs', 15, 'Of each training.', lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Examples in a step.', lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float('learning_rate', 3e-3, 'Peak.')
-_WEIGHT_DECAY = flags.DEFINE_float('weight_decay', 0.0, 'Of AdamW.')
-_AUGMENT = flags.DEFINE_bool('augment', False, 'Random shifts and, but for digits, mirroring. The paper has none.')
-_DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of the computation.')
-_MOST_EXAMPLES = flags.DEFINE_integer('most_examples', 0, 'Of each part of the data, to try it out; 0: all.')
-
 DEPTHS = (0, 1, 2, 3, 4)
 _POSITIONS = {'lenet': (1, 2, 3), 'alexnet': (1, 2, 3, 4)}
 
@@ -232,6 +220,17 @@ def summary(variant: dict[str, Any]) -> list[dict[str, float]]:
     return [interval(values) for values in np.array(variant['test_accuracy']).T]
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
+    _NETWORK = flags.DEFINE_string('network', 'b-lenet', 'The branchy network, such as b-lenet, b-alexnet, b-resnet20.')
+    _DATASET = flags.DEFINE_string('dataset', 'mnist5k', 'mnist5k, a TFDS name or an .npz.')
+    _SEEDS = flags.DEFINE_integer('seeds', 5, 'Trainings of each variant.', lower_bound=1)
+    _EPOCHS = flags.DEFINE_integer('epochs', 15, 'Of each training.', lower_bound=1)
+    _BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Examples in a step.', lower_bound=1)
+    _LEARNING_RATE = flags.DEFINE_float('learning_rate', 3e-3, 'Peak.')
+    _WEIGHT_DECAY = flags.DEFINE_float('weight_decay', 0.0, 'Of AdamW.')
+    _AUGMENT = flags.DEFINE_bool('augment', False, 'Random shifts and, but for digits, mirroring. The paper has none.')
+    _DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of the computation.')
+    _MOST_EXAMPLES = flags.DEFINE_integer('most_examples', 0, 'Of each part of the data, to try it out; 0: all.')
     flags.mark_flags_as_required(['workdir'])
     app.run(main)

@@ -21,9 +21,6 @@ from experiments import paper
 from experiments.figure_tables import energy_table, table_1
 from experiments.verdicts import interval, sentence
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the pictures and figures.md.')
-_RUNS = flags.DEFINE_string('runs', 'runs', 'Folder with the folders of runs.')
-
 # The run that stands for a network comes first; the others have rows of their own.
 PLACES = {
     'b-lenet': ('lenet_mnist_tuned', 'lenet_mnist'),
@@ -214,6 +211,8 @@ def _claims(claims: Mapping[str, Any]) -> str:
     return '\n\n'.join(lines if len(lines) > 1 else [*lines, NOT_RUN])
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the pictures and figures.md.')
+    _RUNS = flags.DEFINE_string('runs', 'runs', 'Folder with the folders of runs.')
     flags.mark_flags_as_required(['workdir'])
     app.run(main)

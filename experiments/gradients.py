@@ -30,13 +30,6 @@ from experiments.records import describe_device
 from experiments.variants import deep_plain, trunk_layers
 from experiments.verdicts import judge, sentence
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
-_NETWORK = flags.DEFINE_string('network', 'b-plain30', 'b-plainD or a branchy network such as b-resnet110.')
-_DATASET = flags.DEFINE_string('dataset', 'cifar10', 'mnist5k, a TFDS name or an .npz.')
-_SEEDS = flags.DEFINE_integer('seeds', 5, 'Initial weights.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 20, 'Of training, at the end of which gradients are read again.')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Examples in a step.', lower_bound=1)
-
 
 def main(arguments: list[str]) -> None:
     """Measures and writes."""
@@ -179,6 +172,12 @@ batches of {record['batch_size']}.{note}
 """
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
+    _NETWORK = flags.DEFINE_string('network', 'b-plain30', 'b-plainD or a branchy network such as b-resnet110.')
+    _DATASET = flags.DEFINE_string('dataset', 'cifar10', 'mnist5k, a TFDS name or an .npz.')
+    _SEEDS = flags.DEFINE_integer('seeds', 5, 'Initial weights.', lower_bound=1)
+    _STEPS = flags.DEFINE_integer('steps', 20, 'Of training, at the end of which gradients are read again.')
+    _BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Examples in a step.', lower_bound=1)
     flags.mark_flags_as_required(['workdir'])
     app.run(main)

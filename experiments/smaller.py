@@ -25,8 +25,6 @@ from experiments.records import describe_device
 from experiments.timing import time_static
 from experiments.trainings import train_network
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
-
 
 def main(arguments: list[str]) -> None:
     """Trains and times the controls of the run in ``--workdir``."""
@@ -87,6 +85,7 @@ def first_stages(model: bj.BranchyNet, n: int) -> bj.BranchyNet:
     return bj.BranchyNet(stages=(tuple(model.stages[: n + 1]),), exits=(model.exits[n],), image_shape=model.image_shape)
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
     flags.mark_flags_as_required(['workdir'])
     app.run(main)

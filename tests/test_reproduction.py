@@ -45,26 +45,18 @@ def test_claims_are_judged_by_differences_of_a_seed():
         test = np.stack([np.full(4, first), seeds + last + noise * last], axis=1)
         return {'test_accuracy': test.tolist(), 'train_accuracy': (test + 0.1).tolist()}
 
-    names = [
-        'baseline',
-        'joint',
-        'joint, from the baseline',
-        'joint, twice as long',
-        'joint, first exit 1.0 to last 0.3',
-    ]
+    joint = [f'joint{more}' for more in ('', ', from the baseline', ', twice as long', ', first exit 1.0 to last 0.3')]
+    names = ['baseline', *joint]
     found = {name: variant(0.01 * n) for n, name in enumerate(names)}
     found |= {f'branch of {depth} convolutions': variant(-0.02 * depth) for depth in claims.DEPTHS}
     found |= {f'branch after layer {n}': variant(0.0, first=0.3 + 0.1 * n) for n in (1, 2, 3)}
-    judged = {
-        claim['claim']: [answer['verdict'] for answer in claim['answers']]
-        for claim in claims.judge_all(found, 'b-lenet')
-    }
+    every = claims.judge_all(found, 'b-lenet')
+    judged = {claim['claim']: [answer['verdict'] for answer in claim['answers']] for claim in every}
     assert judged['Joint training regularises'][0] == 'yes'
     assert judged['Joint training regularises'][1].startswith('no: not shown')  # the same gap
     assert judged['Starting from the trained baseline is better than from random'] == ['yes', 'no, the opposite']
     assert judged['Deeper branches (Figure 5)'][0] == 'no, the opposite'
-    slope = claims.judge_all(found, 'b-lenet')[4]['answers'][0]
-    assert slope['mean'] == pytest.approx(10)  # points a place
+    assert every[4]['answers'][0]['mean'] == pytest.approx(10)  # points a place
 
 
 @pytest.mark.parametrize(('network', 'after'), [('lenet', 3), ('alexnet', 2), ('resnet8', 2)])
@@ -103,7 +95,7 @@ def test_figures_come_from_the_stored_records(tmp_path):
     shutil.copytree(STORED / 'lenet_mnist_tuned', tmp_path / 'runs' / 'lenet_mnist_tuned')
     page = figures.remake(tmp_path / 'runs', tmp_path / 'out')
     row = bj.report.read_json(STORED / 'lenet_mnist_tuned' / 'report.json')['rows'][1]
-    line = next(line for line in page.splitlines() if line.startswith('| b-lenet  ') or line.startswith('| b-lenet |'))
+    line = next(line for line in page.splitlines() if line.startswith('| b-lenet '))
     assert f'{100 * row["test_accuracy"]:.2f}' in line
     assert f'{row["gain"]:.2f} [' in line
     assert page.count('| b-alexnet ') == 1  # not run

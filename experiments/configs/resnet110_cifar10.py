@@ -22,10 +22,10 @@ def get_config() -> ConfigDict:
     config.network = 'b-resnet110'
     config.dtype = 'bfloat16'
 
-    config.epochs_baseline = 90
+    config.epochs_baseline = 60
     config.epochs_start = 0
     config.regime = 'joint'  # as long as the baseline, and from as little
-    config.epochs = 90
+    config.epochs = 60
     config.batch_size = 256
     config.optimizer = 'sgd'
     config.learning_rate = 0.4
