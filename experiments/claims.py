@@ -3,8 +3,8 @@
     python -m experiments.claims --workdir=runs/claims --network=b-lenet --dataset=mnist5k
 
 Writes ``claims_NETWORK.json`` after every trained variant, so that a run that was stopped goes on where it was, and in
-the end ``claims_NETWORK.md``. Baselines are trained on their own; variants of a seed share initial weights and the
-order of the data, so that differences are paired.
+the end ``claims_NETWORK.md``; claims whose variants were not trained are left out. Baselines are trained on their own;
+variants of a seed share initial weights and the order of the data, so that differences are paired.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from experiments.configs import common
 from experiments.records import describe_device
 from experiments.seeds import Recipe, Trained, faster_way, train_seeds
 from experiments.variants import with_branch
-from experiments.verdicts import interval, judge
+from experiments.verdicts import judge
 
 DEPTHS = (0, 1, 2, 3, 4)
 _POSITIONS = {'lenet': (1, 2, 3), 'alexnet': (1, 2, 3, 4)}
@@ -49,11 +49,26 @@ def main(arguments: list[str]) -> None:
         weight_decay=_WEIGHT_DECAY.value, crop_padding=(2 if digits else 4) * _AUGMENT.value,
         flip=_AUGMENT.value and not digits,
     )  # fmt: skip
-    run(Path(_WORKDIR.value), _NETWORK.value, dataset, recipe, seeds=_SEEDS.value, dtype=_DTYPE.value)
+    run(
+        Path(_WORKDIR.value),
+        _NETWORK.value,
+        dataset,
+        recipe,
+        seeds=_SEEDS.value,
+        dtype=_DTYPE.value,
+        judge_only=_JUDGE_ONLY.value,
+    )
 
 
 def run(
-    workdir: Path, network: str, dataset: bj.data.Dataset, recipe: Recipe, *, seeds: int, dtype: str = 'float32'
+    workdir: Path,
+    network: str,
+    dataset: bj.data.Dataset,
+    recipe: Recipe,
+    *,
+    seeds: int,
+    dtype: str = 'float32',
+    judge_only: bool = False,
 ) -> dict[str, Any]:
     """Trains what the claims need, resuming, and returns the record.
 
@@ -64,6 +79,7 @@ def run(
         recipe: of every training.
         seeds: trainings of each variant.
         dtype: of the computation.
+        judge_only: trains nothing more.
     """
     path = workdir / f'claims_{network}.json'
     settings = {
@@ -88,12 +104,17 @@ def run(
         record['seeds_by'] = faster_way(bj.models.create(network, **options), dataset, recipe, seeds=seeds)
     train = functools.partial(train_seeds, dataset=dataset, recipe=recipe, seeds=seeds, by=record['seeds_by']['by'])
     workdir.mkdir(parents=True, exist_ok=True)
-    _train_missing(record, network, options, train, path)
-    record['claims'] = judge_all(record['variants'], network)
-    bj.report.write_json(path, record)
+    if not judge_only:
+        _train_missing(record, network, options, train, path)
+    _write(path, record)
     bj.report.write_text(path.with_suffix('.md'), page(record))
     print(page(record))
     return record
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    record['claims'] = judge_all(record['variants'], record['settings']['network'])
+    bj.report.write_json(path, record)
 
 
 def _train_missing(
@@ -139,7 +160,7 @@ def _train_missing(
             'seconds': seconds,
         }
         record['seconds'] += seconds
-        bj.report.write_json(path, record)
+        _write(path, record)
         exits_text = ', '.join(f'{100 * value:.2f}' for value in found.test_accuracy.mean(axis=0))
         print(f'{network} {name}: test accuracy per exit {exits_text} %, {seconds:.0f} s', flush=True)
 
@@ -161,7 +182,7 @@ def _positions(network: str) -> tuple[int, ...]:
 
 
 def judge_all(variants: dict[str, Any], network: str) -> list[dict[str, Any]]:
-    """Answers every claim from the accuracies of its variants."""
+    """Answers every claim from the accuracies of its variants; one that lacks a variant is left out."""
 
     def final(name: str, part: str = 'test_accuracy') -> np.ndarray:
         return np.array(variants[name][part])[:, -1]
@@ -173,51 +194,56 @@ def judge_all(variants: dict[str, Any], network: str) -> list[dict[str, Any]]:
         return final(name, 'train_accuracy') - final(name)
 
     points = functools.partial(judge, unit='points', scale=100.0)
-    positions, joint = _positions(network), 'joint'
-    depth_slope = _slopes(DEPTHS, [final(_depth(depth)) for depth in DEPTHS])
-    first_depth_slope = _slopes(DEPTHS, [first(_depth(depth)) for depth in DEPTHS])
-    early_slope = _slopes(positions, [first(_position(position)) for position in positions])
-    final_slope = _slopes(positions, [final(_position(position)) for position in positions])
-    falling = 'joint, first exit 1.0 to last 0.3'
+    depths, positions = [_depth(depth) for depth in DEPTHS], [_position(place) for place in _positions(network)]
+    joint, falling = 'joint', 'joint, first exit 1.0 to last 0.3'
     start, longer = 'joint, from the baseline', 'joint, twice as long'
-    return [
-        _claim('Joint training regularises', [
-            points('Is the last exit more accurate on test data than the baseline trained on its own?',
-                   final(joint) - final('baseline')),
-            points('Is its gap between training and test accuracy smaller?', gap('baseline') - gap(joint)),
-        ]),
-        _claim('Starting from the trained baseline is better than from random', [
-            points('Is the last exit more accurate, after as many joint epochs?', final(start) - final(joint)),
-            points('And after as many epochs in all, the baseline\'s counted?', final(start) - final(longer)),
-        ]),
-        _claim('A larger weight on early exits helps later ones', [
-            points('Do weights from 1.0 on the first to 0.3 on the last exit make the last exit more accurate than '
-                   'equal ones?', final(falling) - final(joint)),
-            points('And the first exit?', first(falling) - first(joint)),
-        ]),
-        _claim('Deeper branches (Figure 5)', [
-            points('Does the last exit gain by each convolution in branch 1?', depth_slope),
-            points('Does the branch\'s own exit?', first_depth_slope),
-        ]),
-        _claim('Later branches', [
-            points('Is the branch\'s own exit more accurate, each place later?', early_slope),
-            points('Does the last exit gain by a later branch, each place?', final_slope),
-        ]),
-    ]  # fmt: skip
+    claims: dict[str, list[tuple[list[str], str, Callable[[], np.ndarray]]]] = {
+        'Joint training regularises': [
+            ([joint, 'baseline'],
+             'Is the last exit more accurate on test data than the baseline trained on its own?',
+             lambda: final(joint) - final('baseline')),
+            ([joint, 'baseline'], 'Is its gap between training and test accuracy smaller?',
+             lambda: gap('baseline') - gap(joint)),
+        ],
+        'Starting from the trained baseline is better than from random': [
+            ([start, joint], 'Is the last exit more accurate, after as many joint epochs?',
+             lambda: final(start) - final(joint)),
+            ([start, longer], "And after as many epochs in all, the baseline's counted?",
+             lambda: final(start) - final(longer)),
+        ],
+        'A larger weight on early exits helps later ones': [
+            ([falling, joint],
+             'Do weights from 1.0 on the first to 0.3 on the last exit make the last more accurate than equal ones?',
+             lambda: final(falling) - final(joint)),
+            ([falling, joint], 'And the first exit?', lambda: first(falling) - first(joint)),
+        ],
+        'Deeper branches (Figure 5)': [
+            (depths, 'Does the last exit gain by each convolution in branch 1?',
+             lambda: _slopes([final(name) for name in depths])),
+            (depths, "Does the branch's own exit?", lambda: _slopes([first(name) for name in depths])),
+        ],
+        'Later branches': [
+            (positions, "Is the branch's own exit more accurate, each place later?",
+             lambda: _slopes([first(name) for name in positions])),
+            (positions, 'Does the last exit gain by a later branch, each place?',
+             lambda: _slopes([final(name) for name in positions])),
+        ],
+    }  # fmt: skip
+    found = []
+    for claim, questions in claims.items():
+        answers = [
+            points(question, differences())
+            for needed, question, differences in questions
+            if set(needed) <= set(variants)
+        ]
+        if answers:
+            found.append({'claim': claim, 'answers': answers})
+    return found
 
 
-def _claim(claim: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    return {'claim': claim, 'answers': answers}
-
-
-def _slopes(places: tuple[int, ...], accuracies: list[np.ndarray]) -> np.ndarray:
+def _slopes(accuracies: list[np.ndarray]) -> np.ndarray:
     """Returns for every seed the slope of accuracy over place, by least squares."""
-    return np.polyfit(np.arange(len(places)), np.array(accuracies), 1)[0]
-
-
-def summary(variant: dict[str, Any]) -> list[dict[str, float]]:
-    """Returns mean and interval of each exit's test accuracy."""
-    return [interval(values) for values in np.array(variant['test_accuracy']).T]
+    return np.polyfit(np.arange(len(accuracies)), np.array(accuracies), 1)[0]
 
 
 if __name__ == '__main__':  # flags here: several of these modules may be imported together
@@ -232,5 +258,6 @@ if __name__ == '__main__':  # flags here: several of these modules may be import
     _AUGMENT = flags.DEFINE_bool('augment', False, 'Random shifts and, but for digits, mirroring. The paper has none.')
     _DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of the computation.')
     _MOST_EXAMPLES = flags.DEFINE_integer('most_examples', 0, 'Of each part of the data, to try it out; 0: all.')
+    _JUDGE_ONLY = flags.DEFINE_bool('judge_only', False, 'Judge by what was trained so far.')
     flags.mark_flags_as_required(['workdir'])
     app.run(main)
