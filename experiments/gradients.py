@@ -48,20 +48,22 @@ def run(
     workdir: Path, network: str, dataset: bj.data.Dataset, *, seeds: int, steps: int, batch_size: int
 ) -> dict[str, Any]:
     """Measures gradients at initialisation and after some steps; returns the record."""
+    path = workdir / f'gradients_{network}.json'
+    settings = {'network': network, 'dataset': dataset.name, 'seeds': seeds, 'steps': steps, 'batch_size': batch_size}
+    stored = bj.report.read_json(path) if path.exists() else {}
     model = _model(network, dataset)
-    models = {'with branches': model, 'without': bj.models.without_branches(model)}
-    found = {
-        name: np.array([_norms(model, dataset, seed, steps, batch_size) for seed in range(seeds)])
-        for name, model in models.items()
-    }  # [S, 2, layers]
+    if settings.items() <= stored.items():  # measured before
+        found = {name: np.array(values) for name, values in stored['norms'].items()}
+    else:
+        models = {'with branches': model, 'without': bj.models.without_branches(model)}
+        found = {
+            name: np.array([_norms(model, dataset, seed, steps, batch_size) for seed in range(seeds)])
+            for name, model in models.items()
+        }  # [S, 2, layers]
     record = {
-        'network': network,
-        'dataset': dataset.name,
+        **settings,
         'device': describe_device(),
         'command': shlex.join(['python', '-m', 'experiments.gradients', *sys.argv[1:]]),
-        'seeds': seeds,
-        'steps': steps,
-        'batch_size': batch_size,
         'layers': trunk_layers(model),
         'norms': {name: values.tolist() for name, values in found.items()},
         'answers': [
@@ -71,7 +73,7 @@ def run(
         ],
     }
     workdir.mkdir(parents=True, exist_ok=True)
-    bj.report.write_json(workdir / f'gradients_{network}.json', record)
+    bj.report.write_json(path, record)
     bj.plots.gradient_norms(
         workdir / f'gradients_{network}.png', record['norms'], steps=steps, title=f'{network} on {dataset.name}'
     )
@@ -106,6 +108,7 @@ def _norms(
 
 
 _OPTIMIZER = optax.adam(1e-3)
+_NOTHING = 1e-12  # a gradient below this counts as this: it moves nothing
 
 
 def _init(model: bj.BranchyNet, key: jax.Array) -> Any:
@@ -142,10 +145,9 @@ def _layer_norms(model: bj.BranchyNet, gradients: Any) -> list[float]:
 
 def _answers(branchy: np.ndarray, plain: np.ndarray, when: str) -> list[dict[str, Any]]:
     quarter = max(1, branchy.shape[1] // 4)
-    floor = np.finfo(np.float64).tiny
 
     def log10(values: np.ndarray) -> np.ndarray:
-        return np.log10(np.maximum(values, floor))
+        return np.log10(np.maximum(values, _NOTHING))
 
     early = (log10(branchy) - log10(plain))[:, :quarter].mean(axis=1)
     decay = log10(plain)[:, -quarter:].mean(axis=1) - log10(plain)[:, :quarter].mean(axis=1)

@@ -183,7 +183,7 @@ def write(
 def _page(report: Mapping[str, Any], config: ConfigDict, table: str) -> str:
     branchy = report['rows'][1]
     cores = ', on one core, where each network is fastest' if jax.default_backend() == 'cpu' else ''
-    note = '\nThis CIFAR-10 is a copy re-encoded as JPEG (quality 75).\n' if config.dataset == 'cifar10' else ''
+    note = f'\n{paper.JPEG_NOTE}\n' if config.dataset == 'cifar10' else ''
     return f"""# {config.network} on {config.dataset}
 
 `{report['command']}`

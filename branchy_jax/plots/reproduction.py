@@ -69,7 +69,7 @@ def gradient_norms(path: Path | str, norms: Mapping[str, Any], *, steps: int, ti
     """
     figure, axes = new_figure(title)
     for color, (name, values) in zip((OURS, BASELINE), norms.items(), strict=False):
-        values = np.maximum(np.asarray(values), np.finfo(float).tiny)
+        values = np.maximum(np.asarray(values), 1e-12)
         layers = np.arange(values.shape[-1]) + 1
         for moment, style, when in ((0, '-', 'at initialisation'), (1, ':', f'after {steps} steps')):
             middle = np.exp(np.log(values[:, moment]).mean(axis=0))
