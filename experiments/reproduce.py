@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> None:
 
 def _do(step: Step, workdir: Path, end: float) -> None:
     remaining = end - time.monotonic() - _RESERVED_SECONDS
-    if step.makes.exists():
+    if step.makes.exists() or remaining <= 0:
         return
     if remaining < min(step.seconds, _MOST_TO_WAIT_FOR) and not _QUICK.value:  # longer ones resume where they stop
         print(f'{step.name}: left for the next call, {remaining:.0f} s remain', flush=True)
