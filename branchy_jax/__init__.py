@@ -7,12 +7,15 @@ from branchy_jax import costs as costs
 from branchy_jax import criteria as criteria
 from branchy_jax import data as data
 from branchy_jax import energy as energy
+from branchy_jax import export as export
 from branchy_jax import inference as inference
 from branchy_jax import losses as losses
 from branchy_jax import measure as measure
 from branchy_jax import models as models
 from branchy_jax import plots as plots
 from branchy_jax import report as report
+from branchy_jax import sharding as sharding
+from branchy_jax import streaming as streaming
 from branchy_jax import thresholds as thresholds
 from branchy_jax import training as training
 from branchy_jax.models.branchy import BranchyNet as BranchyNet
@@ -36,12 +39,15 @@ __all__ = [
     'criteria',
     'data',
     'energy',
+    'export',
     'inference',
     'losses',
     'measure',
     'models',
     'plots',
     'report',
+    'sharding',
+    'streaming',
     'thresholds',
     'training',
 ]

@@ -37,7 +37,8 @@ def restore(directory: Path | str, like: State) -> tuple[int, State] | None:
 
     Args:
         directory: as given to `save`.
-        like: a pytree of the same structure, shapes and dtypes; its static fields are kept.
+        like: a pytree of the same structure, shapes and dtypes; its static fields are kept. What is read is laid on
+            the devices that its arrays lie on, however many had written it.
 
     Returns:
         The number of the checkpoint and the state, or ``None`` if there is none.
@@ -53,7 +54,7 @@ def restore(directory: Path | str, like: State) -> tuple[int, State] | None:
         step = manager.latest_step()
         if step is None:
             return None
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(like))
+        target = jax.tree.map(_where_it_lies, _arrays(like))
         try:
             arrays = manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise many kinds; all mean: not this state
@@ -66,6 +67,10 @@ def restore(directory: Path | str, like: State) -> tuple[int, State] | None:
     restored = [arrays[str(n)] for n in range(len(leaves))]
     # Copies: buffers that orbax allocated may not be donated on every backend.
     return step, jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in restored])
+
+
+def _where_it_lies(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
 
 
 def _arrays(state: State) -> dict[str, jax.Array]:

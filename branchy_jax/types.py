@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 Array = jax.Array
@@ -65,7 +66,7 @@ class ExitPrediction:
     """What an early-exit network answered, and where. Every executor returns one; ``staged`` without B.
 
     Attributes:
-        label: ``[B, …]`` int32, argmax of the answering exit.
+        label: ``[B, …]`` int32, argmax of the answering exit, or what the criterion decides.
         exit_index: ``[B]`` int32 in ``[0, N)``, the exit that answered.
         logits: ``[B, …, K]`` of the answering exit.
         uncertainty: ``[B]`` of the answering exit, in the unit of the criterion.
@@ -113,7 +114,8 @@ def check_labels(labels: Array, num_classes: int) -> None:
     """
     if isinstance(labels, jax.core.Tracer) or labels.size == 0:
         return
-    lowest, highest = int(labels.min()), int(labels.max())
+    values = np.asarray(labels)  # jnp would trace even concrete labels inside jit
+    lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= num_classes:
         raise ValueError(
             f'labels: expected classes in [0, {num_classes}), got {lowest} to {highest}; '

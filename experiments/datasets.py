@@ -8,17 +8,24 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
+from experiments.trainings import Data
 
 
-def load(config: ConfigDict) -> bj.data.Dataset:
+def load(config: ConfigDict) -> Data:
     """Loads what ``config.dataset`` names.
 
     Where the environment variable ``BRANCHY_JAX_PACKS`` names a folder with ``NAME.npz``, as ``unpack.py`` writes them
-    from ``shared/packs``, the arrays come from there: the same images in the same order as TFDS gives.
+    from ``shared/packs``, the arrays come from there: the same images in the same order as TFDS gives. With
+    ``config.stream`` the training images stay on disk.
     """
+    options = {'validation_fraction': config.validation_fraction, 'seed': config.seed}
+    if config.stream:
+        return bj.streaming.open_dataset(
+            config.dataset, **options, workers=config.stream_workers, prefetch=config.stream_prefetch
+        )
     unpacked = Path(os.environ.get('BRANCHY_JAX_PACKS', ''), f'{config.dataset}.npz')
     name = str(unpacked) if unpacked.is_absolute() and unpacked.exists() else config.dataset
-    found = bj.data.load_dataset(name, validation_fraction=config.validation_fraction, seed=config.seed)
+    found = bj.data.load_dataset(name, **options)
     if config.most_examples:
         found = found.replace(**{
             split: bj.Batch(*(values[: config.most_examples] for values in (part.image, part.label)))

@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
 from branchy_jax.inference import ExitOutputs
 from branchy_jax.types import Variables
 from experiments import datasets
+from experiments.configs import common
 from experiments.records import TABLE, assemble, write
 from experiments.timing import time_networks
-from experiments.trainings import train_both
+from experiments.trainings import Data, train_both
 
 _CHOICES = {
     'placement': ('text', 'released', 'tuned'),
@@ -27,21 +30,24 @@ _CHOICES = {
 }
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[str, Any] | None:
     """Runs or resumes the whole job and writes ``report.json``, ``report.md``, ``tradeoff.png`` and weights.
 
     Args:
         config: as in ``experiments/configs``.
-        workdir: where everything goes.
+        workdir: where everything goes; the same for all processes, where there are several.
+        mesh: the devices that share training and evaluation.
 
     Returns:
-        The report.
+        The report; ``None`` in processes other than the first, which alone times and writes.
 
     Raises:
         ValueError: a setting that does not exist, a data set that is not at hand, or a folder of another run; all
             before any work.
     """
     _check(config)
+    if mesh is not None:
+        bj.sharding.check_divisible('config.batch_size', config.batch_size, mesh)
     dataset = datasets.load(config)
     options = {
         'num_classes': dataset.num_classes,
@@ -53,13 +59,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     baseline = bj.models.without_branches(model)
     _claim(workdir, config)
 
-    baseline_variables, variables = train_both(config, options, dataset, workdir)
+    baseline_variables, variables = train_both(config, options, dataset, workdir, mesh)
     costs = bj.costs.count_macs(model, dataset.image_shape)
-    screened, points = _choose(config, dataset, costs, (model, variables), (baseline, baseline_variables))
+    screened, points = _choose(config, dataset, costs, (model, variables), (baseline, baseline_variables), mesh)
 
     # The one look at the test data: everything above is settled.
-    outputs = _outputs(model, variables, dataset, dataset.test)
-    baseline_outputs = _outputs(baseline, baseline_variables, dataset, dataset.test)
+    outputs = _outputs(model, variables, dataset, dataset.test, mesh)
+    baseline_outputs = _outputs(baseline, baseline_variables, dataset, dataset.test, mesh)
+    if jax.process_index() > 0:
+        return None
     timed = time_networks(
         config.network, options, variables, baseline_variables,
         dataset.normalization(dataset.test.image[: config.latency_images]),
@@ -92,26 +100,31 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     """Refuses to mix two runs in one folder."""
     path, settings = workdir / 'config.json', json.loads(config.to_json())
     if path.exists():
-        found = bj.report.read_json(path)
+        # A field that did not exist yet had its default.
+        found = {**json.loads(common.get_config().to_json()), **bj.report.read_json(path)}
         changed = sorted(key for key in {*settings, *found} if settings.get(key) != found.get(key))
         if changed:
             raise ValueError(
                 f'workdir: {workdir} holds a run with other settings ({", ".join(changed)}); '
                 'choose another folder, or delete this one'
             )
-    bj.report.write_json(path, settings)
+    if jax.process_index() == 0:
+        bj.report.write_json(path, settings)
 
 
-def _outputs(model: bj.BranchyNet, variables: Variables, dataset: bj.data.Dataset, split: bj.Batch) -> ExitOutputs:
-    return bj.inference.exit_outputs(model, variables, split.image, prepare=dataset.normalization)
+def _outputs(
+    model: bj.BranchyNet, variables: Variables, dataset: Data, split: bj.Batch, mesh: Mesh | None
+) -> ExitOutputs:
+    return bj.inference.exit_outputs(model, variables, split.image, prepare=dataset.normalization, mesh=mesh)
 
 
 def _choose(
     config: ConfigDict,
-    dataset: bj.data.Dataset,
+    dataset: Data,
     costs: bj.costs.StageCosts,
     branchy: tuple[bj.BranchyNet, Variables],
     baseline: tuple[bj.BranchyNet, Variables],
+    mesh: Mesh | None,
 ) -> tuple[bj.thresholds.Screen, dict[str, bj.OperatingPoint]]:
     """Screens thresholds on validation data and picks the setting of the table, and one that gives up a point.
 
@@ -122,10 +135,10 @@ def _choose(
     falls short of it on other data.
     """
     labels = dataset.validation.label
-    outputs = _outputs(*branchy, dataset, dataset.validation)
+    outputs = _outputs(*branchy, dataset, dataset.validation, mesh)
     statistics = bj.thresholds.accuracy_statistics(outputs.logits, labels)
     screened = bj.thresholds.screen(outputs.uncertainty, statistics, costs)
-    target = _outputs(*baseline, dataset, dataset.validation)
+    target = _outputs(*baseline, dataset, dataset.validation, mesh)
     baseline_accuracy = bj.thresholds.accuracy_statistics(target.logits, labels).mean()
     best = screened.accuracy.max()
     standard_error = (best * (1 - best) / len(labels)) ** 0.5

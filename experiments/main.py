@@ -2,7 +2,8 @@
 
     python -m experiments.main --config=experiments/configs/lenet_mnist5k.py --workdir=runs/lenet_mnist5k
 
-A run that was interrupted goes on where it stopped when the same command is given again.
+A run that was interrupted goes on where it stopped when the same command is given again. Flags of
+`experiments.devices` say on how many devices, which may be others then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.configs import common
+from experiments.devices import mesh_from_flags
 from experiments.job import run
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings of the run.', lock_config=True)
@@ -24,7 +26,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
     logging.set_verbosity(logging.WARNING)  # orbax would log a dozen lines a checkpoint over the progress bar
-    run(_CONFIG.value, Path(_WORKDIR.value))
+    run(_CONFIG.value, Path(_WORKDIR.value), mesh=mesh_from_flags())
 
 
 def _parse(arguments: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +29,7 @@ def training_progress(name: str, *, epochs: int) -> Iterator[Callable[[int, int,
         TextColumn('epochs, loss per exit {task.fields[losses]}'),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=jax.process_index() > 0) as progress:
         task = progress.add_task(name, total=epochs, losses='–')
         shown_at = 0.0
 

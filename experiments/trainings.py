@@ -9,16 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
 from branchy_jax.types import Variables
 from experiments.progress import training_progress
 
+Data = bj.data.Dataset | bj.streaming.StreamedDataset
+
 
 def train_both(
-    config: ConfigDict, options: Mapping[str, Any], dataset: bj.data.Dataset, workdir: Path
+    config: ConfigDict, options: Mapping[str, Any], dataset: Data, workdir: Path, mesh: Mesh | None = None
 ) -> tuple[Variables, Variables]:
     """Trains the one-exit baseline on its own, then the branchy network.
 
@@ -27,6 +31,7 @@ def train_both(
         options: that the network is created with.
         dataset: only its training part is used.
         workdir: checkpoints go below it.
+        mesh: the devices that share every batch.
 
     Returns:
         Variables of the baseline and of the branchy network.
@@ -37,7 +42,7 @@ def train_both(
     baseline = bj.models.without_branches(model)
     keys = jax.random.split(jax.random.key(config.seed), 4)
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
-    train = functools.partial(train_network, config=config, dataset=dataset, workdir=workdir)
+    train = functools.partial(train_network, config=config, dataset=dataset, workdir=workdir, mesh=mesh)
     baseline_variables = train(
         baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
         name=config.network[2:], epochs=config.epochs_baseline,
@@ -68,8 +73,9 @@ def train_network(
     name: str,
     epochs: int,
     config: ConfigDict,
-    dataset: bj.data.Dataset,
+    dataset: Data,
     workdir: Path,
+    mesh: Mesh | None = None,
     frozen_trunk: bool = False,
 ) -> Variables:
     """Trains one network, resuming from its checkpoints.
@@ -84,18 +90,24 @@ def train_network(
         config: settings of the run.
         dataset: only its training part is used.
         workdir: checkpoints go below it.
+        mesh: devices to share batches over.
         frozen_trunk: trains the side heads only.
     """
     optimizer = _optimizer(config, steps=epochs * (len(dataset.train) // config.batch_size))
     state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk)
-    directory = workdir / 'checkpoints' / name
+    if mesh is not None:
+        state = bj.sharding.replicate(mesh, state)
+    if isinstance(dataset, bj.streaming.StreamedDataset):
+        data, fit = dataset.train, functools.partial(bj.training.fit_stream, save_every=config.save_every or None)
+    else:
+        data = jax.tree.map(jnp.asarray, dataset.train) if mesh is None else dataset.train
+        fit = functools.partial(bj.training.fit, scan=config.scan_epoch)
     with training_progress(name, epochs=epochs) as on_step:
-        state = bj.training.fit(
-            state, jax.tree.map(jnp.asarray, dataset.train), jnp.array(exit_weights), key, epochs=epochs,
-            directory=directory, batch_size=config.batch_size, prepare=_preparation(config, dataset),
-            loss=_loss(config), scan=config.scan_epoch, on_step=on_step,
+        state = fit(
+            state, data, jnp.array(exit_weights), key, epochs=epochs, directory=workdir / 'checkpoints' / name,
+            batch_size=config.batch_size, prepare=_preparation(config, dataset), loss=_loss(config), on_step=on_step,
         )  # fmt: skip
-    return state.variables
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.variables)
 
 
 def _loss(config: ConfigDict) -> bj.losses.Loss:
@@ -106,7 +118,7 @@ def _loss(config: ConfigDict) -> bj.losses.Loss:
     return bj.losses.weighted_sum((1 - share, bj.losses.cross_entropy_per_exit), (share, taught))
 
 
-def _preparation(config: ConfigDict, dataset: bj.data.Dataset) -> bj.training.Prepare:
+def _preparation(config: ConfigDict, dataset: Data) -> bj.training.Prepare:
     augment = functools.partial(bj.data.augment, crop_padding=config.crop_padding, flip=config.flip)
     normalize = dataset.normalization
 

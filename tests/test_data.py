@@ -64,7 +64,7 @@ def test_keras_column_of_labels(write):
         ({'x_train': arrays()['x_train'][:, 0]}, 'x_train .* must be uint8'),
         ({'y_train': np.zeros(40)}, 'y_train .* must be one integer per image'),
         ({'y_train': np.zeros(39, int)}, 'y_train .* must be one integer per image'),
-        ({'y_train': arrays()['y_train'] - 1}, 'negative labels'),
+        ({'y_train': arrays()['y_train'] - 1}, 'labels from -1 to 2'),
         ({'x_test': np.zeros((0, 6, 5), np.uint8), 'y_test': np.zeros(0, int)}, 'test split .* empty'),
         ({'y_train': np.array([object()] * 40)}, 'no pickled objects'),
     ],
@@ -174,7 +174,7 @@ def test_augmentation_can_be_switched_off(getkey):
 def test_second_load_reads_the_cache(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        'branchy_jax.data._read_mnist5k',
+        'branchy_jax.data.load.read_mnist5k',
         lambda: calls.append(1) or {key: value[..., None] if 'x' in key else value for key, value in arrays().items()},
     )
     first, second = (load_dataset('mnist5k', cache=tmp_path) for _ in range(2))

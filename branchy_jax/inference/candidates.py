@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from branchy_jax.criteria import Criterion
 from branchy_jax.inference.checks import Executor
 from branchy_jax.inference.compacted import compacted
 from branchy_jax.inference.dense import dense
 from branchy_jax.inference.prediction import Forecast
+from branchy_jax.inference.sharded import on_mesh, sharded
 from branchy_jax.inference.staged import sequential
 from branchy_jax.models.branchy import BranchyNet, without_branches
-from branchy_jax.types import Variables
+from branchy_jax.sharding import replicate
+from branchy_jax.types import Array, Variables
 
 Network = tuple[BranchyNet, Variables]
 
@@ -83,4 +87,40 @@ def build_candidates(
             for workers in (1, 2):
                 run = compacted(fast_network, on_host=True, workers=workers, **chunks)
                 add(f'compacted, host × {workers}, {sizes}', run, forecast.exits, forecast)
+    return found
+
+
+def build_candidates_on_mesh(
+    plain: Network, fast: Network, forecasts: Sequence[Forecast], mesh: Mesh, criterion: Criterion, *, skip: bool
+) -> list[Candidate]:
+    """Returns what `build_candidates` does, for devices that share every batch.
+
+    Args:
+        plain: the network as it is.
+        fast: the network as rewritten.
+        forecasts: exits and chunk sizes of one device to race with.
+        mesh: the devices.
+        criterion: how unsure an exit is.
+        skip: whether heads may be left out, so that the network without branches is a choice.
+    """
+    (network, weights), (fast_network, fast_weights) = ((model, replicate(mesh, v)) for model, v in (plain, fast))
+    last, everyone = (network.num_exits - 1,), tuple(range(network.num_exits))
+    baseline = jax.jit(without_branches(network).apply)
+
+    def pace(variables: Variables, images: Array, _: Array) -> Any:
+        return baseline(variables, images)
+
+    found = [Candidate('baseline', on_mesh(pace, mesh), weights, last, may_win=False)]
+    if skip:
+        run = on_mesh(dense(network, criterion=criterion, exits=last), mesh)
+        found.append(Candidate('last exit', run, weights, last))
+    exits = last if skip else everyone
+    run = on_mesh(dense(fast_network, criterion=criterion, exits=exits), mesh)
+    found.append(Candidate('last exit, optimized' if skip else 'dense', run, fast_weights, exits))
+    for forecast in forecasts:
+        run = sharded(
+            fast_network, mesh=mesh, chunk_size=forecast.chunk_sizes, criterion=criterion, exits=forecast.exits
+        )
+        name = f'sharded × {mesh.size}, {"/".join(map(str, forecast.chunk_sizes))}'
+        found.append(Candidate(name, run, fast_weights, forecast.exits, forecast))
     return found

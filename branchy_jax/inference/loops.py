@@ -51,7 +51,7 @@ def build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> Ex
         for step, chunk_size in zip(steps, chunk_sizes, strict=True):
             size = min(chunk_size, batch_size)
             queue = _padded(queue, size, batch_size)
-            done = _run_chunks(step, variables, queue, thresholds, size)
+            done = run_chunks(step, variables, queue, thresholds, size)
             waiting = jnp.arange(len(queue.ids)) < queue.count
             results = _write(
                 results, done.prediction, jnp.where(waiting & done.confident, queue.ids, batch_size), batch_size
@@ -85,7 +85,7 @@ def _padded(queue: Queue, chunk_size: int, nobody: int) -> Queue:
     )
 
 
-def _run_chunks(step: StepFunction, variables: Variables, queue: Queue, thresholds: Array, chunk_size: int) -> Step:
+def run_chunks(step: StepFunction, variables: Variables, queue: Queue, thresholds: Array, chunk_size: int) -> Step:
     """Runs a step on the waiting rows, chunk by chunk; rows behind them are not computed but for the last chunk's."""
 
     def run_chunk(start: Array | int) -> Step:

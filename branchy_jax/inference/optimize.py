@@ -25,9 +25,9 @@ _MOST_CHANNEL_PAIRS_ON_CPU = 200
 _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
 
 
-def default_forms(dtype: Any = None) -> Forms:
-    """Returns the forms that this process's default backend runs fastest."""
-    on_cpu = jax.default_backend() == 'cpu'
+def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
+    """Returns the forms that a platform runs fastest; by default this process's backend."""
+    on_cpu = (platform or jax.default_backend()) == 'cpu'
     return Forms(
         most_channel_pairs=_MOST_CHANNEL_PAIRS_ON_CPU if on_cpu else 0,
         sliced_pooling=on_cpu,

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from branchy_jax.criteria import Criterion, entropy, is_confident
-from branchy_jax.inference.candidates import Candidate, build_candidates
+from branchy_jax.inference.candidates import Candidate, build_candidates, build_candidates_on_mesh
 from branchy_jax.inference.checks import check_thresholds
 from branchy_jax.inference.exit_outputs import exit_outputs
 from branchy_jax.inference.optimize import optimize
@@ -106,6 +107,7 @@ def plan(
     skip_heads: bool = True,
     times: SegmentTimes | None = None,
     passes: int = 12,
+    mesh: Mesh | None = None,
 ) -> Plan:
     """Finds the fastest way to run a network at given thresholds on this device, by measuring.
 
@@ -129,6 +131,8 @@ def plan(
         skip_heads: whether heads may be left out; not where a guarantee holds for exactly these thresholds.
         times: of the same network from an earlier plan's ``times``, to save measuring.
         passes: of the final race; fewer than 6 make "for certain" less than 95 %.
+        mesh: the devices that share every batch (`branchy_jax.sharding.data_mesh`); one device by default. Chunk sizes
+            are then of one device, and `sharded` runs in place of `compacted`.
 
     Returns:
         A `Plan`: call it with images ``[B, H, W, C]``, print it for the table. It equals `dense` at its thresholds, up
@@ -148,15 +152,19 @@ def plan(
     thresholds = np.asarray(check_thresholds(thresholds, model.num_exits))
     batch_size = len(images) if batch_size is None else batch_size
     _check(model, len(images), batch_size, times, passes)
+    share = batch_size if mesh is None else -(-batch_size // mesh.size)  # of one device, survivors being dealt evenly
     fast = (model, variables) if model.image_shape is None else optimize(model, variables)
     outputs = exit_outputs(*fast, images, criterion=criterion, batch_size=min(len(images), 256))
     confident = is_confident(outputs.uncertainty[:-1], thresholds[:, None])
     skip = skip_heads and not _remembers(criterion, outputs.logits[0, :1])
     if times is None:
-        times = segment_times(*fast, images, batch_sizes=_batch_sizes(batch_size), criterion=criterion)
-    best, *others = forecast(times, confident, batch_size, may_skip=skip)
+        times = segment_times(*fast, images, batch_sizes=_batch_sizes(share), criterion=criterion)
+    best, *others = forecast(times, confident, share, may_skip=skip)
     forecasts = [best, *(other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms)]
-    candidates = build_candidates((model, variables), fast, forecasts, batch_size, criterion, skip=skip)
+    if mesh is None:
+        candidates = build_candidates((model, variables), fast, forecasts, batch_size, criterion, skip=skip)
+    else:
+        candidates = build_candidates_on_mesh((model, variables), fast, forecasts, mesh, criterion, skip=skip)
     contenders = _race(candidates, _batches(np.asarray(images), confident, batch_size), thresholds, passes)
     chosen = candidates[_choice(contenders, model.num_exits)]
     applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf).astype(np.float32)

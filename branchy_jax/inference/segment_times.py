@@ -13,7 +13,8 @@ from flax import struct
 from branchy_jax.costs import StageCosts
 from branchy_jax.criteria import Criterion, entropy
 from branchy_jax.measure import interleaved_passes
-from branchy_jax.models.branchy import BranchyNet, Hidden
+from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, Variables
 
 

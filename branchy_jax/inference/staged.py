@@ -11,7 +11,8 @@ from jax import lax
 from branchy_jax.criteria import Carry, Criterion, entropy
 from branchy_jax.inference.checks import Executor, guarded, threshold_checker
 from branchy_jax.inference.steps import StepFunction, at_rows, build_steps
-from branchy_jax.models.branchy import BranchyNet, Hidden
+from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, ExitPrediction, Variables
 
 COMMAND_BUFFERS = {

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from branchy_jax.criteria import Carry, Criterion, is_confident
-from branchy_jax.models.branchy import BranchyNet, Hidden, check_exits
+from branchy_jax.models.branchy import BranchyNet, check_exits
+from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, ExitPrediction, Variables
 
 
@@ -68,7 +69,7 @@ def _build_step(model: BranchyNet, criterion: Criterion, stages: range, asked: t
                 'answers; ask all of them'
             )
         answer, uncertainty, carry = criterion.update(logits, carry, n)
-        prediction = answer_at(n, answer, uncertainty)
+        prediction = answer_at(n, answer, uncertainty, criterion)
         if last:
             return Step(hidden=(), carry=(), prediction=prediction, confident=jnp.ones(uncertainty.shape, bool))
         return Step(hidden, carry, prediction, is_confident(uncertainty, thresholds[n]))
@@ -84,10 +85,10 @@ def run_steps(steps: Sequence[StepFunction], variables: Variables, images: Array
     return found
 
 
-def answer_at(n: int, logits: Array, uncertainty: Array) -> ExitPrediction:
+def answer_at(n: int, logits: Array, uncertainty: Array, criterion: Criterion) -> ExitPrediction:
     """Returns the prediction of a batch that all leaves at exit ``n``."""
     return ExitPrediction(
-        label=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        label=criterion.decide(logits),
         exit_index=jnp.full(uncertainty.shape, n, jnp.int32),
         logits=logits,
         uncertainty=uncertainty,

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from branchy_jax.models.branchy import BranchyNet, Layers, choose_layout
+from branchy_jax.models.branchy import BranchyNet, choose_layout
+from branchy_jax.models.compose import Layers
 from branchy_jax.models.layers import flatten, local_response_normalization, max_pool
 from branchy_jax.types import Array
 

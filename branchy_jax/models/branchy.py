@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax.numpy as jnp
 
+from branchy_jax.models.compose import (
+    Hidden,
+    Layers,
+    Route,
+    apply_named,
+    flatten_layers,
+    keep_what_is_read,
+    module_names,
+)
 from branchy_jax.types import Array
-
-Layer = Callable[..., Any]
-"""A Flax module or a plain function of the hidden value."""
-
-Layers = Layer | tuple['Layers', ...]
-"""One layer, or layers applied in order; tuples nest freely."""
-
-Hidden = Any
-"""What a stage hands to the next: any pytree whose leaves lead with B."""
 
 
 class BranchyNet(nn.Module):
     """A network with N exits: stage i maps hidden to hidden, exit i maps hidden to logits.
 
-    Each stage and each exit is a Flax module, a plain function, or a tuple of those applied in order. A layer is told
-    whether it trains through whichever of the arguments ``train``, ``deterministic`` or ``use_running_average`` its
-    signature names, so `flax.linen.Dropout` and `flax.linen.BatchNorm` stand in a tuple as they are.
+    Each stage and each exit is a Flax module, a plain function, a `Route`, or a tuple of those applied in order. A
+    layer is told whether it trains through whichever of the arguments ``train``, ``deterministic`` or
+    ``use_running_average`` its signature names, so `flax.linen.Dropout` and `flax.linen.BatchNorm` stand in a tuple as
+    they are.
 
     Parameters are named after the module's own ``name`` where it has one, so that a trunk keeps its parameters' names
     wherever it is cut; otherwise after its place, ``stages_0_1``.
@@ -100,19 +98,21 @@ class BranchyNet(nn.Module):
         """Applies stage ``n`` to what stage ``n - 1`` returned, or to the images."""
         if n == 0 and self.image_shape is not None:
             check_images(hidden, self.image_shape)
-        return _apply(self.stages[n], hidden, train=train)
+        return apply_named(f'stages[{n}]', self.stages[n], hidden, train=train)
 
     def run_exit(self, hidden: Hidden, n: int, *, train: bool = False) -> Array:
         """Applies head ``n`` to what stage ``n`` returned. Returns logits ``[B, …, K]`` in float32."""
-        logits = _apply(self.exits[n], hidden, train=train)
-        chex.assert_type(logits, float)
+        logits = apply_named(f'exits[{n}]', self.exits[n], hidden, train=train)
+        if not (hasattr(logits, 'dtype') and jnp.issubdtype(logits.dtype, jnp.floating) and logits.ndim > 1):
+            raise ValueError(f'exits[{n}]: a head returns logits [B, …, K] of a float dtype; got {_describe(logits)}')
         return logits.astype(jnp.float32)
 
 
 def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
     """Returns the same trunk with only some of its exits.
 
-    Stages between two kept exits are joined. Parameters of named modules keep their names, so the variables of
+    Stages between two kept exits are joined; where stages are made of routes, as in a tree of branches, routes that led
+    only to exits no longer there are removed. Parameters of named modules keep their names, so the variables of
     ``model`` serve the result as they are.
 
     Args:
@@ -130,7 +130,10 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
     indices = check_exits('indices', indices, model.num_exits)
     starts = [0, *(index + 1 for index in indices[:-1])]
     stages = tuple(tuple(model.stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))
-    return model.clone(stages=stages, exits=tuple(model.exits[index] for index in indices))
+    exits = tuple(model.exits[index] for index in indices)
+    if _is_routed(stages, exits):
+        stages, exits = keep_what_is_read(stages, exits)
+    return model.clone(stages=stages, exits=exits)
 
 
 def check_exits(argument: str, exits: Sequence[int], num_exits: int) -> tuple[int, ...]:
@@ -164,21 +167,20 @@ def without_branches(model: BranchyNet) -> BranchyNet:
 
 
 def side_head_names(model: BranchyNet) -> frozenset[str]:
-    """Returns the top-level names of the parameters that belong to side heads alone.
+    """Returns the top-level names of the parameters that belong to side branches alone: not to the baseline.
 
     Example:
         >>> model = BranchyNet(stages=(nn.relu, nn.tanh), exits=(nn.Dense(4, name='early'), nn.Dense(4)))
         >>> sorted(side_head_names(model))
         ['early']
     """
-    trunk = _module_names(model.stages, 'stages') | _module_names(model.exits[-1], f'exits_{model.num_exits - 1}')
-    return frozenset(_module_names(model.exits[:-1], 'exits') - trunk)
+    stages = without_branches(model).stages if _is_routed(model.stages, model.exits) else model.stages
+    trunk = module_names(stages, 'stages') | module_names(model.exits[-1], f'exits_{model.num_exits - 1}')
+    return frozenset((module_names(model.stages, 'stages') | module_names(model.exits[:-1], 'exits')) - trunk)
 
 
-def _module_names(layers: Layers, place: str) -> set[str]:
-    if isinstance(layers, (tuple, list)):
-        return set().union(*(_module_names(layer, f'{place}_{n}') for n, layer in enumerate(layers)))
-    return {layers.name or place} if isinstance(layers, nn.Module) else set()
+def _is_routed(stages: Layers, exits: Layers) -> bool:
+    return all(isinstance(layer, Route) for layer in flatten_layers((stages, exits)))
 
 
 Layout = tuple[tuple[Layers, ...], tuple[Layers, ...]]
@@ -229,19 +231,5 @@ def check_images(images: Array, image_shape: tuple[int, ...]) -> None:
         raise ValueError(f'images: expected a float dtype, got {images.dtype}; normalise them first')
 
 
-def _apply(layers: Layers, hidden: Hidden, *, train: bool) -> Hidden:
-    if isinstance(layers, (tuple, list)):
-        for layer in layers:
-            hidden = _apply(layer, hidden, train=train)
-        return hidden
-    flags = {'train': train, 'deterministic': not train, 'use_running_average': not train}
-    accepted = _arguments(type(layers).__call__ if isinstance(layers, nn.Module) else layers)
-    return layers(hidden, **{name: value for name, value in flags.items() if name in accepted})
-
-
-@functools.cache
-def _arguments(function: Callable[..., Any]) -> frozenset[str]:
-    try:
-        return frozenset(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # builtins and some ufuncs tell nothing: they take the hidden value alone
-        return frozenset()
+def _describe(value: Any) -> str:
+    return f'{value.dtype} {value.shape}' if hasattr(value, 'dtype') else type(value).__name__

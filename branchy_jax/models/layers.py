@@ -43,6 +43,31 @@ def max_pool(x: Array, *, window: int, stride: int) -> Array:
     return nn.max_pool(x, (window, window), (stride, stride), overhang)
 
 
+def space_to_depth(x: Array, *, size: int) -> Array:
+    """Folds squares of pixels into channels: ``[B, H, W, C] → [B, H / size, W / size, size² C]``.
+
+    Example:
+        >>> space_to_depth(jnp.ones((1, 4, 6, 3)), size=2).shape
+        (1, 2, 3, 12)
+    """
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height // size, width // size, size * size * channels)
+
+
+def depth_to_space(x: Array, *, size: int) -> Array:
+    """Unfolds channels into squares of pixels, the inverse of `space_to_depth`.
+
+    Example:
+        >>> x = jnp.arange(24.0).reshape(1, 2, 4, 3)
+        >>> bool((depth_to_space(space_to_depth(x, size=2), size=2) == x).all())
+        True
+    """
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height * size, width * size, channels // size**2)
+
+
 def global_average_pool(x: Array) -> Array:
     """Averages over the image: ``[B, H, W, C] → [B, C]``."""
     return x.mean(axis=(1, 2))

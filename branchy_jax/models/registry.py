@@ -10,13 +10,15 @@ from branchy_jax.models.alexnet import b_alexnet
 from branchy_jax.models.branchy import BranchyNet, without_branches
 from branchy_jax.models.lenet import b_lenet
 from branchy_jax.models.resnet import b_resnet
+from branchy_jax.models.unet import b_unet
+from branchy_jax.models.vit import b_vit
 
-_BUILDERS = {'lenet': b_lenet, 'alexnet': b_alexnet, 'resnet': b_resnet}
+_BUILDERS = {'lenet': b_lenet, 'alexnet': b_alexnet, 'resnet': b_resnet, 'unet': b_unet, 'vit': b_vit}
 
 
 def names() -> tuple[str, ...]:
     """Returns the names that `create` knows; ``resnet110`` stands for any depth 6n + 2."""
-    trunks = ('lenet', 'alexnet', 'resnet110')
+    trunks = ('lenet', 'alexnet', 'resnet110', 'vit', 'unet')
     return (*(f'b-{name}' for name in trunks), *trunks)
 
 
@@ -25,7 +27,7 @@ def create(name: str, **options: Any) -> BranchyNet:
 
     Args:
         name: one of `names`, or a ResNet of another depth, such as ``'b-resnet20'``.
-        **options: keyword arguments of the builder: `b_lenet`, `b_alexnet` or `b_resnet`.
+        **options: keyword arguments of the builder: `b_lenet`, `b_alexnet`, `b_resnet`, `b_vit` or `b_unet`.
 
     Returns:
         `BranchyNet`; two calls with the same arguments return equal models.

@@ -15,39 +15,51 @@ from branchy_jax.thresholds.protocols import anytime as anytime
 from branchy_jax.thresholds.protocols import budgeted as budgeted
 from branchy_jax.thresholds.protocols import confusion as confusion
 from branchy_jax.thresholds.screening import Screen as Screen
-from branchy_jax.thresholds.screening import accuracy_statistics as accuracy_statistics
 from branchy_jax.thresholds.screening import evaluate as evaluate
-from branchy_jax.thresholds.screening import mean_of_statistic as mean_of_statistic
 from branchy_jax.thresholds.screening import quantile_grid as quantile_grid
 from branchy_jax.thresholds.screening import screen as screen
 from branchy_jax.thresholds.search import coordinate_descent as coordinate_descent
 from branchy_jax.thresholds.search import exact as exact
 from branchy_jax.thresholds.search import for_budget as for_budget
 from branchy_jax.thresholds.search import for_shares as for_shares
+from branchy_jax.thresholds.statistics import Metric as Metric
+from branchy_jax.thresholds.statistics import Statistics as Statistics
+from branchy_jax.thresholds.statistics import accuracy_statistics as accuracy_statistics
+from branchy_jax.thresholds.statistics import iou_per_class as iou_per_class
+from branchy_jax.thresholds.statistics import iou_statistics as iou_statistics
+from branchy_jax.thresholds.statistics import mean_iou as mean_iou
+from branchy_jax.thresholds.statistics import mean_of_statistic as mean_of_statistic
+from branchy_jax.thresholds.statistics import standard_error as standard_error
 
 __all__ = [
-    'Curve',
-    'Guarantee',
-    'Screen',
     'accuracy_statistics',
     'anytime',
     'budgeted',
     'conformal_risk_control',
     'confusion',
     'coordinate_descent',
+    'Curve',
     'evaluate',
     'exact',
     'for_accuracy',
     'for_budget',
     'for_cost',
     'for_shares',
+    'Guarantee',
+    'iou_per_class',
+    'iou_statistics',
     'knee',
     'learn_then_test',
     'losses_against_full',
     'losses_along',
+    'mean_iou',
     'mean_of_statistic',
+    'Metric',
     'pareto_frontier',
     'quantile_grid',
+    'Screen',
     'screen',
+    'standard_error',
+    'Statistics',
     'threshold_path',
 ]

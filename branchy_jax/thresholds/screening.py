@@ -7,17 +7,13 @@ gives every setting of the grid together: O(B + V^(N-1)) instead of O(B V^(N-1))
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from flax import struct
 
 from branchy_jax.costs import StageCosts
 from branchy_jax.criteria import is_confident
+from branchy_jax.thresholds.statistics import Metric, mean_of_statistic
 from branchy_jax.types import Array, OperatingPoint
-
-Metric = Callable[[np.ndarray, int], np.ndarray]
-"""``(sums of statistics [..., S], number of inputs) → metric [...]``, larger is better."""
 
 _MOST_SETTINGS = 100_000
 
@@ -55,21 +51,6 @@ class Screen:
             exit_fractions=self.exit_fractions[index],
             cost=float(self.cost[index]),
         )
-
-
-def mean_of_statistic(sums: np.ndarray, count: int) -> np.ndarray:
-    """The metric of classification: statistics are 0 or 1 per input, their mean is the accuracy."""
-    return sums[..., 0] / count
-
-
-def accuracy_statistics(logits: Array, labels: Array) -> np.ndarray:
-    """Returns ``[N, B, 1]``: 1 where exit n's answer to input b is right.
-
-    Args:
-        logits: ``[N, B, K]``.
-        labels: ``[B]``.
-    """
-    return (np.asarray(logits).argmax(-1) == np.asarray(labels))[..., None].astype(np.float64)
 
 
 def quantile_grid(uncertainty: Array, *, size: int = 100) -> np.ndarray:

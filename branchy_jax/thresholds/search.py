@@ -7,7 +7,8 @@ from scipy import optimize
 
 from branchy_jax.costs import StageCosts, expected_cost
 from branchy_jax.thresholds.choice import for_cost
-from branchy_jax.thresholds.screening import Metric, evaluate, grid_size, mean_of_statistic, quantile_grid, screen
+from branchy_jax.thresholds.screening import evaluate, grid_size, quantile_grid, screen
+from branchy_jax.thresholds.statistics import Metric, mean_of_statistic
 from branchy_jax.types import Array, OperatingPoint
 
 

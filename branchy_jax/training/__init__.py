@@ -12,16 +12,20 @@ from branchy_jax.training.state import create_train_state as create_train_state
 from branchy_jax.training.state import paper_adam as paper_adam
 from branchy_jax.training.step import Metrics as Metrics
 from branchy_jax.training.step import train_step as train_step
+from branchy_jax.training.streamed import Stream as Stream
+from branchy_jax.training.streamed import fit_stream as fit_stream
 
 __all__ = [
     'Initialization',
     'Loss',
     'Metrics',
     'Prepare',
+    'Stream',
     'TrainState',
     'create_train_state',
     'epoch_order',
     'fit',
+    'fit_stream',
     'initialize_from_baseline',
     'paper_adam',
     'train_epoch',

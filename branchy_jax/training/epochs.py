@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
-from branchy_jax import checkpoint
+from branchy_jax import checkpoint, sharding
 from branchy_jax.losses import Loss, Watch, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
 from branchy_jax.training.step import Metrics, take_step
@@ -43,15 +44,28 @@ def epoch_order(key: Array, epoch: int, num_examples: int, batch_size: int) -> A
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-def _step_on_rows(
-    state: TrainState, data: Batch, rows: Array, key: Array, exit_weights: Array, *, prepare: Prepare, **options: Any
+def step_keys(key: Array, epoch: int, steps: int) -> Array:
+    """Returns the key of each step of an epoch, for augmentation and dropout ``[steps]``."""
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), steps)
+
+
+def step_on_stored(
+    state: TrainState, batch: Batch, key: Array, exit_weights: Array, *, prepare: Prepare, **options: Any
 ) -> tuple[TrainState, Metrics]:
+    """Takes a step on a batch of images as stored; for callers that jit more than that."""
     prepare_key, dropout_key = jax.random.split(key)
-    batch = prepare(prepare_key, jax.tree.map(lambda values: values[rows], data))
-    return take_step(state, batch, exit_weights, dropout_key, **options)
+    return take_step(state, prepare(prepare_key, batch), exit_weights, dropout_key, **options)
 
 
-_STATIC = ('prepare', 'loss', 'watch')
+def _step_on_rows(
+    state: TrainState, data: Batch, rows: Array, key: Array, exit_weights: Array, *, mesh: Mesh | None, **options: Any
+) -> tuple[TrainState, Metrics]:
+    # Every device holds all examples; told so, each gathers its own share of the batch and computes on that alone.
+    batch = sharding.constrain(mesh, jax.tree.map(lambda values: values[rows], data))
+    return step_on_stored(state, batch, key, exit_weights, **options)
+
+
+_STATIC = ('prepare', 'loss', 'watch', 'mesh')
 _jitted_step_on_rows = jax.jit(_step_on_rows, static_argnames=_STATIC, donate_argnames='state')
 
 
@@ -81,6 +95,9 @@ def train_epoch(
 ) -> tuple[TrainState, Metrics]:
     """Takes the steps of one epoch over data that fits on the device.
 
+    Where ``state`` lies on the devices of a mesh (`branchy_jax.sharding.replicate`), each of them computes its share of
+    every batch.
+
     Args:
         state: donated.
         data: the whole training set as stored, ``image [M, H, W, C]`` uint8.
@@ -100,13 +117,16 @@ def train_epoch(
         The next state, and the metrics averaged over the epoch.
 
     Raises:
-        ValueError: too few examples for one batch.
+        ValueError: a batch size that the devices cannot share, or that the training set does not fill.
     """
-    options = {'prepare': prepare, 'loss': loss, 'watch': watch}
     order = epoch_order(key, epoch, len(data), batch_size)
-    steps = len(order)
-    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), steps)
+    steps, keys = len(order), step_keys(key, epoch, len(order))
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
+    mesh = sharding.mesh_of(state)
+    options = {'prepare': prepare, 'loss': loss, 'watch': watch, 'mesh': mesh}
+    if mesh is not None:
+        sharding.check_divisible('batch_size', batch_size, mesh)
+        data = sharding.replicate(mesh, data)
     if scan:
         state, history = _scan_epoch(state, data, order, keys, exit_weights, **options)
         metrics = jax.tree.map(lambda values: values.mean(0), history)
@@ -136,7 +156,8 @@ def fit(
     """Trains for a number of epochs, resuming from ``directory`` if it holds a checkpoint.
 
     A run killed at any moment and started again with the same arguments ends with the same parameters as one never
-    killed: every epoch is a pure function of the state before it, ``key`` and its number.
+    killed: every epoch is a pure function of the state before it, ``key`` and its number. The checkpoint may come from
+    another number of devices: what is read lies where ``state`` does.
 
     Args:
         state: donated; also tells the shapes of what a checkpoint holds.
@@ -157,7 +178,9 @@ def fit(
     """
     if options.get('loss', cross_entropy_per_exit) is cross_entropy_per_exit:  # another may take any target
         check_labels(data.label, _num_classes(state, data, options['prepare'], key))
-    start = 0
+    start, mesh = 0, sharding.mesh_of(state)
+    if mesh is not None:  # once, not once an epoch
+        data = sharding.replicate(mesh, data)
     if directory is not None and (found := checkpoint.restore(directory, state)) is not None:
         start, state = found
     for epoch in range(start, epochs):

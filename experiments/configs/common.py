@@ -11,6 +11,9 @@ def get_config() -> ConfigDict:
     config.dataset = ''  # 'mnist5k', a TFDS name, or a path ending in .npz
     config.validation_fraction = 0.1  # of the training part, per class; thresholds are picked on it
     config.most_examples = 0  # of each part, to try a run out; 0: all
+    config.stream = False  # leave the training images of a TFDS data set on disk; in memory where they fit
+    config.stream_workers = 0  # processes that read and decode; 0 is a thread
+    config.stream_prefetch = 4  # batches read ahead
     config.crop_padding = 0  # random shifts, in pixels
     config.flip = False  # random mirroring, left and right
 
@@ -30,7 +33,8 @@ def get_config() -> ConfigDict:
     config.schedule = 'cosine'  # after a linear warm-up; 'constant', as in the paper
     config.warmup = 0.05  # share of the steps, for 'cosine'
     config.weight_decay = 0.0  # for 'adamw' and 'sgd'
-    config.scan_epoch = True  # an epoch as one program
+    config.scan_epoch = True  # an epoch as one program; not where it is streamed
+    config.save_every = 0  # steps between checkpoints where it is streamed; 0 is an epoch, as in memory
 
     config.regime = 'baseline'  # start from the trained baseline; 'joint': from random; 'frozen': train heads only
     config.exit_weights = (1.0,)  # one per exit

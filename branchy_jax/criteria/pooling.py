@@ -1,0 +1,88 @@
+"""How the uncertainty of many pixels becomes that of the image they make up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from branchy_jax.types import Array
+
+Pool = Callable[[Array], Array]
+"""``uncertainty [B, …] → [B]``; an uncertainty that is ``[B]`` already stays as it is."""
+
+
+def mean_over_pixels(uncertainty: Array) -> Array:
+    """Averages over all pixels: blind to a small part that is wrong, where most of an image is easy.
+
+    Example:
+        >>> mean_over_pixels(jnp.array([[[0.0, 1.0], [0.0, 0.0]]])).tolist()
+        [0.25]
+    """
+    return uncertainty.reshape(uncertainty.shape[0], -1).mean(axis=-1)
+
+
+@functools.cache  # one object per setting: jit compares functions by identity
+def quantile_over_pixels(quantile: float) -> Pool:
+    """Builds the pool that returns a quantile of the pixels' uncertainty.
+
+    Args:
+        quantile: in [0, 1]; 0.95 asks how unsure the worst twentieth of the image is at least, which is the 5 %
+            quantile of its confidence.
+
+    Raises:
+        ValueError: outside [0, 1].
+
+    Example:
+        >>> quantile_over_pixels(1.0)(jnp.array([[[0.0, 1.0], [0.0, 0.5]]])).tolist()
+        [1.0]
+    """
+    _check_quantile(quantile)
+
+    def pool(uncertainty: Array) -> Array:
+        return jnp.quantile(uncertainty.reshape(uncertainty.shape[0], -1), quantile, axis=-1)
+
+    return pool
+
+
+@functools.cache  # as above
+def quantile_over_patches(quantile: float, *, size: int) -> Pool:
+    """Builds the pool that averages within square patches and returns a quantile of the patches.
+
+    A patch that is unsure as a whole counts; a lone unsure pixel, as there are along every edge, does not.
+
+    Args:
+        quantile: in [0, 1], of the patches; 1 is the most unsure patch.
+        size: side of a patch in pixels. Patches do not overlap; one that the border cuts averages what it has.
+
+    Raises:
+        ValueError: quantile outside [0, 1], size below 1; when applied, uncertainty that is not ``[B, H, W]``.
+
+    Example:
+        >>> quantile_over_patches(1.0, size=2)(jnp.array([[[0.0, 1.0, 0.5], [0.0, 0.0, 0.5]]])).tolist()
+        [0.5]
+    """
+    _check_quantile(quantile)
+    if size < 1:
+        raise ValueError(f'size: got {size}; a patch is at least one pixel wide')
+
+    def pool(uncertainty: Array) -> Array:
+        if uncertainty.ndim != 3:
+            raise ValueError(f'uncertainty: patches need [B, H, W], got shape {uncertainty.shape}')
+        edges = [(0, 0), *((0, -length % size) for length in uncertainty.shape[1:])]
+        # Sums and counts of the same padded patches, so that padding counts for nothing.
+        total, count = (_sum_patches(jnp.pad(x, edges), size) for x in (uncertainty, jnp.ones_like(uncertainty)))
+        return jnp.quantile((total / count).reshape(len(uncertainty), -1), quantile, axis=-1)
+
+    return pool
+
+
+def _sum_patches(values: Array, size: int) -> Array:
+    batch, height, width = values.shape
+    return values.reshape(batch, height // size, size, width // size, size).sum(axis=(2, 4))
+
+
+def _check_quantile(quantile: float) -> None:
+    if not 0 <= quantile <= 1:
+        raise ValueError(f'quantile: got {quantile}; expected a share in [0, 1]')

@@ -1,0 +1,86 @@
+"""Digits on canvases: a segmentation task made of handwritten digits, with overlap and clutter."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from branchy_jax.data.splits import Dataset, fit_normalization
+from branchy_jax.types import Batch
+
+_INK = 96
+"""Pixels at least this bright belong to a digit; fainter ones are the blur of its edge."""
+
+
+def digit_canvases(
+    digits: Dataset, *, side: int = 64, most_digits: int = 4, most_clutter: int = 12, seed: int = 0
+) -> Dataset:
+    """Puts digits on square canvases: each pixel is background (0) or belongs to a digit d (class d + 1).
+
+    Canvases differ in difficulty: the number of digits is uniform in 1 to ``most_digits`` and that of clutter, scraps
+    of other digits that count as background, in 0 to ``most_clutter``. Later digits lie over earlier ones.
+
+    Each split is made of its own digits only, so no digit is seen in two splits, and has as many canvases as digits.
+    The same digits, sizes and seed give the same canvases.
+
+    Args:
+        digits: such as ``load_dataset('mnist5k')``; one channel.
+        side: height and width of a canvas in pixels.
+        most_digits: upper end of their number on a canvas.
+        most_clutter: upper end of the number of scraps.
+        seed: of everything random.
+
+    Returns:
+        `Dataset` with images ``[M, side, side, 1]`` uint8, masks ``[M, side, side]`` uint8, and one class more.
+
+    Raises:
+        ValueError: a canvas smaller than a digit, digits with several channels, or no digits at all on a canvas.
+
+    Example:
+        >>> canvases = digit_canvases(load_dataset('mnist5k'))  # doctest: +SKIP
+        >>> canvases.train.image.shape, canvases.train.label.shape  # doctest: +SKIP
+        ((3600, 64, 64, 1), (3600, 64, 64))
+    """
+    height, width, channels = digits.image_shape
+    if channels != 1 or side < max(height, width):
+        raise ValueError(f'side: got {side} for digits of {digits.image_shape}; they need one channel and room')
+    if most_digits < 1 or most_clutter < 0:
+        raise ValueError(f'most_digits: got {most_digits} digits, {most_clutter} scraps; expected at least 1 and 0')
+    splits = {}
+    for number, split in enumerate(('train', 'validation', 'test')):
+        source: Batch = getattr(digits, split)
+        generator = np.random.default_rng([seed, number])
+        pairs = [_canvas(generator, source, side, most_digits, most_clutter) for _ in range(len(source))]
+        images, masks = (np.stack(part) for part in zip(*pairs, strict=True))
+        splits[split] = Batch(images[..., None], masks)
+    return Dataset(
+        name=f'digit_canvases/{digits.name}',
+        **splits,
+        num_classes=digits.num_classes + 1,
+        normalization=fit_normalization(splits['train'].image),
+    )
+
+
+def _canvas(
+    generator: np.random.Generator, digits: Batch, side: int, most_digits: int, most_clutter: int
+) -> tuple[np.ndarray, np.ndarray]:
+    image, mask = np.zeros((side, side), np.uint8), np.zeros((side, side), np.uint8)
+    for _ in range(generator.integers(0, most_clutter + 1)):
+        digit = digits.image[generator.integers(len(digits)), ..., 0]
+        scrap = 8
+        row, column = (generator.integers(0, length - scrap + 1) for length in digit.shape)
+        _paint(generator, image, digit[row : row + scrap, column : column + scrap])
+    for _ in range(generator.integers(1, most_digits + 1)):
+        chosen = generator.integers(len(digits))
+        digit = digits.image[chosen, ..., 0]
+        place = _paint(generator, image, digit)
+        ink = digit >= _INK
+        mask[place][ink] = digits.label[chosen] + 1
+    return image, mask
+
+
+def _paint(generator: np.random.Generator, image: np.ndarray, piece: np.ndarray) -> tuple[slice, slice]:
+    """Lays a piece anywhere on the image, the brighter pixel showing, and returns where."""
+    corner = [generator.integers(0, whole - part + 1) for whole, part in zip(image.shape, piece.shape, strict=True)]
+    place = tuple(slice(start, start + length) for start, length in zip(corner, piece.shape, strict=True))
+    image[place] = np.maximum(image[place], piece)
+    return place

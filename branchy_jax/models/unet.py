@@ -1,0 +1,135 @@
+"""An encoder–decoder for segmentation, with two early exits that predict masks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.compose import Layers, Route
+from branchy_jax.models.layers import depth_to_space, space_to_depth
+from branchy_jax.types import Array
+
+
+def b_unet(
+    *,
+    num_classes: int = 11,
+    image_shape: tuple[int, int, int] = (64, 64, 1),
+    width: int = 16,
+    patch_size: int = 2,
+    head_width: int = 16,
+    heads: Sequence[Layers | None] | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    convolution: Callable[..., Array] = lax.conv_general_dilated,
+) -> BranchyNet:
+    """Builds B-U-Net: four levels down, three up, and masks after the third level down and after the first up.
+
+    All levels work on patches of pixels, and every head ends by unfolding features into pixels, so that the finest
+    level costs no more than the others. A side head adds up the levels so far at the finest resolution, after a
+    projection each, smooths with one convolution, and unfolds: about a tenth of the trunk.
+
+    Args:
+        num_classes: K, the background included.
+        image_shape: ``(H, W, C)``; H and W must be divisible by ``8 * patch_size``.
+        width: features of the finest level; each level down has twice as many.
+        patch_size: side of the pixels that are one position of the finest level.
+        head_width: features of the side heads.
+        heads: one replacement per side exit, reading the hidden dictionary; ``None`` keeps the default.
+        dtype: of the computation; parameters and logits stay float32.
+        convolution: drop-in for `jax.lax.conv_general_dilated`, for the 3 × 3 convolutions.
+
+    Returns:
+        `BranchyNet` with N = 3; exits return logits ``[B, H, W, K]``.
+
+    Raises:
+        ValueError: an image that four levels do not divide, or wrong number of heads.
+
+    Example:
+        >>> model, images = b_unet(width=4, head_width=4, image_shape=(16, 16, 1)), jnp.ones((1, 16, 16, 1))
+        >>> [logits.shape for logits in model.init_with_output(jax.random.key(0), images)[0]]
+        [(1, 16, 16, 11), (1, 16, 16, 11), (1, 16, 16, 11)]
+
+    References:
+        Ronneberger et al., U-Net, 2015; heads after Kirillov et al., Panoptic Feature Pyramid Networks, 2019.
+    """
+    if any(length % (8 * patch_size) for length in image_shape[:2]):
+        raise ValueError(
+            f'image_shape: got {tuple(image_shape)}; four levels on patches of {patch_size} need multiples of '
+            f'{8 * patch_size}; pad or resize the images'
+        )
+    if heads is not None and len(heads) != 2:
+        raise ValueError(f'heads: this network has 2 side heads, got {len(heads)}; None keeps a default')
+    conv = functools.partial(nn.Conv, dtype=dtype, conv_general_dilated=convolution)
+
+    def block(features: int, name: str) -> Layers:
+        return (
+            conv(features, (3, 3), name=f'{name}_conv1'),
+            nn.relu,
+            conv(features, (3, 3), name=f'{name}_conv2'),
+            nn.relu,
+        )
+
+    def unfold(name: str) -> Layers:
+        return conv(num_classes * patch_size**2, (1, 1), name=name), functools.partial(depth_to_space, size=patch_size)
+
+    def side_head(levels: tuple[str, ...], name: str) -> Route:
+        gather = AddLevels(head_width, dtype=dtype, name=f'{name}_levels')
+        return Route(
+            (gather, nn.relu, conv(head_width, (3, 3), name=f'{name}_conv'), nn.relu, *unfold(f'{name}_logits')), levels
+        )
+
+    fold = functools.partial(space_to_depth, size=patch_size)
+    down = [Route((fold, *block(width, 'down0')), None, 'down0')]
+    for n in (1, 2, 3):
+        down.append(Route((_halve, *block(width * 2**n, f'down{n}')), f'down{n - 1}', f'down{n}'))
+    up = [
+        Route((_join, *block(width * 2**n, f'up{n}')), (f'up{n + 1}' if n < 2 else 'down3', f'down{n}'), f'up{n}')
+        for n in (2, 1, 0)
+    ]
+    own = [side_head(('down0', 'down1', 'down2'), 'exit1'), side_head(('down0', 'down1', 'up2'), 'exit2')]
+    side = own if heads is None else [mine if given is None else given for mine, given in zip(own, heads, strict=True)]
+    return BranchyNet(
+        stages=(tuple(down[:3]), (down[3], up[0]), tuple(up[1:])),
+        exits=(*side, Route(unfold('head'), 'up0')),
+        image_shape=tuple(image_shape),
+    )
+
+
+class AddLevels(nn.Module):
+    """Projects each level to the same features and adds all at the resolution of the first.
+
+    Attributes:
+        features: of the sum.
+        dtype: of the computation.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, levels: tuple[Array, ...]) -> Array:
+        """Maps arrays ``[B, H / 2^i, W / 2^i, C_i]``, the first being the finest, to ``[B, H, W, features]``."""
+        total = 0.0
+        for n, level in enumerate(levels):
+            projected = nn.Conv(self.features, (1, 1), dtype=self.dtype, name=f'level{n}')(level)
+            total = total + _enlarge(projected, levels[0].shape)
+        return total
+
+
+def _halve(x: Array) -> Array:
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
+def _join(pair: tuple[Array, Array]) -> Array:
+    """Enlarges the coarse level to the fine one and puts both side by side: the skip connection."""
+    coarse, fine = pair
+    return jnp.concatenate([_enlarge(coarse, fine.shape), fine], axis=-1)
+
+
+def _enlarge(x: Array, shape: tuple[int, ...]) -> Array:
+    return jax.image.resize(x, (*x.shape[:1], *shape[1:3], x.shape[-1]), 'nearest')

@@ -1,0 +1,109 @@
+"""Exports B-LeNet, runs it where neither branchy_jax nor flax is, and times it against the library.
+
+    TFDS_DATA_DIR=DIR python -m experiments.exported --workdir=runs/exported
+
+Makes a virtual environment with jax, numpy and flatbuffers alone, and lets `experiments/run_exported.py` answer 1,000
+test digits there, by each program of the folder. Then the staged program and `branchy_jax.inference.staged` take turns
+in one process on one core. Takes two minutes; needs a package index.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import venv
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+import branchy_jax as bj
+from experiments import run_exported
+from experiments.records import describe_device
+from experiments.timing import keep_to_one_core
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the exported network and the fresh environment.')
+_IMAGES = flags.DEFINE_integer('images', 1000, 'Test digits.', lower_bound=1)
+_PASSES = flags.DEFINE_integer('passes', 30, 'Interleaved passes over the digits.', lower_bound=1)
+_NEEDED = ('jax', 'jaxlib', 'numpy', 'flatbuffers')
+
+
+def main(arguments: list[str]) -> None:
+    """Exports, compares in a fresh environment, times."""
+    if len(arguments) > 1:
+        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
+    logging.set_verbosity(logging.WARNING)
+    workdir = Path(_WORKDIR.value)
+    weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
+    thresholds = weights.operating_points[0].thresholds
+    digits = bj.data.load_dataset('mnist').test.image[: _IMAGES.value]
+    shutil.rmtree(workdir / 'b-lenet', ignore_errors=True)
+    manifest = bj.export.save(
+        workdir / 'b-lenet', weights.model, weights.variables, thresholds=thresholds,
+        normalization=weights.normalization,
+    )  # fmt: skip
+    for name, part in manifest['programs'].items():
+        print(f'{name}: {part["bytes"]:,} bytes')
+    for cut in manifest['cuts']:
+        print(f'a cut after {cut["after"]} would send {cut["bytes_per_image"]:,} bytes per image')
+
+    answer = bj.inference.dense(weights.model)(weights.variables, weights.normalize(digits), thresholds)
+    np.save(workdir / 'images.npy', digits)
+    np.savez(workdir / 'answers.npz', label=answer.label, exit_index=answer.exit_index)
+    python = _fresh_environment(workdir / 'environment')
+    for program in run_exported.PROGRAMS:
+        command = [python, run_exported.__file__, workdir / 'b-lenet', f'--images={workdir}/images.npy',
+                   f'--expect={workdir}/answers.npz', f'--program={program}']  # fmt: skip
+        subprocess.run(command, check=True)
+
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process:
+        print(process.submit(_time, str(workdir / 'b-lenet'), digits, _PASSES.value).result())
+
+
+def _fresh_environment(place: Path) -> Path:
+    """Makes an environment of the packages that the reader needs, in the versions that are installed here."""
+    shutil.rmtree(place, ignore_errors=True)
+    venv.create(place, with_pip=True)
+    python = place / 'bin' / 'python'
+    pinned = [f'{name}=={importlib.metadata.version(name)}' for name in _NEEDED]
+    subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *pinned], check=True)
+    found = subprocess.run([python, '-m', 'pip', 'list', '--format=freeze'], check=True, capture_output=True, text=True)
+    print('fresh environment:', ', '.join(sorted(found.stdout.split())))
+    for package in ('branchy_jax', 'flax'):
+        missing = subprocess.run([python, '-c', f'import {package}'], cwd=place, capture_output=True, check=False)
+        if missing.returncode == 0:
+            sys.exit(f'{package} is in {place}, which was to be without it')
+    return python
+
+
+def _time(folder: str, digits: np.ndarray, passes: int) -> str:
+    weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
+    model, variables = bj.inference.optimize(weights.model, weights.variables)
+    network, inside = run_exported.load(folder, ['staged']), bj.inference.staged(model)
+    outside = network.programs['staged']
+    thresholds = jnp.asarray(network.thresholds)
+    images = [jax.block_until_ready(jnp.asarray(image)) for image in weights.normalize(digits)]
+    functions = {
+        'in the library': bj.measure.one_by_one(lambda image: inside(variables, image, thresholds), images),
+        'exported': bj.measure.one_by_one(lambda image: outside(image, thresholds), images),
+    }
+    seconds = bj.measure.interleaved_passes(functions, passes=passes)
+    lines = [f'{name}: {np.median(values) / len(images) * 1e3:.4f} ms per image' for name, values in seconds.items()]
+    ratio = bj.measure.paired_ratio(seconds['exported'], seconds['in the library'])
+    lines.append(
+        f'exported ÷ in the library: {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], batch 1, {len(images)} '
+        f'test digits, {passes} interleaved passes on one core; {describe_device()}'
+    )
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    flags.mark_flag_as_required('workdir')
+    app.run(main)

@@ -1,0 +1,174 @@
+"""What `test_sharding` and others run on eight simulated devices: run as a program, prints one line of JSON.
+
+Simulated devices must be asked for before jax starts, so this is a process of its own, one for all checks.
+"""
+
+import json
+import os
+import sys
+import tempfile
+
+if __name__ == '__main__':
+    os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import branchy_jax as bj
+from branchy_jax import sharding
+from branchy_jax.inference import compacted, dense, exit_outputs, plan, segment_times, sharded
+
+STEPS, BATCH = 20, 16
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)  # one object: jit compares optimisers by identity
+
+
+def network():
+    """Three exits, BatchNorm and dropout; no bias before the BatchNorm, whose gradient would be rounding alone."""
+    return bj.BranchyNet(
+        stages=(
+            (nn.Conv(4, (3, 3), use_bias=False, name='conv'), nn.BatchNorm(name='norm'), nn.relu),
+            (bj.models.layers.flatten, nn.Dense(8, name='layer2'), nn.relu),
+            (nn.Dense(8, name='layer3'), nn.Dropout(0.5, name='dropout'), nn.relu),
+        ),
+        exits=(
+            (bj.models.layers.flatten, nn.Dense(3, name='head1')),
+            nn.Dense(3, name='head2'),
+            nn.Dense(3, name='h3'),
+        ),
+        image_shape=(4, 4, 1),
+    )
+
+
+def prepare(key, batch):
+    return batch.replace(image=bj.data.augment(key, batch.image.astype(jnp.float32) / 255, crop_padding=1))
+
+
+def furthest(found, expected):
+    """The largest ‖Δ‖ ÷ ‖θ‖ of all arrays."""
+
+    def distance(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)
+
+    return max(jax.tree.leaves(jax.tree.map(distance, found, expected)))
+
+
+def fresh(model, variables, mesh=None):
+    state = bj.training.create_train_state(model, variables, OPTIMIZER)
+    return state if mesh is None else sharding.replicate(mesh, state)
+
+
+def check_training(mesh, folder):
+    images = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 1)).astype(np.uint8)
+    data, model, key = bj.Batch(images, np.arange(80) % 3), network(), jax.random.key(7)
+    variables = model.init(jax.random.key(1), jnp.zeros((1, 4, 4, 1)))
+    options = {'exit_weights': jnp.ones(3), 'key': key, 'batch_size': BATCH, 'prepare': prepare}
+    fit, epochs = bj.training.fit, STEPS // 5
+    one = fit(fresh(model, variables), data, epochs=epochs, directory=folder / 'one', **options)
+    scanned = fit(fresh(model, variables, mesh), data, epochs=epochs, directory=folder / 'eight', **options)
+
+    by_hand_one, by_hand = fresh(model, variables), fresh(model, variables, mesh)
+    for step, rows in enumerate(np.random.default_rng(1).integers(0, 80, (STEPS, BATCH))):
+        batch = bj.Batch(jnp.float32(images[rows]) / 255, jnp.asarray(data.label[rows]))
+        arguments = jnp.ones(3), jax.random.key(step)
+        by_hand_one, _ = bj.training.train_step(by_hand_one, batch, *arguments)
+        by_hand, metrics = bj.training.train_step(by_hand, sharding.shard(mesh, batch), *arguments)
+
+    # An epoch on other devices than those before it, both ways.
+    on_one = fit(fresh(model, variables), data, epochs=epochs + 1, directory=folder / 'eight', **options)
+    on_eight = fit(fresh(model, variables, mesh), data, epochs=epochs + 1, directory=folder / 'one', **options)
+    through = fit(fresh(model, variables), data, epochs=epochs + 1, **options)
+
+    program = bj.training.epochs._scan_epoch.lower(
+        fresh(model, variables, mesh), sharding.replicate(mesh, data), bj.training.epoch_order(key, 0, 80, BATCH),
+        bj.training.epochs.step_keys(key, 0, 5), jnp.ones(3), prepare=prepare, mesh=mesh,
+        loss=bj.losses.cross_entropy_per_exit, watch=bj.losses.accuracy_per_exit,
+    ).compile().as_text()  # fmt: skip
+    return one, {
+        'scanned': furthest(scanned.variables, one.variables),
+        'by hand': furthest(by_hand.variables, by_hand_one.variables),
+        'moved': furthest(one.variables, variables),
+        'loss is everywhere': metrics['loss'].sharding.is_fully_replicated,
+        'devices of parameters': sorted({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(scanned)}),
+        'whole batches on a device': f'f32[{BATCH},4,4,4]' in program,
+        'shares of batches on a device': f'f32[{BATCH // 8},4,4,4]' in program,
+        'eight to one': furthest(on_one.variables, through.variables),
+        'one to eight': furthest(on_eight.variables, through.variables),
+        'devices after restoring': [len(jax.tree.leaves(state.params)[0].sharding.device_set)
+                                    for state in (on_one, on_eight)],
+    }  # fmt: skip
+
+
+def same(found, expected):
+    close = bool(np.allclose(found.logits, expected.logits, rtol=1e-5, atol=1e-6))
+    return close and all(np.array_equal(getattr(found, k), getattr(expected, k)) for k in ('label', 'exit_index'))
+
+
+def check_inference(mesh, state):
+    model, variables = state.model, state.variables
+    images = np.random.default_rng(2).normal(size=(96, 4, 4, 1)).astype(np.float32)
+    uncertainty = exit_outputs(model, variables, images).uncertainty
+    # The hardest images first: all survivors of the first exit lie on the first device.
+    order = np.argsort(-uncertainty[0])
+    images, uncertainty = images[order], uncertainty[:, order]
+    skewed = [float(uncertainty[0, 11:13].mean()), float(np.median(uncertainty[1, :12]) + 1e-4)]
+    settings = {'skewed': skewed, 'all': [np.inf, 0.0], 'none': [-np.inf, -np.inf],
+                'half': np.median(uncertainty[:2], axis=1) + 1e-4}  # fmt: skip
+    oracle, checks = dense(model), {}
+    run = sharded(model, mesh=mesh, chunk_size=(5, 2, 1))
+    for name, thresholds in settings.items():
+        expected = oracle(variables, images, thresholds)
+        checks[name] = same(run(variables, images, thresholds), expected)
+    uneven = images[:13]
+    checks['uneven'] = same(run(variables, uneven, skewed), oracle(variables, uneven, skewed))
+    balance = run.balance(variables, images, skewed)
+    times = segment_times(model, variables, images, batch_sizes=[2, 12], passes=1)
+    planned = plan(model, variables, images, skewed, mesh=mesh, passes=1, skip_heads=False, times=times)
+    raced = [contender for contender in planned.contenders if contender.name.startswith('sharded')]
+    together = exit_outputs(model, variables, images[:50], batch_size=20, mesh=mesh)
+    return {
+        'same as dense': checks,
+        'same as compacted': same(run(variables, images, skewed),
+                                  compacted(model, chunk_size=2)(variables, images, skewed)),
+        'found': balance.found.tolist(),
+        'dealt': balance.dealt.tolist(),
+        'report': str(balance),
+        'rows of a device': sorted({shard.data.shape[0] for shard in
+                                    run(variables, images, skewed).label.addressable_shards}),
+        'plan': {'same as dense': same(planned(images), oracle(variables, images, planned.thresholds)),
+                 'races on the mesh': len(raced), 'chunks fit a share': max(
+                     (int(size) for c in raced for size in c.name.split(', ')[1].split('/')), default=99) <= 12},
+        'outputs': bool(np.allclose(together.uncertainty, uncertainty[:, :50], rtol=1e-5, atol=1e-6)),
+    }  # fmt: skip
+
+
+def check_refusals(mesh):
+    said = {}
+    tries = {
+        'batch': lambda: sharding.shard(mesh, np.zeros((12, 2))),
+        'devices': lambda: sharding.data_mesh(9),
+    }
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def main():
+    from pathlib import Path
+
+    jax.config.update('jax_disable_most_optimizations', True)
+    mesh = sharding.data_mesh()
+    with tempfile.TemporaryDirectory() as folder:
+        state, training = check_training(mesh, Path(folder))
+    found = {'training': training, 'inference': check_inference(mesh, state), 'refusals': check_refusals(mesh)}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == '__main__':
+    main()

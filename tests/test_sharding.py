@@ -1,0 +1,81 @@
+"""Eight simulated devices do what one does: training, checkpoints, inference with survivors dealt out, plans."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from branchy_jax import sharding
+
+
+@pytest.fixture(scope='module')
+def eight():
+    command = [sys.executable, '-W', 'error', Path(__file__).with_name('eight_devices.py')]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_parameters_after_20_steps_are_those_of_one_device(eight):
+    training = eight['training']
+    assert training['scanned'] <= 1e-5
+    assert training['by hand'] <= 1e-5
+    assert training['moved'] > 0.1  # it did train
+
+
+def test_each_device_computes_its_share_of_a_batch_only(eight):
+    training = eight['training']
+    assert training['shares of batches on a device']
+    assert not training['whole batches on a device']
+    assert training['devices of parameters'] == [8]
+    assert training['loss is everywhere']
+
+
+def test_checkpoints_restore_on_another_number_of_devices(eight):
+    training = eight['training']
+    assert training['eight to one'] <= 1e-5
+    assert training['one to eight'] <= 1e-5
+    assert training['devices after restoring'] == [1, 8]
+
+
+@pytest.mark.parametrize('thresholds', ['skewed', 'all', 'none', 'half', 'uneven'])
+def test_sharded_inference_is_dense(eight, thresholds):
+    assert eight['inference']['same as dense'][thresholds]
+    assert eight['inference']['same as compacted']
+
+
+def test_survivors_of_one_device_are_dealt_to_all(eight):
+    found, dealt = (np.array(eight['inference'][name]) for name in ('found', 'dealt'))
+    assert found[1].tolist() == [12, 0, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_array_equal(found.sum(1), dealt.sum(1))
+    assert (np.ptp(dealt, axis=1) <= 1).all()
+    assert dealt[1].tolist() == [2] * 4 + [1] * 4
+    assert 0 < dealt[2].sum() < 12
+    assert '100.0 %' in eight['inference']['report']
+    assert eight['inference']['rows of a device'] == [12]
+
+
+def test_plan_knows_the_mesh(eight):
+    assert eight['inference']['plan'] == {'same as dense': True, 'races on the mesh': 1, 'chunks fit a share': True}
+    assert eight['inference']['outputs']
+
+
+def test_what_devices_cannot_share_is_refused(eight):
+    assert 'got 12 rows for 8 devices' in eight['refusals']['batch']
+    assert 'num_devices: got 9' in eight['refusals']['devices']
+
+
+def test_one_device_is_a_mesh_too(network):
+    mesh = sharding.data_mesh(1)
+    variables = sharding.replicate(mesh, network[1])
+    assert sharding.mesh_of(variables) == mesh
+    assert sharding.mesh_of(network[1]) is None
+    # Arrays that lie well are kept, others are copied: training donates its state.
+    first, again = jax.tree.leaves(variables)[0], jax.tree.leaves(sharding.replicate(mesh, variables))[0]
+    assert first is again
+    jax.tree.map(lambda leaf: leaf.delete(), variables)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(network[1]))
