@@ -10,6 +10,7 @@ import numpy as np
 
 from branchy_jax.plots.canvas import BASELINE, INK, OURS, SERIES, new_figure, save
 
+_MARKS = (('o', '#8a8a8a'), ('o', OURS), ('*', INK), ('D', INK))
 Points = Sequence[tuple[float, float]]
 
 
@@ -44,8 +45,8 @@ def beside(
         axes.plot(*zip(*points, strict=True), style, color=color, markersize=5, label=name)
     for line, (name, points) in zip(('--^', ':v', '-.d'), paper.items(), strict=False):
         axes.plot(*zip(*points, strict=True), line, color='#8a8a8a', markersize=6, linewidth=1, label=f'{name} (paper)')
-    for name, point in (marked or {}).items():
-        axes.plot(*point, 'o', markersize=14, markerfacecolor='none', markeredgecolor=INK, label=name)
+    for (marker, color), (name, point) in zip(_MARKS, (marked or {}).items(), strict=False):
+        axes.plot(*point, marker, markersize=15, markerfacecolor='none', markeredgecolor=color, linewidth=0, label=name)
     if not ours:
         axes.text(0.5, 0.5, 'ours: not run', transform=axes.transAxes, ha='center', color=BASELINE, fontsize=14)
     if note:
