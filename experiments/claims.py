@@ -170,7 +170,7 @@ def _depth(depth: int) -> str:
 
 
 def _position(position: int) -> str:
-    return f'branch after layer {position}'
+    return _depth(1) if position == 1 else f'branch after layer {position}'  # the same network
 
 
 def _positions(network: str) -> tuple[int, ...]:
