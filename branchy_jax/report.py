@@ -62,15 +62,16 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return '\n'.join([lines[0], rule, *lines[1:]])
 
 
-def table_of_networks(rows: Sequence[Record], *, metric: str = 'accuracy') -> str:
+def table_of_networks(rows: Sequence[Record], *, metric: str = 'accuracy', label: str | None = None) -> str:
     """Lays out Table I: one network per row, its accuracy, speed and exits.
 
     Args:
         rows: with the keys ``network``, ``test_<metric>``, ``latency_ms``, ``gain``, ``mac_gain``, ``thresholds`` and
             ``exit_fractions``; one that is missing shows as a dash.
         metric: what ``test_<metric>`` is called.
+        label: what the column is called, if otherwise.
     """
-    columns = ['network', f'{metric} %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %']
+    columns = ['network', f'{label or metric} %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %']
     return markdown_table(
         columns,
         [

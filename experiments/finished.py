@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import branchy_jax as bj
 from branchy_jax.types import Variables
 from experiments import datasets
+from experiments.configs import common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +64,14 @@ def read_run(workdir: Path | str) -> FinishedRun:
     """
     workdir = Path(workdir)
     report = bj.report.read_json(workdir / 'report.json')
-    config = ConfigDict(bj.report.read_json(workdir / 'config.json'))
+    config = ConfigDict({**common.get_config().to_dict(), **bj.report.read_json(workdir / 'config.json')})
     variables, normalization = _weights(workdir / f'{config.network}.safetensors')
     baseline_variables, _ = _weights(workdir / f'{config.network[2:]}.safetensors')
-    shape = tuple(report['image_shape'])
     options = {
         'num_classes': report['num_classes'],
-        'image_shape': shape,
-        'placement': config.placement,
+        'image_shape': tuple(report['image_shape']),
         'dtype': jnp.dtype(config.dtype),
+        **datasets.own_options(config),
     }
     model = bj.models.create(config.network, **options)
     return FinishedRun(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
+from branchy_jax.criteria import Criterion
 from branchy_jax.inference.segment_times import segment_functions
 from branchy_jax.types import Variables
+from experiments.tasks import TASKS
 
 _SEGMENT_CALLS = 100
 
@@ -46,6 +49,7 @@ def time_networks(
     thresholds: Mapping[str, np.ndarray],
     *,
     passes: int,
+    criterion: tuple[str, str] = ('classification', 'entropy'),
 ) -> Timed:
     """Times both networks on the same images, one call per image, every call waited for.
 
@@ -61,9 +65,10 @@ def time_networks(
         images: ``[M, H, W, C]`` normalised.
         thresholds: ``[N - 1]`` by operating point.
         passes: interleaved passes over the images.
+        criterion: task and name, as in `experiments.tasks.TASKS`.
     """
     stored = jax.tree.map(np.asarray, (variables, baseline_variables))
-    arguments = (network, dict(options), *stored, np.asarray(images), dict(thresholds), passes)
+    arguments = (network, dict(options), *stored, np.asarray(images), dict(thresholds), passes, criterion)
     if jax.default_backend() != 'cpu':
         return _time(*arguments)
     spawn = multiprocessing.get_context('spawn')
@@ -87,7 +92,10 @@ def _time(
     images: np.ndarray,
     thresholds: dict[str, np.ndarray],
     passes: int,
+    criterion: tuple[str, str],
 ) -> Timed:
+    task, name = criterion
+    on = functools.partial(_on, criterion=TASKS[task].criteria[name])
     model = bj.models.create(network, **options)
     baseline = bj.models.without_branches(model)
     inputs = [jax.block_until_ready(jnp.asarray(image)) for image in images]
@@ -95,13 +103,13 @@ def _time(
     fast, fast_baseline = bj.inference.optimize(model, variables), bj.inference.optimize(baseline, baseline_variables)
     none = np.zeros(0, np.float32)
     functions = {
-        'plain': _on(baseline, jax.tree.map(jnp.asarray, baseline_variables), none, inputs),
-        'baseline': _on(*fast_baseline, none, inputs),
-        **{('point', name): _on(*fast, values, inputs) for name, values in thresholds.items()},
+        'plain': on(baseline, jax.tree.map(jnp.asarray, baseline_variables), none, inputs),
+        'baseline': on(*fast_baseline, none, inputs),
+        **{('point', name): on(*fast, values, inputs) for name, values in thresholds.items()},
     }
     exits = model.num_exits
     for n in range(exits):  # force every image out at exit n
-        functions[f'exit {n}'] = _on(*fast, np.where(np.arange(exits - 1) == n, np.inf, -np.inf), few)
+        functions[f'exit {n}'] = on(*fast, np.where(np.arange(exits - 1) == n, np.inf, -np.inf), few)
     functions.update(_trunk_segments(fast, images, _SEGMENT_CALLS))
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
 
@@ -158,12 +166,20 @@ def time_static(
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     inputs = [jax.block_until_ready(jnp.asarray(image)) for image in images]
     none = np.zeros(0, np.float32)
-    functions = {name: _on(*bj.inference.optimize(*network), none, inputs) for name, network in networks.items()}
+    functions = {
+        name: _on(*bj.inference.optimize(*network), none, inputs, criterion=bj.criteria.entropy)
+        for name, network in networks.items()
+    }
     return bj.measure.interleaved_passes(functions, passes=passes)
 
 
 def _on(
-    model: bj.BranchyNet, variables: Variables, thresholds: np.ndarray, inputs: list[jax.Array]
+    model: bj.BranchyNet,
+    variables: Variables,
+    thresholds: np.ndarray,
+    inputs: list[jax.Array],
+    *,
+    criterion: Criterion,
 ) -> Callable[[], None]:
-    execute, thresholds = bj.inference.staged(model), jnp.asarray(thresholds, jnp.float32)
+    execute, thresholds = bj.inference.staged(model, criterion=criterion), jnp.asarray(thresholds, jnp.float32)
     return bj.measure.one_by_one(lambda image: execute(variables, image, thresholds), inputs)

@@ -20,6 +20,7 @@ from branchy_jax.criteria.pixelwise import pixel_exits as pixel_exits
 from branchy_jax.criteria.pixelwise import pixelwise as pixelwise
 from branchy_jax.criteria.pooling import Pool as Pool
 from branchy_jax.criteria.pooling import mean_over_pixels as mean_over_pixels
+from branchy_jax.criteria.pooling import on_every as on_every
 from branchy_jax.criteria.pooling import quantile_over_patches as quantile_over_patches
 from branchy_jax.criteria.pooling import quantile_over_pixels as quantile_over_pixels
 
@@ -39,6 +40,7 @@ __all__ = [
     'max_probability',
     'mean_over_pixels',
     'most_likely_class',
+    'on_every',
     'patience',
     'pixel_exits',
     'pixelwise',

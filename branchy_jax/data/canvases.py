@@ -12,7 +12,7 @@ _INK = 96
 
 
 def digit_canvases(
-    digits: Dataset, *, side: int = 64, most_digits: int = 4, most_clutter: int = 12, seed: int = 0
+    digits: Dataset, *, side: int = 48, most_digits: int = 3, most_clutter: int = 8, seed: int = 0
 ) -> Dataset:
     """Puts digits on square canvases: each pixel is background (0) or belongs to a digit d (class d + 1).
 
@@ -38,7 +38,7 @@ def digit_canvases(
     Example:
         >>> canvases = digit_canvases(load_dataset('mnist5k'))  # doctest: +SKIP
         >>> canvases.train.image.shape, canvases.train.label.shape  # doctest: +SKIP
-        ((3600, 64, 64, 1), (3600, 64, 64))
+        ((3600, 48, 48, 1), (3600, 48, 48))
     """
     height, width, channels = digits.image_shape
     if channels != 1 or side < max(height, width):

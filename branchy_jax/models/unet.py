@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,7 +18,7 @@ from branchy_jax.types import Array
 def b_unet(
     *,
     num_classes: int = 11,
-    image_shape: tuple[int, int, int] = (64, 64, 1),
+    image_shape: tuple[int, int, int] = (48, 48, 1),
     width: int = 16,
     patch_size: int = 2,
     head_width: int = 16,
@@ -66,22 +65,19 @@ def b_unet(
         raise ValueError(f'heads: this network has 2 side heads, got {len(heads)}; None keeps a default')
     conv = functools.partial(nn.Conv, dtype=dtype, conv_general_dilated=convolution)
 
+    def layer(features: int, name: str) -> Layers:
+        norm = nn.BatchNorm(momentum=0.9, dtype=dtype, name=f'{name}_norm')
+        return conv(features, (3, 3), use_bias=False, name=name), norm, nn.relu
+
     def block(features: int, name: str) -> Layers:
-        return (
-            conv(features, (3, 3), name=f'{name}_conv1'),
-            nn.relu,
-            conv(features, (3, 3), name=f'{name}_conv2'),
-            nn.relu,
-        )
+        return *layer(features, f'{name}_conv1'), *layer(features, f'{name}_conv2')
 
     def unfold(name: str) -> Layers:
         return conv(num_classes * patch_size**2, (1, 1), name=name), functools.partial(depth_to_space, size=patch_size)
 
     def side_head(levels: tuple[str, ...], name: str) -> Route:
         gather = AddLevels(head_width, dtype=dtype, name=f'{name}_levels')
-        return Route(
-            (gather, nn.relu, conv(head_width, (3, 3), name=f'{name}_conv'), nn.relu, *unfold(f'{name}_logits')), levels
-        )
+        return Route((gather, nn.relu, *layer(head_width, f'{name}_conv'), *unfold(f'{name}_logits')), levels)
 
     fold = functools.partial(space_to_depth, size=patch_size)
     down = [Route((fold, *block(width, 'down0')), None, 'down0')]
@@ -132,4 +128,6 @@ def _join(pair: tuple[Array, Array]) -> Array:
 
 
 def _enlarge(x: Array, shape: tuple[int, ...]) -> Array:
-    return jax.image.resize(x, (*x.shape[:1], *shape[1:3], x.shape[-1]), 'nearest')
+    for axis in (1, 2):
+        x = jnp.repeat(x, shape[axis] // x.shape[axis], axis=axis)
+    return x

@@ -4,6 +4,7 @@ from branchy_jax.plots.confidence import contact_sheet as contact_sheet
 from branchy_jax.plots.confidence import curves as curves
 from branchy_jax.plots.confidence import held as held
 from branchy_jax.plots.confidence import reliability_diagrams as reliability_diagrams
+from branchy_jax.plots.masks import masks as masks
 from branchy_jax.plots.reproduction import beside as beside
 from branchy_jax.plots.reproduction import gradient_norms as gradient_norms
 from branchy_jax.plots.speed import cost_against_batch as cost_against_batch
@@ -19,6 +20,7 @@ __all__ = [
     'gain_against_batch',
     'gradient_norms',
     'held',
+    'masks',
     'reliability_diagrams',
     'time_against_macs',
     'tradeoff',

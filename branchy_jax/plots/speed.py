@@ -22,6 +22,8 @@ def tradeoff(
     knee: Record | None = None,
     title: str = '',
     metric: str = 'accuracy',
+    label: str | None = None,
+    batch: int = 1,
 ) -> None:
     """Draws the paper's Figure 3: accuracy against time per image as the thresholds vary.
 
@@ -33,6 +35,8 @@ def tradeoff(
         knee: the frontier's knee, with the same keys.
         title: above the picture.
         metric: what is on the vertical axis.
+        label: what it is called there, if otherwise.
+        batch: images in a call.
 
     References:
         BranchyNet, 2016, Figure 3.
@@ -54,8 +58,8 @@ def tradeoff(
     axes.plot(*at(baseline), 's', color=BASELINE, markersize=9, label=f'{baseline["network"]}, no exits')
     axes.axhline(at(baseline)[1], color=BASELINE, linewidth=0.8, linestyle=':')
     axes.set_xlim(left=0)
-    axes.set_xlabel('time per image, batch 1 (ms)')
-    axes.set_ylabel(f'test {metric} (%)')
+    axes.set_xlabel(f'time per image, batch {batch} (ms)')
+    axes.set_ylabel(f'test {label or metric} (%)')
     figure.legend(loc='outside lower center', ncols=2, frameon=False)
     save(figure, path)
 

@@ -15,6 +15,7 @@ from branchy_jax.thresholds.protocols import anytime as anytime
 from branchy_jax.thresholds.protocols import budgeted as budgeted
 from branchy_jax.thresholds.protocols import confusion as confusion
 from branchy_jax.thresholds.screening import Screen as Screen
+from branchy_jax.thresholds.screening import answering_exits as answering_exits
 from branchy_jax.thresholds.screening import evaluate as evaluate
 from branchy_jax.thresholds.screening import quantile_grid as quantile_grid
 from branchy_jax.thresholds.screening import screen as screen
@@ -33,6 +34,7 @@ from branchy_jax.thresholds.statistics import standard_error as standard_error
 
 __all__ = [
     'accuracy_statistics',
+    'answering_exits',
     'anytime',
     'budgeted',
     'conformal_risk_control',

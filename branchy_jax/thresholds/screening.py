@@ -199,8 +199,7 @@ def evaluate(
         raise ValueError(f'thresholds: expected [G, {exits - 1}] numbers without NaN, got shape {thresholds.shape}')
     fractions, sums = [], []
     for setting in thresholds:
-        confident = np.concatenate([is_confident(uncertainty[:-1], setting[:, None]), np.ones((1, inputs), bool)])
-        first = confident.argmax(axis=0)
+        first = answering_exits(uncertainty, setting)
         fractions.append(np.bincount(first, minlength=exits) / inputs)
         sums.append(statistics[first, np.arange(inputs)].sum(axis=0))
     fractions = np.array(fractions)
@@ -212,6 +211,25 @@ def evaluate(
         criterion=criterion,
         split=split,
     )
+
+
+def answering_exits(uncertainty: Array, thresholds: Array) -> np.ndarray:
+    """Returns which exit answers each input: the first that is confident, else the last.
+
+    Args:
+        uncertainty: ``[N, B]``.
+        thresholds: ``[N - 1]``.
+
+    Returns:
+        ``[B]`` integers in ``[0, N)``.
+
+    Example:
+        >>> answering_exits([[0.1, 0.9], [0.0, 0.0]], [0.5]).tolist()
+        [0, 1]
+    """
+    uncertainty = _matrix(uncertainty)
+    confident = is_confident(uncertainty[:-1], np.asarray(thresholds, np.float32)[:, None])
+    return np.concatenate([confident, np.ones((1, uncertainty.shape[1]), bool)]).argmax(axis=0)
 
 
 def _outcomes(uncertainty: np.ndarray, statistics: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    config.dataset = ''  # 'mnist5k', a TFDS name, or a path ending in .npz
+    config.task = 'classification'  # or 'segmentation'
+    config.dataset = ''  # 'mnist5k', 'digit_canvases', a TFDS name, or a path ending in .npz
+    config.image_size = ()  # (H, W) to resize to, where images of a TFDS data set differ in size
     config.validation_fraction = 0.1  # of the training part, per class; thresholds are picked on it
     config.most_examples = 0  # of each part, to try a run out; 0: all
     config.stream = False  # leave the training images of a TFDS data set on disk; in memory where they fit
@@ -18,7 +20,10 @@ def get_config() -> ConfigDict:
     config.flip = False  # random mirroring, left and right
 
     config.network = ''  # the branchy one; its baseline is trained on its own
-    config.placement = 'text'  # where the branches leave: the paper's 'text', the 'released' code, or 'tuned' here
+    config.placement = (
+        'text'  # where the branches leave: the paper's 'text', the 'released' code, 'tuned'; '' elsewhere
+    )
+    config.network_options = ConfigDict()  # further arguments of the network's builder
     config.dtype = 'float32'  # of the computation; 'bfloat16' on accelerators
     config.banded = False  # train with convolutions as banded products: faster for few channels on a CPU
 
@@ -42,11 +47,13 @@ def get_config() -> ConfigDict:
     config.temperature = 2.0  # of the distillation
 
     # 'accuracy': the cheapest thresholds that on validation data are at most so many standard errors below the best
-    # and, if any do, reach the baseline; 'knee': the knee of the frontier.
+    # and, if any do, reach the baseline; 'baseline': the cheapest that reach the baseline; 'knee': the knee of the
+    # frontier.
     config.choose = 'accuracy'
     config.standard_errors = 1.0
-    config.tolerance = 0.0  # accuracy that 'accuracy' may give up
+    config.tolerance = 0.0  # accuracy that 'accuracy' and 'baseline' may give up
 
-    config.latency_images = 1000  # of the test part, per pass, one call each
+    config.latency_batch = 1  # images in a call; above 1 the planner chooses how they run
+    config.latency_images = 1000  # of the test part, per pass
     config.latency_passes = 20
     return config

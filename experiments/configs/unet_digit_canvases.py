@@ -1,0 +1,52 @@
+r"""B-U-Net on canvases of handwritten digits: segmentation, thresholds on images, anytime prediction on pixels.
+
+Paper: BranchyNet (2016), conclusion: image segmentation is named as a task to come; no figures.
+Command: python -m experiments.main \
+    --config=experiments/configs/unet_digit_canvases.py --workdir=runs/unet_digit_canvases
+    (a smaller one: --config=experiments/configs/unet_digit_canvases.py:quick)
+Run time: to be measured.
+Expect: to be measured.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import common
+
+
+def get_config(variant: str = '') -> ConfigDict:
+    """Returns the settings of this run.
+
+    Args:
+        variant: ``'quick'`` for few epochs.
+
+    Raises:
+        ValueError: another variant.
+    """
+    if variant not in ('', 'quick'):
+        raise ValueError(f"variant: got {variant!r}; there is 'quick', or nothing after the file's name")
+    quick = variant == 'quick'
+    config = common.get_config()
+    config.task = 'segmentation'
+    config.dataset = 'digit_canvases'
+
+    config.network = 'b-unet'
+    config.placement = ''
+    config.network_options = ConfigDict({'width': 16, 'head_width': 12})
+
+    config.epochs_baseline = 5 if quick else 25
+    config.epochs = 4 if quick else 20
+    config.batch_size = 32
+    config.optimizer = 'adamw'
+    config.learning_rate = 3e-3
+    config.weight_decay = 1e-4
+    config.scan_epoch = False  # on a CPU, convolutions in a scanned loop are many times slower
+
+    config.exit_weights = (1.0, 1.0, 1.0)
+
+    config.choose = 'baseline'
+    config.tolerance = 0.002  # of mIoU
+
+    config.latency_batch = 32
+    config.latency_images = 256 if quick else 512
+    config.latency_passes = 20
+    return config

@@ -1,0 +1,34 @@
+r"""B-ViT on MNIST: a small vision transformer with exits after its second and fourth block.
+
+Paper: none of its own; BranchyNet (2016) builds convolutional networks only.
+Command: TFDS_DATA_DIR=DIR python -m experiments.main \
+    --config=experiments/configs/vit_mnist.py --workdir=runs/vit_mnist
+Run time: to be measured.
+Expect: to be measured.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import common
+
+
+def get_config() -> ConfigDict:
+    """Returns the settings of this run."""
+    config = common.get_config()
+    config.dataset = 'mnist'
+    config.crop_padding = 2
+
+    config.network = 'b-vit'
+    config.placement = ''
+    config.network_options = ConfigDict({'patch_size': 7, 'depth': 6, 'width': 64, 'exits_after': (2, 4)})
+
+    config.epochs_baseline = 12
+    config.epochs = 8
+    config.batch_size = 128
+    config.optimizer = 'adamw'
+    config.learning_rate = 1.5e-3
+    config.weight_decay = 0.01
+    config.scan_epoch = False  # an epoch is a minute on a CPU: progress within it is worth a dispatch per step
+
+    config.exit_weights = (1.0, 1.0, 1.0)
+    return config
