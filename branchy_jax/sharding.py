@@ -30,8 +30,8 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
         ValueError: more devices than there are, or, with several processes, not all of them.
 
     Example:
-        >>> data_mesh(1).shape
-        OrderedDict({'batch': 1})
+        >>> dict(data_mesh(1).shape)
+        {'batch': 1}
     """
     # By process, so that a process's share of a batch is one run of rows.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -67,8 +67,8 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> replicate(data_mesh(1), jnp.ones(3)).sharding.spec
-        PartitionSpec()
+        >>> replicate(data_mesh(1), jnp.ones(3)).sharding.is_fully_replicated
+        True
     """
     target = replicated(mesh)
 
@@ -93,8 +93,8 @@ def shard(mesh: Mesh, tree: Tree) -> Tree:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> shard(data_mesh(1), jnp.ones((4, 2))).sharding.spec
-        PartitionSpec('batch',)
+        >>> tuple(shard(data_mesh(1), jnp.ones((4, 2))).sharding.spec)
+        ('batch',)
     """
     target = sharded(mesh)
 

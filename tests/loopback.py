@@ -84,8 +84,8 @@ def main(process_id, num_processes, port, folder):
     jax.config.update('jax_disable_most_optimizations', True)
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(
-        f'localhost:{port}', int(num_processes), int(process_id), heartbeat_timeout_seconds=10,
-        initialization_timeout=60, shutdown_timeout_seconds=30,
+        f'localhost:{port}', int(num_processes), int(process_id), heartbeat_timeout_seconds=15,
+        initialization_timeout=150, shutdown_timeout_seconds=30,
     )  # fmt: skip
     folder, mesh = Path(folder), sharding.data_mesh()
     stream = Recorded()

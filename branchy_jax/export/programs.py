@@ -196,7 +196,7 @@ def _run_stage(model: BranchyNet, n: int, variables: Variables, hidden: Any) -> 
 def _run_exit(model: BranchyNet, criterion: Criterion, n: int, variables: Variables, hidden: Any, carry: Any) -> Any:
     logits = model.apply(variables, hidden, n, method='run_exit')
     answer, uncertainty, carry = criterion.update(logits, criterion.init(logits) if n == 0 else carry, n)
-    return jnp.argmax(answer, axis=-1).astype(jnp.int32), answer, uncertainty, carry
+    return criterion.decide(answer), answer, uncertainty, carry
 
 
 def _named(name: str, tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
