@@ -68,6 +68,7 @@ def measure_energy(
     *,
     seconds: float = 10.0,
     idle_seconds: float = 5.0,
+    idle_watts: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Energy:
@@ -82,6 +83,7 @@ def measure_energy(
         meter: from `find_meter`.
         seconds: to run for at least; longer if the meter is slow.
         idle_seconds: to rest for before; as above.
+        idle_watts: from an earlier measurement, to save the rest.
         clock: returns seconds.
         sleep: rests for so many seconds.
 
@@ -98,7 +100,9 @@ def measure_energy(
     """
     jax.block_until_ready(function())
     period = _update_period(meter, clock, sleep)
-    idle_watts, _, _ = _run(lambda: sleep(period), meter, max(idle_seconds, _UPDATES_PER_RUN * period), clock)
+    if idle_watts is None:
+        rest = max(idle_seconds, _UPDATES_PER_RUN * period)
+        idle_watts, _, _ = _run(lambda: sleep(period), meter, rest, clock)
     watts, calls, elapsed = _run(
         lambda: jax.block_until_ready(function()), meter, max(seconds, _UPDATES_PER_RUN * period), clock
     )

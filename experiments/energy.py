@@ -26,9 +26,6 @@ from branchy_jax.energy import Meter
 from experiments.finished import FinishedRun, read_run
 from experiments.records import describe_device
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
-_BATCHES = flags.DEFINE_list('batches', ['1'], 'Batch sizes: one image a call, or batches through the planner.')
-_SECONDS = flags.DEFINE_float('seconds', 10.0, 'To run each for, at least.')
 _IMAGES = 200
 NO_METER = 'no meter: this device offers no energy counter that nvidia-ml-py or zeus (RAPL) can read; nothing measured'
 
@@ -73,11 +70,12 @@ def measure(
     if meter is None:
         return {'meter': None, 'note': NO_METER, 'rows': []}
     test = finished.dataset().test
-    rows = []
+    rows, idle_watts = [], None
     for batch in (size for size in batches if size <= len(test)):
         images = np.asarray(finished.normalization(test.image[: max(_IMAGES // batch, 1) * batch]))
         for (network, point), run in _passes(finished, images, batch).items():
-            found = bj.energy.measure_energy(run, meter, seconds=seconds, **clocks)
+            found = bj.energy.measure_energy(run, meter, seconds=seconds, idle_watts=idle_watts, **clocks)
+            idle_watts = found.idle_watts
             row = {'network': network, 'operating_point': point, 'batch': batch, **dataclasses.asdict(found)}
             rows.append({**row, **{key: row[key] / len(images) for key in ('joules', 'joules_with_idle')}})
     note = f'{meter.name}; idle power subtracted and shown; every run long enough for a resolution below 2 %'
@@ -111,6 +109,9 @@ def _staged(network: tuple[bj.BranchyNet, Any], thresholds: np.ndarray) -> Calla
     return lambda image: execute(network[1], image, settings)
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
+    _BATCHES = flags.DEFINE_list('batches', ['1'], 'Batch sizes: one image a call, or batches through the planner.')
+    _SECONDS = flags.DEFINE_float('seconds', 10.0, 'To run each for, at least.')
     flags.mark_flags_as_required(['workdir'])
     app.run(main)

@@ -82,4 +82,4 @@ def read_run(workdir: Path | str) -> FinishedRun:
 def _weights(path: Path) -> tuple[Variables, bj.Normalization]:
     variables, _ = bj.checkpoint.load_weights(path)
     normalization = bj.Normalization(**variables.pop('normalization'))
-    return jax.tree.map(jnp.asarray, variables), normalization
+    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), variables), normalization

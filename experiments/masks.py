@@ -156,5 +156,6 @@ def _picture(
     logits = networks.model.apply(networks.variables, dataset.normalization(images))
     bj.plots.masks(
         path, images, dataset.test.label[shown], np.stack([np.argmax(z, axis=-1) for z in logits]), first[shown],
-        num_classes=dataset.num_classes, class_names=_names(dataset), title=f'{dataset.name}: the first test images that each exit answers',
+        num_classes=dataset.num_classes, class_names=_names(dataset),
+        title=f'{dataset.name}: the first test images that each exit answers',
     )  # fmt: skip

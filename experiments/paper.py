@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+JPEG_NOTE = 'This CIFAR-10 is a copy re-encoded as JPEG (quality 75).'
 _NOTE = 'trunk segments only, thresholds picked on test data'
 
 
@@ -36,6 +37,24 @@ TABLE_1 = {
         _row('B-ResNet', 0.7917, 73.5, 37.2, [0.3, 0.2], [0.415, 0.138, 0.447]),
     ],
 }
+
+
+# Figure 3: (GPU ms, accuracy %) as T varies, and which point is the knee. Digitised.
+FIGURE_3 = {
+    'b-lenet': ([(0.26, 98.57), (0.27, 98.92), (0.32, 99.23), (0.34, 99.25), (1.70, 99.27)], 3),
+    'b-alexnet': ([(0.91, 74.9), (0.97, 76.0), (1.04, 77.1), (1.15, 78.1), (1.31, 79.19), (3.22, 79.16)], 4),
+    'b-resnet110': (
+        [(1.95, 63.8), (17.8, 69.5), (19.9, 73.4), (32.4, 78.1), (37.2, 79.17), (60.8, 81.65), (72.9, 81.8)], 4,
+    ),
+}  # fmt: skip
+# Figure 4, B-AlexNet: (share that leaves first in %, accuracy %) and (share, largest entropy let through).
+FIGURE_4_ACCURACY = [(0, 79.16), (46, 79.51), (67, 79.11), (83, 77.35), (100, 74.90)]
+FIGURE_4_ENTROPY = [(67, 0.0001), (79, 0.012), (87.5, 0.125), (96, 0.593)]
+# Figure 5, B-AlexNet: accuracy % of the last exit with 0 to 4 convolutions in branch 1.
+FIGURE_5 = [76.6, 77.8, 78.0, 77.9, 77.4]
+# Figure 6, on the CPU: (ms, cache misses %) of B-AlexNet as T varies, and of AlexNet.
+FIGURE_6 = [(4.08, 0.050), (4.87, 0.051), (6.32, 0.113), (9.83, 0.225)]
+FIGURE_6_BASELINE = (9.56, 0.221)
 
 
 def rows_beside(network: str) -> list[dict[str, Any]]:

@@ -111,12 +111,30 @@ def assemble(
             }
             for n in range(len(frontier))
         ],
+        'first_and_last': _first_and_last(task, outputs, costs),
         'exit_latency_ms': timed.exit_latency_ms,
         'trunk_only_ms': timed.trunk_only_ms,
         'stage_macs': costs.stages.tolist(),
         'exit_macs': costs.exits.tolist(),
         'paper': paper.rows_beside(config.network),
     }
+
+
+_FIGURE_4_POINTS = 41
+
+
+def _first_and_last(task: Task, outputs: ExitStatistics, costs: bj.costs.StageCosts) -> list[dict[str, float]]:
+    """Returns the metric against the share that leaves first, the exits between never asked (the paper's Figure 4)."""
+    first = np.sort(outputs.uncertainty[0])
+    places = np.linspace(0, len(first), _FIGURE_4_POINTS).round().astype(int)
+    limits = np.append(first, np.inf)[places]  # strictly below: as many as asked leave
+    never = np.full((len(limits), outputs.uncertainty.shape[0] - 2), -np.inf)
+    thresholds = np.concatenate([limits[:, None], never], axis=1)
+    found = bj.thresholds.evaluate(outputs.uncertainty, outputs.statistics, costs, thresholds, metric=task.metric)
+    return [
+        {'share': float(share), f'test_{task.key}': float(accuracy), 'threshold': float(limit)}
+        for share, accuracy, limit in zip(found.exit_fractions[:, 0], found.accuracy, limits, strict=True)
+    ]
 
 
 def _operating_point(
@@ -190,7 +208,7 @@ def _page(report: Mapping[str, Any], config: ConfigDict, task: Task, table: str)
     branchy = report['rows'][1]
     alone = config.latency_batch == 1 and jax.default_backend() == 'cpu'
     cores = ', on one core, where each network is fastest' if alone else ''
-    note = '\nThis CIFAR-10 is a copy re-encoded as JPEG (quality 75).\n' if config.dataset == 'cifar10' else ''
+    note = f'\n{paper.JPEG_NOTE}\n' if config.dataset == 'cifar10' else ''
     return f"""# {config.network} on {config.dataset}
 
 `{report['command']}`

@@ -149,6 +149,30 @@ def _trunk_segments(
     }
 
 
+def time_static(
+    networks: Mapping[str, tuple[bj.BranchyNet, Variables]], images: np.ndarray, *, passes: int
+) -> dict[str, np.ndarray]:
+    """Times one-exit networks in turns, one call per image, each as `branchy_jax.inference.optimize` rewrites it.
+
+    Args:
+        networks: by name, with their variables.
+        images: ``[M, H, W, C]`` normalised.
+        passes: interleaved passes over the images.
+
+    Returns:
+        Seconds ``[passes]`` by name.
+    """
+    if jax.default_backend() == 'cpu' and hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    inputs = [jax.block_until_ready(jnp.asarray(image)) for image in images]
+    none = np.zeros(0, np.float32)
+    functions = {
+        name: _on(*bj.inference.optimize(*network), none, inputs, criterion=bj.criteria.entropy)
+        for name, network in networks.items()
+    }
+    return bj.measure.interleaved_passes(functions, passes=passes)
+
+
 def _on(
     model: bj.BranchyNet,
     variables: Variables,

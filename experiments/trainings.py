@@ -42,14 +42,20 @@ def train_both(
     baseline = bj.models.without_branches(model)
     keys = jax.random.split(jax.random.key(config.seed), 4)
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
-    train = functools.partial(_train, config=config, dataset=dataset, workdir=workdir, mesh=mesh)
+    train = functools.partial(train_network, config=config, dataset=dataset, workdir=workdir, mesh=mesh)
     baseline_variables = train(
         baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
         name=config.network[2:], epochs=config.epochs_baseline,
     )  # fmt: skip
     start = jax.jit(model.init)(keys[2], example)
     if config.regime != 'joint':
-        start, taken = bj.training.initialize_from_baseline(start, baseline_variables)
+        trained = baseline_variables
+        if config.epochs_start:
+            trained = train(
+                baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
+                name=f'{config.network[2:]}-start', epochs=config.epochs_start,
+            )  # fmt: skip
+        start, taken = bj.training.initialize_from_baseline(start, trained)
         print(f'{config.network}: took {len(taken.taken)} arrays from the baseline, {len(taken.fresh)} start fresh')
     variables = train(
         model, start, keys[3], config.exit_weights,
@@ -58,7 +64,7 @@ def train_both(
     return baseline_variables, variables
 
 
-def _train(
+def train_network(
     model: bj.BranchyNet,
     variables: Variables,
     key: jax.Array,
@@ -69,9 +75,24 @@ def _train(
     config: ConfigDict,
     dataset: Data,
     workdir: Path,
-    mesh: Mesh | None,
+    mesh: Mesh | None = None,
     frozen_trunk: bool = False,
 ) -> Variables:
+    """Trains one network, resuming from its checkpoints.
+
+    Args:
+        model: the network.
+        variables: to start from.
+        key: of the whole training.
+        exit_weights: ``[N]``.
+        name: of its checkpoints.
+        epochs: in all.
+        config: settings of the run.
+        dataset: only its training part is used.
+        workdir: checkpoints go below it.
+        mesh: devices to share batches over.
+        frozen_trunk: trains the side heads only.
+    """
     optimizer = _optimizer(config, steps=epochs * (len(dataset.train) // config.batch_size))
     state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk)
     if mesh is not None:

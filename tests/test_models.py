@@ -17,16 +17,17 @@ def shapes_of(model, image_shape):
     return traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images), sep='/')
 
 
-@pytest.mark.parametrize('placement', ['text', 'released'])
+@pytest.mark.parametrize('placement', ['text', 'released', 'tuned'])
 @pytest.mark.parametrize('trunk', SHAPES)
 def test_contract(trunk, placement):
     model = bj.models.create(f'b-{trunk}', placement=placement, num_classes=7)
     images = jax.ShapeDtypeStruct((2, *SHAPES[trunk]), jnp.float32)
     logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
-    assert [(z.shape, z.dtype) for z in logits] == [((2, 7), jnp.float32)] * EXITS[trunk]
+    exits = EXITS[trunk] + (trunk == 'resnet8' and placement == 'tuned')
+    assert [(z.shape, z.dtype) for z in logits] == [((2, 7), jnp.float32)] * exits
 
 
-@pytest.mark.parametrize('placement', ['text', 'released'])
+@pytest.mark.parametrize('placement', ['text', 'released', 'tuned'])
 @pytest.mark.parametrize('trunk', SHAPES)
 def test_baseline_is_the_same_trunk_with_one_exit(trunk, placement):
     baseline = bj.models.create(trunk, placement=placement)
@@ -74,7 +75,7 @@ def test_own_heads(getkey):
         ('b-lenett', {}, r"name: unknown network 'b-lenett'; choose from b-lenet, b-alexnet, b-resnet110"),
         ('lenet5', {}, 'name: unknown'), ('b-resnet', {}, 'name: unknown'), (None, {}, 'name: unknown'),
         ('b-resnet111', {}, 'depth: got 111'), ('b-resnet2', {}, 'depth: got 2'),
-        ('b-lenet', {'placement': 'txt'}, "placement: got 'txt'; choose from 'text', 'released'"),
+        ('b-lenet', {'placement': 'txt'}, "placement: got 'txt'; choose from 'text', 'released', 'tuned'"),
         ('b-lenet', {'clases': 3}, "options: 'b-lenet' takes no clases; choose from num_classes"),
     ],
 )  # fmt: skip

@@ -32,9 +32,8 @@ def b_alexnet(
     The trunk is the released one in either placement. ``'text'`` branches after the first and the second convolution
     (each with its pooling and normalisation, which branch and trunk share), with two and one strided convolutions and
     a dense layer. ``'released'`` branches one convolution later, before the pooling, which each branch repeats.
-    ``'tuned'`` keeps the places of the text, the last before the trunk's expensive convolution and the first after it,
-    and doubles the features of both heads, which are a tenth and a twentieth of the trunk: a first exit that answers
-    right more often saves more than it costs.
+    ``'tuned'`` leaves where the text does, before and after the convolution that costs most, and doubles the features
+    of both heads: a first exit that is right more often saves more than it costs.
 
     Args:
         num_classes: K.
@@ -77,16 +76,6 @@ def b_alexnet(
                 (small(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
             ),
         ),
-        'tuned': (
-            ((conv1, *_pool_and_normalize), (conv2, *_pool_and_normalize), (conv3, *rest)),
-            (
-                (
-                    wide(strides=2, name='exit1_conv1'), nn.relu,
-                    wide(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
-                ),
-                (wide(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
-            ),
-        ),
         'released': (
             ((conv1, *_pool_and_normalize, conv2), (*_pool_and_normalize, conv3), rest),
             (
@@ -95,6 +84,16 @@ def b_alexnet(
                     small(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
                 ),
                 (*_pool_and_normalize, small(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
+            ),
+        ),
+        'tuned': (
+            ((conv1, *_pool_and_normalize), (conv2, *_pool_and_normalize), (conv3, *rest)),
+            (
+                (
+                    wide(strides=2, name='exit1_conv1'), nn.relu,
+                    wide(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
+                ),
+                (wide(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
             ),
         ),
     }  # fmt: skip

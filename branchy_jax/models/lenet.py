@@ -62,6 +62,14 @@ def b_lenet(
     classify = dense(num_classes, name='exit1_fc')
     branch = functools.partial(conv, 32, padding=0)
     layouts = {
+        'text': (
+            ((conv1, _pool, nn.relu), rest),
+            ((conv(16, (3, 3), strides=3, padding=0, name='exit1_conv1'), nn.relu, flatten, classify),),
+        ),
+        'released': (
+            (conv1, (_pool, nn.relu, *rest)),
+            ((_pool, nn.relu, conv(10, (3, 3), padding=1, name='exit1_conv1'), _pool, nn.relu, flatten, classify),),
+        ),
         'tuned': (
             ((), (conv1, _pool, nn.relu, *rest)),
             (
@@ -70,14 +78,6 @@ def b_lenet(
                     branch(kernel_size=(3, 3), strides=2, name='exit1_conv2'), nn.relu, flatten, classify,
                 ),
             ),
-        ),
-        'text': (
-            ((conv1, _pool, nn.relu), rest),
-            ((conv(16, (3, 3), strides=3, padding=0, name='exit1_conv1'), nn.relu, flatten, classify),),
-        ),
-        'released': (
-            (conv1, (_pool, nn.relu, *rest)),
-            ((_pool, nn.relu, conv(10, (3, 3), padding=1, name='exit1_conv1'), _pool, nn.relu, flatten, classify),),
         ),
     }  # fmt: skip
     stages, side_heads = choose_layout(layouts, placement=placement, heads=heads)

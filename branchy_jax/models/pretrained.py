@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -101,7 +102,7 @@ def read_pretrained(path: Path | str) -> Pretrained:
     options['dtype'] = jnp.dtype(options.get('dtype', 'float32'))
     return Pretrained(
         model=create(card['network'], **options),
-        variables=stored,
+        variables=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), stored),  # may be stored in halves
         normalization=Normalization(**{name: jnp.asarray(value) for name, value in normalization.items()}),
         operating_points=points,
         card=card,

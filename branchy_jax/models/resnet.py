@@ -100,6 +100,23 @@ def b_resnet(
                 ),
             ),
         ),
+        'released': (
+            (
+                normalized_conv('conv1', 16, padding=0),
+                (first, *others),
+                (*group2, *group3, _average_6x6, flatten),
+            ),
+            (
+                (
+                    conv(64, (5, 5), padding=2, use_bias=True, name='exit1_conv1'), nn.relu,
+                    local_response_normalization,
+                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv2'), nn.relu,
+                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv3'), nn.relu,
+                    flatten, classify1,
+                ),
+                (block(16, name='exit2_block1'), flatten, classify2),
+            ),
+        ),
         'tuned': (
             (
                 (*normalized_conv('conv1', 16, padding=1), *group1[:half]),
@@ -119,23 +136,6 @@ def b_resnet(
                     global_average_pool, classify2,
                 ),
                 (*normalized_conv('exit3_conv1', 64, strides=2, padding=1), global_average_pool, classify3),
-            ),
-        ),
-        'released': (
-            (
-                normalized_conv('conv1', 16, padding=0),
-                (first, *others),
-                (*group2, *group3, _average_6x6, flatten),
-            ),
-            (
-                (
-                    conv(64, (5, 5), padding=2, use_bias=True, name='exit1_conv1'), nn.relu,
-                    local_response_normalization,
-                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv2'), nn.relu,
-                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv3'), nn.relu,
-                    flatten, classify1,
-                ),
-                (block(16, name='exit2_block1'), flatten, classify2),
             ),
         ),
     }  # fmt: skip

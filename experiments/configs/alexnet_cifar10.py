@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
 
     config.network = 'b-alexnet'
 
-    config.epochs_baseline = 60
+    config.epochs_baseline = 120
+    config.epochs_start = 60
     config.epochs = 60
     config.batch_size = 128
     config.optimizer = 'adamw'

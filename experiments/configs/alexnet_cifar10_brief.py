@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = alexnet_cifar10.get_config()
     config.regime = 'joint'
+    config.epochs_start = 0
     config.epochs_baseline = 1
     config.epochs = 4
     config.crop_padding = 0

@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
     config.banded = False  # train with convolutions as banded products: faster for few channels on a CPU
 
     config.epochs_baseline = 1
+    # of a shorter-trained baseline to start from, so that both networks see as many epochs in all; 0: start from the
+    # baseline itself
+    config.epochs_start = 0
     config.epochs = 1
     config.batch_size = 64
     config.optimizer = 'adam'  # as in the paper; 'adamw'; 'sgd' with Nesterov momentum 0.9

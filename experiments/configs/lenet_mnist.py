@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
     config.banded = True
 
     config.epochs_baseline = 40
-    config.epochs = 40
+    config.epochs_start = 20
+    config.epochs = 20
     config.learning_rate = 2e-3
-    config.regime = 'joint'  # as long as the baseline, and from as little
 
     config.exit_weights = (1.0, 0.3)
     return config

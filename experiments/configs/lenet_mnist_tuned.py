@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
     config.placement = 'tuned'
     # The branch shares no layer with the trunk: nothing is lost by leaving the trained baseline as it is.
     config.regime = 'frozen'
+    config.epochs_start = 0
+    config.epochs = 40
     config.exit_weights = (1.0, 1.0)
     config.distillation = 0.5
     config.standard_errors = 0.0

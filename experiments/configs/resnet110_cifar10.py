@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.dtype = 'bfloat16'
 
     config.epochs_baseline = 60
+    config.epochs_start = 0
+    config.regime = 'joint'  # as long as the baseline, and from as little
     config.epochs = 60
     config.batch_size = 256
     config.optimizer = 'sgd'

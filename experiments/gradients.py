@@ -1,0 +1,185 @@
+"""Do branches keep gradients from vanishing? The gradient of each layer, with and without branches.
+
+    python -m experiments.gradients --workdir=runs/claims --network=b-resnet110 --dataset=cifar10
+    python -m experiments.gradients --workdir=runs/claims --network=b-plain30 --dataset=cifar10
+
+Writes ``gradients_NETWORK.json``, ``.md`` and ``.png``. ``b-plainD`` is a network of D convolutions without shortcuts
+or normalisation, with two branches. The network with branches sums all exits' losses with weight 1; the one without
+has the same initial weights and sees the same batches.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax import traverse_util
+
+import branchy_jax as bj
+from experiments import datasets
+from experiments.configs import common
+from experiments.paper import JPEG_NOTE
+from experiments.records import describe_device
+from experiments.variants import deep_plain, trunk_layers
+from experiments.verdicts import judge, sentence
+
+
+def main(arguments: list[str]) -> None:
+    """Measures and writes."""
+    if len(arguments) > 1:
+        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
+    logging.set_verbosity(logging.WARNING)
+    config = common.get_config()
+    config.dataset = _DATASET.value
+    run(
+        Path(_WORKDIR.value), _NETWORK.value, datasets.load(config), seeds=_SEEDS.value, steps=_STEPS.value,
+        batch_size=_BATCH_SIZE.value,
+    )  # fmt: skip
+
+
+def run(
+    workdir: Path, network: str, dataset: bj.data.Dataset, *, seeds: int, steps: int, batch_size: int
+) -> dict[str, Any]:
+    """Measures gradients at initialisation and after some steps; returns the record."""
+    path = workdir / f'gradients_{network}.json'
+    settings = {'network': network, 'dataset': dataset.name, 'seeds': seeds, 'steps': steps, 'batch_size': batch_size}
+    stored = bj.report.read_json(path) if path.exists() else {}
+    model = _model(network, dataset)
+    if settings.items() <= stored.items():  # measured before
+        found = {name: np.array(values) for name, values in stored['norms'].items()}
+    else:
+        models = {'with branches': model, 'without': bj.models.without_branches(model)}
+        found = {
+            name: np.array([_norms(model, dataset, seed, steps, batch_size) for seed in range(seeds)])
+            for name, model in models.items()
+        }  # [S, 2, layers]
+    record = {
+        **settings,
+        'device': describe_device(),
+        'command': shlex.join(['python', '-m', 'experiments.gradients', *sys.argv[1:]]),
+        'layers': trunk_layers(model),
+        'norms': {name: values.tolist() for name, values in found.items()},
+        'answers': [
+            {'when': when, **answer}
+            for moment, when in enumerate(('at initialisation', f'after {steps} steps'))
+            for answer in _answers(found['with branches'][:, moment], found['without'][:, moment], when)
+        ],
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    bj.report.write_json(path, record)
+    bj.plots.gradient_norms(
+        workdir / f'gradients_{network}.png', record['norms'], steps=steps, title=f'{network} on {dataset.name}'
+    )
+    bj.report.write_text(workdir / f'gradients_{network}.md', _page(record))
+    print(_page(record))
+    return record
+
+
+def _model(network: str, dataset: bj.data.Dataset) -> bj.BranchyNet:
+    shape = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
+    if network.startswith('b-plain'):
+        return deep_plain(depth=int(network.removeprefix('b-plain')), branches=2, **shape)
+    return bj.models.create(network, **shape)
+
+
+def _norms(
+    model: bj.BranchyNet, dataset: bj.data.Dataset, seed: int, steps: int, batch_size: int
+) -> tuple[list[float], list[float]]:
+    """Returns the root mean square gradient of every layer of the trunk, before and after training."""
+    state = bj.training.create_train_state(model, _init(model, jax.random.key(seed)), _OPTIMIZER)
+    order = np.random.default_rng(seed).permutation(len(dataset.train))
+    batches = [
+        bj.Batch(dataset.normalization(dataset.train.image[rows]), jnp.asarray(dataset.train.label[rows]))
+        for rows in np.resize(order, (steps + 1, batch_size))
+    ]
+    key = jax.random.key(seed)
+    before = _layer_norms(model, _gradients(state, batches[0], key))
+    weights = jnp.ones(model.num_exits)
+    for batch in batches[:-1]:
+        state, _ = bj.training.train_step(state, batch, weights, key)
+    return before, _layer_norms(model, _gradients(state, batches[-1], key))
+
+
+_OPTIMIZER = optax.adam(1e-3)
+_NOTHING = 1e-12  # a gradient below this counts as this: it moves nothing
+
+
+def _init(model: bj.BranchyNet, key: jax.Array) -> Any:
+    """Initialises the trunk alike with and without branches: parameters draw from the key by their own names."""
+    return jax.jit(model.init)(key, jnp.zeros((1, *model.image_shape)))
+
+
+@jax.jit
+def _gradients(state: bj.training.TrainState, batch: bj.Batch, key: jax.Array) -> Any:
+    def loss(params: Any) -> jax.Array:
+        logits, _ = state.model.apply(
+            {'params': params, **state.model_state}, batch.image, train=True, rngs={'dropout': key},
+            mutable=list(state.model_state),
+        )  # fmt: skip
+        return bj.losses.cross_entropy_per_exit(logits, batch.label).sum()
+
+    return jax.grad(loss)(state.params)
+
+
+def _layer_norms(model: bj.BranchyNet, gradients: Any) -> list[float]:
+    norms = []
+    for name in trunk_layers(model):
+        if name not in gradients:
+            continue
+        kernels = [
+            np.asarray(leaf).ravel()
+            for path, leaf in traverse_util.flatten_dict(gradients[name]).items()
+            if path[-1] == 'kernel'
+        ]
+        if kernels:
+            norms.append(float(np.sqrt(np.mean(np.square(np.concatenate(kernels), dtype=np.float64)))))
+    return norms
+
+
+def _answers(branchy: np.ndarray, plain: np.ndarray, when: str) -> list[dict[str, Any]]:
+    quarter = max(1, branchy.shape[1] // 4)
+
+    def log10(values: np.ndarray) -> np.ndarray:
+        return np.log10(np.maximum(values, _NOTHING))
+
+    early = (log10(branchy) - log10(plain))[:, :quarter].mean(axis=1)
+    decay = log10(plain)[:, -quarter:].mean(axis=1) - log10(plain)[:, :quarter].mean(axis=1)
+    unit = 'powers of ten'
+    return [
+        judge(f'{when.capitalize()}, do gradients fade towards the first layers without branches?', decay, unit=unit),
+        judge(f'{when.capitalize()}, are the gradients of the first quarter larger with branches?', early, unit=unit),
+    ]
+
+
+def _page(record: dict[str, Any]) -> str:
+    answers = '\n'.join(f'- {sentence(answer)}' for answer in record['answers'])
+    note = f'\n{JPEG_NOTE}' if record['dataset'] == 'cifar10' else ''
+    return f"""# Vanishing gradients: {record['network']} on {record['dataset']}
+
+`{record['command']}`
+
+{record['device']}. Root mean square gradient of the kernels of each layer of the trunk, {record['seeds']} seeds,
+batches of {record['batch_size']}.{note}
+
+{answers}
+
+![gradient of each layer](gradients_{record['network']}.png)
+"""
+
+
+if __name__ == '__main__':  # flags here: several of these modules may be imported together
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
+    _NETWORK = flags.DEFINE_string('network', 'b-plain30', 'b-plainD or a branchy network such as b-resnet110.')
+    _DATASET = flags.DEFINE_string('dataset', 'cifar10', 'mnist5k, a TFDS name or an .npz.')
+    _SEEDS = flags.DEFINE_integer('seeds', 5, 'Initial weights.', lower_bound=1)
+    _STEPS = flags.DEFINE_integer('steps', 20, 'Of training, at the end of which gradients are read again.')
+    _BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Examples in a step.', lower_bound=1)
+    flags.mark_flags_as_required(['workdir'])
+    app.run(main)
