@@ -2,6 +2,9 @@
 # Lint and all tests, in .venv with the pinned versions. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/../.ci/environment.sh"
+# Compilation dominates. Tests, workers and the processes they start compile many programs alike: once is enough.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/compiled}"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 ruff check .
 ruff format --check .
 exec python -m pytest --numprocesses=2 --dist=loadfile "$@"  # a file per worker at a time: fixtures are made once

@@ -12,7 +12,7 @@ import pytest
 
 import branchy_jax as bj
 from experiments import confidence, job, paper
-from experiments.configs import common, lenet_mnist5k
+from experiments.configs import common, lenet_mnist5k, unet_digit_canvases
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'experiments' / 'configs').glob('*_*.py') if path.stem != '__init__')
@@ -119,7 +119,7 @@ def changed(config, **changes):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'choose': 'kne'}, r"config.choose: got 'kne'; choose from accuracy, knee"),
+        ({'choose': 'kne'}, r"config.choose: got 'kne'; choose from accuracy, baseline, knee"),
         ({'optimizer': 'adamm'}, r'config.optimizer: .* adam, adamw, sgd'),
         ({'network': 'lenet'}, 'config.network: .* give the branchy one'),
         ({'network': 'b-lnet'}, 'name: unknown network'),
@@ -158,7 +158,7 @@ def test_configs_are_whole(name):
     job._check(config)
     for heading in ('Paper:', 'Command:', 'Run time:', 'Expect:', f'experiments/configs/{name}.py'):
         assert heading in module.__doc__
-    assert config.network in paper.TABLE_1
+    assert config.network in bj.models.names()
 
 
 @pytest.mark.parametrize('regime', ['joint', 'frozen'])
@@ -203,3 +203,36 @@ def test_confidence_reports_on_a_finished_run(tiny, done):
     for picture in ('reliability.png', 'control.png', 'protocols.png', 'exits.png'):
         assert f'({picture})' in page
         assert (workdir / picture).read_bytes().startswith(b'\x89PNG')
+
+
+def test_segmentation_goes_through_the_same_job(tmp_path):
+    """Bright squares on noise, in 16 × 16 pixels: rows with mIoU, batches through the planner, a picture of masks."""
+    generator = np.random.default_rng(0)
+    images, masks = generator.integers(0, 60, (60, 16, 16)), np.zeros((60, 16, 16), int)
+    for n, (row, column) in enumerate(generator.integers(0, 9, (60, 2))):
+        masks[n, row : row + 7, column : column + 7] = 1 + n % 2
+    images = (images + 90 * masks).astype(np.uint8)
+    np.savez(tmp_path / 'squares.npz', x_train=images[:44], y_train=masks[:44], x_test=images[44:], y_test=masks[44:])
+    config = unet_digit_canvases.get_config('quick')
+    config.dataset = str(tmp_path / 'squares.npz')
+    config.update(epochs=2, epochs_baseline=2, batch_size=8, latency_batch=4, latency_images=8, latency_passes=2)
+    config.validation_fraction = 0.2
+    config.network_options.update(width=2, head_width=2)
+    job.run(config, tmp_path / 'run')
+    report = bj.report.read_json(tmp_path / 'run' / 'report.json')
+    baseline, branchy = report['rows']
+    for row in (baseline, branchy):
+        assert {'test_miou', 'exit_miou', 'gain', 'mac_gain', 'macs', 'exit_fractions', 'latency_ms'} <= set(row)
+        assert row['batch'] == 4
+        assert 0 < row['test_miou'] <= 1
+    assert len(branchy['exit_miou']) == 3
+    assert len(report['criteria_tried']) == 3
+    assert set(report['class_iou']) == {'baseline', 'exit 1', 'exit 2', 'exit 3', 'operating point'}
+    assert np.nanmean(report['class_iou']['operating point']) == pytest.approx(branchy['test_miou'])
+    for row in report['pixelwise']:
+        assert sum(row['pixel_fractions']) == pytest.approx(1)
+    never = report['pixelwise'][0]
+    if never['exit_fractions_leaving'][-1] == 1:
+        assert never['mac_gain_leaving'] < 1  # heads computed, nothing saved: said so
+    assert (tmp_path / 'run' / 'masks.png').stat().st_size > 10_000
+    assert 'That alone saves nothing' in (tmp_path / 'run' / 'report.md').read_text()
