@@ -161,6 +161,21 @@ def test_masks_have_the_size_of_the_image(unet):
     assert costs.exits[0] + costs.stages[0] < bj.costs.count_macs(baseline, (16, 16, 1)).trunk / 2
 
 
+def test_each_exit_of_the_encoder_decoder_reads_the_newest_level(unet):
+    model, variables, images = unet
+    gradients = [
+        jax.grad(lambda p, n=n: (model.apply({**variables, 'params': p}, images)[n] ** 2).sum())(variables['params'])
+        for n in range(3)
+    ]
+    reached = [
+        {name for name, g in gradient.items() if any(x.any() for x in jax.tree.leaves(g))} for gradient in gradients
+    ]
+    newest = ['down3_conv2', 'up2_conv2', 'up0_conv2']
+    assert [[name in names for name in newest] for names in reached] == [
+        [True, False, False], [True, True, False], [True, True, True],
+    ]  # fmt: skip
+
+
 def test_folding_pixels_is_exact(getkey):
     x = jax.random.normal(getkey(), (2, 4, 6, 3))
     folded = space_to_depth(x, size=2)

@@ -21,16 +21,17 @@ def b_unet(
     image_shape: tuple[int, int, int] = (48, 48, 1),
     width: int = 16,
     patch_size: int = 2,
-    head_width: int = 16,
+    head_width: int = 12,
     heads: Sequence[Layers | None] | None = None,
     dtype: jnp.dtype = jnp.float32,
     convolution: Callable[..., Array] = lax.conv_general_dilated,
 ) -> BranchyNet:
-    """Builds B-U-Net: four levels down, three up, and masks after the third level down and after the first up.
+    """Builds B-U-Net: four levels down, three up, and masks after the encoder and after the first level up.
 
     All levels work on patches of pixels, and every head ends by unfolding features into pixels, so that the finest
     level costs no more than the others. A side head adds up the levels so far at the finest resolution, after a
-    projection each, smooths with one convolution, and unfolds: about a tenth of the trunk.
+    projection each, smooths with one convolution, and unfolds: a twentieth of the trunk. The first has seen the whole
+    image, as a digit's class needs; what it lacks is the decoder, two thirds of the trunk.
 
     Args:
         num_classes: K, the background included.
@@ -87,10 +88,10 @@ def b_unet(
         Route((_join, *block(width * 2**n, f'up{n}')), (f'up{n + 1}' if n < 2 else 'down3', f'down{n}'), f'up{n}')
         for n in (2, 1, 0)
     ]
-    own = [side_head(('down0', 'down1', 'down2'), 'exit1'), side_head(('down0', 'down1', 'up2'), 'exit2')]
+    own = [side_head(('down0', 'down1', 'down2', 'down3'), 'exit1'), side_head(('down0', 'down1', 'up2'), 'exit2')]
     side = own if heads is None else [mine if given is None else given for mine, given in zip(own, heads, strict=True)]
     return BranchyNet(
-        stages=(tuple(down[:3]), (down[3], up[0]), tuple(up[1:])),
+        stages=(tuple(down), (up[0],), tuple(up[1:])),
         exits=(*side, Route(unfold('head'), 'up0')),
         image_shape=tuple(image_shape),
     )
