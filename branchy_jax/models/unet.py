@@ -21,7 +21,7 @@ def b_unet(
     image_shape: tuple[int, int, int] = (48, 48, 1),
     width: int = 16,
     patch_size: int = 2,
-    head_width: int = 12,
+    head_width: int = 32,
     heads: Sequence[Layers | None] | None = None,
     dtype: jnp.dtype = jnp.float32,
     convolution: Callable[..., Array] = lax.conv_general_dilated,
@@ -30,7 +30,7 @@ def b_unet(
 
     All levels work on patches of pixels, and every head ends by unfolding features into pixels, so that the finest
     level costs no more than the others. A side head adds up the levels so far at the finest resolution, after a
-    projection each, smooths with one convolution, and unfolds: a twentieth of the trunk. The first has seen the whole
+    projection each, and unfolds: a twentieth of the trunk. The first has seen the whole
     image, as a digit's class needs; what it lacks is the decoder, two thirds of the trunk.
 
     Args:
@@ -38,7 +38,7 @@ def b_unet(
         image_shape: ``(H, W, C)``; H and W must be divisible by ``8 * patch_size``.
         width: features of the finest level; each level down has twice as many.
         patch_size: side of the pixels that are one position of the finest level.
-        head_width: features of the side heads.
+        head_width: features of the side heads; below K plus the pixels of a patch they cannot tell all masks apart.
         heads: one replacement per side exit, reading the hidden dictionary; ``None`` keeps the default.
         dtype: of the computation; parameters and logits stay float32.
         convolution: drop-in for `jax.lax.conv_general_dilated`, for the 3 × 3 convolutions.
@@ -78,7 +78,8 @@ def b_unet(
 
     def side_head(levels: tuple[str, ...], name: str) -> Route:
         gather = AddLevels(head_width, dtype=dtype, name=f'{name}_levels')
-        return Route((gather, nn.relu, *layer(head_width, f'{name}_conv'), *unfold(f'{name}_logits')), levels)
+        norm = nn.BatchNorm(momentum=0.9, dtype=dtype, name=f'{name}_norm')
+        return Route((gather, norm, nn.relu, *unfold(f'{name}_logits')), levels)
 
     fold = functools.partial(space_to_depth, size=patch_size)
     down = [Route((fold, *block(width, 'down0')), None, 'down0')]

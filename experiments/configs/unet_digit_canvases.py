@@ -31,7 +31,7 @@ def get_config(variant: str = '') -> ConfigDict:
 
     config.network = 'b-unet'
     config.placement = ''
-    config.network_options = ConfigDict({'width': 16, 'head_width': 12})
+    config.network_options = ConfigDict({'width': 16, 'head_width': 32})
 
     config.epochs_baseline = 5 if quick else 25
     config.epochs = 4 if quick else 20
