@@ -49,7 +49,7 @@ def write(
     bj.report.write_json(workdir / 'report.json', report)
     page = (workdir / 'report.md').read_text(encoding='utf-8')
     bj.report.write_text(workdir / 'report.md', f'{page}\n{_classes(classes, _names(dataset))}\n\n{_pixels(pixels)}')
-    _picture(workdir / 'masks.png', dataset, networks, outputs, thresholds)
+    _picture(workdir / 'masks.png', dataset, networks, outputs, choice)
 
 
 def class_table(
@@ -147,15 +147,19 @@ def _names(dataset: bj.data.Dataset) -> tuple[str, ...]:
     return ('background', *numbers[:-1]) if dataset.name.startswith('digit_canvases') else numbers
 
 
-def _picture(
-    path: Path, dataset: bj.data.Dataset, networks: Networks, outputs: ExitStatistics, thresholds: np.ndarray
-) -> None:
-    first = bj.thresholds.answering_exits(outputs.uncertainty, thresholds)
+def _picture(path: Path, dataset: bj.data.Dataset, networks: Networks, outputs: ExitStatistics, choice: Choice) -> None:
+    """Draws the operating point that uses the most exits; of several, the first."""
+    answers = {
+        name: bj.thresholds.answering_exits(outputs.uncertainty, point.thresholds)
+        for name, point in choice.points.items()
+    }
+    name = max(answers, key=lambda name: len(np.unique(answers[name])))
+    first = answers[name]
     shown = np.concatenate([np.flatnonzero(first == n)[:_PICTURED] for n in range(networks.model.num_exits)])
     images = dataset.test.image[shown]
     logits = networks.model.apply(networks.variables, dataset.normalization(images))
     bj.plots.masks(
         path, images, dataset.test.label[shown], np.stack([np.argmax(z, axis=-1) for z in logits]), first[shown],
         num_classes=dataset.num_classes, class_names=_names(dataset),
-        title=f'{dataset.name}: the first test images that each exit answers',
+        title=f'The first test images that each exit answers (operating point: {name})',
     )  # fmt: skip

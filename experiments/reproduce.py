@@ -49,7 +49,6 @@ class Step:
 # Training of both networks on an H100; a tuned run takes its baseline from the run beside it.
 _TRAINING_SECONDS = {
     'lenet_mnist_tuned': 40,
-    'lenet_mnist': 40,
     'alexnet_cifar10': 60,
     'resnet110_cifar10': 380,
     'resnet110_cifar10_tuned': 190,
@@ -70,9 +69,9 @@ def steps(workdir: Path, *, quick: bool) -> list[Step]:
     for network in ('b-plain6', 'b-resnet8') if quick else ('b-plain30', 'b-resnet110'):
         arguments = [
             'experiments.gradients', f'--workdir={claims}', f'--network={network}', '--dataset=cifar10',
-            f'--steps={2 if quick else 200}', f'--batch_size={4 if quick else 128}', f'--seeds={2 if quick else 5}',
+            f'--steps={2 if quick else 100}', f'--batch_size={4 if quick else 128}', f'--seeds={2 if quick else 5}',
         ]  # fmt: skip
-        found.append(Step(f'gradients {network}', arguments, claims / f'gradients_{network}.md', 70))
+        found.append(Step(f'gradients {network}', arguments, claims / f'gradients_{network}.md', 50))
     figures = ['experiments.figures', f'--workdir={workdir / "figures"}', f'--runs={workdir}']
     found.append(Step('figures', figures, workdir / 'figures' / 'figures.md', 10))
     return found

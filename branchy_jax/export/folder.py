@@ -85,7 +85,7 @@ def save(
         >>> manifest = save(place, weights.model, weights.variables, platforms=['cpu'],
         ...                 thresholds=weights.operating_points[0].thresholds, normalization=weights.normalization)
         >>> manifest['cuts'][1]
-        {'after': 'exit 1', 'bytes_per_image': 4500}
+        {'after': 'exit 1', 'bytes_per_image': 3136}
     """
     folder, thresholds = Path(folder), np.asarray(check_thresholds(thresholds, model.num_exits))
     names = [f'exit {n + 1}' for n in range(model.num_exits)] if exit_names is None else list(exit_names)

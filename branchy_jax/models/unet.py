@@ -50,6 +50,7 @@ def b_unet(
         ValueError: an image that four levels do not divide, or wrong number of heads.
 
     Example:
+        >>> import jax
         >>> model, images = b_unet(width=4, head_width=4, image_shape=(16, 16, 1)), jnp.ones((1, 16, 16, 1))
         >>> [logits.shape for logits in model.init_with_output(jax.random.key(0), images)[0]]
         [(1, 16, 16, 11), (1, 16, 16, 11), (1, 16, 16, 11)]
@@ -74,14 +75,14 @@ def b_unet(
         return *layer(features, f'{name}_conv1'), *layer(features, f'{name}_conv2')
 
     def unfold(name: str) -> Layers:
-        return conv(num_classes * patch_size**2, (1, 1), name=name), functools.partial(depth_to_space, size=patch_size)
+        return conv(num_classes * patch_size**2, (1, 1), name=name), _pixels(depth_to_space, patch_size)
 
     def side_head(levels: tuple[str, ...], name: str) -> Route:
         gather = AddLevels(head_width, dtype=dtype, name=f'{name}_levels')
         norm = nn.BatchNorm(momentum=0.9, dtype=dtype, name=f'{name}_norm')
         return Route((gather, norm, nn.relu, *unfold(f'{name}_logits')), levels)
 
-    fold = functools.partial(space_to_depth, size=patch_size)
+    fold = _pixels(space_to_depth, patch_size)
     down = [Route((fold, *block(width, 'down0')), None, 'down0')]
     for n in (1, 2, 3):
         down.append(Route((_halve, *block(width * 2**n, f'down{n}')), f'down{n - 1}', f'down{n}'))
@@ -96,6 +97,11 @@ def b_unet(
         exits=(*side, Route(unfold('head'), 'up0')),
         image_shape=tuple(image_shape),
     )
+
+
+@functools.cache  # equal networks have equal layers, and two partials are never equal
+def _pixels(function: Callable[..., Array], size: int) -> Callable[[Array], Array]:
+    return functools.partial(function, size=size)
 
 
 class AddLevels(nn.Module):

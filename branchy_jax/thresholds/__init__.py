@@ -56,12 +56,10 @@ __all__ = [
     'losses_along',
     'mean_iou',
     'mean_of_statistic',
-    'Metric',
     'pareto_frontier',
     'quantile_grid',
     'Screen',
     'screen',
     'standard_error',
-    'Statistics',
     'threshold_path',
 ]

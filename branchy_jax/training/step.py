@@ -81,7 +81,7 @@ def train_step(
         ValueError: images, labels or weights of the wrong shape or dtype.
 
     Example:
-        >>> import branchy_jax as bj
+        >>> import branchy_jax as bj, jax.numpy as jnp
         >>> model, images = bj.models.create('b-lenet'), jnp.ones((2, 28, 28, 1))
         >>> state = bj.training.create_train_state(model, model.init(jax.random.key(0), images))
         >>> batch = bj.Batch(images, jnp.array([3, 7]))
