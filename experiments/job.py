@@ -149,7 +149,7 @@ def _choose(
     networks: Networks,
     look: Callable[..., ExitStatistics],
 ) -> Choice:
-    """Screens the thresholds of each criterion on validation data; picks the table's setting and one that gives up.
+    """Screens the thresholds of each criterion on validation data; picks the table's setting and others worth showing.
 
     With ``choose = 'accuracy'``: the cheapest that is at most one standard error (or as many as the settings say)
     below the best setting (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3), and reaches the
@@ -186,9 +186,12 @@ def _points(
     wanted = baseline if config.choose == 'baseline' else highest - config.standard_errors * standard_error
     if baseline <= highest:
         wanted = max(wanted, baseline)
-    at_table = bj.thresholds.for_accuracy(screened, min(wanted - config.tolerance, highest))
-    if config.choose == 'knee':
-        at_table = bj.thresholds.knee(screened)
+    knee = bj.thresholds.knee(screened)
+    at_table = knee
+    if config.choose != 'knee':
+        at_table = bj.thresholds.for_accuracy(screened, min(wanted - config.tolerance, highest))
     # One standard error dearer than asked, so that on other data too it is within one point.
     within = min(highest, baseline - 0.01 + standard_error)
-    return {TABLE: at_table, 'within 1 point': bj.thresholds.for_accuracy(screened, within)}
+    points = {TABLE: at_table, 'within 1 point': bj.thresholds.for_accuracy(screened, within), 'knee': knee}
+    settings = [tuple(point.thresholds) for point in points.values()]
+    return {name: points[name] for n, name in enumerate(points) if settings[n] not in settings[:n]}
