@@ -52,7 +52,8 @@ def measure(workdir: Path, *, images: int, settings: int) -> dict[str, Any]:
         raise ValueError(NO_VALGRIND)
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            'valgrind', '--tool=callgrind', '--cache-sim=yes', '--instr-atstart=no', *CACHES,
+            'valgrind', '--tool=callgrind', '--cache-sim=yes', '--instr-atstart=no', '--fair-sched=yes',
+            *CACHES,
             f'--callgrind-out-file={folder}/counts', sys.executable, '-m', 'experiments.cache', f'--workdir={workdir}',
             f'--images={images}', f'--settings={settings}', f'--inside={folder}',
         ]  # fmt: skip

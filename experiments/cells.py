@@ -200,8 +200,8 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def _fractions(uncertainty: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    confident = np.vstack([uncertainty[:-1] < thresholds[:, None], np.ones(uncertainty.shape[1], bool)])
-    return np.bincount(confident.argmax(axis=0), minlength=len(confident)) / uncertainty.shape[1]
+    first = bj.thresholds.answering_exits(uncertainty, thresholds)
+    return np.bincount(first, minlength=len(uncertainty)) / len(first)
 
 
 def _limit_within(times: SegmentTimes, batch: int, fractions: np.ndarray) -> float:

@@ -147,7 +147,7 @@ def _do(step: Step, workdir: Path, end: float) -> None:
 
 def _share_baselines(workdir: Path) -> None:
     """A tuned run has the trunk of the run beside it: the same baseline, trained once."""
-    for name in ('lenet_mnist', 'alexnet_cifar10', 'resnet110_cifar10'):
+    for name in ('alexnet_cifar10', 'resnet110_cifar10'):
         pair = [workdir / name, workdir / f'{name}_tuned']
         done = next((folder for folder in pair if (folder / 'report.json').exists()), None)
         for folder in pair:

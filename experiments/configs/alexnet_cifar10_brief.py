@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = alexnet_cifar10.get_config()
     config.regime = 'joint'
     config.epochs_start = 0
-    config.epochs_baseline = 1
+    config.epochs_baseline = 4
     config.epochs = 4
     config.crop_padding = 0
     config.learning_rate = 2e-3
