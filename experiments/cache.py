@@ -85,11 +85,11 @@ def misses(text: str) -> dict[str, float]:
     r"""Reads a dump of callgrind: misses per data access in the first and the last level, and data accesses.
 
     Example:
-        >>> misses('events: Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw\nsummary: 9 60 40 0 4 1 0 2 0')['first_level']
+        >>> misses('events: Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw\ntotals: 9 60 40 0 4 1 0 2 0')['first_level']
         0.05
     """
     names = re.search(r'^events: (.*)$', text, re.M)
-    totals = re.search(r'^(?:summary|totals): (.*)$', text, re.M)
+    totals = re.search(r'^totals: (.*)$', text, re.M)
     if names is None or totals is None:
         raise ValueError('counts: not a dump of callgrind with cache simulation')
     figures = [int(value) for value in totals[1].split()]

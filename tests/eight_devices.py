@@ -134,6 +134,7 @@ def check_inference(mesh, state):
         'same as compacted': same(run(variables, images, skewed),
                                   compacted(model, chunk_size=2)(variables, images, skewed)),
         'found': balance.found.tolist(),
+        'uneven found': run.balance(variables, uneven, [-np.inf, -np.inf]).found.sum(axis=1).tolist(),
         'dealt': balance.dealt.tolist(),
         'report': str(balance),
         'rows of a device': sorted({shard.data.shape[0] for shard in

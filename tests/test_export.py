@@ -76,6 +76,18 @@ def test_all_platforms_are_in_one_module_and_one_conditional_per_side_exit_is_le
     assert len(re.findall(r'stablehlo\.(?:case|if)\b', alone.mlir_module())) == 2
 
 
+def test_cpus_run_the_forms_that_suit_them(tmp_path):
+    model = bj.BranchyNet(
+        stages=((nn.Conv(2, (3, 3)), bj.models.layers.flatten),), exits=(nn.Dense(3),), image_shape=(4, 4, 1)
+    )
+    variables = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))
+    save(tmp_path / 'both', model, variables, thresholds=[], platforms=['cpu', 'cuda'])
+    module = jax.export.deserialize(bytearray((tmp_path / 'both' / 'staged.stablehlo').read_bytes()))
+    assert 'stablehlo.convolution' in module.mlir_module()
+    inputs = jax.ShapeDtypeStruct((4, 4, 1), jnp.float32), jax.ShapeDtypeStruct((0,), jnp.float32)
+    assert 'convolution' not in jax.jit(module.call).lower({}, *inputs).compile().as_text()
+
+
 def test_manifest_tells_what_is_there(network, exported, thresholds):
     place, manifest = exported
     assert manifest == json.loads((place / 'manifest.json').read_text())

@@ -139,7 +139,9 @@ def test_cache_misses_need_valgrind(tmp_path, monkeypatch):
 
 
 def test_cache_misses_are_read_from_callgrind():
-    dump = 'version: 1\nevents: Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw\nfn=x\nsummary: 900 60 40 7 4 1 6 2 0\n'
+    dump = (
+        'version: 1\nevents: Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw\nfn=x\nsummary: 0\ntotals: 900 60 40 7 4 1 6 2 0\n'
+    )
     assert cache.misses(dump) == {'first_level': 0.05, 'last_level': 0.02, 'accesses': 100}
     with pytest.raises(ValueError, match='not a dump'):
         cache.misses('nothing')

@@ -57,6 +57,7 @@ def test_survivors_of_one_device_are_dealt_to_all(eight):
     assert 0 < dealt[2].sum() < 12
     assert '100.0 %' in eight['inference']['report']
     assert eight['inference']['rows of a device'] == [12]
+    assert eight['inference']['uneven found'] == [13, 13, 13]  # rows that fill up the batch are not answered
 
 
 def test_plan_knows_the_mesh(eight):
