@@ -63,7 +63,8 @@ def train_step(
 
     .. math:: \min_\theta \sum_n w_n L_n(\theta)
 
-    Pure and jitted; ``state`` is donated, so keep the returned one and forget the old.
+    Pure and jitted; ``state`` is donated, so keep the returned one and forget the old. ``loss`` and ``watch`` are told
+    apart by identity: define each once, since a new lambda at every step is compiled at every step.
 
     Args:
         state: where training stands.

@@ -3,8 +3,8 @@ r"""B-ViT on MNIST: a small vision transformer with exits after its second and f
 Paper: none of its own; BranchyNet (2016) builds convolutional networks only.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/vit_mnist.py --workdir=runs/vit_mnist
-Run time: half an hour on 2 CPU cores.
-Expect: 99.1 % on the test digits, baseline and branchy alike; 9 of 10 leave at the first exit.
+Run time: 40 minutes on 2 CPU cores.
+Expect: 99.25 % on the test digits, baseline and branchy alike; 19 of 20 leave at the first exit.
 """
 
 from ml_collections import ConfigDict
