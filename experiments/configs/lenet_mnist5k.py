@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
     config.network = 'b-lenet'
     config.banded = True
 
-    config.epochs_baseline = 50  # as many in all as the branchy network has
-    config.epochs_start = 25
-    config.epochs = 25
+    config.regime = 'joint'  # from as little as the baseline, and as long
+    config.epochs_baseline = 50
+    config.epochs = 50
     config.batch_size = 32
     config.learning_rate = 3e-3
 
