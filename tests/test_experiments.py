@@ -33,7 +33,15 @@ def tiny(tmp_path_factory):
     )
     config = lenet_mnist5k.get_config()
     config.dataset = str(folder / 'quarters.npz')
-    config.update(epochs=3, epochs_baseline=3, batch_size=15, crop_padding=0, latency_images=4, latency_passes=2)
+    config.update(
+        regime='baseline',
+        epochs=3,
+        epochs_baseline=3,
+        batch_size=15,
+        crop_padding=0,
+        latency_images=4,
+        latency_passes=2,
+    )
     return config
 
 
