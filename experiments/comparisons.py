@@ -12,7 +12,7 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
-from experiments.cached import Outputs, entropy_of, evaluated, screened
+from experiments.outputs import Outputs, entropy_of, evaluated, screened
 
 _GRID = 100
 

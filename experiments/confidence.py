@@ -24,10 +24,10 @@ from ml_collections import ConfigDict, config_flags
 
 import branchy_jax as bj
 from experiments import datasets, job
-from experiments.cached import Outputs, entropy_of, halves, screened
 from experiments.comparisons import all_criteria, compare_criteria, protocols, searches, time_exact_search
 from experiments.confidence_page import page
 from experiments.drift import control
+from experiments.outputs import Outputs, entropy_of, halves, screened
 from experiments.promises import Population, simulate
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings of the main job.', lock_config=True)

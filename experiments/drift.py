@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 import branchy_jax as bj
-from experiments.cached import Outputs, entropy_of
+from experiments.outputs import Outputs, entropy_of
 
 _BATCH = 20
 _IMAGES = 5000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import branchy_jax as bj
+from branchy_jax.models.compose import flatten_layers
 from branchy_jax.models.layers import ResidualBlock, flatten, max_pool
 
 _LARGEST_MAP = 8
@@ -30,7 +30,7 @@ def with_branch(network: str, *, after: int, convolutions: int, **options: Any) 
         ValueError: the trunk has not so many layers.
     """
     trunk = bj.models.create(network, **options)
-    layers = list(_flat(trunk.stages))
+    layers = flatten_layers(trunk.stages)
     weighted = [n for n, layer in enumerate(layers) if isinstance(layer, (nn.Conv, nn.Dense, ResidualBlock))]
     if not 0 < after < len(weighted):
         raise ValueError(f'after: got {after}; {network} has {len(weighted)} layers before its head, give fewer')
@@ -44,7 +44,7 @@ def with_branch(network: str, *, after: int, convolutions: int, **options: Any) 
         branch += [conv(name=f'exit1_conv{n + 1}'), nn.relu]
     head = (*branch, _pool_to_small, flatten, nn.Dense(options.get('num_classes', 10), name='exit1_fc'))
     return bj.BranchyNet(
-        stages=(tuple(layers[:cut]), tuple(layers[cut:])), exits=(head, trunk.exits[-1]), image_shape=trunk.image_shape
+        stages=(layers[:cut], layers[cut:]), exits=(head, trunk.exits[-1]), image_shape=trunk.image_shape
     )
 
 
@@ -79,15 +79,7 @@ def deep_plain(
 
 def trunk_layers(model: bj.BranchyNet) -> list[str]:
     """Returns the names of the trunk's layers with weights, in order."""
-    return [layer.name for layer in _flat(model.stages) if isinstance(layer, nn.Module)]
-
-
-def _flat(layers: Any) -> Iterator[Any]:
-    if isinstance(layers, (tuple, list)):
-        for layer in layers:
-            yield from _flat(layer)
-    else:
-        yield layers
+    return [layer.name for layer in flatten_layers(model.stages) if isinstance(layer, nn.Module)]
 
 
 def _pool_to_small(x: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def beside(
         x: what is on the horizontal axis.
         y: and on the vertical one.
         title: above the picture.
-        note: on the picture, such as what the data are.
+        note: above the picture, such as what the data are.
         marked: single points by label, such as a knee.
         log_x: whether the horizontal axis is logarithmic.
     """
@@ -50,9 +50,11 @@ def beside(
     if not ours:
         axes.text(0.5, 0.5, 'ours: not run', transform=axes.transAxes, ha='center', color=BASELINE, fontsize=14)
     if note:
-        axes.text(0.99, 0.01, note, transform=axes.transAxes, ha='right', va='bottom', color=INK, fontsize=7)
+        axes.text(1, 1.01, note, transform=axes.transAxes, ha='right', va='bottom', color=INK, fontsize=7)
     if log_x:
         axes.set_xscale('log')
+    elif all(float(place).is_integer() for points in (*ours.values(), *paper.values()) for place, _ in points):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     figure.legend(loc='outside lower center', ncols=2, frameon=False)

@@ -32,26 +32,23 @@ def halves(part: Outputs) -> tuple[Outputs, Outputs]:
 
 def entropy_of(part: Outputs) -> np.ndarray:
     """Returns the entropy of every exit, ``[N, B]`` in nats."""
-    return replayed(bj.criteria.entropy, part)[1]
-
-
-def replayed(criterion: Criterion, part: Outputs) -> tuple[np.ndarray, np.ndarray]:
-    """Returns answers ``[N, B, K]`` and uncertainty ``[N, B]`` of a criterion."""
-    answers, uncertainty = bj.criteria.replay(criterion, part.logits)
-    return np.asarray(answers), np.asarray(uncertainty)
+    return np.asarray(bj.criteria.replay(bj.criteria.entropy, part.logits)[1])
 
 
 def screened(criterion: Criterion, part: Outputs, costs: bj.costs.StageCosts) -> bj.thresholds.Screen:
     """Screens the thresholds of a criterion for accuracy."""
-    answers, uncertainty = replayed(criterion, part)
-    statistics = bj.thresholds.accuracy_statistics(answers, part.labels)
-    return bj.thresholds.screen(uncertainty, statistics, costs, criterion=criterion.name)
+    uncertainty, right = _uncertainty_and_accuracy(criterion, part)
+    return bj.thresholds.screen(uncertainty, right, costs, criterion=criterion.name)
 
 
 def evaluated(
     criterion: Criterion, settings: bj.thresholds.Screen, part: Outputs, costs: bj.costs.StageCosts
 ) -> bj.thresholds.Screen:
     """Evaluates settings that were found on other data."""
-    answers, uncertainty = replayed(criterion, part)
-    statistics = bj.thresholds.accuracy_statistics(answers, part.labels)
-    return bj.thresholds.evaluate(uncertainty, statistics, costs, settings.thresholds)
+    uncertainty, right = _uncertainty_and_accuracy(criterion, part)
+    return bj.thresholds.evaluate(uncertainty, right, costs, settings.thresholds)
+
+
+def _uncertainty_and_accuracy(criterion: Criterion, part: Outputs) -> tuple[np.ndarray, np.ndarray]:
+    answers, uncertainty = (np.asarray(found) for found in bj.criteria.replay(criterion, part.logits))
+    return uncertainty, bj.thresholds.accuracy_statistics(answers, part.labels)
