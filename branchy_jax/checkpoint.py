@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,41 +17,96 @@ from flax import traverse_util
 
 from branchy_jax.types import Variables
 
+try:
+    import fcntl
+except ImportError:  # Windows has none; folders are not held there
+    fcntl = None
+
 State = TypeVar('State')
 
+_LOCK = '.held'
+_RECIPE = 'recipe.json'
 
-def save(directory: Path | str, step: int, state: State) -> None:
-    """Writes a checkpoint, then drops the older ones; a kill at any moment leaves one that is whole.
+
+@contextlib.contextmanager
+def held(directory: Path | str) -> Iterator[None]:
+    """Keeps other processes of this machine out of a folder, until the block ends or the process dies.
+
+    Of several processes that share one run, the first one alone holds it.
+
+    Raises:
+        ValueError: another process holds the folder.
+    """
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() > 0 or fcntl is None:
+        yield
+        return
+    with (path / _LOCK).open('a+') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise ValueError(
+                f'directory: {path} is in use by process {lock.read() or "?"}; wait for it, stop it, or choose another'
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def save(directory: Path | str, step: int, state: State, *, recipe: Mapping[str, Any] | None = None) -> None:
+    """Writes a checkpoint, then drops the older ones; a kill or a full disk at any moment leaves one that is whole.
 
     Args:
         directory: where this run's checkpoints live.
         step: number of the checkpoint, ascending.
         state: any pytree of arrays.
+        recipe: what `restore` is to insist on, as JSON holds it.
+
+    Raises:
+        OSError: the checkpoint cannot be written; the one before it is still there.
     """
     import orbax.checkpoint as ocp
 
-    with _manager(directory) as manager:
-        manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if recipe is not None:
+            write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(json.dumps(dict(recipe))))
+        with _manager(path) as manager:
+            manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+    except Exception as error:  # orbax and tensorstore wrap what the system said in many kinds
+        raise OSError(
+            f'directory: cannot write checkpoint {step} to {path} ({type(error).__name__}: {str(error)[:300]}); the '
+            'one before it is whole: make room, and the same command goes on from there'
+        ) from error
 
 
-def restore(directory: Path | str, like: State) -> tuple[int, State] | None:
+def restore(
+    directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None
+) -> tuple[int, State] | None:
     """Reads the newest checkpoint.
 
     Args:
         directory: as given to `save`.
         like: a pytree of the same structure, shapes and dtypes; its static fields are kept. What is read is laid on
             the devices that its arrays lie on, however many had written it.
+        recipe: what the checkpoint must have been saved with.
 
     Returns:
         The number of the checkpoint and the state, or ``None`` if there is none.
 
     Raises:
-        ValueError: the checkpoint cannot be read, or holds something else than ``like``.
+        ValueError: the checkpoint cannot be read, holds something else than ``like``, or was saved with another recipe.
     """
     import orbax.checkpoint as ocp
 
     if not Path(directory).is_dir():
         return None
+    if recipe is not None:
+        _check_recipe(Path(directory), recipe)
     with _manager(directory) as manager:
         step = manager.latest_step()
         if step is None:
@@ -67,6 +124,20 @@ def restore(directory: Path | str, like: State) -> tuple[int, State] | None:
     restored = [arrays[str(n)] for n in range(len(leaves))]
     # Copies: buffers that orbax allocated may not be donated on every backend.
     return step, jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in restored])
+
+
+def _check_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
+    path = directory / _RECIPE
+    if not path.exists():
+        return
+    found = json.loads(path.read_text())
+    other = sorted(name for name in {*found, *recipe} if found.get(name) != recipe.get(name))
+    if other:
+        told = '; '.join(f'{name}: {found.get(name)} there, {recipe.get(name)} here' for name in other)
+        raise ValueError(
+            f'directory: the checkpoint in {directory} is of another recipe ({told}); give that recipe, or another '
+            'directory'
+        )
 
 
 def _where_it_lies(leaf: jax.Array) -> jax.ShapeDtypeStruct:

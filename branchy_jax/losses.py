@@ -21,7 +21,9 @@ Teachers = Callable[[tuple[Array, ...]], tuple[Array, ...]]
 """``logits of N exits → logits of the teacher of each``."""
 
 
-def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array) -> Array:
+def cross_entropy_per_exit(
+    logits: tuple[Array, ...], labels: Array, *, label_smoothing: float = 0.0
+) -> Array:
     r"""Computes the mean cross-entropy of every exit.
 
     .. math:: L_n = -\frac{1}{B} \sum_b \ln \operatorname{softmax}(z_{n, b})_{y_b}
@@ -29,6 +31,7 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array) -> Array:
     Args:
         logits: N arrays ``[B, …, K]``.
         labels: ``[B, …]`` integers in ``[0, K)``.
+        label_smoothing: share of each target's probability that is spread over all K classes, in ``[0, 1)``.
 
     Returns:
         ``[N]`` float32.
@@ -54,7 +57,13 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array) -> Array:
                 f'{exit_logits.shape[:-1]}; got {labels.shape}'
             )
     check_labels(labels, logits[-1].shape[-1])
-    return jnp.stack([optax.softmax_cross_entropy_with_integer_labels(z, labels).mean() for z in logits])
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f'label_smoothing: got {label_smoothing}; give a share in [0, 1)')
+    losses = jnp.stack([optax.softmax_cross_entropy_with_integer_labels(z, labels).mean() for z in logits])
+    if not label_smoothing:
+        return losses
+    spread = jnp.stack([-jax.nn.log_softmax(z).mean() for z in logits])
+    return (1 - label_smoothing) * losses + label_smoothing * spread
 
 
 def accuracy_per_exit(logits: tuple[Array, ...], labels: Array) -> dict[str, Array]:

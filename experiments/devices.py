@@ -13,7 +13,10 @@ from jax.sharding import Mesh
 
 import branchy_jax as bj
 
-_NUM_DEVICES = flags.DEFINE_integer('num_devices', 1, 'Devices that share every batch; 0 is all.', lower_bound=0)
+_NUM_DEVICES = flags.DEFINE_integer(
+    'num_devices', None, 'Devices that share every batch; 0 is all. By default 1, on a CPU what the config says.',
+    lower_bound=0,
+)  # fmt: skip
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Whether this is one of several processes; uses all devices.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where no cluster tells it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes in all, where no cluster tells it.')
@@ -24,8 +27,11 @@ _DEAD_AFTER_SECONDS = 30
 _LAST_WAIT_SECONDS = 3600
 
 
-def mesh_from_flags() -> Mesh | None:
+def mesh_from_flags(cpu_devices: int = 1) -> Mesh | None:
     """Joins the other processes, if there are any, and returns the mesh; ``None`` for a single device.
+
+    Args:
+        cpu_devices: how many a CPU uses where no flag tells.
 
     A process that dies takes the others down, with an error, after half a minute. Started again, on whatever devices,
     the run goes on from its checkpoint.
@@ -37,7 +43,10 @@ def mesh_from_flags() -> Mesh | None:
     if not _DISTRIBUTED.value:
         if named:
             raise ValueError(f'{named[0]}: is for several processes; give --distributed, too')
-        return bj.sharding.data_mesh(_NUM_DEVICES.value or None) if _NUM_DEVICES.value != 1 else None
+        count = _NUM_DEVICES.value
+        if count is None:
+            count = min(cpu_devices, len(jax.devices())) if jax.default_backend() == 'cpu' else 1
+        return bj.sharding.data_mesh(count or None) if count != 1 else None
     if 0 < len(named) < 3:
         raise ValueError(f'{named[0]}: coordinator, num_processes and process_id go together; got {", ".join(named)}')
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')

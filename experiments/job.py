@@ -32,7 +32,7 @@ _CHOICES = {
     'placement': ('text', 'released', 'tuned', ''),
     'dtype': ('float32', 'bfloat16'),
     'optimizer': ('adam', 'adamw', 'sgd'),
-    'schedule': ('cosine', 'constant'),
+    'schedule': ('cosine', 'linear', 'constant'),
     'regime': ('baseline', 'joint', 'frozen'),
     'choose': ('accuracy', 'baseline', 'knee'),
 }

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from experiments.configs import common
 from experiments.devices import mesh_from_flags
 from experiments.job import run
+from experiments.processes import start_again_on_cpu
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings of the run.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, weights and the report.')
@@ -26,7 +27,9 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
     logging.set_verbosity(logging.WARNING)  # orbax would log a dozen lines a checkpoint over the progress bar
-    run(_CONFIG.value, Path(_WORKDIR.value), mesh=mesh_from_flags())
+    config = _CONFIG.value
+    start_again_on_cpu(config.cpu_devices)
+    run(config, Path(_WORKDIR.value), mesh=mesh_from_flags(config.cpu_devices))
 
 
 def _parse(arguments: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ _REFRESH_SECONDS = 0.5
 
 
 @contextmanager
-def training_progress(name: str, *, epochs: int) -> Iterator[Callable[[int, int, int, Metrics], None]]:
+def training_progress(name: str, *, epochs: float) -> Iterator[Callable[[int, int, int, Metrics], None]]:
     """Shows a bar while training; yields the ``on_step`` callback of `branchy_jax.training.train_epoch`.
 
     Reading a metric waits for the device, so within an epoch it is read at most every half second.

@@ -2,7 +2,7 @@
 
     TFDS_DATA_DIR=DIR python -m experiments.streamed --dataset=cifar10 --epochs=4
 
-Trains B-LeNet, the cheapest network there is, by `branchy_jax.training.fit_stream`, and prints the peak and the present
+Trains B-LeNet, the cheapest network there is, by `branchy_jax.training.fit`, and prints the peak and the present
 resident memory of the process after every epoch, and the peak of its largest worker. Takes a minute or two an epoch on
 2 cores.
 """
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:
         return batch.replace(image=normalize(batch.image))
 
-    bj.training.fit_stream(
+    bj.training.fit(
         state, dataset.train, jnp.array([1.0, 0.3]), jax.random.key(1), epochs=_EPOCHS.value,
         batch_size=_BATCH_SIZE.value, prepare=prepare, on_epoch=tell,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import branchy_jax as bj
 from branchy_jax.criteria import Criterion
 from branchy_jax.inference.segment_times import segment_functions
 from branchy_jax.types import Variables
+from experiments.processes import as_a_user_starts_them
 from experiments.tasks import TASKS
 
 _SEGMENT_CALLS = 100
@@ -72,7 +73,10 @@ def time_networks(
     if jax.default_backend() != 'cpu':
         return _time(*arguments)
     spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process:
+    with (
+        as_a_user_starts_them(),
+        ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process,
+    ):
         return process.submit(_time, *arguments).result()
 
 

@@ -71,7 +71,7 @@ def train_network(
     exit_weights: Sequence[float],
     *,
     name: str,
-    epochs: int,
+    epochs: float,
     config: ConfigDict,
     dataset: Data,
     workdir: Path,
@@ -93,37 +93,80 @@ def train_network(
         mesh: devices to share batches over.
         frozen_trunk: trains the side heads only.
     """
-    optimizer = _optimizer(config, steps=epochs * (len(dataset.train) // config.batch_size))
+    model = model.clone(image_shape=None) if config.image_sides else model
+    phases = config.image_sides or (None,)
+    prepare = {side: _preparation(config, dataset, side=side) for side in phases}
+    if config.shallow_depth and not frozen_trunk:
+        variables = _grown(
+            model, variables, key, exit_weights, name=name, epochs=epochs, config=config, dataset=dataset,
+            workdir=workdir, mesh=mesh,
+        )  # fmt: skip
+        epochs, phases = config.epochs_grown, phases[-1:]
+        config = _of_the_grown(config)
+    optimizer = _optimizer(config, steps=round(epochs * (len(dataset.train) // config.batch_size)))
     state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk)
+    data = dataset.train
     if mesh is not None:
         state = bj.sharding.replicate(mesh, state)
-    if isinstance(dataset, bj.streaming.StreamedDataset):
-        data, fit = dataset.train, functools.partial(bj.training.fit_stream, save_every=config.save_every or None)
-    else:
-        data = jax.tree.map(jnp.asarray, dataset.train) if mesh is None else dataset.train
-        fit = functools.partial(bj.training.fit, scan=config.scan_epoch)
+    elif isinstance(data, bj.Batch):
+        data = jax.tree.map(jnp.asarray, data)
     with training_progress(name, epochs=epochs) as on_step:
-        state = fit(
-            state, data, jnp.array(exit_weights), key, epochs=epochs, directory=workdir / 'checkpoints' / name,
-            batch_size=config.batch_size, prepare=_preparation(config, dataset), loss=_loss(config), on_step=on_step,
-        )  # fmt: skip
+        for phase, side in enumerate(phases, 1):
+            state = bj.training.fit(
+                state, data, jnp.array(exit_weights), key, epochs=epochs * phase / len(phases),
+                directory=workdir / 'checkpoints' / name, batch_size=config.batch_size, prepare=prepare[side],
+                loss=_loss(config), on_step=on_step, save_every=config.save_every or None, scan=config.scan_epoch,
+            )  # fmt: skip
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.variables)
 
 
+def _grown(
+    model: bj.BranchyNet, variables: Variables, *rest: Any, name: str, config: ConfigDict, **options: Any
+) -> Variables:
+    """Trains the shallow network with the same exits, and returns the whole network's variables grown from it."""
+    create = {**_network_options(config), 'depth': config.shallow_depth}
+    shallow = bj.models.create(config.network, **create).clone(image_shape=model.image_shape)
+    if model.num_exits == 1:
+        shallow = bj.models.without_branches(shallow)
+    dataset = options['dataset']
+    example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+    start = jax.jit(shallow.init)(jax.random.fold_in(rest[0], 1), example)
+    shallow_config = config.copy_and_resolve_references()
+    shallow_config.shallow_depth = 0
+    trained = train_network(
+        shallow, start, *rest, name=f'{name}-depth{config.shallow_depth}', config=shallow_config, **options
+    )
+    return bj.training.initialize_from_shallower(model, variables, shallow, trained)
+
+
+def _of_the_grown(config: ConfigDict) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.update(batch_size=config.batch_size_grown, learning_rate=config.learning_rate_grown, accumulate=1)
+    return changed
+
+
+def _network_options(config: ConfigDict) -> dict[str, Any]:
+    return {**({'placement': config.placement} if config.placement else {}), **config.network_options.to_dict()}
+
+
 def _loss(config: ConfigDict) -> bj.losses.Loss:
-    share = config.distillation
+    share, told = config.distillation, bj.losses.cross_entropy_per_exit
+    if config.label_smoothing:
+        told = functools.partial(told, label_smoothing=config.label_smoothing)
     if not share:
-        return bj.losses.cross_entropy_per_exit
+        return told
     taught = bj.losses.distillation(bj.losses.last_exit, temperature=config.temperature)
-    return bj.losses.weighted_sum((1 - share, bj.losses.cross_entropy_per_exit), (share, taught))
+    return bj.losses.weighted_sum((1 - share, told), (share, taught))
 
 
-def _preparation(config: ConfigDict, dataset: Data) -> bj.training.Prepare:
+def _preparation(config: ConfigDict, dataset: Data, *, side: int | None) -> bj.training.Prepare:
     augment = functools.partial(bj.data.augment, crop_padding=config.crop_padding, flip=config.flip)
     normalize = dataset.normalization
 
     def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:
         image, label = normalize(augment(key, batch.image)), batch.label
+        if side is not None and side != image.shape[1]:
+            image = jax.image.resize(image, (len(image), side, side, image.shape[-1]), 'linear')
         if label.ndim == 3:  # a mask moves with its image: same key, same shift
             label = augment(key, label[..., None])[..., 0]
         return bj.Batch(image, label)
@@ -132,12 +175,25 @@ def _preparation(config: ConfigDict, dataset: Data) -> bj.training.Prepare:
 
 
 def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformation:
-    rate = config.learning_rate
+    rate, updates = config.learning_rate, max(2, steps // config.accumulate)
+    warmup = max(1, round(config.warmup * updates))
     if config.schedule == 'cosine':
-        warmup = max(1, round(config.warmup * steps))
-        rate = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=warmup, decay_steps=max(warmup + 1, steps))
+        rate = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=warmup, decay_steps=max(warmup + 1, updates))
+    if config.schedule == 'linear':
+        rise, fall = optax.linear_schedule(0.0, rate, warmup), optax.linear_schedule(rate, 0.0, updates - warmup)
+        rate = optax.join_schedules([rise, fall], [warmup])
+    mask = _kernels if config.decay_kernels_only else None
     if config.optimizer == 'adam':
-        return bj.training.paper_adam(rate)
-    if config.optimizer == 'adamw':
-        return optax.adamw(rate, weight_decay=config.weight_decay)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=0.9, nesterov=True))
+        optimizer = bj.training.paper_adam(rate)
+    elif config.optimizer == 'adamw':
+        optimizer = optax.adamw(rate, weight_decay=config.weight_decay, mask=mask)
+    else:
+        decayed = optax.add_decayed_weights(config.weight_decay, mask=mask)
+        optimizer = optax.chain(decayed, optax.sgd(rate, momentum=0.9, nesterov=True))
+    if config.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda array: array.ndim > 1, params)

@@ -89,14 +89,14 @@ def main(process_id, num_processes, port, folder):
     )  # fmt: skip
     folder, mesh = Path(folder), sharding.data_mesh()
     stream = Recorded()
-    state = train(bj.training.fit_stream, fresh(mesh), stream)
+    state = train(bj.training.fit, fresh(mesh), stream)
     outputs = evaluate(state, mesh)
     params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
     np.savez(
         folder / f'{process_id}.npz', *params, uncertainty=outputs.uncertainty, logits=outputs.logits,
         rows=np.array(stream.rows), devices=mesh.size,
     )  # fmt: skip
-    fit, options = bj.training.fit_stream, {'directory': folder / 'checkpoints', 'save_every': SAVE_EVERY}
+    fit, options = bj.training.fit, {'directory': folder / 'checkpoints', 'save_every': SAVE_EVERY}
     train(fit, fresh(mesh), Recorded(), **options, on_step=say)
 
 

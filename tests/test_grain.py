@@ -12,7 +12,7 @@ from PIL import Image
 
 import branchy_jax as bj
 from branchy_jax.streaming import open_dataset
-from branchy_jax.training import create_train_state, epoch_order, fit, fit_stream
+from branchy_jax.training import create_train_state, epoch_order, fit
 
 BATCH, SIZE = 16, 32
 OPTIMIZER = optax.sgd(0.1)
@@ -143,7 +143,7 @@ class Killed(Exception):
 
 def test_training_resumes_in_the_middle_of_an_epoch(network, streamed, in_memory, tmp_path):
     expected = train(fit, network, in_memory.train)
-    check_same_state(train(fit_stream, network, streamed.train), expected)
+    check_same_state(train(fit, network, streamed.train), expected)
 
     def die(epoch, done, steps, metrics):
         if (epoch, done) == (1, 8):
@@ -151,11 +151,11 @@ def test_training_resumes_in_the_middle_of_an_epoch(network, streamed, in_memory
 
     options, seen = {'directory': tmp_path / 'run', 'save_every': 5}, []
     with pytest.raises(Killed):
-        train(fit_stream, network, streamed.train, on_step=die, **options)
-    resumed = train(fit_stream, network, streamed.train, on_step=lambda *found: seen.append(found[:3]), **options)
+        train(fit, network, streamed.train, on_step=die, **options)
+    resumed = train(fit, network, streamed.train, on_step=lambda *found: seen.append(found[:3]), **options)
     assert seen[0] == (1, 9, 22)  # step 30 was saved and is the 8th of the second epoch
     check_same_state(resumed, expected)
-    again = train(fit_stream, network, streamed.train, on_step=lambda *found: pytest.fail('trained on'), **options)
+    again = train(fit, network, streamed.train, on_step=lambda *found: pytest.fail('trained on'), **options)
     check_same_state(again, expected)
 
 
@@ -198,6 +198,6 @@ def test_impossible_settings_are_refused(options, message):
 
 def test_impossible_batches_are_refused(network, streamed):
     with pytest.raises(ValueError, match='batch_size: got 1000'):
-        train(fit_stream, network, streamed.train, batch_size=1000)
+        train(fit, network, streamed.train, batch_size=1000)
     with pytest.raises(ValueError, match='save_every: got 0'):
-        train(fit_stream, network, streamed.train, save_every=0)
+        train(fit, network, streamed.train, save_every=0)

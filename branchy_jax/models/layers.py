@@ -94,7 +94,11 @@ def local_response_normalization(
     half = size // 2
     squares = jnp.pad(jnp.square(x), [(0, 0)] * (x.ndim - 1) + [(half, half)])
     energy = sum(squares[..., shift : shift + x.shape[-1]] for shift in range(size))
-    return x * (k + alpha * energy) ** -beta
+    scale = k + alpha * energy
+    if beta == 0.75:  # a general power costs a CPU as much as a convolution of few channels
+        root = lax.rsqrt(scale)
+        return x * (root * jnp.sqrt(root))
+    return x * scale**-beta
 
 
 class ResidualBlock(nn.Module):

@@ -33,15 +33,15 @@ def b_resnet(
     dtype: jnp.dtype = jnp.float32,
     convolution: Callable[..., Array] = lax.conv_general_dilated,
 ) -> BranchyNet:
-    """Builds B-ResNet: 6n + 2 layers in three groups of 16, 32 and 64 features, and two or three side exits.
+    """Builds B-ResNet: 6n + 2 layers in three groups of 16, 32 and 64 features, and two or four side exits.
 
     ``'text'`` is He et al.'s network with branches after the first block and after the last block of 16 features.
     The paper's first branch leaves "after the 2nd convolution", which lies inside the first block; ours waits for
     that block's end. The heads have three and two convolutions and one dense layer, strided and averaged so that the
     first costs about 1 % of the trunk. ``'released'`` is the authors' network: an unpadded first convolution with the
     first branch right behind it, large heads (the first costs 20 % of the trunk), a 6 × 6 average pooling at the end.
-    ``'tuned'`` is He et al.'s network with three branches, after a sixth, a third and two thirds of its blocks: harder
-    data wants the first branch later. Each head has two convolutions or one, and costs at most 1 % of the trunk.
+    ``'tuned'`` has the text's branches and two more, after a sixth and after two thirds of the blocks: harder data wants
+    later branches, too. Each head costs at most 2 % of the trunk.
 
     Args:
         depth: 6n + 2; 110 in the paper.
@@ -53,7 +53,7 @@ def b_resnet(
         convolution: drop-in for `jax.lax.conv_general_dilated`.
 
     Returns:
-        `BranchyNet` with N = 3, or N = 4 if ``'tuned'``.
+        `BranchyNet` with N = 3, or N = 5 if ``'tuned'``.
 
     Raises:
         ValueError: a depth that is not 6n + 2, unknown placement or wrong number of heads.
@@ -77,8 +77,22 @@ def b_resnet(
     group1 = first, *others = [block(16, name=f'block{n + 1}') for n in range(blocks)]
     group2 = [block(32, stride=2 if n == 0 else 1, name=f'block{blocks + n + 1}') for n in range(blocks)]
     group3 = [block(64, stride=2 if n == 0 else 1, name=f'block{2 * blocks + n + 1}') for n in range(blocks)]
-    classify1, classify2, classify3 = (dense(num_classes, name=f'exit{n}_fc') for n in (1, 2, 3))
-    half = blocks // 2
+    classify1, classify2, classify3, classify4 = (dense(num_classes, name=f'exit{n}_fc') for n in (1, 2, 3, 4))
+    first_head = (
+        *normalized_conv('exit1_conv1', 32, strides=2, padding=1),
+        *normalized_conv('exit1_conv2', 32, strides=2, padding=1),
+        *normalized_conv('exit1_conv3', 64, padding=1),
+        global_average_pool, classify1,
+    )  # fmt: skip
+
+    def second_head(name: str, classify: nn.Module) -> tuple[Layers, ...]:
+        return (
+            *normalized_conv(f'{name}_conv1', 32, strides=2, padding=1),
+            *normalized_conv(f'{name}_conv2', 64, strides=2, padding=1),
+            global_average_pool, classify,
+        )  # fmt: skip
+
+    half = -(-blocks // 2)  # the middle one of three goes to the earlier stage
     layouts = {
         'text': (
             (
@@ -87,17 +101,8 @@ def b_resnet(
                 (*group2, *group3, global_average_pool),
             ),
             (
-                (
-                    *normalized_conv('exit1_conv1', 32, strides=2, padding=1),
-                    *normalized_conv('exit1_conv2', 32, strides=2, padding=1),
-                    *normalized_conv('exit1_conv3', 64, padding=1),
-                    global_average_pool, classify1,
-                ),
-                (
-                    *normalized_conv('exit2_conv1', 32, strides=2, padding=1),
-                    *normalized_conv('exit2_conv2', 64, strides=2, padding=1),
-                    global_average_pool, classify2,
-                ),
+                first_head,
+                second_head('exit2', classify2),
             ),
         ),
         'released': (
@@ -119,23 +124,17 @@ def b_resnet(
         ),
         'tuned': (
             (
-                (*normalized_conv('conv1', 16, padding=1), *group1[:half]),
+                (*normalized_conv('conv1', 16, padding=1), first),
+                tuple(group1[1:half]),
                 tuple(group1[half:]),
                 tuple(group2),
                 (*group3, global_average_pool),
             ),
             (
-                (
-                    *normalized_conv('exit1_conv1', 32, strides=2, padding=1),
-                    *normalized_conv('exit1_conv2', 64, strides=2, padding=1),
-                    global_average_pool, classify1,
-                ),
-                (
-                    *normalized_conv('exit2_conv1', 32, strides=2, padding=1),
-                    *normalized_conv('exit2_conv2', 64, strides=2, padding=1),
-                    global_average_pool, classify2,
-                ),
-                (*normalized_conv('exit3_conv1', 64, strides=2, padding=1), global_average_pool, classify3),
+                first_head,
+                second_head('exit2', classify2),
+                second_head('exit3', classify3),
+                (*normalized_conv('exit4_conv1', 64, strides=2, padding=1), global_average_pool, classify4),
             ),
         ),
     }  # fmt: skip

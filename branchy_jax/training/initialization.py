@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
+import jax.numpy as jnp
 from flax import struct, traverse_util
 
+from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.compose import flatten_layers
+from branchy_jax.models.layers import ResidualBlock
 from branchy_jax.types import Variables
 
 
@@ -60,3 +65,67 @@ def initialize_from_baseline(variables: Variables, baseline: Variables) -> tuple
         left=tuple(path for path in theirs if path not in taken),
     )
     return traverse_util.unflatten_dict(merged, sep='/'), report
+
+
+def initialize_from_shallower(
+    model: BranchyNet, variables: Variables, shallower: BranchyNet, trained: Variables
+) -> Variables:
+    """Grows a trained residual network into a deeper one that answers exactly as it did.
+
+    Within every stage the shallower network's blocks are spread over the deeper one's, each group of equal features
+    on its own; a block in between starts as the identity, its last BatchNorm scale 0. All other layers are taken over
+    by name. Every exit then gives the shallower network's logits, and training may go on at the full depth.
+
+    Args:
+        model: the deeper network.
+        variables: of it, freshly initialised.
+        shallower: a network with the same layers but fewer `ResidualBlock` in its stages.
+        trained: its variables.
+
+    Raises:
+        ValueError: the two differ in more than the number of blocks.
+
+    References:
+        Chen et al., Net2Net: Accelerating Learning via Knowledge Transfer, 2016; Goyal et al., Accurate, Large
+        Minibatch SGD, 2017, section 5.1 (scale 0).
+    """
+    source = _source_of_blocks(model, shallower)
+    grown = {collection: dict(modules) for collection, modules in variables.items()}
+    for collection, modules in grown.items():
+        for name in modules:
+            given = source.get(name, name)
+            if given is None:
+                if collection == 'params':
+                    scale = modules[name]['norm2']['scale']
+                    modules[name] = {**modules[name], 'norm2': {**modules[name]['norm2'], 'scale': jnp.zeros_like(scale)}}
+            elif given in trained.get(collection, {}):
+                modules[name] = trained[collection][given]
+            else:
+                raise ValueError(f'trained: has no {collection}/{given}; give the variables of the shallower network')
+    return grown
+
+
+def _source_of_blocks(model: BranchyNet, shallower: BranchyNet) -> dict[str, str | None]:
+    """Returns for every block of the deeper network the block that it is taken from; ``None`` for an identity."""
+    if model.num_exits != shallower.num_exits:
+        raise ValueError(f'shallower: has {shallower.num_exits} exits, the network {model.num_exits}; give it as many')
+    source: dict[str, str | None] = {}
+    for stage, (deep, shallow) in enumerate(zip(model.stages, shallower.stages, strict=True)):
+        deep_blocks, shallow_blocks = _blocks_by_features(deep), _blocks_by_features(shallow)
+        if list(deep_blocks) != list(shallow_blocks):
+            raise ValueError(f'shallower: its stage {stage} has other blocks than that of the network')
+        for features, blocks in deep_blocks.items():
+            given = shallow_blocks[features]
+            if len(given) > len(blocks):
+                raise ValueError(f'shallower: has more blocks of {features} features in stage {stage}: it is the deeper')
+            source.update(dict.fromkeys(blocks))
+            source.update({blocks[n * len(blocks) // len(given)]: name for n, name in enumerate(given)})
+    return source
+
+
+def _blocks_by_features(stage: nn.Module) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for layer in flatten_layers(stage):
+        if isinstance(layer, ResidualBlock):
+            found.setdefault(layer.features, []).append(layer.name)
+    return found

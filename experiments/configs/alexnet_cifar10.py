@@ -16,19 +16,23 @@ def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = common.get_config()
     config.dataset = 'cifar10'
-    config.crop_padding = 4
+    config.crop_padding = 2
     config.flip = True
 
     config.network = 'b-alexnet'
 
-    config.epochs_baseline = 120
-    config.epochs_start = 60
-    config.epochs = 60
-    config.batch_size = 128
+    config.regime = 'joint'  # as long as the baseline, and from as little
+    config.epochs_baseline = 16
+    config.epochs = 16
+    config.cpu_devices = 2
+    config.batch_size = 64
+    config.scan_epoch = False
     config.optimizer = 'adamw'
-    config.learning_rate = 3e-3
-    config.warmup = 0.3
-    config.weight_decay = 1e-2
+    config.learning_rate = 2e-3
+    config.schedule = 'linear'
+    config.warmup = 0.2
+    config.weight_decay = 5e-2
+    config.decay_kernels_only = True
 
     config.exit_weights = (1.0, 1.0, 1.0)
     return config

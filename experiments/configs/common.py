@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
     config.stream_prefetch = 4  # batches read ahead
     config.crop_padding = 0  # random shifts, in pixels
     config.flip = False  # random mirroring, left and right
+    # Sides in pixels that training images are resized to, one after another, each for as many epochs; (): as they are.
+    config.image_sides = ()
 
     config.network = ''  # the branchy one; its baseline is trained on its own
     config.placement = (
@@ -32,19 +34,29 @@ def get_config() -> ConfigDict:
     # baseline itself
     config.epochs_start = 0
     config.epochs = 1
+    # Depth of a ResNet that is trained for those epochs and then grown to the whole network, whose new blocks start as
+    # identities; 0: the network itself.
+    config.shallow_depth = 0
+    config.epochs_grown = 0.0  # of the grown network, in steps of `batch_size_grown`, all at the last rate given
+    config.batch_size_grown = 64
+    config.learning_rate_grown = 1e-3
     config.batch_size = 64
+    config.accumulate = 1  # steps that share one update; BatchNorm statistics are of each step
+    config.cpu_devices = 1  # that a CPU makes of itself to share each step: the faster way for all but tiny networks
     config.optimizer = 'adam'  # as in the paper; 'adamw'; 'sgd' with Nesterov momentum 0.9
     config.learning_rate = 1e-3
-    config.schedule = 'cosine'  # after a linear warm-up; 'constant', as in the paper
-    config.warmup = 0.05  # share of the steps, for 'cosine'
+    config.schedule = 'cosine'  # after a linear warm-up; 'linear' likewise; 'constant', as in the paper
+    config.warmup = 0.05  # share of the steps, for 'cosine' and 'linear'
     config.weight_decay = 0.0  # for 'adamw' and 'sgd'
+    config.decay_kernels_only = False  # biases and BatchNorm's parameters are left alone
     config.scan_epoch = True  # an epoch as one program; not where it is streamed
-    config.save_every = 0  # steps between checkpoints where it is streamed; 0 is an epoch, as in memory
+    config.save_every = 0  # steps between checkpoints; 0: an epoch, or four minutes
 
     config.regime = 'baseline'  # start from the trained baseline; 'joint': from random; 'frozen': train heads only
     config.exit_weights = (1.0,)  # one per exit
     config.distillation = 0.0  # share of each exit's loss that draws it to the last exit instead of the labels
     config.temperature = 2.0  # of the distillation
+    config.label_smoothing = 0.0  # probability shared out among all classes
 
     # 'accuracy': the cheapest thresholds that on validation data are at most so many standard errors below the best
     # and, if any do, reach the baseline; 'baseline': the cheapest that reach the baseline; 'knee': the knee of the

@@ -16,20 +16,29 @@ def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = common.get_config()
     config.dataset = 'cifar10'
-    config.crop_padding = 4
+    config.crop_padding = 2
     config.flip = True
+    config.image_sides = (16, 24, 32)
 
     config.network = 'b-resnet110'
-    config.dtype = 'bfloat16'
 
-    config.epochs_baseline = 60
-    config.epochs_start = 0
     config.regime = 'joint'  # as long as the baseline, and from as little
-    config.epochs = 60
-    config.batch_size = 256
+    config.shallow_depth = 20
+    config.epochs_baseline = 15
+    config.epochs = 15
+    config.epochs_grown = 0.25
+    config.batch_size_grown = 32
+    config.learning_rate_grown = 5e-3
+    config.cpu_devices = 2
+    config.batch_size = 64
+    config.scan_epoch = False
     config.optimizer = 'sgd'
-    config.learning_rate = 0.4
-    config.weight_decay = 1e-4
+    config.learning_rate = 0.12
+    config.schedule = 'linear'
+    config.warmup = 0.2
+    config.weight_decay = 5e-4
+    config.decay_kernels_only = True
+    config.label_smoothing = 0.1
 
     config.exit_weights = (0.3, 0.3, 1.0)
 

@@ -16,6 +16,6 @@ def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = resnet110_cifar10.get_config()
     config.placement = 'tuned'
-    config.exit_weights = (0.5, 0.5, 0.7, 1.0)
+    config.exit_weights = (0.3, 0.3, 0.4, 0.5, 1.5)
     config.distillation = 0.5
     return config

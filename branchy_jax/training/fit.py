@@ -1,0 +1,330 @@
+"""Training for a number of epochs, on data in memory or on disk: numbered by steps, and safe to kill at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from branchy_jax import checkpoint, sharding
+from branchy_jax.losses import Loss, Watch, accuracy_per_exit, cross_entropy_per_exit
+from branchy_jax.training.state import TrainState
+from branchy_jax.training.step import Metrics, take_step
+from branchy_jax.types import Array, Batch, Variables, check_labels
+
+Prepare = Callable[[Array, Batch], Batch]
+"""``(key, batch as stored) → batch as fed to the network``: normalisation and augmentation, traced inside jit."""
+
+_SECONDS_BETWEEN_SAVES = 240.0
+
+
+class Stream(Protocol):
+    """Examples that are read batch by batch, such as `branchy_jax.streaming.Examples`."""
+
+    def __len__(self) -> int:
+        """M."""
+
+    def batches(self, order: np.ndarray, first_step: int = 0) -> Iterator[Batch]:
+        """Yields the examples of ``order[first_step]``, ``order[first_step + 1]``, … as NumPy arrays."""
+
+
+def epoch_order(key: Array, epoch: int, num_examples: int, batch_size: int) -> Array:
+    """Returns which examples make up each batch of an epoch: a pure function of its arguments.
+
+    Args:
+        key: of the whole training.
+        epoch: 0, 1, …; every epoch is another permutation.
+        num_examples: size of the training set.
+        batch_size: examples in a batch; a remainder that does not fill one sits this epoch out.
+
+    Returns:
+        ``[steps, batch_size]`` integers.
+
+    Raises:
+        ValueError: the training set does not fill one batch.
+    """
+    steps = num_examples // batch_size
+    if steps < 1:
+        raise ValueError(f'batch_size: got {batch_size}, but there are only {num_examples} training examples')
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def _step_keys(key: Array, epoch: int, steps: int) -> Array:
+    """Returns the key of each step of an epoch, for augmentation and dropout ``[steps]``."""
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), steps)
+
+
+def _step_on_stored(
+    state: TrainState, batch: Batch, key: Array, exit_weights: Array, *, prepare: Prepare, **options: Any
+) -> tuple[TrainState, Metrics]:
+    prepare_key, dropout_key = jax.random.split(key)
+    return take_step(state, prepare(prepare_key, batch), exit_weights, dropout_key, **options)
+
+
+def _step_on_rows(
+    state: TrainState, data: Batch, rows: Array, key: Array, exit_weights: Array, *, mesh: Mesh | None, **options: Any
+) -> tuple[TrainState, Metrics]:
+    # Every device holds all examples; told so, each gathers its own share of the batch and computes on that alone.
+    batch = sharding.constrain(mesh, jax.tree.map(lambda values: values[rows], data))
+    return _step_on_stored(state, batch, key, exit_weights, **options)
+
+
+_STATIC = ('prepare', 'loss', 'watch')
+_jitted_step_on_stored = jax.jit(_step_on_stored, static_argnames=_STATIC, donate_argnames='state')
+_jitted_step_on_rows = jax.jit(_step_on_rows, static_argnames=(*_STATIC, 'mesh'), donate_argnames='state')
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'mesh'), donate_argnames='state')
+def _scan_steps(
+    state: TrainState, data: Batch, order: Array, keys: Array, exit_weights: Array, **options: Any
+) -> tuple[TrainState, Metrics]:
+    def body(state: TrainState, step: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
+        return _step_on_rows(state, data, *step, exit_weights, **options)
+
+    return lax.scan(body, state, (order, keys))
+
+
+def train_epoch(
+    state: TrainState,
+    data: Batch,
+    exit_weights: Array,
+    key: Array,
+    *,
+    epoch: int,
+    batch_size: int,
+    prepare: Prepare,
+    loss: Loss = cross_entropy_per_exit,
+    watch: Watch = accuracy_per_exit,
+) -> tuple[TrainState, Metrics]:
+    """Takes the steps of one epoch as one program, a `jax.lax.scan`; works under `jax.vmap`, over seeds for example.
+
+    Where ``state`` lies on the devices of a mesh (`branchy_jax.sharding.replicate`), each of them computes its share of
+    every batch.
+
+    Args:
+        state: donated.
+        data: the whole training set as stored, ``image [M, H, W, C]`` uint8.
+        exit_weights: ``[N]``.
+        key: of the whole training; order, augmentation and dropout derive from it and ``epoch``.
+        epoch: 0, 1, ….
+        batch_size: examples in a step.
+        prepare: ``(key, stored batch) → batch for the network``; runs inside jit.
+        loss: ``(logits, labels) → [N]``.
+        watch: ``(logits, labels) → figures by name``.
+
+    Returns:
+        The next state, and the metrics averaged over the epoch.
+
+    Raises:
+        ValueError: a batch size that the devices cannot share, or that the training set does not fill.
+    """
+    order = epoch_order(key, epoch, len(data), batch_size)
+    mesh = sharding.mesh_of(state)
+    if mesh is not None:
+        sharding.check_divisible('batch_size', batch_size, mesh)
+        data = sharding.replicate(mesh, data)
+    state, history = _scan_steps(
+        state, data, order, _step_keys(key, epoch, len(order)), jnp.asarray(exit_weights, jnp.float32),
+        prepare=prepare, loss=loss, watch=watch, mesh=mesh,
+    )  # fmt: skip
+    return state, jax.tree.map(lambda values: values.mean(0), history)
+
+
+def fit(
+    state: TrainState,
+    data: Batch | Stream,
+    exit_weights: Array,
+    key: Array,
+    *,
+    epochs: float,
+    batch_size: int,
+    prepare: Prepare,
+    loss: Loss = cross_entropy_per_exit,
+    watch: Watch = accuracy_per_exit,
+    scan: bool = True,
+    directory: Path | str | None = None,
+    save_every: int | None = None,
+    on_step: Callable[[int, int, int, Metrics], None] | None = None,
+    on_epoch: Callable[[int, TrainState, Metrics], None] | None = None,
+) -> TrainState:
+    """Trains on from ``state.step``, or from the checkpoint in ``directory``, until ``epochs`` epochs are done.
+
+    ``state.step`` numbers everything: it tells the epoch and the place in it, for data in memory as for data on disk.
+    A run killed at any moment and started again with the same arguments ends with the same parameters as one never
+    killed: every step is a pure function of the state before it, ``key`` and its number. The checkpoint may come from
+    another number of devices: what is read lies where ``state`` does.
+
+    A training in phases, such as images that grow, calls `fit` once a phase with the epochs done by its end; one
+    directory serves them all.
+
+    Args:
+        state: donated; also tells the shapes of what a checkpoint holds. Where it lies on a mesh
+            (`branchy_jax.sharding.replicate`), the mesh shares every batch.
+        data: the whole training set as stored, or a stream of it. With several processes each reads its own share of
+            a stream's batches, and nothing else.
+        exit_weights: ``[N]``.
+        key: of the whole training; order, augmentation and dropout derive from it and the number of the step.
+        epochs: how many in all, those before a resume included; a fraction ends within an epoch.
+        batch_size: examples in a step, of all processes together.
+        prepare: ``(key, batch as stored) → batch as fed to the network``; runs inside jit.
+        loss: ``(logits, labels) → [N]``.
+        watch: ``(logits, labels) → metrics``.
+        scan: for data in memory: the epoch is one program, and checkpoints lie between epochs. Otherwise one dispatch
+            a step, which is slower for small networks, but shows progress and can be killed within an epoch. Both end
+            with the same parameters up to rounding.
+        directory: where to keep one checkpoint (only the newest stays); ``None`` keeps none.
+        save_every: steps between checkpoints; by default an epoch, or four minutes where an epoch takes longer (with
+            several processes, which have no clock in common, an epoch). The last step is followed by one, too.
+        on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step, or once per epoch with
+            ``scan``.
+        on_epoch: called as ``on_epoch(epochs done, state, metrics)`` after every whole epoch, with the average of the
+            epoch's steps, after a resume of those since.
+
+    Returns:
+        The trained state.
+
+    Raises:
+        ValueError: a batch size that the devices cannot share or the training set does not fill; labels that the
+            network has no class for; a directory that another process trains in, or whose checkpoint is unreadable or
+            of another network, optimiser or recipe.
+    """
+    mesh, in_memory = sharding.mesh_of(state), isinstance(data, Batch)
+    if len(data) < batch_size or batch_size < 1:
+        raise ValueError(f'batch_size: got {batch_size}, but there are only {len(data)} training examples')
+    if mesh is not None:
+        sharding.check_divisible('batch_size', batch_size, mesh)
+    if save_every is not None and save_every < 1:
+        raise ValueError(f'save_every: got {save_every}; give at least 1 step')
+    if in_memory and loss is cross_entropy_per_exit:  # another may take any target
+        check_labels(data.label, _num_classes(state, data, prepare, key))
+    if in_memory and mesh is not None:  # once, not once a step
+        data = sharding.replicate(mesh, data)
+    exit_weights = jnp.asarray(exit_weights, jnp.float32)
+    options = {'prepare': prepare, 'loss': loss, 'watch': watch}
+    if in_memory:
+        options['mesh'] = mesh
+    steps = len(data) // batch_size
+    last = round(epochs * steps)
+    recipe = {
+        'examples': len(data),
+        'batch_size': batch_size,
+        'exit_weights': exit_weights.tolist(),
+        'key': jax.random.key_data(key).tolist(),
+    }
+    with _resumed(directory, state, recipe) as (state, done):
+        saves = _Saves(directory, recipe, steps if save_every is None else save_every, save_every is None, last)
+        while done < last:
+            epoch, place = divmod(done, steps)
+            stop = min(steps, place + last - done)
+            order, keys, history = epoch_order(key, epoch, len(data), batch_size), _step_keys(key, epoch, steps), []
+            if in_memory and scan:
+                taken = _scanned(state, data, order[place:stop], keys[place:stop], exit_weights, options)
+            else:
+                taken = _one_by_one(state, data, order[:stop], keys, exit_weights, options, place, mesh)
+            for state, metrics, count in taken:
+                done += count
+                history.append(metrics)
+                saves.after(done, state)
+                if on_step is not None:
+                    on_step(epoch, done - epoch * steps, steps, jax.tree.map(lambda values: values[-1], metrics))
+            if on_epoch is not None and stop == steps:
+                on_epoch(epoch + 1, state, jax.tree.map(lambda *parts: jnp.concatenate(parts).mean(0), *history))
+    return state
+
+
+Taken = Iterator[tuple[TrainState, Metrics, int]]
+"""States as training goes on, the metrics of the steps before each ``[steps, …]``, and how many those were."""
+
+
+def _scanned(
+    state: TrainState, data: Batch, order: Array, keys: Array, exit_weights: Array, options: dict[str, Any]
+) -> Taken:
+    state, history = _scan_steps(state, data, order, keys, exit_weights, **options)
+    yield state, history, len(order)
+
+
+def _one_by_one(
+    state: TrainState,
+    data: Batch | Stream,
+    order: Array,
+    keys: Array,
+    exit_weights: Array,
+    options: dict[str, Any],
+    place: int,
+    mesh: Mesh | None,
+) -> Taken:
+    if isinstance(data, Batch):
+        step = _jitted_step_on_rows
+        arguments: Iterator[tuple[Any, ...]] = ((data, rows) for rows in np.asarray(order)[place:])
+    else:
+        step, stream = _jitted_step_on_stored, data.batches(_own_columns(np.asarray(order)), place)
+        arguments = ((batch if mesh is None else sharding.shard_local(mesh, batch),) for batch in stream)
+    # Host devices share one pool of threads: collectives of steps that overlap there can wait for each other forever.
+    wait = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
+    for n, given in enumerate(arguments, place):
+        state, metrics = step(state, *given, keys[n], exit_weights, **options)
+        if wait:
+            jax.block_until_ready(metrics)
+        yield state, jax.tree.map(lambda value: value[None], metrics), 1
+
+
+def _own_columns(order: np.ndarray) -> np.ndarray:
+    """Returns this process's share of every batch."""
+    share = order.shape[1] // jax.process_count()
+    return order[:, jax.process_index() * share :][:, :share]
+
+
+@contextlib.contextmanager
+def _resumed(
+    directory: Path | str | None, state: TrainState, recipe: dict[str, Any]
+) -> Iterator[tuple[TrainState, int]]:
+    """Holds the directory, and yields the state to go on from and the steps it has taken."""
+    if directory is None:
+        yield state, int(state.step)
+        return
+    with checkpoint.held(directory):
+        found = checkpoint.restore(directory, state, recipe=recipe)
+        if found is not None:
+            number, state = found
+            if number != int(state.step):
+                raise ValueError(
+                    f'directory: checkpoint {number} in {directory} was written after {int(state.step)} steps, by a '
+                    'version that numbered by epochs; delete the directory to start over'
+                )
+        yield state, int(state.step)
+
+
+class _Saves:
+    """Decides after which steps a checkpoint is written, and writes it."""
+
+    def __init__(
+        self, directory: Path | str | None, recipe: dict[str, Any], every: int, by_the_clock: bool, last: int
+    ) -> None:
+        self._directory, self._recipe, self._every, self._last = directory, recipe, every, last
+        self._by_the_clock = by_the_clock and jax.process_count() == 1
+        self._saved_at, self._saved = time.monotonic(), 0
+
+    def after(self, done: int, state: TrainState) -> None:
+        if self._directory is None:
+            return
+        late = self._by_the_clock and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES
+        if done % self._every == 0 or done == self._last or late:
+            checkpoint.save(self._directory, done, state, recipe=self._recipe)
+            self._saved_at = time.monotonic()
+
+
+def _num_classes(state: TrainState, data: Batch, prepare: Prepare, key: Array) -> int:
+    def logits(variables: Variables, data: Batch) -> Array:
+        return state.model.apply(variables, prepare(key, data).image)[-1]
+
+    return jax.eval_shape(logits, state.variables, jax.tree.map(lambda values: values[:1], data)).shape[-1]
