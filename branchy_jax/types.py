@@ -12,16 +12,35 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+if TYPE_CHECKING:
+    from branchy_jax.criteria import Criterion
+
 Array = jax.Array
 Variables = Any
 """Flax variable collections: ``{'params': …, 'batch_stats': …}``."""
+
+
+class ByValue:
+    """Equality and hash of a frozen pytree by its kind and the values of its leaves; two NaN are alike."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        (ours, structure), (theirs, their_structure) = jax.tree.flatten(self), jax.tree.flatten(other)
+        return structure == their_structure and all(
+            np.array_equal(a, b, equal_nan=True) for a, b in zip(ours, theirs, strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash(jax.tree.structure(self))
 
 
 @struct.dataclass
@@ -78,25 +97,50 @@ class ExitPrediction:
     uncertainty: Array
 
 
-@struct.dataclass
-class OperatingPoint:
-    """One setting of the thresholds, and what it gave on the data it was chosen on.
+@functools.partial(struct.dataclass, eq=False)
+class ExitPolicy(ByValue):
+    """Says when an input leaves: at the first exit whose uncertainty is below its threshold, else at the last.
+
+    A frozen pytree: thresholds, and whatever the criterion has learned, are leaves; the criterion's kind is static.
+    Thresholds mean nothing without the criterion whose uncertainties they are compared with, so the two travel together.
 
     Attributes:
-        thresholds: ``[N - 1]`` float32.
-        criterion: name of the criterion that the thresholds belong to.
+        criterion: how unsure an exit is (`branchy_jax.criteria`).
+        thresholds: ``[N - 1]``, or ``[…, N - 1]`` under `jax.vmap`; −inf never exits, +inf always does.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> policy = ExitPolicy(criterion=bj.criteria.margin, thresholds=jnp.array([0.5]))
+        >>> policy == ExitPolicy(criterion=bj.criteria.margin, thresholds=jnp.array([0.5]))
+        True
+    """
+
+    criterion: Criterion
+    thresholds: Array
+
+
+@functools.partial(struct.dataclass, eq=False)
+class OperatingPoint(ByValue):
+    """A policy, and what it gave on the data it was chosen on. Goes straight into an executor.
+
+    Attributes:
+        policy: when an input leaves.
         accuracy: metric on ``split``, in ``[0, 1]``.
         split: the data that ``accuracy``, ``exit_fractions`` and ``cost`` were measured on.
         exit_fractions: ``[N]`` share of inputs that each exit answers; sums to 1.
         cost: expected cost of one input, in the unit of the costs given (usually multiply-accumulates).
     """
 
-    thresholds: Array
-    criterion: str = struct.field(pytree_node=False)
+    policy: ExitPolicy
     accuracy: float
     split: str = struct.field(pytree_node=False)
     exit_fractions: Array
     cost: float
+
+    @property
+    def thresholds(self) -> Array:
+        """``[N - 1]`` of the policy."""
+        return self.policy.thresholds
 
 
 def check_labels(labels: Array, num_classes: int) -> None:

@@ -1,18 +1,35 @@
-"""What a criterion is, and the one comparison that decides whether an exit answers."""
+"""What a criterion is, the one comparison that decides whether an exit answers, and how pixels become an image."""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
 
-from branchy_jax.criteria.pooling import Pool, mean_over_pixels
-from branchy_jax.types import Array
+from branchy_jax.types import Array, ByValue
 
 Carry = Any
 """What a criterion remembers from exit to exit: any pytree whose leaves lead with B."""
+
+Pool = Callable[[Array], Array]
+"""``uncertainty [B, …] → [B]``; an uncertainty that is ``[B]`` already stays as it is."""
+
+value = functools.partial(struct.dataclass, eq=False)
+"""The decorator of criteria: a frozen pytree; `Criterion` compares values."""
+
+
+def is_confident(uncertainty: Array, threshold: Array) -> Array:
+    """Decides whether an exit answers: ``uncertainty < threshold``, strictly.
+
+    The one rule of the library; searches and planners that work on arrays follow it. ``-inf`` never
+    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit.
+    """
+    return uncertainty < threshold
 
 
 def most_likely_class(logits: Array) -> Array:
@@ -20,26 +37,62 @@ def most_likely_class(logits: Array) -> Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-@struct.dataclass
-class Criterion:
-    """A measure of uncertainty that may look back at the exits before.
+class Criterion(ByValue, abc.ABC):
+    """A measure of uncertainty that may look back at the exits before: a frozen pytree, compared by value.
 
     Executors call ``carry = init(logits)`` with the first exit's logits, then, at exit n,
-    ``answer, uncertainty, carry = update(logits, carry, n)``. Whatever a criterion has learned (a temperature, a
-    small network) is closed over.
+    ``answer, uncertainty, carry = update(logits, carry, n)``. What a criterion has learned (a temperature, a small
+    network) are its leaves; its kind is static. Subclasses are `flax.struct.dataclass` with ``eq=False``; most need no
+    class: see `from_logits`.
 
     Attributes:
-        init: ``logits [B, …, K] → carry``.
-        update: ``(logits [B, …, K], carry, n) → (answer logits [B, …, K], uncertainty [B], carry)``; ``n`` is a
-            Python int.
-        name: how reports and operating points refer to it.
-        decide: ``answer logits [B, …, K] → label``; `most_likely_class` unless the task is another.
+        name: how reports refer to it.
+        num_exits: N of the networks that it has learned something for; ``None`` fits any.
     """
 
-    init: Callable[[Array], Carry] = struct.field(pytree_node=False)
-    update: Callable[[Array, Carry, int], tuple[Array, Array, Carry]] = struct.field(pytree_node=False)
+    num_exits: int | None = None
+
+    def init(self, logits: Array) -> Carry:
+        """Returns what is remembered before the first exit, given its logits ``[B, …, K]``."""
+        return ()
+
+    @abc.abstractmethod
+    def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        """Looks at exit ``n``, a Python int.
+
+        Args:
+            logits: ``[B, …, K]`` of its head.
+            carry: what was remembered.
+            n: number of the exit.
+
+        Returns:
+            The answer's logits ``[B, …, K]``, the uncertainty ``[B]``, and what is remembered.
+        """
+
+    def decide(self, logits: Array) -> Array:
+        """Returns the label of an answer's logits: `most_likely_class`, unless the task is another."""
+        return most_likely_class(logits)
+
+
+def mean_over_pixels(uncertainty: Array) -> Array:
+    """Averages over all pixels: blind to a small part that is wrong, where most of an image is easy.
+
+    Example:
+        >>> mean_over_pixels(jnp.array([[[0.0, 1.0], [0.0, 0.0]]])).tolist()
+        [0.25]
+    """
+    return uncertainty.reshape(uncertainty.shape[0], -1).mean(axis=-1)
+
+
+@value
+class _FromLogits(Criterion):
+    uncertainty_of: Callable[[Array], Array] = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False)
+    pool: Pool = struct.field(pytree_node=False, default=mean_over_pixels)
     decide: Callable[[Array], Array] = struct.field(pytree_node=False, default=most_likely_class)
+
+    def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        return logits, self.pool(self.uncertainty_of(logits)), carry
 
 
 def from_logits(
@@ -51,32 +104,21 @@ def from_logits(
 ) -> Criterion:
     """Builds the criterion that looks at one exit's logits alone.
 
+    Two of them are equal, and compile once, if they are given equal functions: define each function once.
+
     Args:
         uncertainty_of: ``logits [B, …, K] → uncertainty [B, …]``.
         name: the criterion's name in reports.
-        pool: ``uncertainty [B, …] → [B]``, where an exit answers for many pixels; see `branchy_jax.criteria.pooling`.
+        pool: ``uncertainty [B, …] → [B]``, where an exit answers for many pixels.
         decide: ``logits → label``; for regression, say, ``lambda outputs: outputs[..., 0]``.
 
     Example:
-        >>> margin = from_logits(lambda logits: -jnp.ptp(logits, axis=-1), name='range')
-        >>> answer, uncertainty, _ = margin.update(jnp.array([[0.0, 3.0]]), (), 0)
+        >>> spread = from_logits(lambda logits: -jnp.ptp(logits, axis=-1), name='range')
+        >>> answer, uncertainty, _ = spread.update(jnp.array([[0.0, 3.0]]), (), 0)
         >>> float(uncertainty[0])
         -3.0
     """
-
-    def update(logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
-        return logits, pool(uncertainty_of(logits)), carry
-
-    return Criterion(init=lambda logits: (), update=update, name=name, decide=decide)
-
-
-def is_confident(uncertainty: Array, threshold: Array) -> Array:
-    """Decides whether an exit answers: ``uncertainty < threshold``, strictly.
-
-    The one rule of the library; searches and planners that work on arrays follow it. ``-inf`` never
-    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit.
-    """
-    return uncertainty < threshold
+    return _FromLogits(uncertainty_of, name, pool, decide)
 
 
 def check_exit_number(n: int, count: int, argument: str) -> None:
@@ -111,3 +153,107 @@ def replay(criterion: Criterion, logits: Array) -> tuple[Array, Array]:
         answers.append(answer)
         uncertainties.append(uncertainty)
     return jnp.stack(answers), jnp.stack(uncertainties)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantileOverPixels:
+    """Pool that returns a quantile of the pixels' uncertainty.
+
+    Attributes:
+        quantile: in [0, 1]; 0.95 asks how unsure the worst twentieth of the image is at least, which is the 5 %
+            quantile of its confidence.
+
+    Raises:
+        ValueError: a quantile outside [0, 1].
+
+    Example:
+        >>> QuantileOverPixels(1.0)(jnp.array([[[0.0, 1.0], [0.0, 0.5]]])).tolist()
+        [1.0]
+    """
+
+    quantile: float
+
+    def __post_init__(self) -> None:
+        _check_quantile(self.quantile)
+
+    def __call__(self, uncertainty: Array) -> Array:
+        """Maps ``[B, …]`` to ``[B]``."""
+        return jnp.quantile(uncertainty.reshape(uncertainty.shape[0], -1), self.quantile, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantileOverPatches:
+    """Pool that averages within square patches and returns a quantile of the patches.
+
+    A patch that is unsure as a whole counts; a lone unsure pixel, as there are along every edge, does not.
+
+    Attributes:
+        quantile: in [0, 1], of the patches; 1 is the most unsure patch.
+        size: side of a patch in pixels. Patches do not overlap; one that the border cuts averages what it has.
+
+    Raises:
+        ValueError: quantile outside [0, 1], size below 1; when applied, uncertainty that is not ``[B, H, W]``.
+
+    Example:
+        >>> QuantileOverPatches(1.0, size=2)(jnp.array([[[0.0, 1.0, 0.5], [0.0, 0.0, 0.5]]])).tolist()
+        [0.5]
+    """
+
+    quantile: float
+    size: int
+
+    def __post_init__(self) -> None:
+        _check_quantile(self.quantile)
+        if self.size < 1:
+            raise ValueError(f'size: got {self.size}; a patch is at least one pixel wide')
+
+    def __call__(self, uncertainty: Array) -> Array:
+        """Maps ``[B, H, W]`` to ``[B]``."""
+        if uncertainty.ndim != 3:
+            raise ValueError(f'uncertainty: patches need [B, H, W], got shape {uncertainty.shape}')
+        edges = [(0, 0), *((0, -length % self.size) for length in uncertainty.shape[1:])]
+        # Sums and counts of the same padded patches, so that padding counts for nothing.
+        total, count = (
+            _sum_patches(jnp.pad(x, edges), self.size) for x in (uncertainty, jnp.ones_like(uncertainty))
+        )
+        return jnp.quantile((total / count).reshape(len(uncertainty), -1), self.quantile, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryOther:
+    """Measure that looks at every so many pixels along each side only.
+
+    The softmax of every pixel costs as much as a small convolution; an image is as unsure as a sample of its pixels.
+
+    Attributes:
+        uncertainty_of: ``logits [B, H, W, K] → [B, H, W]``.
+        stride: 2 looks at a quarter of the pixels.
+
+    Raises:
+        ValueError: a stride below 1.
+
+    Example:
+        >>> EveryOther(lambda logits: logits[..., 0], stride=2)(jnp.arange(9.0).reshape(1, 3, 3, 1)).tolist()
+        [[[0.0, 2.0], [6.0, 8.0]]]
+    """
+
+    uncertainty_of: Callable[[Array], Array]
+    stride: int = 2
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ValueError(f'stride: got {self.stride}; expected at least 1')
+
+    def __call__(self, logits: Array) -> Array:
+        """Maps ``[B, H, W, K]`` to uncertainty of some pixels."""
+        return self.uncertainty_of(logits[:, :: self.stride, :: self.stride])
+
+
+def _sum_patches(values: Array, size: int) -> Array:
+    batch, height, width = values.shape
+    return values.reshape(batch, height // size, size, width // size, size).sum(axis=(2, 4))
+
+
+def _check_quantile(quantile: float) -> None:
+    if not 0 <= quantile <= 1:
+        raise ValueError(f'quantile: got {quantile}; expected a share in [0, 1]')

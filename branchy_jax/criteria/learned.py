@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from branchy_jax.criteria import Carry, Criterion, check_exit_number
+from branchy_jax.criteria.criterion import Carry, Criterion, check_exit_number, mean_over_pixels, value
 from branchy_jax.types import Array
 
 _MOST_FEATURES = 10
@@ -36,7 +36,7 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         steps: of L-BFGS on the logarithm of the temperature.
 
     Returns:
-        ``[N]`` float32 within a thousandth and a thousand, for `branchy_jax.criteria.with_temperatures`.
+        ``[N]`` float32 within a thousandth and a thousand, for `with_temperatures`.
 
     Raises:
         ValueError: arrays whose shapes do not agree, or labels out of range.
@@ -149,9 +149,9 @@ def brier_score(logits: Array, labels: Array) -> float:
     return float(np.mean(np.sum((probability - truth) ** 2, axis=-1)))
 
 
-@struct.dataclass
-class Recognizer:
-    """Weights of one small network per exit that predicts from its sorted probabilities whether it is right.
+@value
+class _Learned(Criterion):
+    """One small network per exit that predicts from its sorted probabilities whether it is right.
 
     Attributes:
         mean: ``[N, F]`` of the features on the data it was fitted on.
@@ -168,6 +168,23 @@ class Recognizer:
     hidden_bias: Array
     output: Array
     output_bias: Array
+
+    name = 'learned'
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.output_bias)
+
+    def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_exit_number(n, self.num_exits, 'learned criterion')
+        features, own = _features(logits), jax.tree.map(lambda values: values[n], self)
+        if features.shape[-1] != self.mean.shape[-1]:
+            raise ValueError(
+                f'criterion: was learned on the {self.mean.shape[-1]} largest probabilities, this network has '
+                f'{features.shape[-1]}; fit it on this network'
+            )
+        wrong = jax.nn.sigmoid(-_log_odds(own, features))
+        return logits, mean_over_pixels(wrong), carry
 
 
 def fit_learned(
@@ -200,7 +217,7 @@ def fit_learned(
     right = (logits.argmax(axis=-1) == labels[None]).astype(jnp.float32)
     exits, _, count = features.shape
     first, second = jax.random.split(key)
-    start = Recognizer(
+    start = _Learned(
         mean=features.mean(axis=1),
         deviation=features.std(axis=1) + 1e-3,
         hidden=jax.random.normal(first, (exits, count, width)) / jnp.sqrt(count),
@@ -210,35 +227,23 @@ def fit_learned(
     )
     solver = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-3)
 
-    def loss(trained: Recognizer) -> Array:
-        recognizer = trained.replace(mean=start.mean, deviation=start.deviation)
-        scores = jax.vmap(_score)(recognizer, features)
+    def loss(trained: _Learned) -> Array:
+        learned = trained.replace(mean=start.mean, deviation=start.deviation)
+        scores = jax.vmap(_log_odds)(learned, features)
         return optax.sigmoid_binary_cross_entropy(scores, right).mean(axis=1).sum()
 
-    def step(carry: tuple[Recognizer, optax.OptState], _: None) -> tuple[tuple[Recognizer, optax.OptState], None]:
+    def step(carry: tuple[_Learned, optax.OptState], _: None) -> tuple[tuple[_Learned, optax.OptState], None]:
         trained, state = carry
         updates, state = solver.update(jax.grad(loss)(trained), state, trained)
         return (optax.apply_updates(trained, updates), state), None
 
     (fitted, _), _ = jax.jit(lambda start: jax.lax.scan(step, (start, solver.init(start)), length=steps))(start)
-    return learned(fitted.replace(mean=start.mean, deviation=start.deviation))
+    return fitted.replace(mean=start.mean, deviation=start.deviation)
 
 
-def learned(recognizer: Recognizer) -> Criterion:
-    """Builds the criterion of a fitted `Recognizer`: the predicted probability that the exit is wrong."""
-
-    def update(logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
-        check_exit_number(n, len(recognizer.output_bias), 'recognizer')
-        own = jax.tree.map(lambda values: values[n], recognizer)
-        wrong = jax.nn.sigmoid(-_score(own, _features(logits)))
-        return logits, wrong.reshape(wrong.shape[0], -1).mean(axis=-1), carry
-
-    return Criterion(init=lambda logits: (), update=update, name='learned')
-
-
-def _score(own: Recognizer, features: Array) -> Array:
+def _log_odds(own: _Learned, features: Array) -> Array:
     """Returns the log odds of being right ``[…]`` from ``features […, F]``, for one exit."""
-    chex.assert_equal(own.mean.shape[-1], features.shape[-1])
+    chex.assert_equal_shape_suffix([own.mean, features], 1)
     spread = functools.partial(jnp.expand_dims, axis=tuple(range(features.ndim - 1)))
     normal = (features - spread(own.mean)) / spread(own.deviation)
     hidden = jax.nn.gelu(normal @ own.hidden + spread(own.hidden_bias))
