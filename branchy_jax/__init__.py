@@ -1,12 +1,9 @@
 """BranchyNet in JAX and Flax: networks whose easy inputs leave early."""
 
-from branchy_jax import calibration as calibration
 from branchy_jax import checkpoint as checkpoint
-from branchy_jax import control as control
 from branchy_jax import costs as costs
 from branchy_jax import criteria as criteria
 from branchy_jax import data as data
-from branchy_jax import energy as energy
 from branchy_jax import export as export
 from branchy_jax import inference as inference
 from branchy_jax import losses as losses
@@ -15,11 +12,11 @@ from branchy_jax import models as models
 from branchy_jax import plots as plots
 from branchy_jax import report as report
 from branchy_jax import sharding as sharding
-from branchy_jax import streaming as streaming
 from branchy_jax import thresholds as thresholds
 from branchy_jax import training as training
 from branchy_jax.models.branchy import BranchyNet as BranchyNet
 from branchy_jax.types import Batch as Batch
+from branchy_jax.types import ExitPolicy as ExitPolicy
 from branchy_jax.types import ExitPrediction as ExitPrediction
 from branchy_jax.types import Normalization as Normalization
 from branchy_jax.types import OperatingPoint as OperatingPoint
@@ -29,16 +26,14 @@ __version__ = '0.1.0'
 __all__ = [
     'Batch',
     'BranchyNet',
+    'ExitPolicy',
     'ExitPrediction',
     'Normalization',
     'OperatingPoint',
-    'calibration',
     'checkpoint',
-    'control',
     'costs',
     'criteria',
     'data',
-    'energy',
     'export',
     'inference',
     'losses',
@@ -47,7 +42,6 @@ __all__ = [
     'plots',
     'report',
     'sharding',
-    'streaming',
     'thresholds',
     'training',
 ]

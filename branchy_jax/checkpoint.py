@@ -19,17 +19,17 @@ from branchy_jax.types import Variables
 
 try:
     import fcntl
-except ImportError:  # Windows has none; folders are not held there
+except ImportError:  # Windows has none; folders are not locked there
     fcntl = None
 
 State = TypeVar('State')
 
-_LOCK = '.held'
+_LOCK = '.lock'
 _RECIPE = 'recipe.json'
 
 
 @contextlib.contextmanager
-def held(directory: Path | str) -> Iterator[None]:
+def locked(directory: Path | str) -> Iterator[None]:
     """Keeps other processes of this machine out of a folder, until the block ends or the process dies.
 
     Of several processes that share one run, the first one alone holds it.
@@ -84,9 +84,7 @@ def save(directory: Path | str, step: int, state: State, *, recipe: Mapping[str,
         ) from error
 
 
-def restore(
-    directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None
-) -> tuple[int, State] | None:
+def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None) -> tuple[int, State] | None:
     """Reads the newest checkpoint.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,16 +14,14 @@ from branchy_jax.types import Array, check_labels
 Loss = Callable[[tuple[Array, ...], Array], Array]
 """``(logits of N exits, targets) → losses [N]``."""
 
-Watch = Callable[[tuple[Array, ...], Array], dict[str, Array]]
+MetricsOf = Callable[[tuple[Array, ...], Array], dict[str, Array]]
 """``(logits of N exits, targets) → figures by name``, each scalar or [N]: what to look at while training."""
 
 Teachers = Callable[[tuple[Array, ...]], tuple[Array, ...]]
 """``logits of N exits → logits of the teacher of each``."""
 
 
-def cross_entropy_per_exit(
-    logits: tuple[Array, ...], labels: Array, *, label_smoothing: float = 0.0
-) -> Array:
+def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_smoothing: float = 0.0) -> Array:
     r"""Computes the mean cross-entropy of every exit.
 
     .. math:: L_n = -\frac{1}{B} \sum_b \ln \operatorname{softmax}(z_{n, b})_{y_b}
@@ -67,7 +65,7 @@ def cross_entropy_per_exit(
 
 
 def accuracy_per_exit(logits: tuple[Array, ...], labels: Array) -> dict[str, Array]:
-    """Computes the share of right answers of every exit: what `branchy_jax.training.train_step` watches by default.
+    """Computes the share of right answers of every exit: the metric of `branchy_jax.training.train_step` by default.
 
     Args:
         logits: N arrays ``[B, …, K]``.
@@ -109,7 +107,14 @@ def weighted_exit_loss(exit_losses: Array, exit_weights: Array) -> Array:
     return jnp.sum(exit_weights * exit_losses)
 
 
-@functools.cache  # one object per setting: jit compares losses by identity
+@dataclasses.dataclass(frozen=True)
+class _WeightedSum:
+    terms: tuple[tuple[float, Loss], ...]
+
+    def __call__(self, logits: tuple[Array, ...], targets: Array) -> Array:
+        return sum(factor * term(logits, targets) for factor, term in self.terms)
+
+
 def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
     r"""Builds the loss that adds others up: :math:`L_n = \sum_j \alpha_j L_n^{(j)}`.
 
@@ -126,14 +131,22 @@ def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
     """
     if not terms:
         raise ValueError('terms: got none; give pairs of a factor and a loss')
-
-    def loss(logits: tuple[Array, ...], targets: Array) -> Array:
-        return sum(factor * term(logits, targets) for factor, term in terms)
-
-    return loss
+    return _WeightedSum(terms)
 
 
-@functools.cache  # as above
+@dataclasses.dataclass(frozen=True)
+class _Distillation:
+    teachers: Teachers
+    temperature: float
+
+    def __call__(self, logits: tuple[Array, ...], targets: Array) -> Array:
+        losses, warmth = [], self.temperature
+        for own, teacher in zip(logits, jax.lax.stop_gradient(self.teachers(logits)), strict=True):
+            student, wanted = jax.nn.log_softmax(own / warmth), jax.nn.log_softmax(teacher / warmth)
+            losses.append(warmth**2 * optax.losses.kl_divergence_with_log_targets(student, wanted).mean())
+        return jnp.stack(losses)
+
+
 def distillation(teachers: Teachers, *, temperature: float = 1.0) -> Loss:
     r"""Builds the loss that draws each exit towards a teacher among the network's own exits.
 
@@ -160,15 +173,7 @@ def distillation(teachers: Teachers, *, temperature: float = 1.0) -> Loss:
     """
     if not temperature > 0:
         raise ValueError(f'temperature: got {temperature}; expected a positive number')
-
-    def loss(logits: tuple[Array, ...], targets: Array) -> Array:
-        losses = []
-        for own, teacher in zip(logits, jax.lax.stop_gradient(teachers(logits)), strict=True):
-            student, wanted = jax.nn.log_softmax(own / temperature), jax.nn.log_softmax(teacher / temperature)
-            losses.append(temperature**2 * optax.losses.kl_divergence_with_log_targets(student, wanted).mean())
-        return jnp.stack(losses)
-
-    return loss
+    return _Distillation(teachers, temperature)
 
 
 def last_exit(logits: tuple[Array, ...]) -> tuple[Array, ...]:

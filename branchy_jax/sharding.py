@@ -53,7 +53,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def sharded(mesh: Mesh) -> NamedSharding:
+def by_rows(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that gives each device its share of the rows."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -96,7 +96,7 @@ def shard(mesh: Mesh, tree: Tree) -> Tree:
         >>> tuple(shard(data_mesh(1), jnp.ones((4, 2))).sharding.spec)
         ('batch',)
     """
-    target = sharded(mesh)
+    target = by_rows(mesh)
 
     def put(value: Array) -> Array:
         if isinstance(value, jax.Array) and value.sharding == target:
@@ -117,14 +117,14 @@ def shard_local(mesh: Mesh, tree: Tree) -> Tree:
         mesh: from `data_mesh`.
         tree: pytree of arrays ``[B ÷ processes, …]``: the rows of this process, the first process's first.
     """
-    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharded(mesh), value), tree)
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(by_rows(mesh), value), tree)
 
 
 def constrain(mesh: Mesh | None, tree: Tree) -> Tree:
     """Inside jit: tells the compiler to spread rows over the devices. Without a mesh it does nothing."""
     if mesh is None:
         return tree
-    return jax.tree.map(lambda value: jax.lax.with_sharding_constraint(value, sharded(mesh)), tree)
+    return jax.tree.map(lambda value: jax.lax.with_sharding_constraint(value, by_rows(mesh)), tree)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -102,7 +102,7 @@ class ExitPolicy(ByValue):
     """Says when an input leaves: at the first exit whose uncertainty is below its threshold, else at the last.
 
     A frozen pytree: thresholds, and whatever the criterion has learned, are leaves; the criterion's kind is static.
-    Thresholds mean nothing without the criterion whose uncertainties they are compared with, so the two travel together.
+    Thresholds mean nothing without the criterion whose uncertainties they are compared with: the two travel together.
 
     Attributes:
         criterion: how unsure an exit is (`branchy_jax.criteria`).

@@ -213,9 +213,7 @@ class QuantileOverPatches:
             raise ValueError(f'uncertainty: patches need [B, H, W], got shape {uncertainty.shape}')
         edges = [(0, 0), *((0, -length % self.size) for length in uncertainty.shape[1:])]
         # Sums and counts of the same padded patches, so that padding counts for nothing.
-        total, count = (
-            _sum_patches(jnp.pad(x, edges), self.size) for x in (uncertainty, jnp.ones_like(uncertainty))
-        )
+        total, count = (_sum_patches(jnp.pad(x, edges), self.size) for x in (uncertainty, jnp.ones_like(uncertainty)))
         return jnp.quantile((total / count).reshape(len(uncertainty), -1), self.quantile, axis=-1)
 
 

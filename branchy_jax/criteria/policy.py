@@ -50,8 +50,8 @@ def as_policy(given: Any, num_exits: int) -> ExitPolicy:
     policy = policy.replace(thresholds=_checked_thresholds(policy.thresholds, num_exits))
     if policy.criterion.num_exits not in (None, num_exits):
         raise ValueError(
-            f'criterion: {policy.criterion.name!r} was learned for {policy.criterion.num_exits} exits, this network has '
-            f'{num_exits}; fit it on the outputs of this network'
+            f'criterion: {policy.criterion.name!r} was learned for {policy.criterion.num_exits} exits, this network '
+            f'has {num_exits}; fit it on the outputs of this network'
         )
     for leaf in jax.tree.leaves(policy.criterion):
         if not isinstance(leaf, jax.core.Tracer) and np.isnan(np.asarray(leaf)).any():
@@ -118,7 +118,9 @@ def decode_policy(record: dict[str, Any], arrays: dict[str, Array]) -> ExitPolic
     try:
         return ExitPolicy(**{name: _decode(value, arrays) for name, value in record.items()})
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'policy: cannot be read ({type(error).__name__}: {error}); is it of a newer version?') from error
+        raise ValueError(
+            f'policy: cannot be read ({type(error).__name__}: {error}); is it of a newer version?'
+        ) from error
 
 
 def _encode(value: Any, arrays: dict[str, Array]) -> Any:

@@ -17,12 +17,11 @@ import jax.export
 import numpy as np
 
 from branchy_jax.checkpoint import save_weights
-from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.criteria import as_policy
 from branchy_jax.export.programs import PLATFORMS, Program, batch_program, part_programs, rewrite, staged_program
-from branchy_jax.inference.checks import check_thresholds
-from branchy_jax.inference.compacted import check_chunk_sizes
+from branchy_jax.inference.steps import check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, Normalization, Variables
+from branchy_jax.types import Normalization, Variables
 
 FORMAT = 1
 """Of the folder. A reader refuses what is newer than itself."""
@@ -35,11 +34,10 @@ def save(
     model: BranchyNet,
     variables: Variables,
     *,
-    thresholds: Array,
+    thresholds: Any,
     normalization: Normalization | None = None,
     batch_size: int = 64,
     chunk_size: int | Sequence[int] | None = None,
-    criterion: Criterion = entropy,
     exit_names: Sequence[str] | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> dict[str, Any]:
@@ -63,12 +61,11 @@ def save(
         folder: to make; it must not exist.
         model: a network with an ``image_shape``.
         variables: trained.
-        thresholds: ``[N - 1]``.
+        thresholds: a policy, whose criterion becomes part of the programs, or ``[N - 1]`` thresholds of entropy.
         normalization: that the images need; ``None`` if they need none.
         batch_size: of the batch program.
         chunk_size: images that a stage of the batch program takes at once, as for `branchy_jax.inference.compacted`;
             by default the batch for the first stage and a quarter of it for the others.
-        criterion: how unsure an exit is.
         exit_names: one for each exit.
         platforms: to lower for.
 
@@ -87,7 +84,8 @@ def save(
         >>> manifest['cuts'][1]
         {'after': 'exit 1', 'bytes_per_image': 3136}
     """
-    folder, thresholds = Path(folder), np.asarray(check_thresholds(thresholds, model.num_exits))
+    folder, policy = Path(folder), as_policy(thresholds, model.num_exits)
+    criterion = policy.criterion
     names = [f'exit {n + 1}' for n in range(model.num_exits)] if exit_names is None else list(exit_names)
     _check(folder, model, names, platforms, batch_size)
     if chunk_size is None:
@@ -107,7 +105,7 @@ def save(
             'input': {'shape': list(model.image_shape), 'dtype': 'float32', **_normalization(normalization)},
             'criterion': criterion.name,
             'exits': names,
-            'thresholds': [_text_or_number(value) for value in thresholds.tolist()],
+            'thresholds': [_text_or_number(value) for value in np.asarray(policy.thresholds).tolist()],
             'programs': {program.name: _write(temporary, program, platforms) for program in programs},
             'cuts': cuts,
             'weights': None,

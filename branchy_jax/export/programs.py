@@ -13,14 +13,14 @@ import jax.export
 import jax.numpy as jnp
 from jax import lax
 
-from branchy_jax.criteria import Criterion
-from branchy_jax.inference.checks import Executor
+from branchy_jax.criteria.criterion import Criterion
 from branchy_jax.inference.compacted import compacted
-from branchy_jax.inference.forms import Forms
-from branchy_jax.inference.optimize import default_forms, optimize
+from branchy_jax.inference.rewriting.forms import Forms
+from branchy_jax.inference.rewriting.optimize import default_forms, optimize
 from branchy_jax.inference.staged import staged
-from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPrediction, Variables
+from branchy_jax.inference.steps import Executor
+from branchy_jax.models.branchy import BranchyNet, run_segment
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 """What programs are lowered for, all in one module."""
@@ -99,7 +99,7 @@ def staged_program(network: Rewritten, criterion: Criterion) -> Program:
     model = network.portable[0]
     return Program(
         name='staged',
-        function=_whole(network, functools.partial(staged, criterion=criterion)),
+        function=_whole(network, criterion, staged),
         weights=network.weights,
         inputs={'image': _floats(model.image_shape), 'thresholds': _floats((model.num_exits - 1,))},
         outputs=_ANSWER,
@@ -110,10 +110,10 @@ def staged_program(network: Rewritten, criterion: Criterion) -> Program:
 def batch_program(network: Rewritten, criterion: Criterion, batch_size: int, chunk_sizes: Sequence[int]) -> Program:
     """A batch of fixed size, survivors compacted: what `branchy_jax.inference.compacted` runs without a host."""
     model, chunk_sizes = network.portable[0], tuple(chunk_sizes)
-    build = functools.partial(compacted, chunk_size=chunk_sizes, on_host=False, criterion=criterion)
+    build = functools.partial(compacted, chunk_size=chunk_sizes, on_host=False)
     return Program(
         name='batch',
-        function=_whole(network, build),
+        function=_whole(network, criterion, build),
         weights=network.weights,
         inputs={'images': _floats((batch_size, *model.image_shape)), 'thresholds': _floats((model.num_exits - 1,))},
         outputs=_ANSWER,
@@ -132,7 +132,7 @@ def part_programs(network: Rewritten, criterion: Criterion) -> tuple[list[Progra
     hidden, carry = _floats((count, *model.image_shape)), ()
     programs, cuts = [], [{'after': 'input', 'bytes_per_image': _bytes_per_image(hidden)}]
     for n in range(model.num_exits):
-        run = functools.partial(_run_stage, model, n)
+        run = functools.partial(run_segment, model, 'stage', n)
         inputs = _named('hidden', hidden)
         result = jax.eval_shape(run, variables, hidden)
         programs.append(_part(network, f'stage {n + 1}', run, (hidden,), inputs, tuple(_named('hidden', result))))
@@ -169,11 +169,13 @@ def _part(
     return Program(name, function, {} if network.embedded else _flat(own), inputs, outputs)
 
 
-def _whole(network: Rewritten, build: Callable[[BranchyNet], Executor]) -> Callable[..., tuple[Array, ...]]:
+def _whole(
+    network: Rewritten, criterion: Criterion, build: Callable[[BranchyNet], Executor]
+) -> Callable[..., tuple[Array, ...]]:
     """Returns the program of an executor, in the form that suits the platform it will be compiled for."""
 
-    def run(form: tuple[BranchyNet, Variables], *inputs: Array) -> tuple[Array, ...]:
-        answer: ExitPrediction = build(form[0])(form[1], *inputs)
+    def run(form: tuple[BranchyNet, Variables], images: Array, thresholds: Array) -> tuple[Array, ...]:
+        answer: ExitPrediction = build(form[0])(form[1], images, ExitPolicy(criterion, thresholds))
         return tuple(getattr(answer, name) for name in _ANSWER)
 
     def function(weights: Weights, *inputs: Array) -> tuple[Array, ...]:
@@ -189,12 +191,8 @@ def _whole(network: Rewritten, build: Callable[[BranchyNet], Executor]) -> Calla
     return function
 
 
-def _run_stage(model: BranchyNet, n: int, variables: Variables, hidden: Any) -> Any:
-    return model.apply(variables, hidden, n, method='run_stage')
-
-
 def _run_exit(model: BranchyNet, criterion: Criterion, n: int, variables: Variables, hidden: Any, carry: Any) -> Any:
-    logits = model.apply(variables, hidden, n, method='run_exit')
+    logits = run_segment(model, 'exit', n, variables, hidden)
     answer, uncertainty, carry = criterion.update(logits, criterion.init(logits) if n == 0 else carry, n)
     return criterion.decide(answer), answer, uncertainty, carry
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jax import lax
 
-from branchy_jax.criteria import Criterion, entropy
-from branchy_jax.inference.checks import Executor, guarded
-from branchy_jax.inference.loops import build_loops
-from branchy_jax.inference.pipeline import Answers, Pipeline, submitter
-from branchy_jax.inference.steps import StepFunction, build_steps
+from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
+from branchy_jax.inference.steps import (
+    Executor,
+    Step,
+    StepFunction,
+    asked_exits,
+    at_rows,
+    build_steps,
+    check_chunk_sizes,
+    compiled_once,
+    guarded,
+)
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
 
 def compacted(
     model: BranchyNet,
     *,
     chunk_size: int | Sequence[int],
-    criterion: Criterion = entropy,
     exits: Sequence[int] | None = None,
     on_host: bool | None = None,
     workers: int = 1,
@@ -42,15 +52,14 @@ def compacted(
         chunk_size: images that a stage takes at once; one number, or one for each exit that is asked. Chunks larger
             than the batch are cut to it. Small chunks waste little on the remainder, large ones run at a better rate;
             `branchy_jax.inference.plan` chooses by measuring.
-        criterion: how unsure an exit is.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         on_host: whether the host drives; by default on a CPU.
         workers: chunks that the host runs at the same time, in threads. Two gain where one chunk leaves cores idle.
             Threads do not see context managers of the caller such as `jax.default_matmul_precision`.
 
     Returns:
-        ``(variables, images [B, H, W, C], thresholds [N - 1]) → ExitPrediction`` in the order of the images. Raises
-        ValueError on the wrong number of thresholds, NaN, bad images, and when a host-driven one is traced.
+        ``(variables, images [B, H, W, C], policy) → ExitPrediction`` in the order of the images. Raises ValueError on a
+        policy that does not fit, NaN, bad images, and when a host-driven one is traced.
 
     Raises:
         ValueError: a chunk size below 1, not one chunk size per exit asked, ``workers`` without a host to drive them,
@@ -63,37 +72,43 @@ def compacted(
         >>> compacted(model, chunk_size=2)(variables, images, [float('-inf')]).exit_index.tolist()
         [1, 1, 1, 1, 1]
     """
-    steps = build_steps(model, criterion, exits)
-    chunk_sizes = check_chunk_sizes(chunk_size, len(steps))
+    asked = asked_exits(model, exits)
+    chunk_sizes = check_chunk_sizes(chunk_size, len(asked))
     on_host = jax.default_backend() == 'cpu' if on_host is None else on_host
     if workers < 1 or (workers > 1 and not on_host):
         raise ValueError(f'workers: got {workers} with on_host={on_host}; give at least 1, more only with on_host=True')
-    loops = jax.jit(build_loops(steps, chunk_sizes))
-    run = _build_host_driven(steps, chunk_sizes, workers) if on_host else loops
+    return _compacted(model, asked, chunk_sizes, on_host, workers)
+
+
+@compiled_once
+def _compacted(
+    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int
+) -> Executor:
+    steps = build_steps(model, asked)
+    loops = jax.jit(_build_loops(steps, chunk_sizes))
+    if not on_host:
+        return guarded(loops, model)
+    run = _build_host_driven(jitted_steps(model, asked), chunk_sizes, workers)
     return guarded(run, model, traceable=loops)
 
 
-def check_chunk_sizes(chunk_size: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Returns one chunk size per step, or says what is wrong with them."""
-    sizes = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,) * count
-    if len(sizes) != count or any(not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
-        raise ValueError(
-            f'chunk_size: got {chunk_size!r}; give one positive integer, or {count} of them, one for each exit asked'
-        )
-    return tuple(int(size) for size in sizes)
+@compiled_once
+def jitted_steps(model: BranchyNet, asked: tuple[int, ...]) -> tuple[StepFunction, ...]:
+    """Returns the steps that the host starts, the same ones for all chunk sizes."""
+    return tuple(jax.jit(step) for step in build_steps(model, asked))
 
 
 def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int], workers: int) -> Executor:
-    steps, submit = [jax.jit(step) for step in steps], submitter(workers)
+    submit = submitter(workers)
 
-    def run(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, images, thresholds))):
+    def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, images, policy))):
             raise ValueError(
                 'compacted: the host drives this one, so it cannot run under jit, vmap or grad; call it outside, or '
                 'build it with on_host=False'
             )
         sizes = [min(size, len(images)) for size in chunk_sizes]
-        pipeline = Pipeline(steps, variables, np.asarray(thresholds), sizes, workers=workers, submit=submit)
+        pipeline = Pipeline(steps, variables, policy, sizes, workers=workers, submit=submit)
         pipeline.add(np.arange(len(images)), np.asarray(images))
         return _in_order(len(images), pipeline.run(flush=True))
 
@@ -108,3 +123,92 @@ def _in_order(count: int, found: Iterable[Answers]) -> ExitPrediction:
         for target, values in zip(jax.tree.leaves(results), jax.tree.leaves(answers.prediction), strict=True):
             target[answers.ids] = values
     return jax.tree.map(jnp.asarray, results)
+
+
+@struct.dataclass
+class Queue:
+    """Rows that wait for a stage, undecided ones first.
+
+    Attributes:
+        hidden: what the stage before returned, ``[M, …]``.
+        carry: what the criterion remembers, ``[M, …]``.
+        rows: ``[M]`` positions in ``hidden``, the waiting ones first.
+        ids: ``[M]`` the images that those rows belong to; B, which is no image, behind the waiting ones.
+        count: how many wait.
+    """
+
+    hidden: Any
+    carry: Any
+    rows: Array
+    ids: Array
+    count: Array | int
+
+
+def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> Executor:
+    """Builds the traceable program that runs each step on chunks of survivors.
+
+    Args:
+        steps: from `build_steps`.
+        chunk_sizes: one per step.
+    """
+
+    def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
+        batch_size = len(images)
+        everyone = jnp.arange(batch_size)
+        queue = Queue(hidden=images, carry=(), rows=everyone, ids=everyone, count=batch_size)
+        results = None
+        for step, chunk_size in zip(steps, chunk_sizes, strict=True):
+            size = min(chunk_size, batch_size)
+            queue = _padded(queue, size, batch_size)
+            done = run_chunks(step, variables, queue, policy, size)
+            waiting = jnp.arange(len(queue.ids)) < queue.count
+            results = _write(
+                results, done.prediction, jnp.where(waiting & done.confident, queue.ids, batch_size), batch_size
+            )
+            stays = waiting & ~done.confident
+            rows = jnp.argsort(~stays, stable=True)
+            ids = jnp.where(stays, queue.ids, batch_size)[rows]
+            queue = Queue(hidden=done.hidden, carry=done.carry, rows=rows, ids=ids, count=stays.sum())
+        return results
+
+    return run
+
+
+def _write(results: ExitPrediction | None, found: ExitPrediction, ids: Array, batch_size: int) -> ExitPrediction:
+    """Puts what was found in the places of the images it belongs to; id B is no image."""
+    if results is None:
+        results = _zeros(found, batch_size)
+    return jax.tree.map(lambda target, values: target.at[ids].set(values, mode='drop'), results, found)
+
+
+def _zeros(like: Any, length: int) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((length, *x.shape[1:]), x.dtype), like)
+
+
+def _padded(queue: Queue, chunk_size: int, nobody: int) -> Queue:
+    """Cuts or fills the queue to whole chunks that hold all images."""
+    length = -(-nobody // chunk_size) * chunk_size
+    fill = max(0, length - len(queue.rows))
+    return queue.replace(
+        rows=jnp.pad(queue.rows[:length], (0, fill)), ids=jnp.pad(queue.ids[:length], (0, fill), constant_values=nobody)
+    )
+
+
+def run_chunks(step: StepFunction, variables: Variables, queue: Queue, policy: ExitPolicy, chunk_size: int) -> Step:
+    """Runs a step on the waiting rows, chunk by chunk; rows behind them are not computed but for the last chunk's."""
+
+    def run_chunk(start: Array | int) -> Step:
+        rows = lax.dynamic_slice_in_dim(queue.rows, start, chunk_size)
+        return step(variables, at_rows(queue.hidden, rows), at_rows(queue.carry, rows), policy)
+
+    length = len(queue.rows)
+    if length == chunk_size and isinstance(queue.count, int):
+        return run_chunk(0)
+
+    def body(state: tuple[Array, Step]) -> tuple[Array, Step]:
+        start, done = state
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return start + chunk_size, jax.tree.map(put, done, run_chunk(start))
+
+    nothing = _zeros(jax.eval_shape(run_chunk, 0), length)
+    return lax.while_loop(lambda state: state[0] < queue.count, body, (jnp.int32(0), nothing))[1]

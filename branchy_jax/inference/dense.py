@@ -1,32 +1,39 @@
-"""Every exit computed, then selected: saves nothing, and is what all other executors must agree with."""
+"""Every exit computed: selected by a policy, which saves nothing and is the oracle, or cached to choose one from."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
 
-from branchy_jax.criteria import Criterion, entropy
-from branchy_jax.inference.checks import Executor, guarded
-from branchy_jax.inference.steps import build_steps, run_steps
+from branchy_jax.costs import StageCosts, count_macs
+from branchy_jax.criteria import entropy
+from branchy_jax.criteria.criterion import Criterion
+from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPrediction, Variables
+from branchy_jax.sharding import replicate, replicated, shard
+from branchy_jax.thresholds import ExitTable, Metric, Statistics, accuracy_statistics, mean_of_statistic
+from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variables
 
 
-def dense(model: BranchyNet, *, criterion: Criterion = entropy, exits: Sequence[int] | None = None) -> Executor:
+def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
     """Builds the oracle executor: runs all stages and heads on the whole batch and selects the first confident exit.
 
     Args:
         model: a network with N exits.
-        criterion: how unsure an exit is.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf. With
             ``[N - 1]`` this is the network without its branches.
 
     Returns:
-        ``(variables, images [B, H, W, C], thresholds [N - 1]) → ExitPrediction``. Works under `jax.jit` and
-        `jax.vmap` (over thresholds, say). Raises ValueError on the wrong number of thresholds, NaN, or bad images.
+        ``(variables, images [B, H, W, C], policy) → ExitPrediction``; a bare array of thresholds ``[N - 1]`` is a
+        policy of entropy. Works under `jax.jit` and `jax.vmap` (over policies, say). Raises ValueError on a policy
+        that does not fit, NaN, or bad images.
 
     Raises:
         ValueError: impossible ``exits``.
@@ -41,11 +48,16 @@ def dense(model: BranchyNet, *, criterion: Criterion = entropy, exits: Sequence[
     References:
         BranchyNet, 2016, Figure 2.
     """
-    steps = build_steps(model, criterion, exits)
+    return _dense(model, asked_exits(model, exits))
+
+
+@compiled_once
+def _dense(model: BranchyNet, asked: tuple[int, ...]) -> Executor:
+    steps = build_steps(model, asked)
 
     @jax.jit
-    def run(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
-        *earlier, last = run_steps(steps, variables, images, thresholds)
+    def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
+        *earlier, last = run_steps(steps, variables, images, policy)
         chosen = last.prediction
         for step in reversed(earlier):
             chosen = jax.tree.map(functools.partial(_select, step.confident), step.prediction, chosen)
@@ -56,3 +68,179 @@ def dense(model: BranchyNet, *, criterion: Criterion = entropy, exits: Sequence[
 
 def _select(mask: Array, yes: Array, no: Array) -> Array:
     return jnp.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
+
+
+@struct.dataclass
+class ExitOutputs:
+    """Every exit's answer to every input.
+
+    Attributes:
+        logits: ``[N, M, …, K]`` answer logits, as the criterion gives them.
+        uncertainty: ``[N, M]``.
+    """
+
+    logits: np.ndarray
+    uncertainty: np.ndarray
+
+
+def exit_outputs(
+    model: BranchyNet,
+    variables: Variables,
+    images: Array,
+    *,
+    criterion: Criterion = entropy,
+    batch_size: int = 256,
+    prepare: Callable[[Array], Array] | None = None,
+    mesh: Mesh | None = None,
+) -> ExitOutputs:
+    """Runs all exits over a data set, batch by batch, with one compilation.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        images: ``[M, H, W, C]`` as ``prepare`` takes them; may stay on the host.
+        criterion: how unsure an exit is.
+        batch_size: images per dispatch; the last batch is padded.
+        prepare: normalisation of stored images, applied inside jit; ``None`` takes them as they are.
+        mesh: the devices that share every batch; each process gets all answers.
+
+    Returns:
+        `ExitOutputs` as NumPy arrays.
+
+    Raises:
+        ValueError: no images, or images the network refuses.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-lenet'), jnp.ones((5, 28, 28, 1))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> exit_outputs(model, variables, images, batch_size=2).logits.shape
+        (2, 5, 10)
+    """
+    run = functools.partial(_outputs(model, mesh), criterion=criterion, prepare=_as_pytree(prepare))
+    return _in_batches(run, variables, images, batch_size, mesh)
+
+
+def exit_table(
+    model: BranchyNet,
+    variables: Variables,
+    data: Batch,
+    *,
+    criterion: Criterion = entropy,
+    statistics: Statistics = accuracy_statistics,
+    metric: Metric = mean_of_statistic,
+    costs: StageCosts | None = None,
+    split: str = 'validation',
+    batch_size: int = 256,
+    prepare: Callable[[Array], Array] | None = None,
+    mesh: Mesh | None = None,
+) -> ExitTable:
+    """Runs all exits over a labelled data set and keeps what choosing a policy needs, not the logits.
+
+    The logits of every pixel at every exit would fill the memory; their statistics are a few numbers an image.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        data: images as ``prepare`` takes them, with their labels; may stay on the host.
+        criterion: how unsure an exit is.
+        statistics: ``(answer logits [N, B, …, K], labels [B, …]) → [N, B, S]``, such as
+            `branchy_jax.thresholds.iou_statistics`; applied inside jit.
+        metric: turns summed statistics into the figure to maximise.
+        costs: per stage and head; by default the multiply-accumulates of ``model``.
+        split: name of the data.
+        batch_size: images per dispatch; the last batch is padded.
+        prepare: normalisation of stored images, applied inside jit; ``None`` takes them as they are.
+        mesh: devices to share the batches out to.
+
+    Returns:
+        `branchy_jax.thresholds.ExitTable`.
+
+    Raises:
+        ValueError: no images, images that the network refuses, another number of labels than images, or labels of
+            another shape than its answers.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, data = bj.models.create('b-lenet'), bj.Batch(jnp.ones((5, 28, 28, 1)), jnp.zeros(5, jnp.int32))
+        >>> variables = model.init(jax.random.key(0), data.image)
+        >>> table = exit_table(model, variables, data)
+        >>> table.statistics.shape, table.screen().for_accuracy(0.0).policy.criterion.name
+        ((2, 5, 1), 'entropy')
+    """
+    if len(data.image) != len(data.label):
+        raise ValueError(f'data: got {len(data.image)} images and {len(data.label)} labels; give one label per image')
+    if costs is None:
+        spec = jax.eval_shape(_as_pytree(prepare), jax.ShapeDtypeStruct((1, *data.image.shape[1:]), data.image.dtype))
+        costs = count_macs(model, spec.shape[1:])
+    run = functools.partial(_statistics(model, mesh, statistics), criterion=criterion, prepare=_as_pytree(prepare))
+    found, uncertainty = _in_batches(run, variables, data, batch_size, mesh)
+    return ExitTable(
+        uncertainty=uncertainty, statistics=found, costs=costs, criterion=criterion, metric=metric, split=split
+    )
+
+
+@compiled_once
+def _outputs(model: BranchyNet, mesh: Mesh | None) -> Callable[..., ExitOutputs]:
+    steps = build_steps(model, asked_exits(model, None))
+
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
+    def run(variables: Variables, images: Array, criterion: Criterion, prepare: Callable[..., Array]) -> ExitOutputs:
+        policy = ExitPolicy(criterion, jnp.zeros(model.num_exits - 1))
+        answers = [step.prediction for step in run_steps(steps, variables, prepare(images), policy)]
+        return ExitOutputs(
+            logits=jnp.stack([answer.logits for answer in answers]),
+            uncertainty=jnp.stack([answer.uncertainty for answer in answers]),
+        )
+
+    return run
+
+
+@compiled_once
+def _statistics(model: BranchyNet, mesh: Mesh | None, statistics: Statistics) -> Callable[..., tuple[Array, Array]]:
+    answer = _outputs(model, None)
+
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
+    def run(
+        variables: Variables, data: Batch, criterion: Criterion, prepare: Callable[..., Array]
+    ) -> tuple[Array, Array]:
+        outputs = answer(variables, data.image, criterion=criterion, prepare=prepare)
+        return statistics(outputs.logits, data.label), outputs.uncertainty
+
+    return run
+
+
+def _as_they_are(images: Array) -> Array:
+    return images
+
+
+def _as_pytree(prepare: Callable[[Array], Array] | None) -> Callable[[Array], Array]:
+    """Returns what `jax.jit` takes as an argument: the arrays of a normalisation are no constants of the program."""
+    prepare = _as_they_are if prepare is None else prepare
+    if all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(prepare)):
+        return prepare
+    try:
+        hash(prepare)
+    except TypeError:  # a method of something with arrays: compiles anew
+        return jax.tree_util.Partial(lambda images: prepare(images))
+    return jax.tree_util.Partial(prepare)
+
+
+def _in_batches(
+    run: Callable[[Variables, Any], Any], variables: Variables, data: Any, batch_size: int, mesh: Mesh | None
+) -> Any:
+    """Runs over rows of ``data`` in batches of one size; what comes back has the rows on axis 1."""
+    count = len(jax.tree.leaves(data)[0])
+    if count == 0:
+        raise ValueError('images: got none; at least one is needed')
+    if batch_size < 1:
+        raise ValueError(f'batch_size: got {batch_size}; expected at least 1')
+    batch_size = min(batch_size, count)
+    if mesh is not None:
+        batch_size, variables = -(-batch_size // mesh.size) * mesh.size, replicate(mesh, variables)
+    batches = []
+    for start in range(0, count, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        batch = at_rows(data, rows)
+        batches.append(jax.tree.map(np.asarray, run(variables, batch if mesh is None else shard(mesh, batch))))
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :count], *batches)

@@ -1,4 +1,4 @@
-"""Batches over many devices: each stage runs on survivors only, dealt out anew so that no device waits for another."""
+"""Batches over many devices: each stage runs on survivors only, dispatched anew so that no device waits for another."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from branchy_jax.criteria import Criterion, entropy
-from branchy_jax.inference.checks import Executor, guarded
-from branchy_jax.inference.compacted import check_chunk_sizes
-from branchy_jax.inference.exchange import Route, collect, deal, route
-from branchy_jax.inference.loops import Queue, run_chunks
-from branchy_jax.inference.steps import StepFunction, at_rows, build_steps
+from branchy_jax.inference.compacted import Queue, run_chunks
+from branchy_jax.inference.steps import (
+    Executor,
+    StepFunction,
+    asked_exits,
+    at_rows,
+    build_steps,
+    check_chunk_sizes,
+    compiled_once,
+    guarded,
+    policy_checker,
+)
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.sharding import AXIS, shard
-from branchy_jax.types import Array, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
 
 @struct.dataclass
@@ -30,19 +36,19 @@ class Balance:
 
     Attributes:
         found: ``[steps, D]`` images waiting for the stage where the exit before left them.
-        dealt: ``[steps, D]`` the same after they were dealt out: from the second exit on counts differ by at most one.
+        dispatched: ``[steps, D]`` the same once dispatched: from the second exit on counts differ by at most one.
             Before the first, images lie as they came, the last devices with the rows that fill up the batch.
     """
 
     found: np.ndarray
-    dealt: np.ndarray
+    dispatched: np.ndarray
 
     def __str__(self) -> str:
         lines = [f'{"exit asked":12}{"waiting":>9}   most on one device: before, after   shares per device after']
-        for n, (found, dealt) in enumerate(zip(self.found, self.dealt, strict=True)):
+        for n, (found, dispatched) in enumerate(zip(self.found, self.dispatched, strict=True)):
             total = max(1, found.sum())
-            shares = ' '.join(f'{100 * count / total:.1f}' for count in dealt)
-            most = f'{100 * found.max() / total:8.1f} % {100 * dealt.max() / total:8.1f} %'
+            shares = ' '.join(f'{100 * count / total:.1f}' for count in dispatched)
+            most = f'{100 * found.max() / total:8.1f} % {100 * dispatched.max() / total:8.1f} %'
             lines.append(f'{n + 1:<12}{found.sum():>9}   {most:32}   {shares} %')
         return '\n'.join(lines)
 
@@ -52,15 +58,18 @@ class Sharded:
     """An executor over many devices, which can tell how well it used them."""
 
     _run: Executor = dataclasses.field(repr=False)
-    _with_balance: Callable[[Variables, Array, Array], tuple[ExitPrediction, Balance]] = dataclasses.field(repr=False)
+    _with_balance: Callable[[Variables, Array, ExitPolicy], tuple[ExitPrediction, Balance]] = dataclasses.field(
+        repr=False
+    )
+    _check: Callable[[Any], ExitPolicy] = dataclasses.field(repr=False)
 
-    def __call__(self, variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
+    def __call__(self, variables: Variables, images: Array, policy: Any) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``, as `dense` would."""
-        return self._run(variables, images, thresholds)
+        return self._run(variables, images, policy)
 
-    def balance(self, variables: Variables, images: Array, thresholds: Array) -> Balance:
-        """Runs the same program and reports where survivors were found, and how they were dealt out."""
-        return jax.tree.map(np.asarray, self._with_balance(variables, images, np.asarray(thresholds, np.float32))[1])
+    def balance(self, variables: Variables, images: Array, policy: Any) -> Balance:
+        """Runs the same program and reports where survivors were found, and how they were dispatched."""
+        return jax.tree.map(np.asarray, self._with_balance(variables, images, self._check(policy))[1])
 
 
 def sharded(
@@ -68,26 +77,24 @@ def sharded(
     *,
     mesh: Mesh,
     chunk_size: int | Sequence[int],
-    criterion: Criterion = entropy,
     exits: Sequence[int] | None = None,
 ) -> Sharded:
-    """Builds the batch executor for many devices: `compacted` on each, with survivors dealt out anew before each stage.
+    """Builds the batch executor for many devices: `compacted` on each, survivors dispatched anew before each stage.
 
     Hard images come in runs: were survivors to stay where they are, one device would work while the others wait. Before
-    each stage they are dealt round, so that counts differ by at most one; what they turn out to be is sent back the
-    same way. One program, in which every device loops over its own chunks.
+    each stage they are dispatched in turns, so that counts differ by at most one; what they turn out to be is sent back
+    the same way. One program, in which every device loops over its own chunks.
 
     Args:
         model: a network with N exits.
         mesh: from `branchy_jax.sharding.data_mesh`.
         chunk_size: images that a stage takes at once on one device; one number, or one for each exit asked.
-        criterion: how unsure an exit is.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
 
     Returns:
-        ``(variables, images [B, H, W, C], thresholds [N - 1]) → ExitPrediction`` in the order of the images, whose
-        rows lie spread over the devices. B need not be a multiple of their number. Works under `jax.jit`. Raises
-        ValueError on the wrong number of thresholds, NaN, or bad images. Its ``balance``, called alike, returns a
+        ``(variables, images [B, H, W, C], policy) → ExitPrediction`` in the order of the images, whose rows lie spread
+        over the devices. B need not be a multiple of their number. Works under `jax.jit`. Raises ValueError on a
+        policy that does not fit, NaN, or bad images. Its ``balance``, called alike, returns a
         `Balance`.
 
     Raises:
@@ -100,11 +107,17 @@ def sharded(
         >>> run = sharded(model, mesh=bj.sharding.data_mesh(1), chunk_size=2)
         >>> run(variables, images, [float('-inf')]).exit_index.tolist()
         [1, 1, 1, 1, 1]
-        >>> run.balance(variables, images, [float('-inf')]).dealt.tolist()
+        >>> run.balance(variables, images, [float('-inf')]).dispatched.tolist()
         [[5], [5]]
     """
-    run = _build(model, mesh, chunk_size, criterion, exits)
-    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), run)
+    asked = asked_exits(model, exits)
+    return _sharded(model, mesh, asked, check_chunk_sizes(chunk_size, len(asked)))
+
+
+@compiled_once
+def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes: tuple[int, ...]) -> Sharded:
+    run = _build(model, mesh, asked, chunk_sizes)
+    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), run, policy_checker(model.num_exits))
 
 
 def on_mesh(run: Executor, mesh: Mesh) -> Executor:
@@ -115,8 +128,8 @@ def on_mesh(run: Executor, mesh: Mesh) -> Executor:
         mesh: from `branchy_jax.sharding.data_mesh`.
     """
 
-    def execute(variables: Variables, images: Array, thresholds: Array) -> Any:
-        found = run(variables, spread(images, mesh), thresholds)
+    def execute(variables: Variables, images: Array, policy: Any) -> Any:
+        found = run(variables, spread(images, mesh), policy)
         return at_rows(found, slice(len(images)))
 
     return execute
@@ -135,18 +148,16 @@ def spread(images: Array, mesh: Mesh) -> Array:
 def _build(
     model: BranchyNet,
     mesh: Mesh,
-    chunk_size: int | Sequence[int],
-    criterion: Criterion,
-    exits: Sequence[int] | None,
-) -> Callable[[Variables, Array, Array], tuple[ExitPrediction, Balance]]:
-    steps = build_steps(model, criterion, exits)
-    chunk_sizes = check_chunk_sizes(chunk_size, len(steps))
+    asked: tuple[int, ...],
+    chunk_sizes: tuple[int, ...],
+) -> Callable[[Variables, Array, ExitPolicy], tuple[ExitPrediction, Balance]]:
+    steps = build_steps(model, asked)
 
     def on_each_device(
-        variables: Variables, images: Array, thresholds: Array, count: Array
+        variables: Variables, images: Array, policy: ExitPolicy, count: Array
     ) -> tuple[ExitPrediction, Balance]:
         rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
-        return _answer(steps, chunk_sizes, variables, images, (), rows < count, thresholds)
+        return _answer(steps, chunk_sizes, variables, images, (), rows < count, policy)
 
     everywhere, by_row, by_device = PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(None, AXIS)
     spmd = jax.jit(
@@ -159,8 +170,8 @@ def _build(
         )
     )
 
-    def run(variables: Variables, images: Array, thresholds: Array) -> tuple[ExitPrediction, Balance]:
-        prediction, balance = spmd(variables, spread(images, mesh), thresholds, np.int32(len(images)))
+    def run(variables: Variables, images: Array, policy: ExitPolicy) -> tuple[ExitPrediction, Balance]:
+        prediction, balance = spmd(variables, spread(images, mesh), policy, np.int32(len(images)))
         return at_rows(prediction, slice(len(images))), balance
 
     return run
@@ -173,26 +184,106 @@ def _answer(
     hidden: Any,
     carry: Any,
     waiting: Array,
-    thresholds: Array,
-    sent: Route | None = None,
+    policy: ExitPolicy,
+    sent: Dispatch | None = None,
 ) -> tuple[ExitPrediction, Balance]:
     """Answers the waiting rows of this device, with the help of the others; what other rows get is of no meaning."""
     rows, count = jnp.argsort(~waiting, stable=True), waiting.sum()
     size = min(chunk_sizes[0], len(waiting))
     fill = -len(rows) % size
     queue = Queue(hidden=hidden, carry=carry, rows=jnp.pad(rows, (0, fill)), ids=jnp.pad(rows, (0, fill)), count=count)
-    done = at_rows(run_chunks(steps[0], variables, queue, thresholds, size), slice(len(rows)))
+    done = at_rows(run_chunks(steps[0], variables, queue, policy, size), slice(len(rows)))
     found = count if sent is None else sent.count
-    here = Balance(found=found[None, None], dealt=count[None, None])
+    here = Balance(found=found[None, None], dispatched=count[None, None])
     prediction = done.prediction
     if len(steps) > 1:
         stays = (jnp.arange(len(rows)) < count) & ~done.confident
-        onward = route(stays)
-        hidden, carry = deal(onward, (done.hidden, done.carry))
+        onward = Dispatch.of(stays)
+        hidden, carry = onward.send((done.hidden, done.carry))
         later, rest = _answer(
-            steps[1:], chunk_sizes[1:], variables, hidden, carry, deal(onward, stays, fill=False), thresholds, onward
+            steps[1:], chunk_sizes[1:], variables, hidden, carry, onward.send(stays, fill=False), policy, onward
         )
-        prediction = collect(onward, later, prediction)
+        prediction = onward.combine(later, prediction)
         here = jax.tree.map(lambda *parts: jnp.concatenate(parts), here, rest)
     places = jnp.argsort(rows)
     return at_rows(prediction, places), here
+
+
+@struct.dataclass
+class Dispatch:
+    """Where the rows of this device go; used inside `jax.shard_map`.
+
+    Rows are dispatched evenly among the devices of a mesh, and their answers combined where the rows came from. Each
+    device sends as many rows to every other as an even dispatch can ask for, whether they are in use or not: shapes
+    are fixed, and nothing but the rows themselves crosses between devices.
+
+    Attributes:
+        sent: ``[D · slots]`` the row that goes into each slot, the first device's slots first; M for an empty slot.
+        slot: ``[M]`` the slot of each row.
+        goes: ``[M]`` whether a row is sent at all.
+        count: how many of this device's rows are sent.
+    """
+
+    sent: Array
+    slot: Array
+    goes: Array
+    count: Array
+
+    @classmethod
+    def of(cls, goes: Array) -> Dispatch:
+        """Dispatches rows in turns: each device gets the same number, give or take one.
+
+        Args:
+            goes: ``[M]`` which rows of this device are dispatched. M is the same on every device.
+        """
+        length, devices = len(goes), lax.axis_size(AXIS)
+        slots = -(-length // devices)
+        counts = lax.all_gather(goes.sum(), AXIS)
+        before = jnp.where(jnp.arange(devices) < lax.axis_index(AXIS), counts, 0).sum()
+        ordinal = jnp.cumsum(goes) - 1
+        slot = (before + ordinal) % devices * slots + ordinal // devices
+        nowhere = devices * slots
+        sent = jnp.full(nowhere, length).at[jnp.where(goes, slot, nowhere)].set(jnp.arange(length), mode='drop')
+        return cls(sent=sent, slot=jnp.where(goes, slot, 0), goes=goes, count=goes.sum())
+
+    def send(self, tree: Any, *, fill: Any = None) -> Any:
+        """Sends rows to where they are dispatched.
+
+        Args:
+            tree: pytree of arrays ``[M, …]``.
+            fill: what is in empty slots; by default some row.
+
+        Returns:
+            The same with ``[D · slots, …]``, D · slots being M rounded up to a multiple of D.
+        """
+
+        def send(values: Array) -> Array:
+            rows = jnp.minimum(self.sent, len(values) - 1)
+            chosen = values[rows]
+            if fill is not None:
+                chosen = jnp.where(self.sent < len(values), chosen, fill)
+            return _exchange(chosen)
+
+        return jax.tree.map(send, tree)
+
+    def combine(self, answers: Any, otherwise: Any) -> Any:
+        """Sends answers back to where the rows came from.
+
+        Args:
+            answers: pytree of arrays ``[D · slots, …]``, in the order in which `send` delivered the rows.
+            otherwise: pytree of arrays ``[M, …]``, for rows that were not sent.
+
+        Returns:
+            Pytree of arrays ``[M, …]``.
+        """
+
+        def fetch(values: Array, own: Array) -> Array:
+            goes = self.goes.reshape(self.goes.shape + (1,) * (own.ndim - 1))
+            return jnp.where(goes, _exchange(values)[self.slot], own)
+
+        return jax.tree.map(fetch, answers, otherwise)
+
+
+def _exchange(values: Array) -> Array:
+    """Swaps blocks: block d of this device goes to device d, whose block of this device's number comes back."""
+    return lax.all_to_all(values, AXIS, split_axis=0, concat_axis=0, tiled=True)

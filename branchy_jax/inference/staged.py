@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
-from branchy_jax.criteria import Carry, Criterion, entropy
-from branchy_jax.inference.checks import Executor, guarded, threshold_checker
-from branchy_jax.inference.steps import StepFunction, at_rows, build_steps
+from branchy_jax.criteria.criterion import Carry
+from branchy_jax.inference.steps import (
+    Executor,
+    StepFunction,
+    asked_exits,
+    at_rows,
+    build_steps,
+    compiled_once,
+    guarded,
+    policy_checker,
+)
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.compose import Hidden
-from branchy_jax.types import Array, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
 COMMAND_BUFFERS = {
     'xla_gpu_enable_command_buffer': (
@@ -28,7 +37,6 @@ the host at every exit. They made a stream of LeNet images 1.7 times faster and 
 def staged(
     model: BranchyNet,
     *,
-    criterion: Criterion = entropy,
     exits: Sequence[int] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Executor:
@@ -39,13 +47,12 @@ def staged(
 
     Args:
         model: a network with N exits.
-        criterion: how unsure an exit is.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU.
 
     Returns:
-        ``(variables, image [H, W, C], thresholds [N - 1]) → ExitPrediction`` without the batch axis. Raises
-        ValueError on the wrong number of thresholds, NaN, or a bad image.
+        ``(variables, image [H, W, C], policy) → ExitPrediction`` without the batch axis; a bare array of thresholds
+        ``[N - 1]`` is a policy of entropy. Raises ValueError on a policy that does not fit, NaN, or a bad image.
 
     Raises:
         ValueError: impossible ``exits``.
@@ -60,16 +67,20 @@ def staged(
     References:
         BranchyNet, 2016, Figure 2.
     """
-    steps = build_steps(model, criterion, exits)
+    return _staged(model, asked_exits(model, exits), _in_order(compiler_options))
 
-    def run(variables: Variables, image: Array, thresholds: Array) -> ExitPrediction:
+
+@compiled_once
+def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...]) -> Executor:
+    steps, check = build_steps(model, asked), policy_checker(model.num_exits)
+
+    @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
+    def run(variables: Variables, image: Array, policy: ExitPolicy) -> ExitPrediction:
         _refuse_batches(image, model.image_shape)
-        return at_rows(_answer(steps, variables, image[None], (), thresholds), 0)
+        return at_rows(_answer(steps, variables, image[None], (), policy), 0)
 
-    run, check = jax.jit(run, compiler_options=_as_given(compiler_options)), threshold_checker(model.num_exits)
-
-    def execute(variables: Variables, image: Array, thresholds: Array) -> ExitPrediction:
-        return run(variables, image, check(thresholds))
+    def execute(variables: Variables, image: Array, policy: Any) -> ExitPrediction:
+        return run(variables, image, check(policy))
 
     return execute
 
@@ -77,7 +88,6 @@ def staged(
 def sequential(
     model: BranchyNet,
     *,
-    criterion: Criterion = entropy,
     exits: Sequence[int] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Executor:
@@ -88,13 +98,12 @@ def sequential(
 
     Args:
         model: a network with N exits.
-        criterion: how unsure an exit is.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU.
 
     Returns:
-        ``(variables, images [B, H, W, C], thresholds [N - 1]) → ExitPrediction``. Raises ValueError on the wrong
-        number of thresholds, NaN, or bad images.
+        ``(variables, images [B, H, W, C], policy) → ExitPrediction``. Raises ValueError on a policy that does not fit,
+        NaN, or bad images.
 
     Raises:
         ValueError: impossible ``exits``.
@@ -106,27 +115,33 @@ def sequential(
         >>> sequential(model)(variables, images, [float('inf')]).exit_index.tolist()
         [0, 0, 0]
     """
-    steps = build_steps(model, criterion, exits)
+    return _sequential(model, asked_exits(model, exits), _in_order(compiler_options))
 
-    def run(variables: Variables, images: Array, thresholds: Array) -> ExitPrediction:
+
+@compiled_once
+def _sequential(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...]) -> Executor:
+    steps = build_steps(model, asked)
+
+    @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
+    def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
         if len(images) == 1:
-            return _answer(steps, variables, images, (), thresholds)
-        return lax.map(lambda image: at_rows(_answer(steps, variables, image[None], (), thresholds), 0), images)
+            return _answer(steps, variables, images, (), policy)
+        return lax.map(lambda image: at_rows(_answer(steps, variables, image[None], (), policy), 0), images)
 
-    return guarded(jax.jit(run, compiler_options=_as_given(compiler_options)), model)
+    return guarded(run, model)
 
 
 def _answer(
-    steps: Sequence[StepFunction], variables: Variables, hidden: Hidden, carry: Carry, thresholds: Array
+    steps: Sequence[StepFunction], variables: Variables, hidden: Hidden, carry: Carry, policy: ExitPolicy
 ) -> ExitPrediction:
     """Answers a batch of one."""
-    step = steps[0](variables, hidden, carry, thresholds)
+    step = steps[0](variables, hidden, carry, policy)
     if len(steps) == 1:
         return step.prediction
     return lax.cond(
         step.confident[0],
         lambda: step.prediction,
-        lambda: _answer(steps[1:], variables, step.hidden, step.carry, thresholds),
+        lambda: _answer(steps[1:], variables, step.hidden, step.carry, policy),
     )
 
 
@@ -138,5 +153,5 @@ def _refuse_batches(image: Array, image_shape: tuple[int, ...] | None) -> None:
         )
 
 
-def _as_given(compiler_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if compiler_options is None else dict(compiler_options)
+def _in_order(compiler_options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((compiler_options or {}).items()))

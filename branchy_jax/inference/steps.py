@@ -1,19 +1,103 @@
-"""One step of early-exit inference: run on to the next exit, and see who leaves there. What all executors do."""
+"""What all executors share: the door that refuses bad input, and one step, to the next exit and out for who is sure."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from branchy_jax.criteria import Carry, Criterion, is_confident
-from branchy_jax.models.branchy import BranchyNet, check_exits
+from branchy_jax.criteria import as_policy, is_confident
+from branchy_jax.criteria.criterion import Carry, Criterion
+from branchy_jax.models.branchy import BranchyNet, check_exits, check_images, run_segment
 from branchy_jax.models.compose import Hidden
-from branchy_jax.types import Array, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+
+Executor = Callable[[Variables, Array, Any], ExitPrediction]
+"""``(variables, images, policy) → ExitPrediction``; see `branchy_jax.criteria.as_policy` for what goes as a policy."""
+
+_MOST_BUILT = 128
+
+
+def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a builder of compiled functions: equal arguments give the function that is there.
+
+    What was built for arguments that cannot be hashed is not kept, nor more than 128 builds.
+    """
+    kept = functools.lru_cache(maxsize=_MOST_BUILT)(build)
+
+    @functools.wraps(build)
+    def built(*arguments: Any) -> Any:
+        try:
+            hash(arguments)
+        except TypeError:
+            return build(*arguments)
+        return kept(*arguments)
+
+    return built
+
+
+def policy_checker(num_exits: int) -> Callable[[Any], ExitPolicy]:
+    """Returns `as_policy` for one network, which remembers the last policy that passed.
+
+    At batch 1 the check costs as much as a small stage, and serving code gives the same policy again and again. Arrays
+    of jax cannot change, so the same object need not be looked at twice; anything else is.
+    """
+    passed: tuple[Any, ExitPolicy | None] = (None, None)
+
+    def check(given: Any) -> ExitPolicy:
+        nonlocal passed
+        last, policy = passed
+        if given is last and policy is not None:
+            return policy
+        policy = as_policy(given, num_exits)
+        if all(_is_settled(leaf) for leaf in jax.tree.leaves(getattr(given, 'policy', given))):
+            passed = given, policy
+        return policy
+
+    return check
+
+
+def _is_settled(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def guarded(run: Executor, model: BranchyNet, *, traceable: Executor | None = None) -> Executor:
+    """Puts the door before an executor of batches: input is checked, an empty batch is answered at once.
+
+    Args:
+        run: ``(variables, images [B, …], policy) → ExitPrediction``.
+        model: whose input it is.
+        traceable: of the same results, where ``run`` is not.
+    """
+    check, image_shape = policy_checker(model.num_exits), model.image_shape
+
+    def execute(variables: Variables, images: Array, policy: Any) -> ExitPrediction:
+        policy = check(policy)
+        if image_shape is not None:
+            check_images(images, image_shape)
+        if images.shape[0] == 0:  # for no images many layers have no shape
+            one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+            answer = jax.eval_shape(traceable or run, variables, one, policy)
+            return jax.tree.map(lambda spec: jnp.zeros((0, *spec.shape[1:]), spec.dtype), answer)
+        return run(variables, images, policy)
+
+    return execute
+
+
+def check_chunk_sizes(chunk_size: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Returns one chunk size per step, or says what is wrong with them."""
+    sizes = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,) * count
+    if len(sizes) != count or any(not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
+        raise ValueError(
+            f'chunk_size: got {chunk_size!r}; give one positive integer, or {count} of them, one for each exit asked'
+        )
+    return tuple(int(size) for size in sizes)
 
 
 @struct.dataclass
@@ -33,35 +117,42 @@ class Step:
     confident: Array
 
 
-StepFunction = Callable[[Variables, Hidden, Carry, Array], Step]
-"""``(variables, hidden, carry, thresholds [N - 1]) → Step``; ``carry`` is ignored by the first step."""
+StepFunction = Callable[[Variables, Hidden, Carry, ExitPolicy], Step]
+"""``(variables, hidden, carry, policy) → Step``; ``carry`` is ignored by the first step."""
 
 
-def build_steps(model: BranchyNet, criterion: Criterion, exits: Sequence[int] | None = None) -> list[StepFunction]:
+def asked_exits(model: BranchyNet, exits: Sequence[int] | None) -> tuple[int, ...]:
+    """Returns the exits that an executor asks: all of them for ``None``.
+
+    Raises:
+        ValueError: ``exits`` is not ascending, out of range or leaves out the last.
+    """
+    return tuple(range(model.num_exits)) if exits is None else check_exits('exits', exits, model.num_exits)
+
+
+def build_steps(model: BranchyNet, asked: tuple[int, ...]) -> list[StepFunction]:
     """Builds one step for each exit that is asked.
+
+    A head that is not asked is not computed, as if its threshold were −inf.
 
     Args:
         model: a network with N exits.
-        criterion: how unsure an exit is.
-        exits: the exits to ask, ascending, the last one among them; ``None`` asks all. A head that is not asked is not
-            computed, as if its threshold were −inf.
+        asked: from `asked_exits`.
 
     Raises:
-        ValueError: ``exits`` is not ascending, out of range or leaves out the last; when first run, if exits are left
-            out though the criterion remembers them.
+        ValueError: when first run, if exits are left out though the criterion remembers them.
     """
-    asked = tuple(range(model.num_exits)) if exits is None else check_exits('exits', exits, model.num_exits)
     starts = [0, *(n + 1 for n in asked[:-1])]
-    return [_build_step(model, criterion, range(start, n + 1), asked) for start, n in zip(starts, asked, strict=True)]
+    return [_build_step(model, range(start, n + 1), asked) for start, n in zip(starts, asked, strict=True)]
 
 
-def _build_step(model: BranchyNet, criterion: Criterion, stages: range, asked: tuple[int, ...]) -> StepFunction:
+def _build_step(model: BranchyNet, stages: range, asked: tuple[int, ...]) -> StepFunction:
     n, last = stages[-1], stages[-1] == model.num_exits - 1
 
-    def step(variables: Variables, hidden: Hidden, carry: Carry, thresholds: Array) -> Step:
+    def step(variables: Variables, hidden: Hidden, carry: Carry, policy: ExitPolicy) -> Step:
         for stage in stages:
-            hidden = model.apply(variables, hidden, stage, method='run_stage')
-        logits = model.apply(variables, hidden, n, method='run_exit')
+            hidden = run_segment(model, 'stage', stage, variables, hidden)
+        logits, criterion = run_segment(model, 'exit', n, variables, hidden), policy.criterion
         carry = criterion.init(logits) if n == asked[0] else carry
         if len(asked) < model.num_exits and jax.tree.leaves(carry):
             raise ValueError(
@@ -69,23 +160,15 @@ def _build_step(model: BranchyNet, criterion: Criterion, stages: range, asked: t
                 'answers; ask all of them'
             )
         answer, uncertainty, carry = criterion.update(logits, carry, n)
-        prediction = answer_at(n, answer, uncertainty, criterion)
+        prediction = _answer_at(n, answer, uncertainty, criterion)
         if last:
             return Step(hidden=(), carry=(), prediction=prediction, confident=jnp.ones(uncertainty.shape, bool))
-        return Step(hidden, carry, prediction, is_confident(uncertainty, thresholds[n]))
+        return Step(hidden, carry, prediction, is_confident(uncertainty, policy.thresholds[n]))
 
     return step
 
 
-def run_steps(steps: Sequence[StepFunction], variables: Variables, images: Array, thresholds: Array) -> list[Step]:
-    """Runs all steps on the whole batch, whoever is confident."""
-    found = [steps[0](variables, images, (), thresholds)]
-    for step in itertools.islice(steps, 1, None):
-        found.append(step(variables, found[-1].hidden, found[-1].carry, thresholds))
-    return found
-
-
-def answer_at(n: int, logits: Array, uncertainty: Array, criterion: Criterion) -> ExitPrediction:
+def _answer_at(n: int, logits: Array, uncertainty: Array, criterion: Criterion) -> ExitPrediction:
     """Returns the prediction of a batch that all leaves at exit ``n``."""
     return ExitPrediction(
         label=criterion.decide(logits),
@@ -93,6 +176,14 @@ def answer_at(n: int, logits: Array, uncertainty: Array, criterion: Criterion) -
         logits=logits,
         uncertainty=uncertainty,
     )
+
+
+def run_steps(steps: Sequence[StepFunction], variables: Variables, images: Array, policy: ExitPolicy) -> list[Step]:
+    """Runs all steps on the whole batch, whoever is confident."""
+    found = [steps[0](variables, images, (), policy)]
+    for step in itertools.islice(steps, 1, None):
+        found.append(step(variables, found[-1].hidden, found[-1].carry, policy))
+    return found
 
 
 def at_rows(tree: Any, rows: Any) -> Any:

@@ -17,7 +17,7 @@ from branchy_jax.models.compose import (
     keep_what_is_read,
     module_names,
 )
-from branchy_jax.types import Array
+from branchy_jax.types import Array, Variables
 
 
 class BranchyNet(nn.Module):
@@ -106,6 +106,19 @@ class BranchyNet(nn.Module):
         if not (hasattr(logits, 'dtype') and jnp.issubdtype(logits.dtype, jnp.floating) and logits.ndim > 1):
             raise ValueError(f'exits[{n}]: a head returns logits [B, …, K] of a float dtype; got {_describe(logits)}')
         return logits.astype(jnp.float32)
+
+
+def run_segment(model: BranchyNet, kind: str, n: int, variables: Variables, hidden: Hidden) -> Any:
+    """Runs one stage or one head in evaluation mode.
+
+    Args:
+        model: the network.
+        kind: ``'stage'`` or ``'exit'``.
+        n: its number from 0.
+        variables: of the network.
+        hidden: what the segment takes.
+    """
+    return model.apply(variables, hidden, n, method=f'run_{kind}')
 
 
 def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:

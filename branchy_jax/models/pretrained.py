@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from branchy_jax import criteria
 from branchy_jax.checkpoint import load_weights, save_weights
+from branchy_jax.criteria.policy import decode_policy, encode_policy
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.registry import create
-from branchy_jax.types import Array, Normalization, OperatingPoint, Variables
+from branchy_jax.types import Array, ExitPolicy, Normalization, OperatingPoint, Variables
 
 _FORMAT = '1'
 
@@ -88,8 +89,7 @@ def read_pretrained(path: Path | str) -> Pretrained:
     card, normalization = json.loads(metadata['card']), stored.pop('normalization')
     points = tuple(
         OperatingPoint(
-            thresholds=np.array([float(value) for value in point['thresholds']], np.float32),
-            criterion=point['criterion'],
+            policy=_policy(point),
             accuracy=point['accuracy'],
             split=point['split'],
             exit_fractions=np.array(point['exit_fractions']),
@@ -135,8 +135,7 @@ def write_pretrained(
         'options': dict(options),
         'operating_points': [
             {
-                'thresholds': [_text_or_number(value) for value in np.asarray(point.thresholds).tolist()],
-                'criterion': point.criterion,
+                **_policy_record(point.policy),
                 'accuracy': float(point.accuracy),
                 'split': point.split,
                 'exit_fractions': np.asarray(point.exit_fractions).tolist(),
@@ -149,9 +148,21 @@ def write_pretrained(
     save_weights(path, stored, metadata={'format': _FORMAT, 'card': json.dumps(record, allow_nan=False)})
 
 
-def _text_or_number(value: float) -> str | float:
-    """JSON has no infinity: thresholds that always or never let leave become text."""
-    return str(value) if math.isinf(value) else value
+def _policy_record(policy: ExitPolicy) -> dict[str, Any]:
+    """Takes a policy apart for JSON, which has no infinity: that becomes text."""
+    record, arrays = encode_policy(policy)
+    texts = {name: np.vectorize(str, otypes=[object])(values).tolist() for name, values in arrays.items()}
+    return {'policy': record, 'arrays': texts, 'thresholds': texts[record['thresholds']['array']]}
+
+
+def _policy(point: Mapping[str, Any]) -> ExitPolicy:
+    if 'policy' not in point:  # written before policies were: the criterion's name, and its thresholds
+        return ExitPolicy(getattr(criteria, point['criterion'].replace(' ', '_')), _numbers(point['thresholds']))
+    return decode_policy(point['policy'], {name: _numbers(values) for name, values in point['arrays'].items()})
+
+
+def _numbers(texts: Any) -> Array:
+    return jnp.asarray(np.array(texts, np.float32).reshape(np.shape(texts)))
 
 
 def _folder() -> Any:

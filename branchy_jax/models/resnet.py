@@ -40,8 +40,8 @@ def b_resnet(
     that block's end. The heads have three and two convolutions and one dense layer, strided and averaged so that the
     first costs about 1 % of the trunk. ``'released'`` is the authors' network: an unpadded first convolution with the
     first branch right behind it, large heads (the first costs 20 % of the trunk), a 6 × 6 average pooling at the end.
-    ``'tuned'`` has the text's branches and two more, after a sixth and after two thirds of the blocks: harder data wants
-    later branches, too. Each head costs at most 2 % of the trunk.
+    ``'tuned'`` has the text's branches and two more, after a sixth and after two thirds of the blocks: harder data
+    wants later branches, too. Each head costs at most 2 % of the trunk.
 
     Args:
         depth: 6n + 2; 110 in the paper.

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from branchy_jax import checkpoint, sharding
-from branchy_jax.losses import Loss, Watch, accuracy_per_exit, cross_entropy_per_exit
+from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
 from branchy_jax.training.step import Metrics, take_step
 from branchy_jax.types import Array, Batch, Variables, check_labels
@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_SAVES = 240.0
 
 
 class Stream(Protocol):
-    """Examples that are read batch by batch, such as `branchy_jax.streaming.Examples`."""
+    """Examples that are read batch by batch, such as `branchy_jax.data.OnDisk`."""
 
     def __len__(self) -> int:
         """M."""
@@ -79,7 +79,7 @@ def _step_on_rows(
     return _step_on_stored(state, batch, key, exit_weights, **options)
 
 
-_STATIC = ('prepare', 'loss', 'watch')
+_STATIC = ('prepare', 'loss', 'metrics')
 _jitted_step_on_stored = jax.jit(_step_on_stored, static_argnames=_STATIC, donate_argnames='state')
 _jitted_step_on_rows = jax.jit(_step_on_rows, static_argnames=(*_STATIC, 'mesh'), donate_argnames='state')
 
@@ -104,7 +104,7 @@ def train_epoch(
     batch_size: int,
     prepare: Prepare,
     loss: Loss = cross_entropy_per_exit,
-    watch: Watch = accuracy_per_exit,
+    metrics: MetricsOf = accuracy_per_exit,
 ) -> tuple[TrainState, Metrics]:
     """Takes the steps of one epoch as one program, a `jax.lax.scan`; works under `jax.vmap`, over seeds for example.
 
@@ -120,7 +120,7 @@ def train_epoch(
         batch_size: examples in a step.
         prepare: ``(key, stored batch) → batch for the network``; runs inside jit.
         loss: ``(logits, labels) → [N]``.
-        watch: ``(logits, labels) → figures by name``.
+        metrics: ``(logits, labels) → figures by name``.
 
     Returns:
         The next state, and the metrics averaged over the epoch.
@@ -135,7 +135,7 @@ def train_epoch(
         data = sharding.replicate(mesh, data)
     state, history = _scan_steps(
         state, data, order, _step_keys(key, epoch, len(order)), jnp.asarray(exit_weights, jnp.float32),
-        prepare=prepare, loss=loss, watch=watch, mesh=mesh,
+        prepare=prepare, loss=loss, metrics=metrics, mesh=mesh,
     )  # fmt: skip
     return state, jax.tree.map(lambda values: values.mean(0), history)
 
@@ -150,7 +150,7 @@ def fit(
     batch_size: int,
     prepare: Prepare,
     loss: Loss = cross_entropy_per_exit,
-    watch: Watch = accuracy_per_exit,
+    metrics: MetricsOf = accuracy_per_exit,
     scan: bool = True,
     directory: Path | str | None = None,
     save_every: int | None = None,
@@ -178,7 +178,7 @@ def fit(
         batch_size: examples in a step, of all processes together.
         prepare: ``(key, batch as stored) → batch as fed to the network``; runs inside jit.
         loss: ``(logits, labels) → [N]``.
-        watch: ``(logits, labels) → metrics``.
+        metrics: ``(logits, labels) → metrics``.
         scan: for data in memory: the epoch is one program, and checkpoints lie between epochs. Otherwise one dispatch
             a step, which is slower for small networks, but shows progress and can be killed within an epoch. Both end
             with the same parameters up to rounding.
@@ -198,21 +198,11 @@ def fit(
             network has no class for; a directory that another process trains in, or whose checkpoint is unreadable or
             of another network, optimiser or recipe.
     """
-    mesh, in_memory = sharding.mesh_of(state), isinstance(data, Batch)
-    if len(data) < batch_size or batch_size < 1:
-        raise ValueError(f'batch_size: got {batch_size}, but there are only {len(data)} training examples')
-    if mesh is not None:
-        sharding.check_divisible('batch_size', batch_size, mesh)
-    if save_every is not None and save_every < 1:
-        raise ValueError(f'save_every: got {save_every}; give at least 1 step')
-    if in_memory and loss is cross_entropy_per_exit:  # another may take any target
-        check_labels(data.label, _num_classes(state, data, prepare, key))
-    if in_memory and mesh is not None:  # once, not once a step
-        data = sharding.replicate(mesh, data)
+    _check_settings(data, batch_size, save_every, sharding.mesh_of(state))
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
-    options = {'prepare': prepare, 'loss': loss, 'watch': watch}
-    if in_memory:
-        options['mesh'] = mesh
+    if isinstance(data, Batch) and loss is cross_entropy_per_exit:  # another may take any target
+        check_labels(data.label, _num_classes(state, data, prepare, key))
+    take = _taker(state, data, exit_weights, scan=scan, prepare=prepare, loss=loss, metrics=metrics)
     steps = len(data) // batch_size
     last = round(epochs * steps)
     recipe = {
@@ -225,43 +215,63 @@ def fit(
         saves = _Saves(directory, recipe, steps if save_every is None else save_every, save_every is None, last)
         while done < last:
             epoch, place = divmod(done, steps)
-            stop = min(steps, place + last - done)
-            order, keys, history = epoch_order(key, epoch, len(data), batch_size), _step_keys(key, epoch, steps), []
-            if in_memory and scan:
-                taken = _scanned(state, data, order[place:stop], keys[place:stop], exit_weights, options)
-            else:
-                taken = _one_by_one(state, data, order[:stop], keys, exit_weights, options, place, mesh)
-            for state, metrics, count in taken:
-                done += count
-                history.append(metrics)
+            stop, history = min(steps, place + last - done), []
+            order, keys = epoch_order(key, epoch, len(data), batch_size), _step_keys(key, epoch, steps)
+            for after, found, count in take(state, order[:stop], keys, place):
+                state, done = after, done + count
+                history.append(found)
                 saves.after(done, state)
                 if on_step is not None:
-                    on_step(epoch, done - epoch * steps, steps, jax.tree.map(lambda values: values[-1], metrics))
+                    on_step(epoch, done - epoch * steps, steps, jax.tree.map(lambda values: values[-1], found))
             if on_epoch is not None and stop == steps:
                 on_epoch(epoch + 1, state, jax.tree.map(lambda *parts: jnp.concatenate(parts).mean(0), *history))
     return state
+
+
+def _check_settings(data: Batch | Stream, batch_size: int, save_every: int | None, mesh: Mesh | None) -> None:
+    if isinstance(data, Batch) and len(data.image) != len(data.label):
+        raise ValueError(f'data: got {len(data.image)} images and {len(data.label)} labels; give one label per image')
+    if not 1 <= batch_size <= len(data):
+        raise ValueError(f'batch_size: got {batch_size}, but there are only {len(data)} training examples')
+    if mesh is not None:
+        sharding.check_divisible('batch_size', batch_size, mesh)
+    if save_every is not None and save_every < 1:
+        raise ValueError(f'save_every: got {save_every}; give at least 1 step')
 
 
 Taken = Iterator[tuple[TrainState, Metrics, int]]
 """States as training goes on, the metrics of the steps before each ``[steps, …]``, and how many those were."""
 
 
-def _scanned(
-    state: TrainState, data: Batch, order: Array, keys: Array, exit_weights: Array, options: dict[str, Any]
-) -> Taken:
-    state, history = _scan_steps(state, data, order, keys, exit_weights, **options)
-    yield state, history, len(order)
+def _taker(
+    state: TrainState, data: Batch | Stream, exit_weights: Array, *, scan: bool, **options: Any
+) -> Callable[[TrainState, Array, Array, int], Taken]:
+    """Returns ``(state, order, keys, place) → states``: what takes the steps of an epoch from ``place`` on."""
+    mesh = sharding.mesh_of(state)
+    if not isinstance(data, Batch):
+        return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
+    data, options['mesh'] = data if mesh is None else sharding.replicate(mesh, data), mesh
+    if not scan:
+        return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
+
+    def take(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
+        order = order[place:]
+        state, history = _scan_steps(state, data, order, keys[place : place + len(order)], exit_weights, **options)
+        yield state, history, len(order)
+
+    return take
 
 
 def _one_by_one(
     state: TrainState,
-    data: Batch | Stream,
     order: Array,
     keys: Array,
-    exit_weights: Array,
-    options: dict[str, Any],
     place: int,
+    *,
+    data: Batch | Stream,
+    exit_weights: Array,
     mesh: Mesh | None,
+    options: dict[str, Any],
 ) -> Taken:
     if isinstance(data, Batch):
         step = _jitted_step_on_rows
@@ -272,10 +282,10 @@ def _one_by_one(
     # Host devices share one pool of threads: collectives of steps that overlap there can wait for each other forever.
     wait = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
     for n, given in enumerate(arguments, place):
-        state, metrics = step(state, *given, keys[n], exit_weights, **options)
+        state, found = step(state, *given, keys[n], exit_weights, **options)
         if wait:
-            jax.block_until_ready(metrics)
-        yield state, jax.tree.map(lambda value: value[None], metrics), 1
+            jax.block_until_ready(found)
+        yield state, jax.tree.map(lambda value: value[None], found), 1
 
 
 def _own_columns(order: np.ndarray) -> np.ndarray:
@@ -292,7 +302,7 @@ def _resumed(
     if directory is None:
         yield state, int(state.step)
         return
-    with checkpoint.held(directory):
+    with checkpoint.locked(directory):
         found = checkpoint.restore(directory, state, recipe=recipe)
         if found is not None:
             number, state = found

@@ -97,7 +97,10 @@ def initialize_from_shallower(
             if given is None:
                 if collection == 'params':
                     scale = modules[name]['norm2']['scale']
-                    modules[name] = {**modules[name], 'norm2': {**modules[name]['norm2'], 'scale': jnp.zeros_like(scale)}}
+                    modules[name] = {
+                        **modules[name],
+                        'norm2': {**modules[name]['norm2'], 'scale': jnp.zeros_like(scale)},
+                    }
             elif given in trained.get(collection, {}):
                 modules[name] = trained[collection][given]
             else:
@@ -117,7 +120,9 @@ def _source_of_blocks(model: BranchyNet, shallower: BranchyNet) -> dict[str, str
         for features, blocks in deep_blocks.items():
             given = shallow_blocks[features]
             if len(given) > len(blocks):
-                raise ValueError(f'shallower: has more blocks of {features} features in stage {stage}: it is the deeper')
+                raise ValueError(
+                    f'shallower: has more blocks of {features} features in stage {stage}: it is the deeper'
+                )
             source.update(dict.fromkeys(blocks))
             source.update({blocks[n * len(blocks) // len(given)]: name for n, name in enumerate(given)})
     return source

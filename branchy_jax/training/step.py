@@ -8,16 +8,16 @@ from typing import Any
 import jax
 import optax
 
-from branchy_jax.losses import Loss, Watch, accuracy_per_exit, cross_entropy_per_exit, weighted_exit_loss
+from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy_per_exit, weighted_exit_loss
 from branchy_jax.training.state import TrainState
 from branchy_jax.types import Array, Batch
 
 Metrics = dict[str, Array]
-"""``loss`` scalar, ``exit_loss`` [N], and what was watched: by default ``exit_accuracy`` [N]."""
+"""``loss`` scalar, ``exit_loss`` [N], and other figures, by default ``exit_accuracy`` [N]."""
 
 
 def take_step(
-    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss, watch: Watch
+    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss, metrics: MetricsOf
 ) -> tuple[TrainState, Metrics]:
     """Does what `train_step` does, for callers that jit more than one step."""
 
@@ -35,10 +35,10 @@ def take_step(
 
     gradients, (model_state, exit_loss, logits) = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
-    metrics = {
+    found = {
         'loss': weighted_exit_loss(exit_loss, exit_weights),
         'exit_loss': exit_loss,
-        **watch(logits, batch.label),
+        **metrics(logits, batch.label),
     }
     state = state.replace(
         step=state.step + 1,
@@ -46,10 +46,10 @@ def take_step(
         model_state=model_state,
         opt_state=opt_state,
     )
-    return state, metrics
+    return state, found
 
 
-@functools.partial(jax.jit, static_argnames=('loss', 'watch'), donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=('loss', 'metrics'), donate_argnames='state')
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -57,14 +57,15 @@ def train_step(
     key: Array,
     *,
     loss: Loss = cross_entropy_per_exit,
-    watch: Watch = accuracy_per_exit,
+    metrics: MetricsOf = accuracy_per_exit,
 ) -> tuple[TrainState, Metrics]:
     r"""Takes one optimiser step on the weighted sum of the exits' losses.
 
     .. math:: \min_\theta \sum_n w_n L_n(\theta)
 
-    Pure and jitted; ``state`` is donated, so keep the returned one and forget the old. ``loss`` and ``watch`` are told
-    apart by identity: define each once, since a new lambda at every step is compiled at every step.
+    Pure and jitted; ``state`` is donated, so keep the returned one and forget the old. ``loss`` and ``metrics``
+    compile once if they are equal: define each function once, since a new lambda at every step is compiled at every
+    step.
 
     Args:
         state: where training stands.
@@ -72,11 +73,11 @@ def train_step(
         exit_weights: ``[N]``.
         key: for dropout.
         loss: ``(logits, labels) → [N]``; see `branchy_jax.losses`.
-        watch: ``(logits, labels) → figures by name``, for other tasks than classification.
+        metrics: ``(logits, labels) → figures by name``, for other tasks than classification.
 
     Returns:
-        The next state, and metrics of this batch before the step: ``loss`` scalar, ``exit_loss`` [N], and what was
-        watched, by default ``exit_accuracy`` [N].
+        The next state, and metrics of this batch before the step: ``loss`` scalar, ``exit_loss`` [N], and the
+        figures of ``metrics``, by default ``exit_accuracy`` [N].
 
     Raises:
         ValueError: images, labels or weights of the wrong shape or dtype.
@@ -93,4 +94,4 @@ def train_step(
     References:
         BranchyNet, 2016, section III-B.
     """
-    return take_step(state, batch, exit_weights, key, loss=loss, watch=watch)
+    return take_step(state, batch, exit_weights, key, loss=loss, metrics=metrics)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from branchy_jax.costs import StageCosts
-from branchy_jax.inference.segment_times import SegmentTimes
+from branchy_jax.inference.planning.segment_times import SegmentTimes
 
 _RESAMPLED_BATCHES = 32
 _MOST_SUBSETS = 1024

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from branchy_jax.criteria import Criterion, entropy, is_confident
-from branchy_jax.inference.candidates import Candidate, build_candidates, build_candidates_on_mesh
-from branchy_jax.inference.checks import check_thresholds
-from branchy_jax.inference.exit_outputs import exit_outputs
-from branchy_jax.inference.optimize import optimize
-from branchy_jax.inference.prediction import forecast
-from branchy_jax.inference.segment_times import SegmentTimes, segment_times
-from branchy_jax.measure import Ratio, interleaved_passes, paired_ratio
+from branchy_jax.criteria import as_policy, is_confident
+from branchy_jax.criteria.criterion import Criterion
+from branchy_jax.inference.dense import exit_outputs
+from branchy_jax.inference.planning.candidates import Candidate, build_candidates, build_candidates_on_mesh
+from branchy_jax.inference.planning.forecast import forecast
+from branchy_jax.inference.planning.segment_times import SegmentTimes, segment_times
+from branchy_jax.inference.rewriting.optimize import optimize
+from branchy_jax.inference.steps import Executor
+from branchy_jax.measure import interleaved_passes, paired_ratio
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
 _MOST_IMAGES_IN_A_RACE = 128
 _HEAT_PASSES = 3
@@ -29,68 +30,49 @@ _CLEARLY_FASTER = 0.8
 _WORTH_A_RACE = 1.15
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One line of a plan's table.
-
-    Attributes:
-        name: of the executor and its setting.
-        exits: the exits that it asks.
-        predicted_ms: for a batch; NaN where nothing predicts it.
-        measured_ms: for a batch.
-        slowdown: its time ÷ the plain baseline's, from paired passes.
-        finalist: whether it came into the final race; else the figures are of the few passes of the heat.
-        may_win: whether it was to be chosen.
-    """
-
-    name: str
-    exits: tuple[int, ...]
-    predicted_ms: float
-    measured_ms: float
-    slowdown: Ratio
-    finalist: bool
-    may_win: bool
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """The executor that was fastest here, bound to its weights and thresholds: call it with images.
+    """The executor that was fastest here, bound to its weights and policy: call it with images.
 
     It may be driven by the host (its name then says so), and cannot be traced.
 
     Attributes:
         executor: its name.
-        thresholds: ``[N - 1]`` as it applies them: −inf where a head is skipped because it costs more than it saves.
+        policy: as it applies it: the threshold is −inf where a head is skipped because it costs more than it saves.
         exits: the exits it asks.
         batch_size: that it was planned for; others work too.
-        contenders: what was tried, predicted and measured, fastest first.
+        candidates: what was tried, predicted and measured, fastest first.
         times: of stages and heads alone.
     """
 
     executor: str
-    thresholds: np.ndarray
+    policy: ExitPolicy
     exits: tuple[int, ...]
     batch_size: int
-    contenders: tuple[Contender, ...]
+    candidates: tuple[Candidate, ...]
     times: SegmentTimes
-    _run: Callable[[Variables, Array, Array], ExitPrediction] = dataclasses.field(repr=False)
-    _arguments: tuple[Variables, Array] = dataclasses.field(repr=False)
+    _run: Executor = dataclasses.field(repr=False)
+    _variables: Variables = dataclasses.field(repr=False)
+
+    @property
+    def thresholds(self) -> Array:
+        """``[N - 1]`` of the policy."""
+        return self.policy.thresholds
 
     def __call__(self, images: Array) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``."""
-        variables, thresholds = self._arguments
-        return self._run(variables, images, thresholds)
+        return self._run(self._variables, images, self.policy)
 
     def __str__(self) -> str:
         lines = [f'{"":2}{"executor":34}{"exits asked":16}{"predicted ms":>14}{"measured ms":>14}   time ÷ baseline']
-        for contender in self.contenders:
-            chosen = '> ' if (contender.name, contender.exits) == (self.executor, self.exits) else '  '
-            predicted = '' if np.isnan(contender.predicted_ms) else f'{contender.predicted_ms:.3f}'
-            exits = ', '.join(str(n + 1) for n in contender.exits)
-            ratio = contender.slowdown
-            interval = f' [{ratio.low:.2f}, {ratio.high:.2f}]' if contender.finalist else ', out in the heat'
+        for candidate in self.candidates:
+            chosen = '> ' if (candidate.name, candidate.exits) == (self.executor, self.exits) else '  '
+            predicted = '' if np.isnan(candidate.predicted_ms) else f'{candidate.predicted_ms:.3f}'
+            exits = ', '.join(str(n + 1) for n in candidate.exits)
+            ratio = candidate.slowdown
+            interval = f' [{ratio.low:.2f}, {ratio.high:.2f}]' if candidate.finalist else ', out in the heat'
             lines.append(
-                f'{chosen}{contender.name:34}{exits:16}{predicted:>14}{contender.measured_ms:>14.3f}   '
+                f'{chosen}{candidate.name:34}{exits:16}{predicted:>14}{candidate.measured_ms:>14.3f}   '
                 f'{ratio.median:.2f}{interval}'
             )
         return '\n'.join([f'batches of {self.batch_size}', *lines])
@@ -100,16 +82,15 @@ def plan(
     model: BranchyNet,
     variables: Variables,
     images: Array,
-    thresholds: Array,
+    policy: Any,
     *,
     batch_size: int | None = None,
-    criterion: Criterion = entropy,
     skip_heads: bool = True,
     times: SegmentTimes | None = None,
     passes: int = 12,
     mesh: Mesh | None = None,
 ) -> Plan:
-    """Finds the fastest way to run a network at given thresholds on this device, by measuring.
+    """Finds the fastest way to run a network under a policy on this device, by measuring.
 
     Rewrites the network (`optimize`), measures its stages and heads, and forecasts for every choice of exits and
     chunk sizes what a batch will cost; a head that costs more than it saves is skipped. The best forecast in each
@@ -125,9 +106,8 @@ def plan(
         model: a network with N exits.
         variables: of ``model``.
         images: ``[M, H, W, C]`` normalised, like those to come.
-        thresholds: ``[N - 1]``.
+        policy: when an image leaves; a bare array of thresholds ``[N - 1]`` is one of entropy.
         batch_size: of the calls to come, at most M; all of ``images`` at once by default.
-        criterion: how unsure an exit is.
         skip_heads: whether heads may be left out; not where a guarantee holds for exactly these thresholds.
         times: of the same network from an earlier plan's ``times``, to save measuring.
         passes: of the final race; fewer than 6 make "for certain" less than 95 %.
@@ -135,11 +115,12 @@ def plan(
             are then of one device, and `sharded` runs in place of `compacted`.
 
     Returns:
-        A `Plan`: call it with images ``[B, H, W, C]``, print it for the table. It equals `dense` at its thresholds, up
+        A `Plan`: call it with images ``[B, H, W, C]``, print it for the table. It equals `dense` at its policy, up
         to the rounding of `optimize`.
 
     Raises:
-        ValueError: bad thresholds or images, a batch size outside [1, M], no passes, or times of another network.
+        ValueError: a policy that does not fit, bad images, a batch size outside [1, M], no passes, or times of another
+            network.
 
     Example:
         >>> import branchy_jax as bj
@@ -149,7 +130,8 @@ def plan(
         >>> planned(images).label.shape
         (8,)
     """
-    thresholds = np.asarray(check_thresholds(thresholds, model.num_exits))
+    policy = as_policy(policy, model.num_exits)
+    criterion, thresholds = policy.criterion, np.asarray(policy.thresholds)
     batch_size = len(images) if batch_size is None else batch_size
     _check(model, len(images), batch_size, times, passes)
     share = batch_size if mesh is None else -(-batch_size // mesh.size)  # of one device, survivors being dealt evenly
@@ -162,21 +144,23 @@ def plan(
     best, *others = forecast(times, confident, share, may_skip=skip)
     forecasts = [best, *(other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms)]
     if mesh is None:
-        candidates = build_candidates((model, variables), fast, forecasts, batch_size, criterion, skip=skip)
+        candidates = build_candidates((model, variables), fast, forecasts, batch_size, skip=skip)
     else:
-        candidates = build_candidates_on_mesh((model, variables), fast, forecasts, mesh, criterion, skip=skip)
-    contenders = _race(candidates, _batches(np.asarray(images), confident, batch_size), thresholds, passes)
-    chosen = candidates[_choice(contenders, model.num_exits)]
-    applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf).astype(np.float32)
+        candidates = build_candidates_on_mesh((model, variables), fast, forecasts, mesh, skip=skip)
+    raced = _race(candidates, _batches(np.asarray(images), confident, batch_size), policy, passes)
+    chosen = _choice(raced, model.num_exits)
+    applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf)
+    in_order = sorted(raced, key=lambda candidate: candidate.slowdown.median)
     return Plan(
         executor=chosen.name,
-        thresholds=applied,
+        policy=policy.replace(thresholds=jnp.asarray(applied, jnp.float32)),
         exits=chosen.exits,
         batch_size=batch_size,
-        contenders=tuple(sorted(contenders, key=lambda contender: contender.slowdown.median)),
+        # Without what would keep the programs of the losers in memory.
+        candidates=tuple(dataclasses.replace(candidate, run=None, variables=None) for candidate in in_order),
         times=times,
         _run=chosen.run,
-        _arguments=(chosen.variables, jnp.asarray(applied)),
+        _variables=chosen.variables,
     )
 
 
@@ -210,50 +194,48 @@ def _batches(images: np.ndarray, confident: np.ndarray, batch_size: int) -> list
 
 
 def _race(
-    candidates: Sequence[Candidate], batches: Sequence[Array], thresholds: np.ndarray, passes: int
-) -> list[Contender]:
+    candidates: Sequence[Candidate], batches: Sequence[Array], policy: ExitPolicy, passes: int
+) -> list[Candidate]:
     """Times all candidates a little, the promising ones and the baseline well."""
-    functions = {n: _over(candidate, batches, thresholds) for n, candidate in enumerate(candidates)}
+    functions = {n: _over(candidate, batches, policy) for n, candidate in enumerate(candidates)}
+    (baseline,) = (n for n, candidate in enumerate(candidates) if candidate.is_baseline)
     heat = interleaved_passes(functions, passes=_HEAT_PASSES, warmup=1)
-    fastest = min(np.median(heat[n]) for n in heat if candidates[n].may_win)
-    promising = {n for n in heat if n == 0 or np.median(heat[n]) < _OUT_OF_THE_RACE * fastest}
+    fastest = min(np.median(heat[n]) for n in heat if n != baseline)
+    promising = {n for n in heat if n == baseline or np.median(heat[n]) < _OUT_OF_THE_RACE * fastest}
     # The network without branches comes along where it may yet be needed, because nothing clearly beats the baseline.
-    close = fastest > _CLEARLY_FASTER * np.median(heat[0])
-    finalists = promising | {n for n, c in enumerate(candidates) if close and len(c.exits) == 1}
+    close = fastest > _CLEARLY_FASTER * np.median(heat[baseline])
+    finalists = promising | {n for n, candidate in enumerate(candidates) if close and len(candidate.exits) == 1}
     final = interleaved_passes({n: functions[n] for n in finalists}, passes=passes, warmup=0)
     found = []
     for n, candidate in enumerate(candidates):
-        baseline, seconds = (final[0], final[n]) if n in finalists else (heat[0], heat[n])
+        seconds = final if n in finalists else heat
         found.append(
-            Contender(
-                name=candidate.name,
-                exits=candidate.exits,
-                predicted_ms=float('nan') if candidate.forecast is None else candidate.forecast.ms,
-                measured_ms=float(np.median(seconds)) / len(batches) * 1e3,
-                slowdown=paired_ratio(seconds, baseline),
+            dataclasses.replace(
+                candidate,
+                measured_ms=float(np.median(seconds[n])) / len(batches) * 1e3,
+                slowdown=paired_ratio(seconds[n], seconds[baseline]),
                 finalist=n in finalists,
-                may_win=candidate.may_win,
             )
         )
     return found
 
 
-def _over(candidate: Candidate, batches: Sequence[Array], thresholds: np.ndarray) -> Callable[[], Any]:
-    on_device = jnp.asarray(thresholds)
+def _over(candidate: Candidate, batches: Sequence[Array], policy: ExitPolicy) -> Callable[[], None]:
+    policy = jax.tree.map(jnp.asarray, policy)
 
     def run() -> None:
         for batch in batches:
-            jax.block_until_ready(candidate.run(candidate.variables, batch, on_device))
+            jax.block_until_ready(candidate.run(candidate.variables, batch, policy))
 
     return run
 
 
-def _choice(contenders: Sequence[Contender], num_exits: int) -> int:
+def _choice(raced: Sequence[Candidate], num_exits: int) -> Candidate:
     """Returns the fastest finalist that beats the baseline for certain; if none does, the best without branches.
 
-    Where the network without branches answers otherwise and is no contender, the fastest wins.
+    Where the network without branches answers otherwise and is no candidate, the fastest wins.
     """
-    eligible = [n for n, contender in enumerate(contenders) if contender.may_win and contender.finalist]
-    certain = [n for n in eligible if contenders[n].slowdown.high < 1]
-    without = [n for n in eligible if contenders[n].exits == (num_exits - 1,)]
-    return min(certain or without or eligible, key=lambda n: contenders[n].slowdown.median)
+    eligible = [candidate for candidate in raced if candidate.finalist and not candidate.is_baseline]
+    certain = [candidate for candidate in eligible if candidate.slowdown.high < 1]
+    without = [candidate for candidate in eligible if candidate.exits == (num_exits - 1,)]
+    return min(certain or without or eligible, key=lambda candidate: candidate.slowdown.median)

@@ -11,9 +11,11 @@ import numpy as np
 from flax import struct
 
 from branchy_jax.costs import StageCosts
-from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.criteria import entropy
+from branchy_jax.criteria.criterion import Criterion
+from branchy_jax.inference.steps import compiled_once
 from branchy_jax.measure import interleaved_passes
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.branchy import BranchyNet, run_segment
 from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, Variables
 
@@ -72,21 +74,23 @@ def segment_functions(
     Returns:
         ``('stage' or 'exit', n, batch_size)`` to a function of no arguments.
     """
-
-    def run_stage(variables: Variables, hidden: Hidden, *, n: int) -> Hidden:
-        return model.apply(variables, hidden, n, method='run_stage')
-
-    def run_exit(variables: Variables, hidden: Hidden, *, n: int) -> Any:
-        logits = model.apply(variables, hidden, n, method='run_exit')
-        return criterion.update(logits, criterion.init(logits), n)
-
     hidden, functions = jax.numpy.asarray(np.resize(np.asarray(images), (batch_size, *images.shape[1:]))), {}
     for n in range(model.num_exits):
-        stage, head = (jax.jit(functools.partial(run, n=n)) for run in (run_stage, run_exit))
+        stage, head = _segment(model, 'stage', n), _segment(model, 'exit', n)
         functions['stage', n, batch_size] = functools.partial(stage, variables, hidden)
         hidden = stage(variables, hidden)
-        functions['exit', n, batch_size] = functools.partial(head, variables, hidden)
+        functions['exit', n, batch_size] = functools.partial(head, variables, hidden, criterion)
     return functions
+
+
+@compiled_once
+def _segment(model: BranchyNet, kind: str, n: int) -> Callable[..., Any]:
+    @jax.jit
+    def run(variables: Variables, hidden: Hidden, criterion: Criterion | None = None) -> Any:
+        found = run_segment(model, kind, n, variables, hidden)
+        return found if criterion is None else criterion.update(found, criterion.init(found), n)
+
+    return run
 
 
 def segment_times(
@@ -124,15 +128,9 @@ def segment_times(
     functions = {}
     for size in sizes:
         functions.update(segment_functions(model, variables, images, size, criterion=criterion))
-    return times_of(interleaved_passes(functions, passes=passes, warmup=1))
-
-
-def times_of(seconds: dict[tuple[str, int, int], np.ndarray]) -> SegmentTimes:
-    """Collects the clock's readings of `segment_functions` into `SegmentTimes`."""
-    sizes = sorted({size for _, _, size in seconds})
-    exits = sorted({n for _, n, _ in seconds})
+    seconds = interleaved_passes(functions, passes=passes, warmup=1)
     stages, heads = (
-        np.array([[np.median(seconds[kind, n, size]) * 1e3 for n in exits] for size in sizes])
+        np.array([[np.median(seconds[kind, n, size]) * 1e3 for n in range(model.num_exits)] for size in sizes])
         for kind in ('stage', 'exit')
     )
     return SegmentTimes(batch_sizes=np.array(sizes), stages=stages, exits=heads)

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from branchy_jax.inference.forms import Forms
-from branchy_jax.inference.known import Constant, Known
-from branchy_jax.inference.rewrite import run, trace
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.inference.rewriting.forms import Forms
+from branchy_jax.inference.rewriting.known import Constant, Known
+from branchy_jax.inference.rewriting.rewrite import run, trace
+from branchy_jax.models.branchy import BranchyNet, run_segment
 from branchy_jax.types import Array, Variables
 
 # Measured inside LeNet, AlexNet and ResNet at batch 1: up to 200 pairs 1.1 to 4 times faster, from 256 on slower.
@@ -145,7 +145,7 @@ def optimize(
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     segments, constants = {}, {}
     for n, kind in itertools.product(range(model.num_exits), ('stage', 'exit')):
-        segment = Segment(functools.partial(_run_segment, model, n, kind), shapes, forms)
+        segment = Segment(functools.partial(run_segment, model, kind, n), shapes, forms)
         segments[kind, n], constants[kind, n] = segment, segment.constants(variables, hidden)
         if kind == 'stage':
             hidden = jax.eval_shape(segment.function, variables, hidden)
@@ -178,10 +178,6 @@ def _layer(segment: Segment, constants: list[Array], place: tuple[str, int], *, 
 def _name(place: tuple[str, int]) -> str:
     kind, n = place
     return f'{kind}{n + 1}'
-
-
-def _run_segment(model: BranchyNet, n: int, kind: str, variables: Variables, hidden: Any) -> Any:
-    return model.apply(variables, hidden, n, method=f'run_{kind}')
 
 
 def _unavailable() -> Array:

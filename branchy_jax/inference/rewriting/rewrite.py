@@ -26,9 +26,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jax_core
 
-from branchy_jax.inference import forms as fast
-from branchy_jax.inference.forms import Forms
-from branchy_jax.inference.known import Constant, Known, Linear
+from branchy_jax.inference.rewriting import forms as fast
+from branchy_jax.inference.rewriting.forms import Forms
+from branchy_jax.inference.rewriting.known import Constant, Known, Linear
 from branchy_jax.types import Array
 
 

@@ -1,4 +1,4 @@
-"""Compaction from the host: stages with a pool of waiting rows before each, run whenever a pool holds a chunk."""
+"""Compaction from the host: stages with a line of waiting rows before each, run whenever one holds a chunk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from branchy_jax.inference.steps import Step, StepFunction, at_rows
-from branchy_jax.types import ExitPrediction, Variables
+from branchy_jax.types import ExitPolicy, ExitPrediction, Variables
 
 Submit = Callable[..., Future]
 """``(function, *args) → Future``, such as `concurrent.futures.ThreadPoolExecutor.submit`."""
@@ -47,7 +47,7 @@ class Answers:
     prediction: ExitPrediction
 
 
-class Pool:
+class Waiting:
     """Rows that wait for a stage.
 
     Args:
@@ -100,7 +100,7 @@ class Pipeline:
     Args:
         steps: jitted, from `branchy_jax.inference.steps.build_steps`.
         variables: of the network.
-        thresholds: ``[N - 1]``.
+        policy: when an image leaves.
         chunk_sizes: one per step.
         workers: how many chunks run at the same time.
         submit: starts a chunk.
@@ -110,25 +110,25 @@ class Pipeline:
         self,
         steps: Sequence[StepFunction],
         variables: Variables,
-        thresholds: np.ndarray,
+        policy: ExitPolicy,
         chunk_sizes: Sequence[int],
         *,
         workers: int,
         submit: Submit,
     ) -> None:
-        self._steps, self._variables, self._thresholds = steps, variables, thresholds
-        self._pools = [Pool(size) for size in chunk_sizes]
+        self._steps, self._variables, self._policy = steps, variables, policy
+        self._waiting = [Waiting(size) for size in chunk_sizes]
         self._workers, self._submit = workers, submit
         self._running: deque[tuple[int, Rows, Future]] = deque()
 
     def add(self, ids: np.ndarray, images: np.ndarray, *, since: float | None = None) -> None:
         """Lets images wait for the first stage; they came in at ``since``, or now."""
-        self._pools[0].add(Rows(ids, (images, ()), time.monotonic() if since is None else since))
+        self._waiting[0].add(Rows(ids, (images, ()), time.monotonic() if since is None else since))
 
     @property
     def oldest(self) -> float:
         """When the longest waiting image came in; infinity if none waits."""
-        return min(pool.oldest for pool in self._pools)
+        return min(waiting.oldest for waiting in self._waiting)
 
     def run(self, *, deadline: float = float('inf'), flush: bool = False) -> Iterator[Answers]:
         """Runs whole chunks until none is left.
@@ -139,8 +139,8 @@ class Pipeline:
         """
         while True:
             while len(self._running) < self._workers and (n := self._next(deadline, flush=flush)) is not None:
-                chunk = self._pools[n].take()
-                arguments = (self._variables, *chunk.values, self._thresholds)
+                chunk = self._waiting[n].take()
+                arguments = (self._variables, *chunk.values, self._policy)
                 self._running.append((n, chunk, self._submit(_finished, self._steps[n], *arguments)))
             if not self._running:
                 return
@@ -149,27 +149,27 @@ class Pipeline:
 
     def _next(self, deadline: float, *, flush: bool) -> int | None:
         """Returns the stage to run: one that is overdue, else the latest with a whole chunk: pools stay small."""
-        longest = min(range(len(self._pools)), key=lambda n: self._pools[n].oldest)
-        if self._pools[longest].oldest + deadline <= time.monotonic():
+        longest = min(range(len(self._waiting)), key=lambda n: self._waiting[n].oldest)
+        if self._waiting[longest].oldest + deadline <= time.monotonic():
             return longest
-        whole = [n for n, pool in enumerate(self._pools) if pool.count >= pool.chunk_size]
+        whole = [n for n, waiting in enumerate(self._waiting) if waiting.count >= waiting.chunk_size]
         if whole:
             return whole[-1]
         if not flush:
             return None
-        waiting = [n for n, pool in enumerate(self._pools) if pool.count]
+        waiting = [n for n, waiting in enumerate(self._waiting) if waiting.count]
         first_running = min((n for n, _, _ in self._running), default=len(self._steps))
-        # A chunk in an earlier stage may yet fill this pool.
+        # A chunk in an earlier stage may yet fill this waiting.
         return waiting[0] if waiting and waiting[0] <= first_running else None
 
     def _leave(self, n: int, chunk: Rows, step: Step) -> Iterator[Answers]:
         ids = chunk.ids
         step = at_rows(step, slice(len(ids)))
         leaves = step.confident
-        if n + 1 < len(self._pools):
+        if n + 1 < len(self._waiting):
             stay = ~leaves
             values = at_rows((step.hidden, step.carry), stay)
-            self._pools[n + 1].add(Rows(ids[stay], values, chunk.since))
+            self._waiting[n + 1].add(Rows(ids[stay], values, chunk.since))
         if leaves.any():
             yield Answers(ids[leaves], at_rows(step.prediction, leaves))
 

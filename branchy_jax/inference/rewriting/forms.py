@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jax_core
 
-from branchy_jax.inference.known import Constant, Known
+from branchy_jax.inference.rewriting.known import Constant, Known
 from branchy_jax.models.banded import DIMENSION_NUMBERS, band_matrix, multiply_band
 from branchy_jax.types import Array
 

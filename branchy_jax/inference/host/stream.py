@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from branchy_jax.criteria import Criterion, entropy
-from branchy_jax.inference.checks import check_thresholds
-from branchy_jax.inference.compacted import check_chunk_sizes
-from branchy_jax.inference.pipeline import Answers, Pipeline, submitter
-from branchy_jax.inference.steps import build_steps
+from branchy_jax.criteria import as_policy
+from branchy_jax.inference.compacted import jitted_steps
+from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
+from branchy_jax.inference.steps import asked_exits, check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet, check_images
 from branchy_jax.types import Array, Variables
 
@@ -30,11 +28,10 @@ def stream(
     *,
     chunk_size: int | Sequence[int],
     deadline: float = float('inf'),
-    criterion: Criterion = entropy,
     exits: Sequence[int] | None = None,
     workers: int = 1,
     ahead: int = 2,
-) -> Callable[[Variables, Iterable[Arrival], Array], Iterator[Answers]]:
+) -> Callable[[Variables, Iterable[Arrival], Any], Iterator[Answers]]:
     """Builds the executor for an endless supply of batches of any size.
 
     Before each stage images wait until a whole chunk of them has come together, from one batch or from many, so that
@@ -51,13 +48,12 @@ def stream(
         chunk_size: images that a stage takes at once; one number, or one for each exit that is asked.
         deadline: seconds after its arrival from which an image no longer waits for others: chunks are then padded.
             Kept while the caller asks for answers, up to the chunks that are running.
-        criterion: how unsure an exit is.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         workers: chunks that run at the same time, in threads.
         ahead: batches to read ahead.
 
     Returns:
-        ``(variables, supply, thresholds [N - 1])`` to an iterator of `Answers`: ``ids [M]`` and their prediction. The
+        ``(variables, supply, policy)`` to an iterator of `Answers`: ``ids [M]`` and their prediction. The
         supply yields ``images [B, H, W, C]``, whose ids count from 0 in order of arrival, or ``(ids [B], images)``.
 
     Raises:
@@ -71,17 +67,18 @@ def stream(
         >>> sorted(int(i) for found in answer(variables, [images, images], [1.0]) for i in found.ids)
         [0, 1, 2, 3, 4, 5]
     """
-    built = build_steps(model, criterion, exits)
-    chunk_sizes = check_chunk_sizes(chunk_size, len(built))
+    asked = asked_exits(model, exits)
+    chunk_sizes = check_chunk_sizes(chunk_size, len(asked))
     if not deadline >= 0:
         raise ValueError(f'deadline: got {deadline}; give seconds, at least 0')
     if workers < 1 or ahead < 1:
         raise ValueError(f'workers and ahead: got {workers} and {ahead}; give at least 1')
-    steps, submit = [jax.jit(step) for step in built], submitter(workers)
+    steps, submit = jitted_steps(model, asked), submitter(workers)
 
-    def execute(variables: Variables, supply: Iterable[Arrival], thresholds: Array) -> Iterator[Answers]:
-        thresholds = np.asarray(check_thresholds(thresholds, model.num_exits))
-        pipeline = Pipeline(steps, variables, thresholds, chunk_sizes, workers=workers, submit=submit)
+    def execute(variables: Variables, supply: Iterable[Arrival], policy: Any) -> Iterator[Answers]:
+        pipeline = Pipeline(
+            steps, variables, as_policy(policy, model.num_exits), chunk_sizes, workers=workers, submit=submit
+        )
         return _answers(pipeline, supply, model.image_shape, deadline, ahead)
 
     return execute
