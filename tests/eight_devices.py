@@ -20,6 +20,7 @@ import optax
 import branchy_jax as bj
 from branchy_jax import sharding
 from branchy_jax.inference import compacted, dense, exit_outputs, plan, segment_times, sharded
+from branchy_jax.training.fit import _scan_steps, _step_keys
 
 STEPS, BATCH = 20, 16
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)  # one object: jit compares optimisers by identity
@@ -82,10 +83,10 @@ def check_training(mesh, folder):
     on_eight = fit(fresh(model, variables, mesh), data, epochs=epochs + 1, directory=folder / 'one', **options)
     through = fit(fresh(model, variables), data, epochs=epochs + 1, **options)
 
-    program = bj.training.epochs._scan_epoch.lower(
+    program = _scan_steps.lower(
         fresh(model, variables, mesh), sharding.replicate(mesh, data), bj.training.epoch_order(key, 0, 80, BATCH),
-        bj.training.epochs.step_keys(key, 0, 5), jnp.ones(3), prepare=prepare, mesh=mesh,
-        loss=bj.losses.cross_entropy_per_exit, watch=bj.losses.accuracy_per_exit,
+        _step_keys(key, 0, 5), jnp.ones(3), prepare=prepare, mesh=mesh,
+        loss=bj.losses.cross_entropy_per_exit, metrics=bj.losses.accuracy_per_exit,
     ).compile().as_text()  # fmt: skip
     return one, {
         'scanned': furthest(scanned.variables, one.variables),
@@ -127,7 +128,7 @@ def check_inference(mesh, state):
     balance = run.balance(variables, images, skewed)
     times = segment_times(model, variables, images, batch_sizes=[2, 12], passes=1)
     planned = plan(model, variables, images, skewed, mesh=mesh, passes=1, skip_heads=False, times=times)
-    raced = [contender for contender in planned.contenders if contender.name.startswith('sharded')]
+    raced = [candidate for candidate in planned.candidates if candidate.name.startswith('sharded')]
     together = exit_outputs(model, variables, images[:50], batch_size=20, mesh=mesh)
     return {
         'same as dense': checks,
@@ -135,7 +136,7 @@ def check_inference(mesh, state):
                                   compacted(model, chunk_size=2)(variables, images, skewed)),
         'found': balance.found.tolist(),
         'uneven found': run.balance(variables, uneven, [-np.inf, -np.inf]).found.sum(axis=1).tolist(),
-        'dealt': balance.dealt.tolist(),
+        'dispatched': balance.dispatched.tolist(),
         'report': str(balance),
         'rows of a device': sorted({shard.data.shape[0] for shard in
                                     run(variables, images, skewed).label.addressable_shards}),

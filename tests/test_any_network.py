@@ -186,17 +186,18 @@ def test_folding_pixels_is_exact(getkey):
 def test_executors_agree_on_masks(unet):
     model, variables, images = unet
     criterion = bj.criteria.from_logits(
-        bj.criteria.entropy_of_logits, name='patches', pool=bj.criteria.quantile_over_patches(1.0, size=4)
+        bj.criteria.entropy_of_logits, name='patches', pool=bj.criteria.QuantileOverPatches(1.0, size=4)
     )
     outputs = bj.inference.exit_outputs(model, variables, images, criterion=criterion)
-    thresholds = bj.thresholds.for_shares(outputs.uncertainty, [0.4, 0.3, 0.3])
-    expected = bj.inference.dense(model, criterion=criterion)(variables, images, thresholds)
-    found = bj.inference.compacted(model, chunk_size=4, criterion=criterion)(variables, images, thresholds)
+    thresholds = np.quantile(outputs.uncertainty[:2], [0.4, 0.6], axis=1).diagonal()
+    policy = bj.ExitPolicy(criterion, jnp.asarray(thresholds))
+    expected = bj.inference.dense(model)(variables, images, policy)
+    found = bj.inference.compacted(model, chunk_size=4)(variables, images, policy)
     np.testing.assert_array_equal(found.exit_index, expected.exit_index)
     np.testing.assert_array_equal(found.label, expected.label)
     assert found.label.shape == (9, 16, 16)
     assert len(set(expected.exit_index.tolist())) > 1
-    one = bj.inference.staged(model, criterion=criterion)(variables, images[0], thresholds)
+    one = bj.inference.staged(model)(variables, images[0], policy)
     assert one.exit_index == expected.exit_index[0]
     np.testing.assert_array_equal(one.label, expected.label[0])
 
@@ -211,7 +212,7 @@ def test_impossible_encoder_decoders_are_refused():
 def test_regression_end_to_end(getkey):
     """A task that is neither classification nor segmentation: mean and log variance, own loss and metric."""
 
-    def watch_nothing(outputs, targets):  # one function: another at every step would be compiled at every step
+    def no_metrics(outputs, targets):  # one function: another at every step would be compiled at every step
         return {}
 
     def negative_log_likelihood(outputs, targets):
@@ -231,21 +232,23 @@ def test_regression_end_to_end(getkey):
     first = None
     for _ in range(150):
         state, metrics = bj.training.train_step(
-            state, batch, jnp.ones(2), key, loss=negative_log_likelihood, watch=watch_nothing
+            state, batch, jnp.ones(2), key, loss=negative_log_likelihood, metrics=no_metrics
         )
         first = metrics['loss'] if first is None else first
     assert metrics['loss'] < first
     outputs = bj.inference.exit_outputs(model, state.variables, inputs, criterion=variance)
     errors = (outputs.logits[..., 0] - np.asarray(targets)) ** 2
-    screened = bj.thresholds.screen(
-        outputs.uncertainty,
-        errors[..., None],
-        bj.costs.StageCosts([1, 9], [0, 0]),
+    table = bj.thresholds.ExitTable(
+        uncertainty=outputs.uncertainty,
+        statistics=errors[..., None],
+        costs=bj.costs.StageCosts([1, 9], [0, 0]),
+        criterion=variance,
         metric=lambda sums, n: -sums[..., 0] / n,
+        split='train',
     )
-    chosen = bj.thresholds.for_cost(screened, 6.0)
-    expected = bj.inference.dense(model, criterion=variance)(state.variables, inputs, chosen.thresholds)
+    chosen = table.screen().for_cost(6.0)
+    expected = bj.inference.dense(model)(state.variables, inputs, chosen)
     assert -np.mean((expected.label - targets) ** 2) == pytest.approx(chosen.accuracy, rel=1e-4)
-    found = bj.inference.compacted(model, chunk_size=64, criterion=variance)(state.variables, inputs, chosen.thresholds)
+    found = bj.inference.compacted(model, chunk_size=64)(state.variables, inputs, chosen)
     np.testing.assert_allclose(found.label, expected.label, rtol=1e-5, atol=1e-6)
     assert found.label.dtype == jnp.float32

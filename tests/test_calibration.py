@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from branchy_jax.calibration import brier_score, fit_learned, fit_temperatures, reliability
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, special
 
 import branchy_jax as bj
-from branchy_jax.calibration import brier_score, fit_learned, fit_temperatures, reliability
 
 
 def overconfident(exits=2, count=600, classes=4, factor=3.0, seed=0):

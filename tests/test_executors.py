@@ -23,20 +23,14 @@ CHUNK_SIZES = (1, 3, 40, (5, 2, 1))
 
 
 @functools.cache
-def executors(model, criterion_name):
-    """Every executor of batches, built (and compiled) once for all examples."""
-    options = {'criterion': CRITERION[criterion_name]}
-    found = {'sequential': sequential(model, **options)}
+def executors(model):
+    """Every executor of batches."""
+    found = {'sequential': sequential(model)}
     for size in CHUNK_SIZES:
-        found[f'loop {size}'] = compacted(model, chunk_size=size, on_host=False, **options)
-        found[f'host {size}'] = compacted(model, chunk_size=size, on_host=True, **options)
-    found['host 3 × 2'] = compacted(model, chunk_size=3, on_host=True, workers=2, **options)
+        found[f'loop {size}'] = compacted(model, chunk_size=size, on_host=False)
+        found[f'host {size}'] = compacted(model, chunk_size=size, on_host=True)
+    found['host 3 × 2'] = compacted(model, chunk_size=3, on_host=True, workers=2)
     return found
-
-
-@functools.cache
-def oracle(model, criterion_name):
-    return dense(model, criterion=CRITERION[criterion_name])
 
 
 @pytest.fixture(scope='module')
@@ -61,10 +55,11 @@ def test_all_executors_are_dense(network, uncertainty, criterion, data):
     seed = data.draw(st.integers(0, 1000), label='which images')
     thresholds = [data.draw(st.sampled_from(between(uncertainty[criterion][n]))) for n in range(2)]
     batch = np.random.default_rng(seed).permutation(np.asarray(images))[:batch_size]
-    expected = oracle(model, criterion)(variables, batch, thresholds)
-    built = executors(model, criterion)
+    policy = bj.ExitPolicy(CRITERION[criterion], np.float32(thresholds))
+    expected = dense(model)(variables, batch, policy)
+    built = executors(model)
     for name in data.draw(st.tuples(*[st.sampled_from(sorted(built))] * 2), label='executors'):
-        check_same(built[name](variables, batch, thresholds), expected)
+        check_same(built[name](variables, batch, policy), expected)
 
 
 @pytest.mark.parametrize('name', ['sequential', 'loop 3', 'host 3', 'host 3 × 2', 'host (5, 2, 1)'])
@@ -72,7 +67,7 @@ def test_all_executors_are_dense(network, uncertainty, criterion, data):
 def test_everyone_leaves_at_one_exit(network, name, leaves):
     model, variables, images = network
     thresholds = [np.inf if n == leaves else -np.inf for n in range(2)]
-    found = executors(model, 'entropy')[name](variables, images, thresholds)
+    found = executors(model)[name](variables, images, thresholds)
     assert set(found.exit_index.tolist()) == {leaves}
     check_same(found, dense(model)(variables, images, thresholds))
 
@@ -119,7 +114,7 @@ def test_impossible_exits_are_refused(network, build, exits):
 def test_a_criterion_that_remembers_needs_every_exit(network):
     model, variables, images = network
     with pytest.raises(ValueError, match='remembers earlier exits'):
-        dense(model, exits=[2], criterion=CRITERIA[1])(variables, images, [0.0, 0.0])
+        dense(model, exits=[2])(variables, images, bj.ExitPolicy(CRITERIA[1], jnp.zeros(2)))
 
 
 @pytest.mark.parametrize('chunk_size', [0, -1, 2.5, (1, 2), (1, 2, 0), 'two'])
@@ -154,7 +149,7 @@ def test_loops_work_under_jit_and_vmap(network, uncertainty):
 @pytest.mark.parametrize('execute', ['dense', 'sequential', 'loop 3', 'host 3', 'host 3 × 2'])
 def test_bad_input_is_refused_by_all(network, execute):
     model, variables, images = network
-    run = {**executors(model, 'entropy'), 'dense': dense(model)}[execute]
+    run = {**executors(model), 'dense': dense(model)}[execute]
     for thresholds in ([0.0], [0.0, np.nan], [[0.0, 0.0]], 'low'):
         with pytest.raises(ValueError, match='thresholds:'):
             run(variables, images, thresholds)

@@ -1,6 +1,7 @@
 """Exported networks answer as the library does, and a folder that is not what was written is refused."""
 
 import ast
+import functools
 import hashlib
 import json
 import re
@@ -15,6 +16,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from test_inference import check_same
 
 import branchy_jax as bj
@@ -109,6 +111,17 @@ def test_manifest_tells_what_is_there(network, exported, thresholds):
     assert stage['inputs'] == [{'name': 'hidden', 'shape': ['batch', 8], 'dtype': 'float32'}]
 
 
+@functools.partial(struct.dataclass, eq=False)
+class SumOfExits(bj.criteria.Criterion):
+    name = 'sum'
+
+    def init(self, logits):
+        return jnp.zeros_like(logits)
+
+    def update(self, logits, carry, n):
+        return carry + logits, -(carry + logits).max(-1).mean((1, 2)), carry + logits
+
+
 def test_hidden_trees_dense_answers_and_criteria_that_remember(tmp_path):
     """A trunk that carries two arrays, logits for every pixel, an ensemble of the exits so far."""
     model = bj.BranchyNet(
@@ -119,17 +132,12 @@ def test_hidden_trees_dense_answers_and_criteria_that_remember(tmp_path):
         exits=(lambda hidden: hidden['wide'] @ jnp.eye(2, 3), (nn.Dense(3),)),
         image_shape=(4, 4, 1),
     )
-    criterion = bj.criteria.Criterion(
-        init=lambda logits: jnp.zeros_like(logits),
-        update=lambda logits, carry, n: (carry + logits, -(carry + logits).max(-1).mean((1, 2)), carry + logits),
-        name='sum',
-    )
     images = np.random.default_rng(0).normal(size=(9, 4, 4, 1)).astype(np.float32)
     variables = model.init(jax.random.key(0), images)
-    middle = [float(np.median(bj.inference.exit_outputs(model, variables, images, criterion=criterion).uncertainty[0]))]
-    middle[0] += 1e-4
-    manifest = save(tmp_path / 'tree', model, variables, thresholds=middle, criterion=criterion, batch_size=4)
-    expected = bj.inference.dense(model, criterion=criterion)(variables, images, middle)
+    outputs = bj.inference.exit_outputs(model, variables, images, criterion=SumOfExits())
+    policy = bj.ExitPolicy(SumOfExits(), jnp.array([np.median(outputs.uncertainty[0]) + 1e-4]))
+    manifest = save(tmp_path / 'tree', model, variables, thresholds=policy, batch_size=4)
+    expected = bj.inference.dense(model)(variables, images, policy)
     assert set(expected.exit_index.tolist()) == {0, 1}
     assert expected.label.shape == (9, 4, 4)
     for answer in answers(run_exported.load(tmp_path / 'tree'), images).values():

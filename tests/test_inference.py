@@ -1,3 +1,4 @@
+import functools
 import itertools
 import time
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CLASSES, IMAGE_SHAPE
+from flax import struct
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend import core as jax_core
@@ -21,19 +23,21 @@ def outputs(network):
     return exit_outputs(*network)
 
 
-def running_mean_of_entropies():
+@functools.partial(struct.dataclass, eq=False)
+class RunningMean(Criterion):
     """A criterion that remembers: the mean of the entropies so far, answering with the summed logits."""
 
-    def update(logits, carry, n):
+    name = 'running mean'
+
+    def init(self, logits):
+        return jnp.zeros_like(logits), jnp.zeros(logits.shape[0])
+
+    def update(self, logits, carry, n):
         answer, total = carry[0] + logits, carry[1] + entropy_of_logits(logits)
         return answer, total / (n + 1), (answer, total)
 
-    return Criterion(
-        init=lambda logits: (jnp.zeros_like(logits), jnp.zeros(logits.shape[0])), update=update, name='running mean'
-    )
 
-
-CRITERIA = [entropy, running_mean_of_entropies()]
+CRITERIA = [entropy, RunningMean()]
 
 
 def first_confident(uncertainty, thresholds):
@@ -60,8 +64,7 @@ def test_dense_follows_the_rule(network, criterion, quantiles):
     thresholds = np.array(
         [q if np.isinf(q) else np.quantile(every.uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32
     )
-    execute = DENSE.setdefault(criterion.name, dense(model, criterion=criterion))
-    found = execute(variables, images, thresholds)
+    found = dense(model)(variables, images, bj.ExitPolicy(criterion, thresholds))
     expected = [first_confident(every.uncertainty[:, b], thresholds) for b in range(len(images))]
     assert found.exit_index.tolist() == expected
     answers = every.logits[expected, np.arange(len(images))]
@@ -70,20 +73,18 @@ def test_dense_follows_the_rule(network, criterion, quantiles):
     assert (found.label.dtype, found.exit_index.dtype) == (jnp.int32, jnp.int32)
 
 
-DENSE = {}  # compiled once per criterion, not once per example
-
-
 @pytest.mark.parametrize('criterion', CRITERIA, ids=lambda criterion: criterion.name)
 def test_staged_is_dense_on_every_exit_pattern(network, criterion):
     model, variables, images = network
     middle = np.median(exit_outputs(model, variables, images, criterion=criterion).uncertainty, axis=1)
-    oracle, execute = dense(model, criterion=criterion), staged(model, criterion=criterion)
+    oracle, execute = dense(model), staged(model)
     patterns = set()
     for kinds in itertools.product((-np.inf, None, np.inf), repeat=2):
         thresholds = np.array([m if kind is None else kind for kind, m in zip(kinds, middle, strict=False)], np.float32)
-        expected = oracle(variables, images, thresholds)
+        policy = bj.ExitPolicy(criterion, jnp.asarray(thresholds))
+        expected = oracle(variables, images, policy)
         for b in range(len(images)):
-            found = execute(variables, images[b], thresholds)
+            found = execute(variables, images[b], policy)
             assert found.exit_index.shape == ()
             check_same(found, jax.tree.map(lambda values, b=b: values[b], expected))
         patterns.add(tuple(sorted(set(expected.exit_index.tolist()))))
@@ -109,13 +110,11 @@ def test_exit_shares_predicted_are_those_realised(network, outputs):
     """Thresholds chosen on cached outputs do the same when they run, image by image."""
     model, variables, images = network
     labels = np.arange(len(images)) % CLASSES
-    statistics = bj.thresholds.accuracy_statistics(outputs.logits, labels)
-    costs = bj.costs.count_macs(model, IMAGE_SHAPE)
-    screened = bj.thresholds.screen(outputs.uncertainty, statistics, costs)
+    screened = bj.inference.exit_table(model, variables, bj.Batch(images, labels)).screen()
     execute = staged(model)
     for index in np.linspace(0, len(screened) - 1, 7, dtype=int):
         point = screened.point(index)
-        answers = [execute(variables, image, point.thresholds) for image in images]
+        answers = [execute(variables, image, point) for image in images]
         realised = np.bincount([int(answer.exit_index) for answer in answers], minlength=3) / len(images)
         np.testing.assert_array_equal(realised, point.exit_fractions)
         assert np.mean([int(a.label) == label for a, label in zip(answers, labels, strict=True)]) == point.accuracy

@@ -17,31 +17,34 @@ def test_pools_are_their_numpy_references(getkey):
     values = jax.random.uniform(getkey(), (3, 5, 7))
     flat = np.asarray(values, np.float64).reshape(3, -1)
     np.testing.assert_allclose(criteria.mean_over_pixels(values), flat.mean(-1), rtol=1e-5)
-    np.testing.assert_allclose(criteria.quantile_over_pixels(0.9)(values), np.quantile(flat, 0.9, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(criteria.QuantileOverPixels(0.9)(values), np.quantile(flat, 0.9, axis=-1), rtol=1e-5)
     patches = [[np.asarray(image)[r : r + 3, c : c + 3].mean() for r in (0, 3) for c in (0, 3, 6)] for image in values]
-    found = criteria.quantile_over_patches(0.75, size=3)(values)
+    found = criteria.QuantileOverPatches(0.75, size=3)(values)
     np.testing.assert_allclose(found, np.quantile(patches, 0.75, axis=-1), rtol=1e-5)
 
 
 def test_a_lone_unsure_pixel_does_not_make_an_unsure_patch():
     edge, blob = np.zeros((2, 1, 8, 8))
     edge[0, 0, ::3], blob[0, :4, :4] = 1, 1
-    pool = criteria.quantile_over_patches(1.0, size=4)
+    pool = criteria.QuantileOverPatches(1.0, size=4)
     assert pool(jnp.array(blob))[0] == 1
     assert pool(jnp.array(edge))[0] == 0.125
-    assert criteria.quantile_over_pixels(1.0)(jnp.array(edge))[0] == 1
+    assert criteria.QuantileOverPixels(1.0)(jnp.array(edge))[0] == 1
 
 
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: criteria.quantile_over_pixels(1.5), 'quantile: got 1.5'),
-        (lambda: criteria.quantile_over_patches(0.5, size=0), 'size: got 0'),
-        (lambda: criteria.quantile_over_patches(0.5, size=2)(jnp.ones(3)), r'uncertainty: patches need \[B, H, W\]'),
-        (lambda: criteria.on_every(0, criteria.entropy_of_logits), 'stride: got 0'),
+        (lambda: criteria.QuantileOverPixels(1.5), 'quantile: got 1.5'),
+        (lambda: criteria.QuantileOverPatches(0.5, size=0), 'size: got 0'),
+        (lambda: criteria.QuantileOverPatches(0.5, size=2)(jnp.ones(3)), r'uncertainty: patches need \[B, H, W\]'),
+        (lambda: criteria.EveryOther(criteria.entropy_of_logits, stride=0), 'stride: got 0'),
         (lambda: criteria.pixelwise([[0.1]]), 'pixel_thresholds: expected one number'),
         (lambda: criteria.pixelwise([np.nan]), 'pixel_thresholds'),
-        (lambda: criteria.pixelwise([]).update(jnp.ones((1, 2, 2)), (0, 0), 1), 'pixel_thresholds: there are 0'),
+        (
+            lambda: criteria.pixelwise([]).update(jnp.ones((1, 2, 2)), (0, 0), 1),
+            'pixel_thresholds and the last exit: there are 1',
+        ),
         (lambda: criteria.pixel_exits(jnp.ones((3, 1, 2, 2)), [0.1]), 'pixel_thresholds: expected 2'),
     ],
 )
@@ -97,10 +100,12 @@ def test_screen_of_masks_is_brute_force():
     logits, labels = generator.normal(size=(3, 20, 4, 4, 3)), generator.integers(0, 3, (20, 4, 4))
     uncertainty = generator.uniform(size=(3, 20))
     grid = np.array([[-np.inf, 0.3, 0.6, np.inf]] * 2)
-    screened = thresholds.screen(
-        uncertainty, thresholds.iou_statistics(logits, labels), bj.costs.StageCosts([1, 1, 1], [0, 0, 0]), grid=grid,
-        metric=thresholds.mean_iou,
+    table = thresholds.ExitTable(
+        uncertainty=uncertainty, statistics=thresholds.iou_statistics(logits, labels),
+        costs=bj.costs.StageCosts([1, 1, 1], [0, 0, 0]), criterion=criteria.entropy, metric=thresholds.mean_iou,
+        split='validation',
     )  # fmt: skip
+    screened = table.screen(grid)
     for setting, found in zip(screened.thresholds, screened.accuracy, strict=True):
         exits = thresholds.answering_exits(uncertainty, setting)
         predictions = logits.argmax(-1)[exits, np.arange(20)]
@@ -134,9 +139,7 @@ def test_statistics_in_batches_are_those_of_the_logits(network, getkey):
     model, variables, images = network
     labels = jax.random.randint(getkey(), (24,), 0, 3)
     outputs = bj.inference.exit_outputs(model, variables, images)
-    found = bj.inference.exit_statistics(
-        model, variables, bj.Batch(images, labels), thresholds.accuracy_statistics, batch_size=7
-    )
+    found = bj.inference.exit_table(model, variables, bj.Batch(images, labels), batch_size=7)
     np.testing.assert_array_equal(found.statistics, thresholds.accuracy_statistics(outputs.logits, labels))
     np.testing.assert_allclose(found.uncertainty, outputs.uncertainty, rtol=1e-5)
 

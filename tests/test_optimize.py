@@ -6,7 +6,7 @@ import pytest
 
 import branchy_jax as bj
 from branchy_jax.inference import dense, optimize, staged
-from branchy_jax.inference.forms import Forms
+from branchy_jax.inference.rewriting.forms import Forms
 
 ALL_FORMS = Forms(most_channel_pairs=1000, sliced_pooling=True, transposed_weights=True)
 IMAGE_SHAPE = (8, 8, 2)

@@ -12,9 +12,9 @@ from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes, dense, exit_outputs, plan, segment_times
-from branchy_jax.inference.candidates import build_candidates
-from branchy_jax.inference.plan import Contender, _batches, _choice
-from branchy_jax.inference.prediction import Forecast, forecast
+from branchy_jax.inference.planning.candidates import Candidate, build_candidates
+from branchy_jax.inference.planning.forecast import Forecast, forecast
+from branchy_jax.inference.planning.plan import _batches, _choice
 from branchy_jax.measure import Ratio
 
 
@@ -129,12 +129,12 @@ def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size)
         Forecast(exits=(0, 1, 2), chunk_sizes=(8, 5, 3), ms=1.0), Forecast(exits=(1, 2), chunk_sizes=(8, 5), ms=2.0)
     ]  # fmt: skip
     plain = (model, variables)
-    candidates = build_candidates(plain, plain, forecasts, batch_size, CRITERIA[0], skip=True)
+    candidates = build_candidates(plain, plain, forecasts, batch_size, skip=True)
     names = [candidate.name.split(',')[0].split(' of')[0] for candidate in candidates]
     assert names[:3] == ['baseline', 'last exit', 'last exit']
     assert set(names[3:]) == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
     for candidate in candidates:
-        if candidate.may_win:
+        if not candidate.is_baseline:
             as_if = np.where(np.isin([0, 1], candidate.exits), thresholds, -np.inf)
             expected = dense(model)(variables, images[:batch_size], as_if)
             check_same(candidate.run(candidate.variables, images[:batch_size], thresholds), expected)
@@ -171,9 +171,10 @@ def test_plan_keeps_all_heads_where_it_is_told_to(network, uncertainty):
 
 def test_plan_with_a_criterion_that_remembers_asks_every_exit(network):
     model, variables, images = network
-    planned = plan(model, variables, images, [-np.inf, -np.inf], criterion=CRITERIA[1], passes=1)
+    planned = plan(model, variables, images, bj.ExitPolicy(CRITERIA[1], jnp.full(2, -np.inf)), passes=1)
     assert planned.exits == (0, 1, 2)
-    check_same(planned(images), dense(model, criterion=CRITERIA[1])(variables, images, planned.thresholds))
+    assert planned.policy.criterion == CRITERIA[1]
+    check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 
 def test_plan_of_a_network_without_image_shape(network):
@@ -193,33 +194,34 @@ def test_plan_refuses_impossible_settings(network, options, message):
         plan(*network, [0.0, 0.0], **options)
 
 
-def contender(name, low, median, high, *, exits=(0, 2), finalist=True):
-    return Contender(
-        name, exits, float('nan'), 1.0, Ratio(median, low, high), finalist=finalist, may_win=name != 'pace'
-    )
+def raced(name, low, median, high, *, exits=(0, 2), finalist=True):
+    return Candidate(
+        name, exits, None, None, is_baseline=name == 'pace', measured_ms=1.0, slowdown=Ratio(median, low, high),
+        finalist=finalist,
+    )  # fmt: skip
 
 
-PACE = contender('pace', 1, 1, 1, exits=(2,))
-WITHOUT = contender('without', 0.9, 1.0, 1.1, exits=(2,))
+PACE = raced('pace', 1, 1, 1, exits=(2,))
+WITHOUT = raced('without', 0.9, 1.0, 1.1, exits=(2,))
 
 
 @pytest.mark.parametrize(
     ('others', 'chosen'),
     [
-        ([contender('a', 0.5, 0.6, 0.7), contender('b', 0.6, 0.7, 0.8)], 'a'),
-        ([contender('a', 0.8, 0.95, 1.1), contender('b', 0.97, 0.98, 0.99)], 'b'),  # a is faster, but not for certain
-        ([contender('a', 0.8, 0.95, 1.1), contender('b', 1.2, 1.3, 1.4)], 'without'),
-        ([contender('a', 0.3, 0.4, 0.5, finalist=False), contender('b', 0.6, 0.7, 0.8)], 'b'),  # a was timed thrice
+        ([raced('a', 0.5, 0.6, 0.7), raced('b', 0.6, 0.7, 0.8)], 'a'),
+        ([raced('a', 0.8, 0.95, 1.1), raced('b', 0.97, 0.98, 0.99)], 'b'),  # a is faster, but not for certain
+        ([raced('a', 0.8, 0.95, 1.1), raced('b', 1.2, 1.3, 1.4)], 'without'),
+        ([raced('a', 0.3, 0.4, 0.5, finalist=False), raced('b', 0.6, 0.7, 0.8)], 'b'),  # a was timed thrice
     ],
 )
 def test_what_does_not_beat_the_baseline_for_certain_loses(others, chosen):
-    contenders = [PACE, WITHOUT, *others]
-    assert contenders[_choice(contenders, 3)].name == chosen
+    candidates = [PACE, WITHOUT, *others]
+    assert _choice(candidates, 3).name == chosen
 
 
 def test_where_the_network_without_branches_is_no_choice_the_fastest_wins():
-    contenders = [PACE, contender('a', 0.8, 0.95, 1.1), contender('b', 1.2, 1.3, 1.4)]
-    assert contenders[_choice(contenders, 3)].name == 'a'
+    candidates = [PACE, raced('a', 0.8, 0.95, 1.1), raced('b', 1.2, 1.3, 1.4)]
+    assert _choice(candidates, 3).name == 'a'
 
 
 def test_race_batches_hold_the_shares_of_all_images():

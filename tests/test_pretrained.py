@@ -20,9 +20,19 @@ def written(tmp_path_factory):
     model = bj.models.create('b-lenet', num_classes=4, image_shape=(12, 12, 1))
     variables = model.init(jax.random.key(0), jnp.zeros((1, 12, 12, 1)))
     points = [
-        bj.OperatingPoint(np.float32([0.25]), 'entropy', 0.9, 'test', np.array([0.7, 0.3]), 1e5),
-        bj.OperatingPoint(np.float32([np.inf]), 'entropy', 0.8, 'test', np.array([1.0, 0.0]), 9e4),
-        bj.OperatingPoint(np.float32([-np.inf]), 'entropy', 0.95, 'test', np.array([0.0, 1.0]), 9e5),
+        bj.OperatingPoint(
+            bj.ExitPolicy(bj.criteria.entropy, np.float32([0.25])), 0.9, 'test', np.array([0.7, 0.3]), 1e5
+        ),
+        bj.OperatingPoint(
+            bj.ExitPolicy(bj.criteria.ensemble(), np.float32([np.inf])), 0.8, 'test', np.array([1.0, 0.0]), 9e4
+        ),
+        bj.OperatingPoint(
+            bj.ExitPolicy(bj.criteria.with_temperatures([0.3, 2]), np.float32([-np.inf])),
+            0.95,
+            'test',
+            np.array([0.0, 1.0]),
+            9e5,
+        ),
     ]
     normalization = bj.Normalization(mean=jnp.array([0.5]), deviation=jnp.array([0.25]))
     write_pretrained(path, 'b-lenet', options, variables, normalization, points, {'licence': 'Apache-2.0'})
@@ -36,7 +46,7 @@ def test_what_is_written_is_read(written):
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
     assert found.card['licence'] == 'Apache-2.0'
     for point, expected in zip(found.operating_points, points, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, point, expected)
+        assert point == expected
     np.testing.assert_allclose(found.normalize(np.full((1, 12, 12, 1), 255, np.uint8)), 2.0)
 
 
@@ -61,12 +71,12 @@ def test_unknown_weights_are_refused_with_the_known():
 @pytest.mark.parametrize(('network', 'dataset'), bj.models.pretrained_names())
 def test_shipped_weights_are_whole(network, dataset):
     weights = bj.models.load_pretrained(network, dataset=dataset)
-    assert weights.operating_points[0].criterion == 'entropy'
+    assert weights.operating_points[0].policy.criterion == bj.criteria.entropy
     assert weights.operating_points[0].split == 'test'
     assert {'exit_accuracy', 'baseline_accuracy', 'recipe', 'licence', 'dataset'} <= set(weights.card)
     images = np.zeros((2, *weights.model.image_shape), np.uint8)
     answer = bj.inference.dense(weights.model)(
-        weights.variables, weights.normalize(images), weights.operating_points[0].thresholds
+        weights.variables, weights.normalize(images), weights.operating_points[0]
     )
     assert np.isfinite(answer.logits).all()
 
@@ -76,13 +86,10 @@ def test_shipped_lenet_has_the_accuracy_of_its_card(monkeypatch):
     monkeypatch.setenv('TFDS_DATA_DIR', os.path.dirname(MNIST))
     test = bj.data.load_dataset('mnist').test
     weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
-    outputs = bj.inference.exit_outputs(
-        weights.model, weights.variables, test.image, prepare=weights.normalize, batch_size=1000
+    table = bj.inference.exit_table(
+        weights.model, weights.variables, test, prepare=weights.normalization, batch_size=1000, split='test'
     )
-    statistics = bj.thresholds.accuracy_statistics(outputs.logits, test.label)
-    costs = bj.costs.count_macs(weights.model, weights.model.image_shape)
-    settings = np.array([point.thresholds for point in weights.operating_points])
-    found = bj.thresholds.evaluate(outputs.uncertainty, statistics, costs, settings)
+    found = table.evaluate(np.array([point.thresholds for point in weights.operating_points]))
     for point, accuracy, cost in zip(weights.operating_points, found.accuracy, found.cost, strict=True):
         assert accuracy == pytest.approx(point.accuracy, abs=5e-4)
         assert cost == pytest.approx(point.cost, rel=1e-3)

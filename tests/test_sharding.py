@@ -1,4 +1,4 @@
-"""Eight simulated devices do what one does: training, checkpoints, inference with survivors dealt out, plans."""
+"""Eight simulated devices do what one does: training, checkpoints, inference with survivors dispatched out, plans."""
 
 import json
 import subprocess
@@ -48,13 +48,13 @@ def test_sharded_inference_is_dense(eight, thresholds):
     assert eight['inference']['same as compacted']
 
 
-def test_survivors_of_one_device_are_dealt_to_all(eight):
-    found, dealt = (np.array(eight['inference'][name]) for name in ('found', 'dealt'))
+def test_survivors_of_one_device_are_dispatched_to_all(eight):
+    found, dispatched = (np.array(eight['inference'][name]) for name in ('found', 'dispatched'))
     assert found[1].tolist() == [12, 0, 0, 0, 0, 0, 0, 0]
-    np.testing.assert_array_equal(found.sum(1), dealt.sum(1))
-    assert (np.ptp(dealt, axis=1) <= 1).all()
-    assert dealt[1].tolist() == [2] * 4 + [1] * 4
-    assert 0 < dealt[2].sum() < 12
+    np.testing.assert_array_equal(found.sum(1), dispatched.sum(1))
+    assert (np.ptp(dispatched, axis=1) <= 1).all()
+    assert dispatched[1].tolist() == [2] * 4 + [1] * 4
+    assert 0 < dispatched[2].sum() < 12
     assert '100.0 %' in eight['inference']['report']
     assert eight['inference']['rows of a device'] == [12]
     assert eight['inference']['uneven found'] == [13, 13, 13]  # rows that fill up the batch are not answered

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchy_jax.inference import dense, exit_outputs, stream
-from branchy_jax.inference.pipeline import Pool, Rows
+from branchy_jax.inference.host.pipeline import Rows, Waiting
 
 
 @pytest.fixture(scope='module')
@@ -252,7 +252,7 @@ def test_bad_thresholds_are_refused_before_anything_is_read(network, answer):
 
 
 def test_pool_hands_out_rows_in_order_and_pads_with_the_last():
-    pool = Pool(4)
+    pool = Waiting(4)
     pool.add(Rows(np.arange(3), np.arange(3.0), since=2.0))
     pool.add(Rows(np.arange(3, 6), np.arange(3.0, 6.0), since=1.0))
     assert (pool.count, pool.oldest) == (6, 1.0)

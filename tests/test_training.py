@@ -1,5 +1,6 @@
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -112,19 +113,26 @@ def test_training_learns_and_state_counts(network, train):
     assert int(state.step) == 12 * 5
 
 
-def test_scanned_epoch_is_the_epoch_step_by_step(network, small_data, getkey):
+def test_scanned_epochs_are_epochs_step_by_step(network, train, small_data, getkey):
     model, variables, _ = network
-    data, key, calls = jax.tree.map(jnp.asarray, small_data), getkey(), []
-    options = {'epoch': 3, 'batch_size': 16, 'prepare': prepare}
+    calls = []
     results = [
-        train_epoch(
-            create_train_state(model, variables, SGD), data, jnp.ones(3), key, scan=scan, **options,
+        train(
+            create_train_state(model, variables, SGD), epochs=2, scan=scan,
             on_step=lambda epoch, step, steps, metrics, scan=scan: calls.append((scan, epoch, step, steps)),
         )
         for scan in (True, False)
     ]  # fmt: skip
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
-    assert calls == [(True, 3, 5, 5)] + [(False, 3, step, 5) for step in range(1, 6)]
+    assert calls == [
+        *((True, epoch, 5, 5) for epoch in range(2)),
+        *((False, epoch, step, 5) for epoch in range(2) for step in range(1, 6)),
+    ]
+    first, _ = train_epoch(
+        create_train_state(model, variables, SGD), jax.tree.map(jnp.asarray, small_data), jnp.ones(3),
+        jax.random.key(7), epoch=0, batch_size=16, prepare=prepare,
+    )  # fmt: skip
+    check_equal(first.params, train(create_train_state(model, variables, SGD), epochs=1).params)
 
 
 @pytest.mark.parametrize('scan', [True, False])
@@ -137,18 +145,18 @@ def test_every_step_of_every_epoch_draws_anew(network, small_data, scan):
         shape = batch.image.shape
         return batch.replace(image=jnp.broadcast_to(jax.random.normal(key, (1, *shape[1:])), shape))
 
-    def losses(epoch):
+    def losses():
         found = []
-        train_epoch(
+        fit(
             create_train_state(model, variables, optax.set_to_zero()), data, jnp.array([1.0, 0.0, 0.0]),
-            jax.random.key(0), epoch=epoch, batch_size=20, prepare=noise, scan=scan,
+            jax.random.key(0), epochs=2, batch_size=20, prepare=noise, scan=scan,
             on_step=lambda epoch, step, steps, metrics: found.append(float(metrics['loss'])),
         )  # fmt: skip
         return found
 
-    first, again, second = losses(0), losses(0), losses(1)
+    first, again = losses(), losses()
     assert first == again
-    assert len({*first, *second}) == len(first) + len(second)
+    assert len(set(first)) == len(first) == (2 if scan else 8)
 
 
 def test_frozen_trunk_trains_heads_only(network, batch, getkey):
@@ -241,31 +249,164 @@ class Killed(BaseException):
     """Not an Exception, like KeyboardInterrupt: nothing may swallow it."""
 
 
+@pytest.mark.parametrize('scan', [True, False])
 @pytest.mark.parametrize('moment', ['before a save', 'in a save', 'after a save'])
-def test_interrupted_run_ends_where_an_uninterrupted_one_does(network, train, tmp_path, monkeypatch, moment):
+def test_interrupted_run_ends_where_an_uninterrupted_one_does(network, train, tmp_path, monkeypatch, moment, scan):
+    """Step by step it is killed within an epoch of five steps, at step 6 of 20, a checkpoint every third."""
     model, variables, _ = network
     new = functools.partial(create_train_state, model, variables, SGD)
-    expected = train(new(), epochs=4)
-    save, calls = bj.checkpoint.save, []
+    train = functools.partial(train, epochs=4, scan=scan)
+    expected = train(new())
+    save, numbers, every = bj.checkpoint.save, [], 5 if scan else 3
 
-    def interrupted(directory, step, state):
-        calls.append(step)
-        if step == 2 and len(calls) == 2:
+    def interrupted(directory, step, state, **options):
+        numbers.append(step)
+        assert step == int(state.step)
+        if step == 2 * every and len(numbers) == 2:
             if moment == 'in a save':
-                (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
+                (tmp_path / f'{step}.orbax-checkpoint-tmp').mkdir()
             if moment == 'after a save':
-                save(directory, step, state)
+                save(directory, step, state, **options)
             raise Killed
-        save(directory, step, state)
+        save(directory, step, state, **options)
 
     monkeypatch.setattr(bj.checkpoint, 'save', interrupted)
+    options = {'directory': tmp_path, 'save_every': every}
     with pytest.raises(Killed):
-        train(new(), epochs=4, directory=tmp_path)
-    resumed = train(new(), epochs=4, directory=tmp_path)
-    assert calls == [1, 2, 3, 4] if moment == 'after a save' else [1, 2, 2, 3, 4]
-    check_equal(resumed.params, expected.params)
-    check_equal(resumed.opt_state, expected.opt_state)
-    check_equal(resumed.model_state, expected.model_state)
+        train(new(), **options)
+    resumed = train(new(), **options)
+    planned = [*range(every, 21, every)] + ([] if scan else [20])
+    assert numbers == planned if moment == 'after a save' else planned[:2] + planned[1:]
+    for part in ('params', 'opt_state', 'model_state', 'step'):
+        check_equal(getattr(resumed, part), getattr(expected, part))
+
+
+def test_long_epochs_are_saved_by_the_clock(network, train, tmp_path, monkeypatch):
+    model, variables, _ = network
+    numbers, clock = [], iter(range(0, 10**6, 100))
+    monkeypatch.setattr('time.monotonic', lambda: next(clock))  # 100 seconds go by at every look
+    monkeypatch.setattr(bj.checkpoint, 'save', lambda directory, step, state, **options: numbers.append(step))
+    train(create_train_state(model, variables, SGD), epochs=2, scan=False, directory=tmp_path)
+    assert numbers == [3, 5, 8, 10]  # the end of an epoch, and what is more than four minutes after the last
+
+
+def test_phases_share_a_directory(network, train, tmp_path):
+    """Each call goes on where the one before ended, and a resume in the second leaves the first alone."""
+    model, variables, _ = network
+    seen = []
+
+    def darker(key, batch):
+        seen.append('darker')
+        return prepare(key, batch).replace(image=prepare(key, batch).image / 2)
+
+    new = functools.partial(create_train_state, model, variables, SGD)
+    whole = train(train(new(), epochs=1.4), epochs=2, prepare=darker)
+    assert int(whole.step) == 10
+    first = train(new(), epochs=1.4, directory=tmp_path)
+    assert int(first.step) == 7
+    for _ in range(2):
+        seen.clear()
+        resumed = train(train(new(), epochs=1.4, directory=tmp_path), epochs=2, prepare=darker, directory=tmp_path)
+        check_equal(resumed.params, whole.params)
+    assert not seen or int(resumed.step) == 10
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [({'batch_size': 8}, 'batch_size: 16 there, 8 here'), ({'key': jax.random.key(8)}, 'key: '),
+     ({'exit_weights': jnp.zeros(3)}, 'exit_weights: ')],
+)  # fmt: skip
+def test_checkpoints_of_another_recipe_are_refused(network, train, tmp_path, change, message):
+    model, variables, _ = network
+    new = functools.partial(create_train_state, model, variables, SGD)
+    train(new(), epochs=1, directory=tmp_path)
+    with pytest.raises(ValueError, match=f'is of another recipe .*{message}'):
+        train(new(), epochs=2, directory=tmp_path, **change)
+    assert int(train(new(), epochs=2, directory=tmp_path).step) == 10
+
+
+def test_checkpoints_numbered_by_epochs_are_refused(network, train, tmp_path):
+    model, variables, _ = network
+    state = train(create_train_state(model, variables, SGD), epochs=1)
+    bj.checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(ValueError, match='checkpoint 1 in .* was written after 5 steps'):
+        train(create_train_state(model, variables, SGD), epochs=2, directory=tmp_path)
+
+
+def test_a_folder_in_use_is_refused(network, train, tmp_path):
+    model, variables, _ = network
+    other = subprocess.Popen(
+        [sys.executable, '-c', textwrap.dedent(f"""
+            import fcntl, os, sys, time
+            lock = open({str(tmp_path / '.lock')!r}, 'w')
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.write(str(os.getpid())); lock.flush()
+            print('locked', flush=True)
+            time.sleep(60)
+        """)], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == 'locked\n'
+        with pytest.raises(ValueError, match=f'is in use by process {other.pid}'):
+            train(create_train_state(model, variables, SGD), epochs=1, directory=tmp_path)
+    finally:
+        other.kill()
+        other.communicate()
+    train(create_train_state(model, variables, SGD), epochs=1, directory=tmp_path)
+
+
+def test_a_full_disk_loses_nothing(network, train, tmp_path):
+    """The system refuses files beyond a few bytes, as a full disk would; made room, the same call goes on."""
+    model, variables, _ = network
+    new = functools.partial(create_train_state, model, variables, SGD)
+    train(new(), epochs=1, directory=tmp_path)
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match='cannot write checkpoint 10'):
+            train(new(), epochs=2, directory=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    started = []
+    resumed = train(new(), epochs=2, directory=tmp_path, on_epoch=lambda epoch, *_: started.append(epoch))
+    assert started == [2]
+    check_equal(resumed.params, train(new(), epochs=2).params)
+
+
+def test_small_steps_accumulate_into_one_update(network, batch, getkey):
+    """Two steps of eight are one of sixteen, but for BatchNorm, which sees eight at a time: here it is frozen."""
+    model, variables, _ = network
+    frozen = functools.partial(create_train_state, model, variables, frozen_trunk=True)
+    whole, _ = train_step(frozen(SGD), batch, jnp.ones(3), getkey())
+    state = frozen(optax.MultiSteps(SGD, 2).gradient_transformation())
+    for rows in (slice(8), slice(8, None)):
+        before = state.params['head1']['kernel'].copy()
+        state, _ = train_step(state, jax.tree.map(lambda x, rows=rows: x[rows], batch), jnp.ones(3), getkey())
+        assert (before == state.params['head1']['kernel']).all() == (rows == slice(8))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, whole.params)
+
+
+@pytest.mark.parametrize('placement', ['text', 'tuned'])
+def test_a_grown_network_answers_as_before(getkey, placement):
+    """Of 20 layers to 44; every exit, after as many blocks of the deeper network's stages, gives the same logits."""
+    images = jax.random.normal(getkey(), (2, 8, 8, 3))
+    shallow, deep = (
+        bj.models.create('b-resnet110', depth=depth, placement=placement, image_shape=(8, 8, 3)) for depth in (20, 44)
+    )
+    trained = jax.jit(shallow.init)(getkey(), images)
+    trained = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.uniform(getkey(), leaf.shape), trained)
+    fresh = jax.jit(deep.init)(getkey(), images)
+    grown = bj.training.initialize_from_shallower(deep, fresh, shallow, trained)
+    for found, expected in zip(deep.apply(grown, images), shallow.apply(trained, images), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    blocks = [name for name in grown['params'] if name.startswith('block')]
+    identities = [name for name in blocks if not grown['params'][name]['norm2']['scale'].any()]
+    assert (len(blocks), len(identities)) == (21, 12)
+    with pytest.raises(ValueError, match='it is the deeper'):
+        bj.training.initialize_from_shallower(shallow, trained, deep, fresh)
+    with pytest.raises(ValueError, match='shallower: has 1 exits, the network'):
+        bj.training.initialize_from_shallower(deep, fresh, bj.models.without_branches(shallow), trained)
 
 
 SCRIPT = """
@@ -319,7 +460,7 @@ def test_labels_without_a_class_are_refused(network, train, small_data):
         train(state, data=bad, epochs=1)
 
 
-def test_other_tasks_bring_their_loss_and_what_to_watch(network, batch, getkey):
+def test_other_tasks_bring_their_loss_and_their_metrics(network, batch, getkey):
     """Squared error against real targets: the gradient is that of the formula, the figures are those asked for."""
     model, variables, _ = network
     targets = jax.random.normal(getkey(), (16, 3))
@@ -330,7 +471,7 @@ def test_other_tasks_bring_their_loss_and_what_to_watch(network, batch, getkey):
     state = create_train_state(model, variables, SGD)
     state, metrics = bj.training.train_step(
         state, bj.Batch(batch.image, targets), jnp.ones(3), getkey(),
-        loss=squared_error, watch=lambda logits, targets: {'exit_error': squared_error(logits, targets) ** 0.5},
+        loss=squared_error, metrics=lambda logits, targets: {'exit_error': squared_error(logits, targets) ** 0.5},
     )  # fmt: skip
     assert set(metrics) == {'loss', 'exit_loss', 'exit_error'}
     np.testing.assert_allclose(metrics['exit_error'], np.sqrt(metrics['exit_loss']), rtol=1e-6)

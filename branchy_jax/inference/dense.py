@@ -18,7 +18,8 @@ from branchy_jax.criteria.criterion import Criterion
 from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.sharding import replicate, replicated, shard
-from branchy_jax.thresholds import ExitTable, Metric, Statistics, accuracy_statistics, mean_of_statistic
+from branchy_jax.thresholds import ExitTable, accuracy_statistics, mean_of_statistic
+from branchy_jax.thresholds.statistics import Metric, Statistics
 from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variables
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from branchy_jax.calibration import Reliability
+from branchy_jax.criteria.learned import Reliability
 from branchy_jax.plots.canvas import BASELINE, INK, OURS, SERIES, new_figure, save
 from branchy_jax.types import Array
 

@@ -27,6 +27,10 @@ Prepare = Callable[[Array, Batch], Batch]
 _SECONDS_BETWEEN_SAVES = 240.0
 
 
+def _as_stored(key: Array, batch: Batch) -> Batch:
+    return batch
+
+
 class Stream(Protocol):
     """Examples that are read batch by batch, such as `branchy_jax.data.OnDisk`."""
 
@@ -102,7 +106,7 @@ def train_epoch(
     *,
     epoch: int,
     batch_size: int,
-    prepare: Prepare,
+    prepare: Prepare = _as_stored,
     loss: Loss = cross_entropy_per_exit,
     metrics: MetricsOf = accuracy_per_exit,
 ) -> tuple[TrainState, Metrics]:
@@ -148,7 +152,7 @@ def fit(
     *,
     epochs: float,
     batch_size: int,
-    prepare: Prepare,
+    prepare: Prepare = _as_stored,
     loss: Loss = cross_entropy_per_exit,
     metrics: MetricsOf = accuracy_per_exit,
     scan: bool = True,
@@ -176,7 +180,8 @@ def fit(
         key: of the whole training; order, augmentation and dropout derive from it and the number of the step.
         epochs: how many in all, those before a resume included; a fraction ends within an epoch.
         batch_size: examples in a step, of all processes together.
-        prepare: ``(key, batch as stored) → batch as fed to the network``; runs inside jit.
+        prepare: ``(key, batch as stored) → batch as fed to the network``; runs inside jit. By default batches are taken
+            as they are stored.
         loss: ``(logits, labels) → [N]``.
         metrics: ``(logits, labels) → metrics``.
         scan: for data in memory: the epoch is one program, and checkpoints lie between epochs. Otherwise one dispatch

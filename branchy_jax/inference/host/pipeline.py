@@ -148,7 +148,7 @@ class Pipeline:
             yield from self._leave(n, chunk, future.result())
 
     def _next(self, deadline: float, *, flush: bool) -> int | None:
-        """Returns the stage to run: one that is overdue, else the latest with a whole chunk: pools stay small."""
+        """Returns the stage to run: one that is overdue, else the latest with a whole chunk: lines stay short."""
         longest = min(range(len(self._waiting)), key=lambda n: self._waiting[n].oldest)
         if self._waiting[longest].oldest + deadline <= time.monotonic():
             return longest
