@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from branchy_jax.calibration import brier_score, fit_learned, fit_temperatures, reliability
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, special
 
-import branchy_jax as bj
+from branchy_jax.criteria import brier_score, fit_learned, fit_temperatures, reliability
 
 
 def overconfident(exits=2, count=600, classes=4, factor=3.0, seed=0):
@@ -128,7 +127,3 @@ def test_fitting_refuses_what_does_not_fit(fit):
 def test_reliability_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match='confidence: expected'):
         reliability([0.5], [True, False])
-
-
-def test_calibration_is_exported():
-    assert bj.calibration.fit_temperatures is fit_temperatures

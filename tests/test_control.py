@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from branchy_jax.control import (
+import branchy_jax as bj
+from branchy_jax.costs import StageCosts
+from branchy_jax.thresholds import (
+    Controller,
+    ExitTable,
+    Monitor,
     create_controller,
     create_monitor,
-    drift,
-    observe,
     path_by_shares,
-    thresholds_of,
-    update,
 )
 
 COSTS = np.array([1.0, 5.0, 10.0])
@@ -23,6 +24,15 @@ def images(generator, count, hardness):
     return generator.random((2, count)) ** (1 / hardness)
 
 
+def table_of(uncertainty):
+    exits, inputs = uncertainty.shape
+    return ExitTable(
+        uncertainty=uncertainty, statistics=np.ones((exits, inputs, 1)),
+        costs=StageCosts(stages=np.ones(exits), exits=np.zeros(exits)), criterion=bj.criteria.margin,
+        split='validation',
+    )  # fmt: skip
+
+
 def run(controller, hardness_of, steps, batch=20, seeds=12):
     """Runs the loop in one program, many times over; returns mean cost and mean position per batch."""
     hardness = np.array([hardness_of(number * batch) for number in range(steps)])[:, None, None]
@@ -30,9 +40,9 @@ def run(controller, hardness_of, steps, batch=20, seeds=12):
     costs = jnp.asarray(COSTS)
 
     def step(controller, uncertainty):
-        confident = uncertainty < thresholds_of(controller)[:, None]
+        confident = uncertainty < controller.policy.thresholds[:, None]
         spent = costs[jnp.where(confident[0], 0, jnp.where(confident[1], 1, 2))]
-        controller = update(controller, spent)
+        controller = controller.update(spent)
         return controller, (spent.mean(), controller.position)
 
     found = jax.jit(jax.vmap(lambda uncertainty: jax.lax.scan(step, controller, uncertainty)[1]))(jnp.asarray(drawn))
@@ -42,7 +52,7 @@ def run(controller, hardness_of, steps, batch=20, seeds=12):
 @pytest.fixture(scope='module')
 def path():
     reference = images(np.random.default_rng(5), 5000, 1.0)
-    return path_by_shares(np.concatenate([reference, np.zeros((1, 5000))]))
+    return path_by_shares(table_of(np.concatenate([reference, np.zeros((1, 5000))])))
 
 
 @pytest.mark.parametrize('hardness', [0.4, 2.5])
@@ -64,11 +74,11 @@ def test_back_at_its_target_within_two_thousand_images_of_a_shift(path, hardness
 def test_a_label_free_proxy_of_accuracy_is_held(path):
     """One minus the uncertainty of the exit that answered, which rises along the path as cost does."""
     generator = np.random.default_rng(0)
-    controller, step, found = create_controller(path, target=0.8, scale=0.5), jax.jit(update), []
+    controller, step, found = create_controller(path, target=0.8, scale=0.5), jax.jit(Controller.update), []
     for number in range(500):
         side = images(generator, 20, 1.0 if number < 250 else 0.5)
         uncertainty = np.concatenate([side, np.full((1, 20), 0.1)])
-        confident = side < np.asarray(thresholds_of(controller))[:, None]
+        confident = side < np.asarray(controller.policy.thresholds)[:, None]
         exits = np.concatenate([confident, np.ones((1, 20), bool)]).argmax(axis=0)
         proxy = 1 - uncertainty[exits, np.arange(20)]
         controller = step(controller, jnp.asarray(proxy))
@@ -79,25 +89,69 @@ def test_a_label_free_proxy_of_accuracy_is_held(path):
 
 def test_steps_are_bounded(path):
     controller = create_controller(path, target=5.0, scale=9.0, largest_step=0.01)
-    after = update(controller, jnp.full(100_000, 1e30))
+    after = controller.update(jnp.full(100_000, 1e30))
     assert float(controller.position - after.position) == pytest.approx(0.01, rel=1e-4)
-    assert float(update(controller, jnp.array([jnp.nan, jnp.inf])).position) == 0.5
+    assert float(controller.update(jnp.array([jnp.nan, jnp.inf])).position) == 0.5
+
+
+LARGEST = float(np.finfo(np.float32).max)
+ABSURD = [
+    [np.inf], [-np.inf, np.inf], [np.nan], [LARGEST, -LARGEST], [LARGEST] * 1000 + [-LARGEST] * 1000, [1e30, -3e38, 0.0]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('observed', ABSURD)
+@pytest.mark.parametrize('scale', [1e-37, 1e-3, 9.0, 1e38])
+@pytest.mark.parametrize('horizon', [1e-37, 300.0, 1e38])
+def test_positions_are_finite_after_absurd_observations(observed, scale, horizon):
+    """Errors that overflow in both directions once made NaN, and NaN stayed."""
+    controller = create_controller([[1.0], [0.0]], target=5.0, scale=scale, horizon=horizon)
+    after = jax.jit(Controller.update)(controller, jnp.asarray(observed, jnp.float32))
+    assert 0 <= float(after.position) <= 1
+    assert np.isfinite(after.policy.thresholds).all()
+    lastly = after.update(jnp.full(3, 5.0))
+    assert float(lastly.position) == float(after.position)
+
+
+def test_a_controller_goes_where_a_policy_goes(path):
+    uncertainty = np.concatenate([images(np.random.default_rng(1), 100, 1.0), np.zeros((1, 100))])
+    table = table_of(uncertainty)
+    controller = create_controller(path, criterion=bj.criteria.margin, target=5.0, scale=9.0)
+    by_hand = table.answering_exits(np.asarray(controller.policy.thresholds))
+    np.testing.assert_array_equal(table.answering_exits(controller), by_hand)
+    assert len(set(by_hand.tolist())) == 3
+    assert bj.criteria.as_policy(controller, 3).criterion == bj.criteria.margin
+    with pytest.raises(ValueError, match="made for the criterion 'entropy'"):
+        table.answering_exits(create_controller(path, target=5.0, scale=9.0))
+
+
+def test_many_controllers_run_side_by_side():
+    positions = jnp.array([0.2, 0.4, 0.6])
+    one = create_controller([[4.0, 1.0], [2.0, 0.0]], target=1.0, scale=1.0)
+    many = jax.vmap(lambda position: one.replace(position=position))(positions)
+    observed = jnp.array([[0.0, 2.0], [5.0, 5.0], [0.0, 0.0]])
+    after = jax.vmap(Controller.update)(many, observed)
+    thresholds = jax.vmap(lambda controller: controller.policy.thresholds)(after)
+    for n in range(3):
+        alone = one.replace(position=positions[n]).update(observed[n])
+        np.testing.assert_allclose(after.position[n], alone.position, rtol=1e-6)
+        np.testing.assert_allclose(thresholds[n], alone.policy.thresholds, rtol=1e-6)
 
 
 def test_positions_stay_on_the_path(path):
     controller = create_controller(path, target=0.0, scale=1.0, largest_step=1.0)
     for _ in range(5):
-        controller = update(controller, jnp.full(1000, 100.0))
+        controller = controller.update(jnp.full(1000, 100.0))
     assert float(controller.position) == 0.0
-    np.testing.assert_allclose(thresholds_of(controller), path[0])
+    np.testing.assert_allclose(controller.policy.thresholds, path[0])
     everyone = images(np.random.default_rng(5), 5000, 1.0).max(axis=1).astype(np.float32)
     assert (everyone < path[0]).all()
-    np.testing.assert_allclose(thresholds_of(controller.replace(position=jnp.float32(1.0))), path[-1], rtol=1e-5)
+    np.testing.assert_allclose(controller.replace(position=jnp.float32(1.0)).policy.thresholds, path[-1], rtol=1e-5)
 
 
 def test_thresholds_are_interpolated():
     controller = create_controller([[4.0, 1.0], [2.0, 0.0], [0.0, 0.0]], target=1.0, scale=1.0, position=0.25)
-    assert thresholds_of(controller).tolist() == [3.0, 0.5]
+    assert controller.policy.thresholds.tolist() == [3.0, 0.5]
 
 
 def test_infinite_settings_become_the_nearest_finite_ones():
@@ -108,50 +162,137 @@ def test_infinite_settings_become_the_nearest_finite_ones():
 @pytest.mark.parametrize(
     'changes',
     [{'scale': 0.0}, {'target': np.nan}, {'horizon': 0.0}, {'largest_step': 0.0}, {'position': 2.0},
+     {'scale': np.inf}, {'scale': 1e-40}, {'horizon': np.inf}, {'target': 1e39}, {'criterion': 'entropy'},
      {'path': [[1.0]]}, {'path': [[0.0], [1.0]]}, {'path': [[np.nan], [1.0]]}, {'path': [[np.inf], [-np.inf]]}],
 )  # fmt: skip
 def test_impossible_controllers_are_refused(changes):
     options = {'path': [[1.0], [0.0]], 'target': 1.0, 'scale': 1.0, **changes}
-    with pytest.raises(ValueError, match=r'path: expected|path: it must lead|target, scale'):
+    with pytest.raises(ValueError, match=r'path: expected|path: it must lead|target, scale|criterion: got'):
         create_controller(options.pop('path'), **options)
 
 
 def test_monitor_averages_exit_shares():
     monitor = create_monitor([0.5, 0.5], memory=100)
-    monitor = observe(monitor, jnp.zeros(50, jnp.int32))
+    monitor = monitor.observe(jnp.zeros(50, jnp.int32))
     assert monitor.shares.tolist() == [1.0, 0.0]
-    monitor = observe(monitor, jnp.ones(50, jnp.int32))
+    monitor = monitor.observe(jnp.ones(50, jnp.int32))
     np.testing.assert_allclose(monitor.shares, [0.5, 0.5])
-    monitor = observe(monitor, jnp.int32(1))
+    monitor = monitor.observe(jnp.int32(1))
     np.testing.assert_allclose(monitor.shares, [0.495, 0.505], rtol=1e-5)
 
 
 def test_drift_is_noticed_and_chance_is_not():
     generator = np.random.default_rng(0)
-    monitor, step, found = create_monitor([0.7, 0.2, 0.1], memory=1000), jax.jit(observe), []
+    monitor, step, found = create_monitor([0.7, 0.2, 0.1], memory=1000), jax.jit(Monitor.observe), []
     for shares in ([0.7, 0.2, 0.1], [0.5, 0.2, 0.3]):
         for _ in range(100):
             monitor = step(monitor, jnp.asarray(generator.choice(3, size=20, p=shares)))
-            found.append(float(drift(monitor)))
+            found.append(float(monitor.drift))
     assert max(found[:100]) < 3
     assert min(found[140:]) > 3
 
 
-def test_monitor_says_nothing_too_early_and_survives_empty_batches():
+def test_monitor_says_little_early_and_survives_empty_batches():
     monitor = create_monitor([0.95, 0.05])
-    first = observe(monitor, jnp.array([1]))
-    assert float(drift(first)) == 0.0
-    assert observe(first, jnp.zeros(0, jnp.int32)).shares.tolist() == first.shares.tolist()
+    assert float(monitor.drift) == 0.0
+    first = monitor.observe(jnp.array([1]))
+    assert float(first.drift) < 1
+    assert first.observe(jnp.zeros(0, jnp.int32)).shares.tolist() == first.shares.tolist()
+
+
+def drift_by_hand(expected, counts):
+    """The statistic of the docstring on plain counts: Pearson's, divided by no expectation below five."""
+    total = counts.sum()
+    divisor = np.maximum(expected * total, 5)
+    freedom = max(1.0, (expected * total * (1 - expected) / divisor).sum())
+    return np.sqrt(((counts - expected * total) ** 2 / divisor).sum() / freedom)
+
+
+@pytest.mark.parametrize('expected', [[0.7, 0.2, 0.1], [0.9, 0.098, 0.002], [1.0, 0.0, 0.0], [0.5, 0.0, 0.5]])
+@pytest.mark.parametrize('seen', [1, 30, 800])
+def test_drift_is_pearsons_with_at_least_five_expected(expected, seen):
+    expected = np.array(expected)
+    index = np.random.default_rng(seen).choice(3, size=seen, p=[0.6, 0.3, 0.1])
+    monitor = create_monitor(expected)
+    for part in np.array_split(index, min(seen, 8)):
+        monitor = monitor.observe(jnp.asarray(part))
+    assert float(monitor.drift) == pytest.approx(drift_by_hand(expected, np.bincount(index, minlength=3)), rel=1e-3)
+    plain = ((np.bincount(index, minlength=3) / seen - expected) ** 2 * seen / np.maximum(expected, 1e-9)).sum()
+    if (expected * seen >= 5).all():  # where no exit is rare it is Pearson's, over N − 1 degrees of freedom
+        assert float(monitor.drift) == pytest.approx(np.sqrt(plain / 2), rel=1e-3)
+
+
+def watched(expected, shares, *, updates, batch=20, memory=1000.0, runs=300, seed=0):
+    """Drift of many monitors, ``[runs, updates]``, on answers drawn with the shares given."""
+    drawn = np.random.default_rng(seed).choice(len(shares), size=(runs, updates, batch), p=shares)
+
+    def step(monitor, index):
+        monitor = monitor.observe(index)
+        return monitor, monitor.drift
+
+    start = create_monitor(expected, memory=memory)
+    return np.asarray(jax.jit(jax.vmap(lambda index: jax.lax.scan(step, start, index)[1]))(jnp.asarray(drawn)))
+
+
+RARE = [[0.9, 0.097, 0.003], [0.998, 0.001, 0.001], [0.5, 0.0, 0.5], [1.0, 0.0], [0.4, 0.3, 0.299, 0.001]]
+
+
+@pytest.mark.parametrize('expected', [*RARE, [0.7, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25], [0.95, 0.05]])
+def test_chance_is_hardly_ever_an_alarm(expected):
+    """At any one look, from the first batch on; without drift its mean square is 1 at most, also for rare exits."""
+    found = watched(expected, expected, updates=150)
+    assert (found > 3).mean() < 0.01
+    assert np.square(found).mean() < 1.15
+    if expected not in RARE:
+        assert np.square(found[:, 50:]).mean() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ('expected', 'shares'),
+    [
+        ([0.9, 0.097, 0.003], [0.9, 0.06, 0.04]),  # between neighbours, of which one is rare
+        ([0.998, 0.001, 0.001], [0.95, 0.001, 0.049]),
+        ([0.5, 0.0, 0.5], [0.48, 0.04, 0.48]),
+        ([0.5, 0.0, 0.5], [0.6, 0.0, 0.4]),  # a rare exit does not hide the drift of the others
+        ([1.0, 0.0], [0.97, 0.03]),
+    ],
+)
+def test_drift_is_noticed_where_exits_are_expected_to_be_rare(expected, shares):
+    """Once nothing was said at all where an exit expects fewer than five of the memory's answers."""
+    found = watched(expected, shares, updates=100)
+    assert (found[:, -1] > 3).mean() > 0.95
+
+
+def test_the_average_is_worth_what_its_weights_say():
+    """Twice the memory in the end, less one batch; the scatter of the shares over many runs says the same."""
+    monitor = create_monitor([0.5, 0.5], memory=100)
+    for worth in (40, 80):
+        monitor = monitor.observe(jnp.zeros(40, jnp.int32))
+        assert 1 / float(monitor.noise) == pytest.approx(worth)
+    for _ in range(50):
+        monitor = monitor.observe(jnp.zeros(40, jnp.int32))
+    assert 1 / float(monitor.noise) == pytest.approx(2 * 100 - 40, rel=1e-3)
 
 
 def test_overshoot_begins_where_the_docstring_says():
     """Observed rises along the path by the scale: the error shrinks by 1 − B / horizon an update."""
     for batch, sign in ((100, 1), (450, -1)):
         controller = create_controller([[1.0], [0.0]], target=0.5, scale=1.0, position=0.6, largest_step=1.0)
-        after = update(controller, jnp.full(batch, controller.position))
+        after = controller.update(jnp.full(batch, controller.position))
         assert np.sign(float(after.position) - 0.5) == sign
 
 
 def test_impossible_monitors_are_refused():
-    with pytest.raises(ValueError, match='expected: got'):
-        create_monitor([0.5, 0.6])
+    for expected, memory in (([0.5, 0.6], 10), ([0.5, 0.5], 0), ([0.5, 0.5], np.inf), ([1.5, -0.5], 10), ([np.nan], 9)):
+        with pytest.raises(ValueError, match='expected: got'):
+            create_monitor(expected, memory=memory)
+
+
+def test_paths_by_shares_count_finite_inputs_and_need_some():
+    side = np.array([[1.0, 2.0, np.inf, np.nan, 4.0]])
+    found = path_by_shares(table_of(np.concatenate([side, np.zeros((1, 5))])), size=3)
+    assert [(side[0] < setting).sum() for setting in found] == [3, 1, 0]
+    with pytest.raises(ValueError, match='uncertainty: an exit of the table'):
+        path_by_shares(table_of(np.array([[np.nan, np.inf], [0.0, 0.0]])))
+    with pytest.raises(ValueError, match='size: got 1'):
+        path_by_shares(table_of(np.zeros((2, 3))), size=1)

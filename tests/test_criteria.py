@@ -94,8 +94,8 @@ def test_own_criterion_keeps_name_and_logits():
 @given(LOGITS)
 def test_max_probability_and_margin_are_the_float64_reference(logits):
     probability = np.sort(special.softmax(logits.astype(np.float64), axis=-1), axis=-1)
-    doubt = np.asarray(bj.criteria.doubt_of_logits(jnp.asarray(logits)))
-    closeness = np.asarray(bj.criteria.closeness_of_logits(jnp.asarray(logits)))
+    doubt = np.asarray(bj.criteria.max_probability_of_logits(jnp.asarray(logits)))
+    closeness = np.asarray(bj.criteria.margin_of_logits(jnp.asarray(logits)))
     np.testing.assert_allclose(doubt, probability[:, :-1].sum(-1), rtol=1e-5, atol=1e-12)
     expected = probability[:, :-1].sum(-1) + probability[:, -2]
     np.testing.assert_allclose(closeness, expected, rtol=1e-5, atol=1e-12)
@@ -154,8 +154,8 @@ def test_criteria_refuse_exits_they_know_nothing_of():
     logits = jnp.zeros((3, 2, 4))
     with pytest.raises(ValueError, match='temperatures: there are 2'):
         bj.criteria.replay(bj.criteria.with_temperatures([1.0, 2.0]), logits)
-    fitted = bj.calibration.fit_learned(logits[:2], np.zeros(2, int), jax.random.key(0), steps=1)
-    with pytest.raises(ValueError, match='recognizer: there are 2'):
+    fitted = bj.criteria.fit_learned(logits[:2], np.zeros(2, int), jax.random.key(0), steps=1)
+    with pytest.raises(ValueError, match='learned criterion: there are 2'):
         bj.criteria.replay(fitted, logits)
 
 
@@ -180,24 +180,93 @@ def test_every_criterion_runs_in_every_executor(network, criterion):
     if criterion == 'learned':
         logits = bj.inference.exit_outputs(model, variables, images).logits
         labels = np.arange(len(images)) % logits.shape[-1]
-        criterion = bj.calibration.fit_learned(logits, labels, jax.random.key(0), steps=20)
+        criterion = bj.criteria.fit_learned(logits, labels, jax.random.key(0), steps=20)
     every = bj.inference.exit_outputs(model, variables, images, criterion=criterion)
     spread = np.sort(every.uncertainty[:2], axis=1)
     middle = np.array([(row[11] + row[12]) / 2 if row[11] < row[12] else -0.5 for row in spread], np.float32)
-    expected = bj.inference.dense(model, criterion=criterion)(variables, images, middle)
+    policy = bj.ExitPolicy(criterion, middle)
+    expected = bj.inference.dense(model)(variables, images, policy)
     executors = {
-        'loop': bj.inference.compacted(model, chunk_size=5, on_host=False, criterion=criterion),
-        'host': bj.inference.compacted(model, chunk_size=5, on_host=True, criterion=criterion),
-        'sequential': bj.inference.sequential(model, criterion=criterion),
+        'loop': bj.inference.compacted(model, chunk_size=5, on_host=False),
+        'host': bj.inference.compacted(model, chunk_size=5, on_host=True),
+        'sequential': bj.inference.sequential(model),
     }
-    streamed = list(bj.inference.stream(model, chunk_size=5, criterion=criterion)(variables, [images], middle))
+    streamed = list(bj.inference.stream(model, chunk_size=5)(variables, [images], policy))
     ids = np.concatenate([answers.ids for answers in streamed])
     exits = np.concatenate([answers.prediction.exit_index for answers in streamed])
     np.testing.assert_array_equal(exits[np.argsort(ids)], expected.exit_index)
     for execute in executors.values():
-        found = execute(variables, images, middle)
+        found = execute(variables, images, policy)
         np.testing.assert_array_equal(found.exit_index, expected.exit_index)
         np.testing.assert_array_equal(found.label, expected.label)
-    alone = bj.inference.staged(model, criterion=criterion)(variables, images[3], middle)
+    alone = bj.inference.staged(model)(variables, images[3], policy)
     assert int(alone.exit_index) == int(expected.exit_index[3])
     assert len(set(expected.exit_index.tolist())) > 1
+
+
+ALL = [
+    bj.criteria.entropy, bj.criteria.max_probability, bj.criteria.margin, bj.criteria.patience,
+    bj.criteria.ensemble('geometric'), bj.criteria.with_temperatures([2.0, 1.0], bj.criteria.margin),
+    bj.criteria.pixelwise([0.5]),
+    from_logits(bj.criteria.entropy_of_logits, name='worst pixel', pool=bj.criteria.QuantileOverPixels(1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('criterion', ALL, ids=lambda criterion: criterion.name)
+def test_criteria_are_values(criterion):
+    again = jax.tree.map(lambda leaf: np.array(leaf), criterion)
+    assert again == criterion
+    assert hash(again) == hash(criterion)
+    assert [other == criterion for other in ALL].count(True) == 1
+
+
+@pytest.mark.parametrize('criterion', [*ALL, 'learned'], ids=lambda criterion: getattr(criterion, 'name', criterion))
+def test_policies_come_back_from_files(tmp_path, criterion):
+    if criterion == 'learned':
+        logits = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
+        criterion = bj.criteria.fit_learned(logits, np.arange(9) % 3, jax.random.key(0), steps=2)
+    policy = bj.ExitPolicy(criterion, np.array([0.25], np.float32))
+    bj.criteria.save_policy(tmp_path / 'policy.safetensors', policy)
+    assert bj.criteria.load_policy(tmp_path / 'policy.safetensors') == policy
+
+
+def test_policies_with_functions_of_their_own_are_not_written(tmp_path):
+    own = from_logits(lambda logits: -logits.max(-1), name='own')
+    with pytest.raises(ValueError, match='policy: its criterion holds'):
+        bj.criteria.save_policy(tmp_path / 'policy.safetensors', bj.ExitPolicy(own, np.zeros(1)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_without_a_policy_are_refused(tmp_path):
+    bj.checkpoint.save_weights(tmp_path / 'weights.safetensors', {'a': np.zeros(2)})
+    with pytest.raises(ValueError, match='holds no policy'):
+        bj.criteria.load_policy(tmp_path / 'weights.safetensors')
+
+
+def test_what_goes_for_a_policy():
+    policy = bj.ExitPolicy(bj.criteria.margin, np.array([0.5]))
+    point = bj.OperatingPoint(policy=policy, accuracy=0.9, split='test', exit_fractions=np.ones(2) / 2, cost=1.0)
+    for form, criterion in ((policy, bj.criteria.margin), (point, bj.criteria.margin), ([0.5], bj.criteria.entropy)):
+        found = bj.criteria.as_policy(form, 2)
+        assert found == bj.ExitPolicy(criterion, np.array([0.5], np.float32))
+        assert found.thresholds.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        ([0.5, 0.5], 'thresholds: a network with 2 exits takes 1'),
+        ([np.nan], 'thresholds: got NaN'),
+        ('entropy', 'thresholds: expected 1 numbers'),
+        (jnp.array([1]), 'thresholds: expected floats'),
+        (bj.ExitPolicy('margin', np.zeros(1)), "criterion: got 'margin'"),
+        (bj.ExitPolicy(bj.criteria.with_temperatures([1.0] * 3), np.zeros(1)), 'criterion: .* was learned for 3 exits'),
+        (
+            bj.ExitPolicy(bj.criteria.with_temperatures([1.0, 2.0]).replace(temperatures=np.full(2, np.nan)), [0.0]),
+            'criterion: .* has learned NaN',
+        ),
+    ],
+)
+def test_what_does_not_go_for_a_policy(given, message):
+    with pytest.raises(ValueError, match=message):
+        bj.criteria.as_policy(given, 2)

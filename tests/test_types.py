@@ -1,5 +1,7 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import branchy_jax as bj
 
@@ -17,10 +19,69 @@ def test_batch_knows_its_length():
     assert len(bj.Batch(image=np.zeros((5, 2, 2, 1)), label=np.zeros(5))) == 5
 
 
-def test_records_pass_through_transformations():
-    point = bj.OperatingPoint(
-        thresholds=np.zeros(1), criterion='entropy', accuracy=0.9, split='validation',
-        exit_fractions=np.ones(2) / 2, cost=3.0,
+def point_of(policy):
+    return bj.OperatingPoint(
+        policy=policy, accuracy=0.9, split='validation', exit_fractions=np.ones(2) / 2, cost=3.0
     )  # fmt: skip
+
+
+def test_records_pass_through_transformations():
+    point = point_of(bj.ExitPolicy(bj.criteria.margin, np.ones(1)))
     doubled = jax.tree.map(lambda x: 2 * x, point)
-    assert (doubled.cost, doubled.criterion) == (6.0, 'entropy')
+    assert (doubled.cost, doubled.split, doubled.policy.criterion) == (6.0, 'validation', bj.criteria.margin)
+    assert doubled.thresholds.tolist() == doubled.policy.thresholds.tolist() == [2.0]
+
+
+def test_what_a_criterion_has_learned_is_a_leaf_of_its_policy():
+    policy = bj.ExitPolicy(bj.criteria.with_temperatures([2.0, 1.0]), jnp.array([0.5]))
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(policy)) == [(1,), (2,)]
+    assert len(jax.tree.leaves(bj.ExitPolicy(bj.criteria.entropy, jnp.array([0.5])))) == 1
+
+
+def test_policies_are_compared_by_value():
+    policy = bj.ExitPolicy(bj.criteria.with_temperatures([2.0, 1.0]), np.array([0.5], np.float32))
+    same = bj.ExitPolicy(bj.criteria.with_temperatures([2.0, 1.0]), jnp.array([0.5]))
+    assert policy == same
+    assert hash(policy) == hash(same)
+    assert point_of(policy) == point_of(same)
+    for other in (
+        bj.ExitPolicy(bj.criteria.with_temperatures([2.0, 1.5]), jnp.array([0.5])),
+        bj.ExitPolicy(bj.criteria.entropy, jnp.array([0.5])),
+        policy.replace(thresholds=jnp.array([0.25])),
+        policy.replace(thresholds=jnp.array([0.5, 0.5])),
+        point_of(policy),
+    ):
+        assert policy != other
+    unknown = policy.replace(thresholds=jnp.array([jnp.nan]))
+    assert unknown == unknown.replace(thresholds=np.array([np.nan], np.float32))
+
+
+def test_policies_of_one_kind_compile_once():
+    compiled = []
+
+    @jax.jit
+    def run(policy):
+        compiled.append(policy)
+        return policy.thresholds.sum()
+
+    for temperature in (1.0, 2.0):
+        run(bj.ExitPolicy(bj.criteria.with_temperatures([temperature, 1.0]), jnp.array([temperature])))
+    assert len(compiled) == 1
+    run(bj.ExitPolicy(bj.criteria.entropy, jnp.array([1.0])))
+    assert len(compiled) == 2
+
+
+def test_policies_are_frozen():
+    policy = bj.ExitPolicy(bj.criteria.entropy, jnp.array([0.5]))
+    with pytest.raises(AttributeError):
+        policy.thresholds = jnp.array([0.1])
+
+
+@pytest.mark.parametrize(('labels', 'found'), [([0, 3], '0 to 3'), ([-1, 2], '-1 to 2')])
+def test_labels_that_no_class_has_are_refused(labels, found):
+    from branchy_jax.types import check_labels
+
+    with pytest.raises(ValueError, match=rf'labels: expected classes in \[0, 3\), got {found}'):
+        check_labels(jnp.array(labels), 3)
+    check_labels(jnp.array([0, 2]), 3)
+    jax.jit(lambda values: check_labels(values, 3))(jnp.array(labels))  # inside jit they cannot be seen

@@ -12,33 +12,22 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from flax import struct
+from scipy import special, stats
 
-from branchy_jax.costs import StageCosts
-from branchy_jax.criteria import is_confident
-from branchy_jax.thresholds import p_values
-from branchy_jax.thresholds.choice import pareto_frontier
-from branchy_jax.thresholds.screening import Screen
-from branchy_jax.types import Array
-
-PValue = Callable[[np.ndarray, float], np.ndarray]
-"""``(losses […, n], epsilon) → p-values […]`` for the hypothesis that the risk is above epsilon."""
-
-METHODS: dict[str, PValue] = {
-    'binomial': p_values.binomial,
-    'hoeffding-bentkus': p_values.hoeffding_bentkus,
-    'betting': p_values.betting,
-}
+from branchy_jax.thresholds.screen import Screen, answering_exits
+from branchy_jax.thresholds.table import ExitTable, checked_arrays
+from branchy_jax.types import Array, ByValue, ExitPolicy
 
 
-@struct.dataclass
-class Guarantee:
-    """Thresholds and what is promised of them.
+@functools.partial(struct.dataclass, eq=False)
+class Guarantee(ByValue):
+    """A policy and what is promised of it. Goes straight into an executor.
 
-    The promise holds for exactly these thresholds. A `branchy_jax.inference.plan` that skips a head, or a controller
-    that moves them, runs other thresholds: plan with ``skip_heads=False``.
+    The promise holds for exactly this policy. A `branchy_jax.inference.plan` that skips a head, or a controller that
+    moves thresholds, runs another: plan with ``skip_heads=False``.
 
     Attributes:
-        thresholds: ``[N - 1]``; all −inf where nothing can be promised.
+        policy: when an input leaves; thresholds all −inf where nothing can be promised.
         promised: whether anything but the full network could be promised.
         index: of the setting on its path.
         risk: mean loss on the calibration data.
@@ -46,12 +35,17 @@ class Guarantee:
         statement: the promise in words, with its assumptions.
     """
 
-    thresholds: np.ndarray
+    policy: ExitPolicy
     promised: bool = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False)
     risk: float
     exit_fractions: np.ndarray
     statement: str = struct.field(pytree_node=False)
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """``[N - 1]`` of the policy."""
+        return self.policy.thresholds
 
 
 def losses_against_full(logits: Array, labels: Array | None = None) -> np.ndarray:
@@ -61,65 +55,85 @@ def losses_against_full(logits: Array, labels: Array | None = None) -> np.ndarra
     Without labels: 1 where the exit's label differs from the last exit's.
 
     Args:
-        logits: ``[N, B, K]`` answer logits of every exit.
-        labels: ``[B]``, or ``None``.
+        logits: ``[N, M, K]`` answer logits of every exit.
+        labels: ``[M]``, or ``None``.
 
     Returns:
-        ``[N, B]``; the last row is zero.
+        ``[N, M]``; the last row is zero.
+
+    Raises:
+        ValueError: logits of another shape, or not one label per input.
 
     Example:
         >>> losses_against_full(np.array([[[1, 0], [0, 1]], [[1, 0], [1, 0]]]), [0, 0]).tolist()
         [[0.0, 1.0], [0.0, 0.0]]
     """
+    if np.ndim(logits) != 3:
+        raise ValueError(f'logits: expected [N, M, K], got shape {np.shape(logits)}')
     answers = np.asarray(logits).argmax(axis=-1)
     if labels is None:
         return (answers != answers[-1]).astype(np.float64)
+    if np.shape(labels) != answers.shape[1:]:
+        raise ValueError(f'labels: expected {answers.shape[1]}, one per input, got shape {np.shape(labels)}')
     right = answers == np.asarray(labels)
     return (~right & right[-1]).astype(np.float64)
 
 
-def threshold_path(screened: Screen, *, size: int = 50) -> np.ndarray:
+def threshold_path(screen: Screen, *, size: int = 50) -> np.ndarray:
     """Picks a path of settings from never leaving to leaving most: the frontier of cost and risk, thinned in risk.
 
-    The path must be fixed before the calibration data is looked at: ``screened`` is to come from other data.
+    The path must be fixed before the calibration data is looked at: ``screen`` is to come from other data.
 
     Args:
-        screened: settings on separate data, screened for what is to be promised: give `screen` the statistics
-            ``1 - losses[..., None]`` with `losses_against_full`. A screen for accuracy would do, but knows no settings
-            between the full network and the most accurate one.
+        screen: settings on separate data, screened for what is to be promised: that of a table whose statistics are
+            ``1 - losses[..., None]`` with `losses_against_full`, and whose metric is their mean. A screen for accuracy
+            would do, but knows no settings between the full network and the most accurate one.
         size: settings taken from the frontier at most.
 
     Returns:
-        ``[G, N - 1]``; the first never exits, cost falls along the path on the data it was screened on.
+        ``[G, N - 1]``, thresholds of the screen's criterion; the first never exits, cost falls along the path on the
+        data it was screened on.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> from branchy_jax.costs import StageCosts
+        >>> logits, costs = np.log([[[0.9, 0.1], [0.4, 0.6]], [[0.9, 0.1], [0.8, 0.2]]]), StageCosts([1, 9], [0, 0])
+        >>> table = ExitTable.from_logits(logits, [0, 0], costs, split='validation')
+        >>> kept = 1 - losses_against_full(logits, [0, 0])
+        >>> path = threshold_path(table.replace(statistics=kept[..., None]).screen())
+        >>> [table.evaluate(path).cost.tolist(), table.evaluate(path).accuracy.tolist()]
+        [[10.0, 5.5, 1.0], [1.0, 1.0, 0.5]]
     """
-    frontier = pareto_frontier(screened)
+    if size < 1:
+        raise ValueError(f'size: got {size}; a path holds at least one setting')
+    frontier = screen.frontier()
     # Evenly spaced in rank: the frontier is dense where risk is small, which is where promises are made.
     kept = np.unique(np.linspace(0, len(frontier) - 1, size).round().astype(int))[::-1]
     never = np.full((1, frontier.thresholds.shape[1]), -np.inf, np.float32)
     return np.concatenate([never, frontier.thresholds[kept]])
 
 
-def losses_along(path: Array, uncertainty: Array, losses: Array) -> tuple[np.ndarray, np.ndarray]:
+def losses_along(path: Array, table: ExitTable, losses: Array) -> tuple[np.ndarray, np.ndarray]:
     """Computes the loss and the answering exit of every input under every setting of a path.
 
     Labels enter here only, through ``losses``, after the exits have been decided.
 
     Args:
-        path: ``[G, N - 1]``.
-        uncertainty: ``[N, B]``.
-        losses: ``[N, B]`` in [0, 1].
+        path: ``[G, N - 1]`` thresholds of the table's criterion.
+        table: of the inputs.
+        losses: ``[N, M]`` in [0, 1].
 
     Returns:
-        Losses ``[G, B]`` and exits ``[G, B]``.
+        Losses ``[G, M]`` and exits ``[G, M]``.
+
+    Raises:
+        ValueError: arrays whose shapes do not agree, or NaN in the path.
     """
-    uncertainty, losses = np.asarray(uncertainty, np.float32), np.asarray(losses, np.float64)
-    everyone = np.arange(uncertainty.shape[1])
-    found = []
-    for setting in np.asarray(path, np.float32):
-        confident = is_confident(uncertainty[:-1], setting[:, None])
-        found.append(np.concatenate([confident, np.ones((1, len(everyone)), bool)]).argmax(axis=0))
-    exits = np.array(found)
-    return losses[exits, everyone], exits
+    losses = _checked_losses(losses, table)
+    exits = np.array([answering_exits(table.uncertainty, setting) for setting in _checked_path(path, table, 'path')])
+    return losses[exits, np.arange(losses.shape[1])], exits
 
 
 def last_passed(passes: Array) -> int:
@@ -133,14 +147,112 @@ def last_passed(passes: Array) -> int:
     return int(len(passes) if passes.all() else passes.argmin()) - 1
 
 
+PValue = Callable[[np.ndarray, float], np.ndarray]
+"""``(losses […, M], epsilon) → p-values […]`` for the hypothesis that the risk is above epsilon.
+
+Valid for any number of inputs; losses lie in [0, 1] and are independent draws.
+"""
+
+
+def binomial(losses: np.ndarray, epsilon: float) -> np.ndarray:
+    r"""Computes exact p-values for losses that are 0 or 1: :math:`P(\operatorname{Bin}(n, \epsilon) \le \sum_i L_i)`.
+
+    Args:
+        losses: ``[…, M]`` zeros and ones.
+        epsilon: risk to be refuted.
+
+    Returns:
+        ``[…]``.
+
+    Raises:
+        ValueError: losses other than 0 and 1.
+
+    Example:
+        >>> float(binomial(np.zeros(2), 0.5))
+        0.25
+
+    References:
+        Clopper and Pearson, 1934. Angelopoulos et al., Learn then Test, 2021.
+    """
+    losses = np.asarray(losses)
+    if not np.isin(losses, (0, 1)).all():
+        raise ValueError(
+            "losses: the exact binomial test is for losses of 0 and 1; use 'hoeffding-bentkus' or 'betting'"
+        )
+    return stats.binom.cdf(losses.sum(axis=-1), losses.shape[-1], epsilon)
+
+
+def hoeffding_bentkus(losses: np.ndarray, epsilon: float) -> np.ndarray:
+    r"""Computes p-values for losses in [0, 1] from their mean alone: the smaller of Hoeffding's and Bentkus's.
+
+    .. math:: \min\left(e^{-n\, h(\min(\hat R, \epsilon), \epsilon)},\;
+        e\, P(\operatorname{Bin}(n, \epsilon) \le \lceil n \hat R \rceil)\right), \quad
+        h(a, b) = a \ln\tfrac ab + (1 - a) \ln\tfrac{1 - a}{1 - b}
+
+    Args:
+        losses: ``[…, M]`` in [0, 1].
+        epsilon: risk to be refuted.
+
+    Returns:
+        ``[…]``, at most 1.
+
+    References:
+        Bates et al., Distribution-Free, Risk-Controlling Prediction Sets, 2021, section 3.1.
+    """
+    losses = np.asarray(losses, np.float64)
+    count, risk = losses.shape[-1], losses.mean(axis=-1)
+    below = np.minimum(risk, epsilon)
+    divergence = special.rel_entr(below, epsilon) + special.rel_entr(1 - below, 1 - epsilon)
+    # The sum of losses is a float: 3.0000000001 is 3, not 4.
+    bentkus = np.e * stats.binom.cdf(np.ceil(count * risk - 1e-9), count, epsilon)
+    return np.minimum(1.0, np.minimum(np.exp(-count * divergence), bentkus))
+
+
+def betting(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> np.ndarray:
+    r"""Computes p-values for losses in [0, 1] by betting on their falling below ε, one after the other.
+
+    .. math:: p = \left(\max_i \prod_{j \le i} (1 - \nu_j (L_j - \epsilon))\right)^{-1}
+
+    with bets :math:`\nu_j` that depend on earlier losses only. Uses the variance: much the best where losses are small
+    but not 0 or 1. Refuting at δ is the same as the Waudby-Smith–Ramdas upper confidence bound lying below ε.
+
+    Args:
+        losses: ``[…, M]`` in [0, 1], in an order that does not depend on them.
+        epsilon: risk to be refuted.
+        delta: level that the bets are tuned for; any is valid.
+
+    Returns:
+        ``[…]``, at most 1.
+
+    References:
+        Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, 2020. Bates et al., 2021,
+        section 3.1.3.
+    """
+    losses = np.asarray(losses, np.float64)
+    count = losses.shape[-1]
+    numbers = np.arange(1, count + 1)
+    mean = (0.5 + np.cumsum(losses, axis=-1)) / (1 + numbers)
+    variance = (0.25 + np.cumsum((losses - mean) ** 2, axis=-1)) / (1 + numbers)
+    before = np.concatenate([np.full((*losses.shape[:-1], 1), 0.25), variance[..., :-1]], axis=-1)
+    bets = np.minimum(1.0, np.sqrt(2 * np.log(1 / delta) / (count * before)))
+    wealth = np.cumsum(np.log1p(-bets * (losses - epsilon)), axis=-1)
+    return np.exp(-np.maximum(0.0, wealth.max(axis=-1)))
+
+
+METHODS: dict[str, PValue] = {
+    'binomial': binomial,
+    'hoeffding-bentkus': hoeffding_bentkus,
+    'betting': betting,
+}
+
+
 def learn_then_test(
     paths: Array | Sequence[Array],
-    uncertainty: Array,
+    table: ExitTable,
     losses: Array,
     *,
     epsilon: float,
     delta: float,
-    costs: StageCosts,
     method: str = 'binomial',
 ) -> Guarantee:
     r"""Finds thresholds with :math:`P(R(T) \le \epsilon) \ge 1 - \delta`, where R is the expected loss.
@@ -151,13 +263,14 @@ def learn_then_test(
     divided by their number, and the cheapest setting of those that passed is the answer.
 
     Args:
-        paths: ``[G, N - 1]`` from `threshold_path` on *separate* data, or several of them.
-        uncertainty: ``[N, B]`` on calibration data.
-        losses: ``[N, B]`` in [0, 1] against the full network, whose own row is 0 (`losses_against_full`); 0 or 1 for
+        paths: ``[G, N - 1]`` from `threshold_path` on *separate* data, or several of them; thresholds of the table's
+            criterion.
+        table: of the calibration data. Its uncertainties decide who leaves, its costs choose among paths; its
+            statistics are not looked at.
+        losses: ``[N, M]`` in [0, 1] against the full network, whose own row is 0 (`losses_against_full`); 0 or 1 for
             ``method='binomial'``.
         epsilon: the most that may be lost.
         delta: probability that the promise may break.
-        costs: per stage and head, to choose among paths.
         method: ``'binomial'`` (exact, losses 0 or 1), ``'hoeffding-bentkus'`` or ``'betting'`` (Waudby-Smith–Ramdas).
 
     Returns:
@@ -165,7 +278,17 @@ def learn_then_test(
         statement says so.
 
     Raises:
-        ValueError: an unknown method, ε or δ outside (0, 1), losses outside [0, 1], shapes that do not agree.
+        ValueError: an unknown method, ε or δ outside (0, 1), losses outside [0, 1], shapes that do not agree, or
+            NaN in a path.
+
+    Example:
+        >>> from branchy_jax.costs import StageCosts
+        >>> from branchy_jax.criteria import entropy
+        >>> table = ExitTable(uncertainty=np.zeros((2, 100)), statistics=np.ones((2, 100, 1)),
+        ...                   costs=StageCosts([1, 9], [0, 0]), criterion=entropy, split='calibration')
+        >>> found = learn_then_test(np.array([[-np.inf], [0.5]]), table, np.zeros((2, 100)), epsilon=0.05, delta=0.1)
+        >>> found.promised, found.thresholds.tolist(), found.policy.criterion.name
+        (True, [0.5], 'entropy')
 
     References:
         Angelopoulos et al., Learn then Test, 2021 (fixed sequence, multi-start). Jazbec et al., Fast
@@ -173,20 +296,21 @@ def learn_then_test(
     """
     if method not in METHODS:
         raise ValueError(f'method: got {method!r}; choose from {", ".join(map(repr, METHODS))}')
-    paths = [np.asarray(path) for path in ([paths] if getattr(paths, 'ndim', 0) == 2 else paths)]
-    if not paths:
+    losses = _checked_risk(losses, table, epsilon, delta)
+    several = [paths] if getattr(paths, 'ndim', 0) == 2 else list(paths)
+    if not several:
         raise ValueError('paths: got none; give one from threshold_path, or several')
-    level = delta / len(paths)
+    several = [_checked_path(path, table, 'paths') for path in several]
+    level = delta / len(several)
     p_value = functools.partial(METHODS[method], delta=level) if method == 'betting' else METHODS[method]
-    uncertainty, losses = _checked(uncertainty, losses, epsilon, delta, paths)
     found = []
-    for path in paths:
-        on_path, exits = losses_along(path, uncertainty, losses)
+    for path in several:
+        on_path, exits = losses_along(path, table, losses)
         index = last_passed(
             [_never(setting) or p_value(loss, epsilon) <= level for setting, loss in zip(path, on_path, strict=True)]
         )
-        found.append(_guarantee(path, index, on_path, exits, len(costs.to_exit)))
-    best = min(found, key=lambda guarantee: float(guarantee.exit_fractions @ costs.to_exit))
+        found.append(_guarantee(path, index, on_path, exits, table))
+    best = min(found, key=lambda guarantee: float(guarantee.exit_fractions @ table.costs.to_exit))
     words = (
         f'With probability at least {1 - delta:g} over the calibration data, the expected loss is at most {epsilon:g}'
         if best.promised
@@ -198,37 +322,37 @@ def learn_then_test(
     )
 
 
-def conformal_risk_control(path: Array, uncertainty: Array, losses: Array, *, epsilon: float) -> Guarantee:
+def conformal_risk_control(path: Array, table: ExitTable, losses: Array, *, epsilon: float) -> Guarantee:
     r"""Finds thresholds whose loss is at most ε *in expectation*, over calibration data and the next input together.
 
-    .. math:: \max\left\{g : \frac{n}{n+1} \hat R_n(g) + \frac{1}{n+1} \le \epsilon\right\}
+    .. math:: \max\left\{g : \frac{M}{M+1} \hat R_M(g) + \frac{1}{M+1} \le \epsilon\right\}
 
     where the loss of an input is first made monotone along the path: the largest at any setting up to g. Weaker than
     `learn_then_test`: a given calibration set may be unlucky. It needs no more than exchangeable inputs.
 
     Args:
-        path: ``[G, N - 1]`` fixed beforehand on separate data.
-        uncertainty: ``[N, B]`` on calibration data.
-        losses: ``[N, B]`` in [0, 1] against the full network, whose own row is 0.
+        path: ``[G, N - 1]`` fixed beforehand on separate data; thresholds of the table's criterion.
+        table: of the calibration data.
+        losses: ``[N, M]`` in [0, 1] against the full network, whose own row is 0.
         epsilon: the most that may be lost on average.
 
     Returns:
         `Guarantee`.
 
     Raises:
-        ValueError: ε outside (0, 1), losses outside [0, 1], shapes that do not agree.
+        ValueError: ε outside (0, 1), losses outside [0, 1], shapes that do not agree, or NaN in the path.
 
     References:
         Angelopoulos et al., Conformal Risk Control, 2022: theorem 1, and the monotone envelope for general losses.
     """
-    path = np.asarray(path)
-    uncertainty, losses = _checked(uncertainty, losses, epsilon, 0.5, [path])
-    on_path, exits = losses_along(path, uncertainty, losses)
+    losses = _checked_risk(losses, table, epsilon, 0.5)
+    path = _checked_path(path, table, 'path')
+    on_path, exits = losses_along(path, table, losses)
     count = losses.shape[1]
     envelope = np.maximum.accumulate(on_path, axis=0).mean(axis=1)
     passes = [_never(setting) or count / (count + 1) * risk + 1 / (count + 1) <= epsilon
               for setting, risk in zip(path, envelope, strict=True)]  # fmt: skip
-    found = _guarantee(path, last_passed(passes), on_path, exits, len(uncertainty))
+    found = _guarantee(path, last_passed(passes), on_path, exits, table)
     words = (
         f'In expectation over {count} exchangeable calibration inputs and the next, the loss is at most {epsilon:g}.'
         if found.promised
@@ -242,10 +366,12 @@ def _never(setting: np.ndarray) -> bool:
     return bool(np.isneginf(setting).all())
 
 
-def _guarantee(path: np.ndarray, index: int, on_path: np.ndarray, exits: np.ndarray, num_exits: int) -> Guarantee:
+def _guarantee(path: np.ndarray, index: int, on_path: np.ndarray, exits: np.ndarray, table: ExitTable) -> Guarantee:
+    num_exits = table.num_exits
     promised = index >= 0 and not _never(path[index])
+    thresholds = path[index] if promised else np.full(num_exits - 1, -np.inf, np.float32)
     return Guarantee(
-        thresholds=path[index] if promised else np.full(num_exits - 1, -np.inf, np.float32),
+        policy=ExitPolicy(table.criterion, thresholds),
         promised=promised,
         index=max(index, 0),
         risk=float(on_path[index].mean()) if promised else 0.0,
@@ -256,14 +382,10 @@ def _guarantee(path: np.ndarray, index: int, on_path: np.ndarray, exits: np.ndar
     )
 
 
-def _checked(
-    uncertainty: Array, losses: Array, epsilon: float, delta: float, paths: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    uncertainty, losses = np.asarray(uncertainty, np.float32), np.asarray(losses, np.float64)
+def _checked_risk(losses: Array, table: ExitTable, epsilon: float, delta: float) -> np.ndarray:
     if not 0 < epsilon < 1 or not 0 < delta < 1:
         raise ValueError(f'epsilon and delta: got {epsilon} and {delta}; both lie strictly between 0 and 1')
-    if uncertainty.ndim != 2 or losses.shape != uncertainty.shape or 0 in losses.shape:
-        raise ValueError(f'losses: expected [N, B] as uncertainty has, got {losses.shape} and {uncertainty.shape}')
+    losses = _checked_losses(losses, table)
     if not ((losses >= 0) & (losses <= 1)).all():
         raise ValueError(f'losses: got values from {losses.min()} to {losses.max()}; they must lie in [0, 1]')
     if losses[-1].any():
@@ -271,7 +393,21 @@ def _checked(
             'losses: the last row, of the full network against itself, must be 0; plain errors are not losses against '
             'it (losses_against_full makes them)'
         )
-    for path in paths:
-        if path.ndim != 2 or path.shape[1] != len(uncertainty) - 1 or len(path) == 0:
-            raise ValueError(f'paths: expected [G, {len(uncertainty) - 1}] settings, got shape {path.shape}')
-    return uncertainty, losses
+    return losses
+
+
+def _checked_losses(losses: Array, table: ExitTable) -> np.ndarray:
+    uncertainty, _ = checked_arrays(table)
+    losses = np.asarray(losses, np.float64)
+    if losses.shape != uncertainty.shape:
+        raise ValueError(f'losses: expected [N, M] as the table has, {uncertainty.shape}, got {losses.shape}')
+    return losses
+
+
+def _checked_path(path: Array, table: ExitTable, argument: str) -> np.ndarray:
+    path = np.asarray(path, np.float32)
+    if path.ndim != 2 or path.shape[1] != table.num_exits - 1 or len(path) == 0:
+        raise ValueError(f'{argument}: expected [G, {table.num_exits - 1}] settings, got shape {path.shape}')
+    if np.isnan(path).any():
+        raise ValueError(f'{argument}: got NaN; use -inf to never exit and +inf to always do')
+    return path

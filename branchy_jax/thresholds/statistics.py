@@ -1,7 +1,7 @@
-"""What each answer adds to a metric: additive statistics per input, and the metrics of their sums.
+"""What each answer adds to a metric: additive statistics per input, the metrics of their sums, and who erred where.
 
 A metric such as mIoU is no mean over images, but it is a function of sums over images. Everything that chooses
-thresholds works on such statistics ``[N, B, S]`` and a ``metric(sums, count)``, so one tuner serves all tasks.
+thresholds works on such statistics ``[N, M, S]`` and a ``metric(sums, count)``, so one tuner serves all tasks.
 """
 
 from __future__ import annotations
@@ -97,16 +97,16 @@ def mean_iou(sums: np.ndarray, count: int) -> np.ndarray:
 def standard_error(statistics: np.ndarray, metric: Metric = mean_of_statistic) -> float:
     r"""Computes the standard error of any metric over inputs, by the jackknife.
 
-    .. math:: s^2 = \frac{B - 1}{B} \sum_b (m_{-b} - \bar m)^2,
+    .. math:: s^2 = \frac{M - 1}{M} \sum_b (m_{-b} - \bar m)^2,
 
-    where :math:`m_{-b}` is the metric without input b. For an accuracy p it is :math:`\sqrt{p (1 - p) / (B - 1)}`.
+    where :math:`m_{-b}` is the metric without input b. For an accuracy p it is :math:`\sqrt{p (1 - p) / (M - 1)}`.
 
     Args:
-        statistics: ``[B, S]`` of the answers given.
+        statistics: ``[M, S]`` of the answers given, as `ExitTable.standard_error` looks them up.
         metric: of their sums.
 
     Raises:
-        ValueError: fewer than two inputs.
+        ValueError: fewer than two inputs, or another number of dimensions.
 
     Example:
         >>> round(standard_error(np.array([[1.0], [1.0], [0.0], [1.0], [0.0]])), 4)
@@ -116,11 +116,43 @@ def standard_error(statistics: np.ndarray, metric: Metric = mean_of_statistic) -
         Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
     """
     statistics = np.asarray(statistics, np.float64)
+    if statistics.ndim != 2 or len(statistics) < 2:
+        raise ValueError(f'statistics: a standard error needs [M, S] of at least 2 inputs, got {statistics.shape}')
     count = len(statistics)
-    if count < 2:
-        raise ValueError(f'statistics: a standard error needs at least 2 inputs, got {count}')
     without_one = np.asarray(metric(statistics.sum(axis=0) - statistics, count - 1))
     return float(np.sqrt((count - 1) / count * np.square(without_one - without_one.mean()).sum()))
+
+
+def confusion(labels: Array, answers: Array, exits: Array, *, num_exits: int, num_classes: int) -> np.ndarray:
+    """Counts, for each exit, which class was taken for which by the inputs that left there.
+
+    Args:
+        labels: ``[M]``.
+        answers: ``[M]`` predicted labels.
+        exits: ``[M]`` which exit answered.
+        num_exits: N.
+        num_classes: K.
+
+    Returns:
+        ``[N, K, K]``: exit, true class, answer.
+
+    Raises:
+        ValueError: arrays of different shapes, or numbers that no class or exit has.
+
+    Example:
+        >>> confusion([0, 1], [0, 0], [0, 1], num_exits=2, num_classes=2).tolist()
+        [[[1, 0], [0, 0]], [[0, 0], [1, 0]]]
+    """
+    labels, answers, exits = (np.asarray(values) for values in (labels, answers, exits))
+    for name, values, count in (('labels', labels, num_classes), ('answers', answers, num_classes),
+                                ('exits', exits, num_exits)):  # fmt: skip
+        if values.shape != labels.shape:
+            raise ValueError(f'{name}: expected one per input, shape {labels.shape}, got {values.shape}')
+        if values.size and not 0 <= values.min() <= values.max() < count:
+            raise ValueError(f'{name}: expected numbers in [0, {count}), got {values.min()} to {values.max()}')
+    counts = np.zeros((num_exits, num_classes, num_classes), int)
+    np.add.at(counts, (exits, labels, answers), 1)
+    return counts
 
 
 def _predictions(logits: Array, labels: Array) -> tuple[Array, Array]:
