@@ -1,5 +1,7 @@
 """The controller holds its target when the data shift, without overshoot, under jit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,8 @@ from branchy_jax.thresholds import (
 )
 
 COSTS = np.array([1.0, 5.0, 10.0])
+
+create = functools.partial(create_controller, criterion=bj.criteria.entropy)
 
 
 def images(generator, count, hardness):
@@ -59,7 +63,7 @@ def path():
 @pytest.mark.parametrize('target', [3.0, 5.0, 7.0])
 def test_back_at_its_target_within_two_thousand_images_of_a_shift(path, hardness, target):
     """An abrupt shift after 10,000 images. Averages of 12 runs, since single images scatter by half the range."""
-    controller = create_controller(path, target=target, scale=9.0)
+    controller = create(path, target=target, scale=9.0)
     costs, positions = run(controller, lambda image: 1.0 if image < 10_000 else hardness, 750)
     settled = costs[600:].mean()  # 2,000 images after the shift and later
     assert settled == pytest.approx(target, rel=0.05)
@@ -74,7 +78,7 @@ def test_back_at_its_target_within_two_thousand_images_of_a_shift(path, hardness
 def test_a_label_free_proxy_of_accuracy_is_held(path):
     """One minus the uncertainty of the exit that answered, which rises along the path as cost does."""
     generator = np.random.default_rng(0)
-    controller, step, found = create_controller(path, target=0.8, scale=0.5), jax.jit(Controller.update), []
+    controller, step, found = create(path, target=0.8, scale=0.5), jax.jit(Controller.update), []
     for number in range(500):
         side = images(generator, 20, 1.0 if number < 250 else 0.5)
         uncertainty = np.concatenate([side, np.full((1, 20), 0.1)])
@@ -88,7 +92,7 @@ def test_a_label_free_proxy_of_accuracy_is_held(path):
 
 
 def test_steps_are_bounded(path):
-    controller = create_controller(path, target=5.0, scale=9.0, largest_step=0.01)
+    controller = create(path, target=5.0, scale=9.0, largest_step=0.01)
     after = controller.update(jnp.full(100_000, 1e30))
     assert float(controller.position - after.position) == pytest.approx(0.01, rel=1e-4)
     assert float(controller.update(jnp.array([jnp.nan, jnp.inf])).position) == 0.5
@@ -105,7 +109,7 @@ ABSURD = [
 @pytest.mark.parametrize('horizon', [1e-37, 300.0, 1e38])
 def test_positions_are_finite_after_absurd_observations(observed, scale, horizon):
     """Errors that overflow in both directions once made NaN, and NaN stayed."""
-    controller = create_controller([[1.0], [0.0]], target=5.0, scale=scale, horizon=horizon)
+    controller = create([[1.0], [0.0]], target=5.0, scale=scale, horizon=horizon)
     after = jax.jit(Controller.update)(controller, jnp.asarray(observed, jnp.float32))
     assert 0 <= float(after.position) <= 1
     assert np.isfinite(after.policy.thresholds).all()
@@ -116,18 +120,18 @@ def test_positions_are_finite_after_absurd_observations(observed, scale, horizon
 def test_a_controller_goes_where_a_policy_goes(path):
     uncertainty = np.concatenate([images(np.random.default_rng(1), 100, 1.0), np.zeros((1, 100))])
     table = table_of(uncertainty)
-    controller = create_controller(path, criterion=bj.criteria.margin, target=5.0, scale=9.0)
+    controller = create(path, criterion=bj.criteria.margin, target=5.0, scale=9.0)
     by_hand = table.answering_exits(np.asarray(controller.policy.thresholds))
     np.testing.assert_array_equal(table.answering_exits(controller), by_hand)
     assert len(set(by_hand.tolist())) == 3
     assert bj.criteria.as_policy(controller, 3).criterion == bj.criteria.margin
     with pytest.raises(ValueError, match="made for the criterion 'entropy'"):
-        table.answering_exits(create_controller(path, target=5.0, scale=9.0))
+        table.answering_exits(create(path, target=5.0, scale=9.0))
 
 
 def test_many_controllers_run_side_by_side():
     positions = jnp.array([0.2, 0.4, 0.6])
-    one = create_controller([[4.0, 1.0], [2.0, 0.0]], target=1.0, scale=1.0)
+    one = create([[4.0, 1.0], [2.0, 0.0]], target=1.0, scale=1.0)
     many = jax.vmap(lambda position: one.replace(position=position))(positions)
     observed = jnp.array([[0.0, 2.0], [5.0, 5.0], [0.0, 0.0]])
     after = jax.vmap(Controller.update)(many, observed)
@@ -139,7 +143,7 @@ def test_many_controllers_run_side_by_side():
 
 
 def test_positions_stay_on_the_path(path):
-    controller = create_controller(path, target=0.0, scale=1.0, largest_step=1.0)
+    controller = create(path, target=0.0, scale=1.0, largest_step=1.0)
     for _ in range(5):
         controller = controller.update(jnp.full(1000, 100.0))
     assert float(controller.position) == 0.0
@@ -150,12 +154,12 @@ def test_positions_stay_on_the_path(path):
 
 
 def test_thresholds_are_interpolated():
-    controller = create_controller([[4.0, 1.0], [2.0, 0.0], [0.0, 0.0]], target=1.0, scale=1.0, position=0.25)
+    controller = create([[4.0, 1.0], [2.0, 0.0], [0.0, 0.0]], target=1.0, scale=1.0, position=0.25)
     assert controller.policy.thresholds.tolist() == [3.0, 0.5]
 
 
 def test_infinite_settings_become_the_nearest_finite_ones():
-    controller = create_controller([[np.inf], [2.0], [1.0], [-np.inf]], target=1.0, scale=1.0)
+    controller = create([[np.inf], [2.0], [1.0], [-np.inf]], target=1.0, scale=1.0)
     assert controller.path[:, 0].tolist() == [2, 2, 1, 1]
 
 
@@ -168,7 +172,7 @@ def test_infinite_settings_become_the_nearest_finite_ones():
 def test_impossible_controllers_are_refused(changes):
     options = {'path': [[1.0], [0.0]], 'target': 1.0, 'scale': 1.0, **changes}
     with pytest.raises(ValueError, match=r'path: expected|path: it must lead|target, scale|criterion: got'):
-        create_controller(options.pop('path'), **options)
+        create(options.pop('path'), **options)
 
 
 def test_monitor_averages_exit_shares():
@@ -277,7 +281,7 @@ def test_the_average_is_worth_what_its_weights_say():
 def test_overshoot_begins_where_the_docstring_says():
     """Observed rises along the path by the scale: the error shrinks by 1 − B / horizon an update."""
     for batch, sign in ((100, 1), (450, -1)):
-        controller = create_controller([[1.0], [0.0]], target=0.5, scale=1.0, position=0.6, largest_step=1.0)
+        controller = create([[1.0], [0.0]], target=0.5, scale=1.0, position=0.6, largest_step=1.0)
         after = controller.update(jnp.full(batch, controller.position))
         assert np.sign(float(after.position) - 0.5) == sign
 

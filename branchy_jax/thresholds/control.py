@@ -80,7 +80,7 @@ class Controller(ByValue):
 def create_controller(
     path: Array,
     *,
-    criterion: Criterion = entropy,
+    criterion: Criterion,
     target: float,
     scale: float,
     position: float = 0.5,
@@ -107,7 +107,7 @@ def create_controller(
             criterion's name instead of a criterion.
 
     Example:
-        >>> controller = create_controller([[0.1], [0.0]], target=5.0, scale=10.0)
+        >>> controller = create_controller([[0.1], [0.0]], criterion=entropy, target=5.0, scale=10.0)
         >>> controller = controller.update(jnp.array([9.0, 9.0]))   # too dear: leave earlier
         >>> bool(controller.policy.thresholds[0] > 0.05)
         True
