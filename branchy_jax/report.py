@@ -23,8 +23,7 @@ def write_json(path: Path | str, record: Record) -> None:
     Raises:
         ValueError: the record holds NaN: a figure that is not known is to be left out, not written.
     """
-    text = json.dumps(_encoded(record), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + '\n', encoding='utf-8'))
+    write_text(path, json.dumps(_encoded(record), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -47,14 +46,24 @@ def write_text(path: Path | str, text: str) -> None:
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lays out a table in Markdown, columns padded so that the source reads well too.
 
+    Args:
+        columns: their names.
+        rows: cells, as many in each as there are columns.
+
+    Raises:
+        ValueError: a row with another number of cells.
+
     Example:
         >>> print(markdown_table(['network', 'gain'], [['lenet', '1.00']]))
         | network | gain |
         |---------|------|
         | lenet   | 1.00 |
     """
-    cells = [list(columns), *(list(row) for row in rows)]
-    widths = [max(len(row[n]) for row in cells) for n in range(len(columns))]
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f'rows: expected {len(columns)} cells ({", ".join(columns)}), got {list(row)}')
+    cells = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + ' |' for row in cells
     ]
@@ -66,40 +75,42 @@ def table_of_networks(rows: Sequence[Record], *, metric: str = 'accuracy', label
     """Lays out Table I: one network per row, its accuracy, speed and exits.
 
     Args:
-        rows: with the keys ``network``, ``test_<metric>``, ``latency_ms``, ``gain``, ``mac_gain``, ``thresholds`` and
-            ``exit_fractions``; one that is missing shows as a dash.
+        rows: with the keys ``network``, ``test_<metric>``, ``latency_ms``, ``gain``, ``gain_plain``, ``mac_gain``,
+            ``thresholds`` and ``exit_fractions``; one that is missing shows as a dash.
         metric: what ``test_<metric>`` is called.
         label: what the column is called, if otherwise.
     """
     columns = ['network', f'{label or metric} %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %']
-    return markdown_table(
-        columns,
+    cells = [
         [
-            [
-                str(row['network']),
-                _number(row.get(f'test_{metric}'), 2, scale=100),
-                _number(row.get('latency_ms'), 3),
-                _number(row.get('gain'), 2),
-                _number(row.get('gain_plain'), 2),
-                _number(row.get('mac_gain'), 2),
-                ', '.join(f'{threshold:.4g}' for threshold in row.get('thresholds', [])) or '–',
-                ', '.join(_number(share, 1, scale=100) for share in row.get('exit_fractions', [])) or '–',
-            ]
-            for row in rows
-        ],
-    )
+            str(row['network']),
+            _number(row.get(f'test_{metric}'), 2, scale=100),
+            _number(row.get('latency_ms'), 3),
+            _number(row.get('gain'), 2),
+            _number(row.get('gain_plain'), 2),
+            _number(row.get('mac_gain'), 2),
+            ', '.join(f'{threshold:.4g}' for threshold in row.get('thresholds', [])) or '–',
+            ', '.join(_number(share, 1, scale=100) for share in row.get('exit_fractions', [])) or '–',
+        ]
+        for row in rows
+    ]
+    return markdown_table(columns, cells)
 
 
 def _number(value: float | None, digits: int, *, scale: float = 1) -> str:
     return '–' if value is None else f'{value * scale:.{digits}f}'
 
 
-def _encoded(value: Any) -> Any:
+def _encoded(value: Any, place: str = '') -> Any:
+    """Returns what JSON has words for; ``place`` tells where in the record the value stands."""
+    if hasattr(value, 'tolist'):  # arrays, and NumPy's own numbers
+        value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: _encoded(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
-        value = value.tolist() if hasattr(value, 'tolist') else value
-        return [_encoded(inner) for inner in value] if isinstance(value, (list, tuple)) else _encoded(value)
+        return {key: _encoded(inner, f'{place}.{key}' if place else str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(inner, f'{place}[{n}]') for n, inner in enumerate(value)]
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f'record: {place} is NaN; leave out a figure that is not known')
     if isinstance(value, float) and math.isinf(value):
         return 'inf' if value > 0 else '-inf'
     return value

@@ -63,7 +63,14 @@ def test_keras_column_of_labels(write):
         ({'x_train': arrays()['x_train'] / 255}, 'x_train .* must be uint8'),
         ({'x_train': arrays()['x_train'][:, 0]}, 'x_train .* must be uint8'),
         ({'y_train': np.zeros(40)}, 'y_train .* must be one integer per image'),
-        ({'y_train': np.zeros(39, int)}, 'y_train .* must be one integer per image'),
+        ({'y_train': np.zeros(39, int)}, 'y_train .* holds 39 labels for 40 images'),
+        ({'y_test': np.zeros((11, 1), int)}, 'y_test .* holds 11 labels for 10 images'),
+        ({'y_test': np.zeros((9, 6, 5), int)}, 'y_test .* holds 9 labels for 10 images'),
+        ({'y_test': np.array(3)}, 'y_test .* must be one integer per image'),
+        ({'x_test': np.zeros((10, 6, 4), np.uint8)}, r'differ .* in width: \(6, 5, 1\) in train, \(6, 4, 1\) in test'),
+        ({'x_test': np.zeros((10, 6, 5, 3), np.uint8)}, 'differ between its splits in channels'),
+        ({'x_test': np.zeros((10, 1, 1), np.uint8)}, 'differ between its splits in height and width'),
+        ({'y_test': np.zeros((10, 6, 5), int)}, 'y_train .* holds one class per image, y_test masks'),
         ({'y_train': arrays()['y_train'] - 1}, 'labels from -1 to 2'),
         ({'x_test': np.zeros((0, 6, 5), np.uint8), 'y_test': np.zeros(0, int)}, 'test split .* empty'),
         ({'y_train': np.array([object()] * 40)}, 'no pickled objects'),
@@ -90,6 +97,34 @@ def test_empty_split_is_refused(write):
     for bad in (0, 1, -0.5, float('nan')):
         with pytest.raises(ValueError, match='validation_fraction'):
             load_dataset(write(), validation_fraction=bad)
+
+
+@pytest.mark.parametrize('name', ['mnist5k', 'own.npz', 'digit_canvases', 'digit_canvases/mnist'])
+@pytest.mark.parametrize(
+    ('setting', 'message'),
+    [
+        ({'in_memory': False}, 'in_memory: .* is read into memory'),
+        ({'image_size': (8, 8)}, 'image_size: images of .* stay as they are'),
+        ({'transform': np.flip}, 'transform: images of .* stay as they are'),
+    ],
+)
+def test_settings_of_tfds_are_refused_elsewhere(name, setting, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset(name, **setting)
+
+
+@pytest.mark.parametrize(
+    ('setting', 'message'),
+    [
+        ({'task': 'masks'}, "task: got 'masks'"),
+        ({'task': 'segmentation'}, 'task: .* one class per image and no masks'),
+        ({'workers': 2}, 'workers, prefetch: got 2 and 4 for data in memory'),
+        ({'prefetch': 2}, 'workers, prefetch: got 0 and 2 for data in memory'),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(write, setting, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset(write(), **setting)
 
 
 def test_unknown_data_set_names_the_choices(tmp_path):
@@ -146,6 +181,16 @@ def test_normalization_is_fitted_per_channel():
     np.testing.assert_allclose(found.mean, (images / 255).mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(found.deviation, (images / 255).std((0, 1, 2)), rtol=1e-4)
     assert np.isfinite(fit_normalization(np.zeros_like(images)).deviation).all()
+    for bad in (images[0], images.astype(int), images[:0]):
+        with pytest.raises(ValueError, match='images: expected uint8'):
+            fit_normalization(bad)
+
+
+def test_normalization_of_more_images_than_a_block():
+    images = np.random.default_rng(0).integers(0, 256, (1100, 3, 2, 1)).astype(np.uint8)
+    found = fit_normalization(images)
+    np.testing.assert_array_equal(found.mean, np.float32((images / 1.0).mean((0, 1, 2)) / 255))
+    np.testing.assert_allclose(found.deviation, images.std((0, 1, 2)) / 255, rtol=1e-6)
 
 
 def test_augmented_images_are_shifts_and_mirrors(getkey):
@@ -171,6 +216,12 @@ def test_augmentation_can_be_switched_off(getkey):
     np.testing.assert_array_equal(augment(getkey(), images, crop_padding=0, flip=False), images)
 
 
+@pytest.mark.parametrize(('shape', 'crop_padding'), [((4, 3, 3), 1), ((4, 3, 3, 1), -1)])
+def test_impossible_augmentation_is_refused(getkey, shape, crop_padding):
+    with pytest.raises(ValueError, match='images, crop_padding: expected'):
+        augment(getkey(), jnp.ones(shape), crop_padding=crop_padding)
+
+
 def test_second_load_reads_the_cache(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -181,3 +232,9 @@ def test_second_load_reads_the_cache(tmp_path, monkeypatch):
     assert calls == [1]
     np.testing.assert_array_equal(first.train.image, second.train.image)
     assert isinstance(second, bj.data.Dataset)
+
+
+def test_damaged_cache_is_named(tmp_path):
+    (tmp_path / 'mnist5k.npz').write_bytes(b'half a file')
+    with pytest.raises(ValueError, match=r'cache: cannot read .*mnist5k.npz: .*; delete it'):
+        load_dataset('mnist5k', cache=tmp_path)

@@ -3,6 +3,7 @@
 import io
 import tracemalloc
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +12,21 @@ import pytest
 from PIL import Image
 
 import branchy_jax as bj
-from branchy_jax.streaming import open_dataset
+from branchy_jax.data import OnDisk, load_dataset
 from branchy_jax.training import create_train_state, epoch_order, fit
 
 BATCH, SIZE = 16, 32
 OPTIMIZER = optax.sgd(0.1)
 
 
-def write_dataset(folder, name, images, labels):
-    """Writes a TFDS data set of array_record files, as TFDS would, without TensorFlow."""
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0]).save(file, 'PNG')
+    return file.getvalue()
+
+
+def write_dataset(folder, name, images, labels, splits=('train', 'test'), supervised_keys=('image', 'label')):
+    """Writes a TFDS data set of array_record files, as TFDS would, without TensorFlow; labels may be masks."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -27,25 +34,25 @@ def write_dataset(folder, name, images, labels):
     place = folder / name / '1.0.0'
     place.mkdir(parents=True)
     shape = images[0].shape if len({image.shape for image in images}) == 1 else (None, None, 1)
-    features = tfds.features.FeaturesDict(
-        {'image': tfds.features.Image(shape=shape), 'label': tfds.features.ClassLabel(num_classes=3)}
-    )
-    serializer, splits, first = ExampleSerializer(features.get_serialized_info()), [], len(images) * 9 // 10
-    for split, rows in {'train': range(first), 'test': range(first, len(images))}.items():
+    dense = np.ndim(labels[0]) > 0
+    label_key = 'segmentation_mask' if dense else 'label'
+    label = tfds.features.Image(shape=(None, None, 1)) if dense else tfds.features.Scalar(np.int64)
+    features = tfds.features.FeaturesDict({'image': tfds.features.Image(shape=shape), label_key: label})
+    serializer, infos, first = ExampleSerializer(features.get_serialized_info()), [], len(images) * 9 // 10
+    for split, rows in zip(splits, (range(first), range(first, len(images))), strict=True):
         template = tfds.core.ShardedFileTemplate(
             dataset_name=name, split=split, filetype_suffix='array_record', data_dir=place
         )
         writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), 'group_size:1')
         for row in rows:
-            png = io.BytesIO()
-            Image.fromarray(images[row][..., 0]).save(png, 'PNG')
-            writer.write(serializer.serialize_example({'image': png.getvalue(), 'label': int(labels[row])}))
+            label = png(labels[row]) if dense else int(labels[row])
+            writer.write(serializer.serialize_example({'image': png(images[row]), label_key: label}))
         writer.close()
-        splits.append(
+        infos.append(
             tfds.core.SplitInfo(name=split, shard_lengths=[len(rows)], num_bytes=0, filename_template=template)
         )
     tfds.folder_dataset.write_metadata(
-        data_dir=place, features=features, split_infos=splits, supervised_keys=('image', 'label'), check_data=False
+        data_dir=place, features=features, split_infos=infos, supervised_keys=supervised_keys, check_data=False
     )
 
 
@@ -58,6 +65,15 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     sizes = [generator.integers(0, 256, (size, 9, 1)).astype(np.uint8) for size in (7, 8) * 20]
     write_dataset(folder, 'uneven', sizes, np.arange(40) % 3)
+    masks = [
+        np.repeat([1, 3, 2], [2, 2, len(image) - 4])[:, None, None].repeat(9, 1).astype(np.uint8) for image in sizes
+    ]
+    write_dataset(folder, 'pets', sizes, masks, supervised_keys=None)
+    write_dataset(folder, 'secret', sizes, np.where(np.arange(40) < 36, np.arange(40) % 3, -1))
+    write_dataset(folder, 'untested', sizes, np.arange(40) % 3, splits=('train', 'validation'))
+    write_dataset(folder, 'unlabelled', sizes, np.arange(40) % 3, supervised_keys=('label', 'label'))
+    small = [np.zeros((6, 5, 1), np.uint8)] * 36
+    write_dataset(folder, 'unlike', small + [image[:, :4] for image in small[:4]], np.arange(40) % 3)
     return folder
 
 
@@ -68,13 +84,13 @@ def _places(monkeypatch, folder):
 
 
 @pytest.fixture
-def streamed():
-    return open_dataset('patterns', validation_fraction=0.2, seed=3)
+def on_disk():
+    return load_dataset('patterns', in_memory=False, validation_fraction=0.2, seed=3)
 
 
 @pytest.fixture
 def in_memory():
-    return bj.data.load_dataset('patterns', validation_fraction=0.2, seed=3)
+    return load_dataset('patterns', validation_fraction=0.2, seed=3)
 
 
 def check_batches(found, data, order):
@@ -91,32 +107,33 @@ def orders(count, epochs=2):
     return [np.asarray(epoch_order(jax.random.key(5), epoch, count, BATCH)) for epoch in range(epochs)]
 
 
-def test_same_splits_and_normalisation(streamed, in_memory):
-    assert len(streamed.train) == len(in_memory.train) == 360
-    assert (streamed.num_classes, streamed.image_shape) == (in_memory.num_classes, in_memory.image_shape)
+def test_same_splits_and_normalisation(on_disk, in_memory):
+    assert isinstance(on_disk.train, OnDisk)
+    assert len(on_disk.train) == len(in_memory.train) == 360
+    assert (on_disk.num_classes, on_disk.image_shape) == (in_memory.num_classes, in_memory.image_shape)
     for split in ('validation', 'test'):
-        jax.tree.map(np.testing.assert_array_equal, getattr(streamed, split), getattr(in_memory, split))
-    jax.tree.map(np.testing.assert_array_equal, streamed.normalization, in_memory.normalization)
+        jax.tree.map(np.testing.assert_array_equal, getattr(on_disk, split), getattr(in_memory, split))
+    jax.tree.map(np.testing.assert_array_equal, on_disk.normalization, in_memory.normalization)
 
 
-def test_same_batches_for_the_same_seed(streamed, in_memory):
-    first, second = orders(len(streamed.train))
+def test_same_batches_for_the_same_seed(on_disk, in_memory):
+    first, second = orders(len(on_disk.train))
     assert (first != second).any()
     for order in (first, second):
-        check_batches(streamed.train.batches(order), in_memory.train, order)
+        check_batches(on_disk.train.batches(order), in_memory.train, order)
 
 
-def test_same_batches_from_the_middle_of_an_epoch_and_for_one_of_several_hosts(streamed, in_memory):
-    order, _ = orders(len(streamed.train))
-    check_batches(streamed.train.batches(order, 9), in_memory.train, order[9:])
+def test_same_batches_from_the_middle_of_an_epoch_and_for_one_of_several_hosts(on_disk, in_memory):
+    order, _ = orders(len(on_disk.train))
+    check_batches(on_disk.train.batches(order, 9), in_memory.train, order[9:])
     share = order[:, 4:8]
-    check_batches(streamed.train.batches(share), in_memory.train, share)
+    check_batches(on_disk.train.batches(share), in_memory.train, share)
 
 
 def test_same_batches_from_several_workers(in_memory):
-    streamed = open_dataset('patterns', validation_fraction=0.2, seed=3, workers=2, prefetch=2)
-    order, _ = orders(len(streamed.train))
-    check_batches(streamed.train.batches(order[:5]), in_memory.train, order[:5])
+    on_disk = load_dataset('patterns', in_memory=False, validation_fraction=0.2, seed=3, workers=2, prefetch=2)
+    order, _ = orders(len(on_disk.train))
+    check_batches(on_disk.train.batches(order[:5]), in_memory.train, order[:5])
 
 
 def prepare(key, batch):
@@ -141,9 +158,9 @@ class Killed(Exception):
     pass
 
 
-def test_training_resumes_in_the_middle_of_an_epoch(network, streamed, in_memory, tmp_path):
+def test_training_resumes_in_the_middle_of_an_epoch(network, on_disk, in_memory, tmp_path):
     expected = train(fit, network, in_memory.train)
-    check_same_state(train(fit, network, streamed.train), expected)
+    check_same_state(train(fit, network, on_disk.train), expected)
 
     def die(epoch, done, steps, metrics):
         if (epoch, done) == (1, 8):
@@ -151,17 +168,17 @@ def test_training_resumes_in_the_middle_of_an_epoch(network, streamed, in_memory
 
     options, seen = {'directory': tmp_path / 'run', 'save_every': 5}, []
     with pytest.raises(Killed):
-        train(fit, network, streamed.train, on_step=die, **options)
-    resumed = train(fit, network, streamed.train, on_step=lambda *found: seen.append(found[:3]), **options)
+        train(fit, network, on_disk.train, on_step=die, **options)
+    resumed = train(fit, network, on_disk.train, on_step=lambda *found: seen.append(found[:3]), **options)
     assert seen[0] == (1, 9, 22)  # step 30 was saved and is the 8th of the second epoch
     check_same_state(resumed, expected)
-    again = train(fit, network, streamed.train, on_step=lambda *found: pytest.fail('trained on'), **options)
+    again = train(fit, network, on_disk.train, on_step=lambda *found: pytest.fail('trained on'), **options)
     check_same_state(again, expected)
 
 
-def test_images_stay_on_disk(streamed):
-    order, _ = orders(len(streamed.train))
-    examples = streamed.train
+def test_images_stay_on_disk(on_disk):
+    order, _ = orders(len(on_disk.train))
+    examples = on_disk.train
     for _ in examples.batches(order[:1]):  # imports
         pass
     tracemalloc.start()
@@ -172,32 +189,74 @@ def test_images_stay_on_disk(streamed):
     assert peak < 0.6 * len(examples) * SIZE * SIZE  # a few batches with what decoding needs, not the whole set
 
 
-def test_images_of_different_sizes_need_a_transform():
-    with pytest.raises(ValueError, match=r'transform: images of train differ in size'):
-        open_dataset('uneven')
-    cut = open_dataset('uneven', transform=lambda image: image[:6, :6], validation_fraction=0.5)
-    assert cut.image_shape == (6, 6, 1)
+def check_same(name, **options):
+    """Loads a data set both ways, twice, so that the second time the cache is read, and compares everything."""
+    for _ in range(2):
+        on_disk, in_memory = (load_dataset(name, in_memory=kept, **options) for kept in (False, True))
+        everything = on_disk.replace(train=on_disk.train.read(np.arange(len(on_disk.train))))
+        chex.assert_trees_all_equal(everything, in_memory)  # names and numbers of classes, too: they are static
+        chex.assert_trees_all_equal_dtypes(everything, in_memory)
+    return on_disk, in_memory
+
+
+def test_images_of_different_sizes_are_resized_or_transformed():
+    for kept in (True, False):
+        with pytest.raises(ValueError, match=r'image_size: images of uneven/1.0.0, train differ in size'):
+            load_dataset('uneven', in_memory=kept)
+    on_disk, _ = check_same('uneven', image_size=(12, 5), validation_fraction=0.5)
+    assert on_disk.image_shape == (12, 5, 1)
+    _, cut = check_same('uneven', transform=lambda image: image[:6, :6], validation_fraction=0.5)
     assert cut.test.image.shape == (4, 6, 6, 1)
+    _, other = check_same('uneven', transform=lambda image: image[:6, :6] // 2, validation_fraction=0.5)
+    np.testing.assert_array_equal(other.test.image, cut.test.image // 2)  # nothing of the first was cached
+    assert other.normalization.mean < 0.6 * cut.normalization.mean
     with pytest.raises(ValueError, match='transform: images must be uint8'):
-        open_dataset('uneven', transform=lambda image: image[:6, :6] / 255)
+        load_dataset('uneven', in_memory=False, transform=lambda image: image[:6, :6] / 255)
 
 
+def test_masks_are_resized_with_their_images_and_count_from_0():
+    on_disk, in_memory = check_same('pets', task='segmentation', image_size=(12, 16), validation_fraction=0.25)
+    assert (on_disk.num_classes, len(on_disk.train), on_disk.image_shape) == (3, 27, (12, 16, 1))
+    assert in_memory.train.label.shape == (27, 12, 16)
+    assert in_memory.train.label.dtype == np.uint8
+    masks = np.concatenate([in_memory.train.label, in_memory.validation.label, in_memory.test.label])
+    assert np.unique(masks).tolist() == [0, 1, 2]  # no class between two of them was made up
+    seven, eight = ([0] * 3 + [2] * 4 + [1] * 5, [0] * 3 + [2] * 3 + [1] * 6)  # rows of 7 and of 8 become 12
+    assert {tuple(mask) for mask in masks[:, :, 0].tolist()} == {tuple(seven), tuple(eight)}
+    assert (masks == masks[:, :, :1]).all()
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         ({'name': 'pattern'}, 'name: unknown data set'),
+        ({'name': 'secret', 'image_size': (6, 5)}, 'name: secret/1.0.0 holds labels from -1 to 2'),
+        ({'name': 'unlike'}, r'name: images of unlike/1.0.0 differ between its splits in width'),
+        ({'name': 'untested'}, 'name: .untested. is not an image classification data set with train and test splits'),
+        ({'name': 'unlabelled'}, 'name: .unlabelled. is not an image classification data set'),
+        ({'name': 'pets'}, 'name: .pets. is not an image classification data set'),
+        ({'task': 'segmentation'}, 'name: .patterns. is not an image segmentation data set'),
+        ({'image_size': (0, 5)}, 'image_size: expected a height and a width'),
+        ({'image_size': (6, 5, 1)}, 'image_size: expected a height and a width'),
         ({'validation_fraction': 1.0}, 'validation_fraction: expected a share'),
+        ({'validation_fraction': 0.001}, 'validation_fraction: the validation split of .patterns. is empty'),
         ({'workers': -1}, 'workers, prefetch: got -1 and 4'),
         ({'prefetch': 0}, 'workers, prefetch: got 0 and 0'),
     ],
 )
-def test_impossible_settings_are_refused(options, message):
+def test_impossible_settings_are_refused(in_memory, options, message):
     with pytest.raises(ValueError, match=message):
-        open_dataset(**{'name': 'patterns', **options})
+        load_dataset(**{'name': 'patterns', 'in_memory': in_memory, **options})
 
 
-def test_impossible_batches_are_refused(network, streamed):
+def test_canvases_are_made_of_digits_in_memory(on_disk):
+    with pytest.raises(ValueError, match='digits: their training images lie on disk'):
+        bj.data.digit_canvases(on_disk)
+
+
+def test_impossible_batches_are_refused(network, on_disk):
     with pytest.raises(ValueError, match='batch_size: got 1000'):
-        train(fit, network, streamed.train, batch_size=1000)
+        train(fit, network, on_disk.train, batch_size=1000)
     with pytest.raises(ValueError, match='save_every: got 0'):
-        train(fit, network, streamed.train, save_every=0)
+        train(fit, network, on_disk.train, save_every=0)

@@ -1,4 +1,4 @@
-"""Dense prediction: pools, pixelwise answers, statistics of masks, canvases, and their picture."""
+"""Dense prediction: pools, pixelwise answers, statistics of masks, and canvases."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 import branchy_jax as bj
 from branchy_jax import criteria, thresholds
-from branchy_jax.data.prepared import Prepared
-from branchy_jax.data.tfds import decode
 
 
 def test_pools_are_their_numpy_references(getkey):
@@ -185,31 +183,6 @@ def test_impossible_canvases_are_refused(digits, options):
         bj.data.digit_canvases(digits, **options)
 
 
-class Pets:
-    """Stands for a prepared TFDS builder: images of several sizes, classes of masks counted from 1."""
-
-    class info:
-        full_name = 'pets/1.0'
-
-    def as_data_source(self, split):
-        generator = np.random.default_rng(len(split))
-        for height, width in ((6, 8), (9, 7)):
-            mask = np.repeat([1, 3, 2], [2, 2, height - 4])[:, None].repeat(width, 1)[..., None].astype(np.uint8)
-            image = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
-            yield {'image': image, 'segmentation_mask': mask}
-
-
-def test_masks_of_tfds_are_resized_with_their_images_and_count_from_0():
-    prepared = Prepared(Pets(), 'image', 'segmentation_mask')
-    arrays = decode(prepared, (12, 16))
-    assert arrays['x_train'].shape == (2, 12, 16, 3)
-    assert arrays['y_train'].shape == (2, 12, 16)
-    assert np.unique(arrays['y_train']).tolist() == [0, 1, 2]
-    np.testing.assert_array_equal(arrays['y_train'][0, :, 0], [0] * 4 + [2] * 4 + [1] * 4)  # no class between 0 and 2
-    with pytest.raises(ValueError, match='image_size: images of pets/1.0 differ in size'):
-        decode(prepared, None)
-
-
 def test_npz_may_hold_masks_of_the_images_size(tmp_path):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (20, 6, 5)).astype(np.uint8)
@@ -231,16 +204,3 @@ def test_masks_move_with_their_images(getkey):
     pixels, key = jax.random.randint(getkey(), (8, 6, 6, 1), 1, 9), getkey()
     image, mask = (bj.data.augment(key, values, crop_padding=2) for values in (pixels, pixels))
     np.testing.assert_array_equal(image, mask)
-
-
-def test_picture_frames_the_exit_that_answered(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr('branchy_jax.plots.dense.save', lambda figure, path: drawn.append(figure))
-    generator = np.random.default_rng(0)
-    bj.plots.masks(
-        tmp_path / 'masks.png', generator.integers(0, 256, (2, 4, 4, 1)), generator.integers(0, 3, (2, 4, 4)),
-        generator.integers(0, 3, (2, 2, 4, 4)), np.array([1, 0]), num_classes=3, title='A title',
-    )  # fmt: skip
-    grid = np.array(drawn[0].axes).reshape(2, 4)
-    assert [axes.get_title() for axes in grid[0]] == ['input', 'truth', 'exit 1', 'exit 2']
-    assert [[axes.get_xlabel() for axes in line] for line in grid] == [['', '', '', 'answers'], ['', '', 'answers', '']]

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from branchy_jax import plots, report
+from branchy_jax import report
 
 BASELINE = {
     'network': 'lenet', 'test_accuracy': 0.97, 'thresholds': [], 'exit_fractions': [1.0], 'latency_ms': 0.5,
@@ -27,8 +27,8 @@ def test_records_round_trip_through_strict_json(tmp_path):
 def test_unknown_figures_are_not_written(tmp_path):
     path = tmp_path / 'report.json'
     report.write_json(path, {'gain': 1.0})
-    with pytest.raises(ValueError, match='Out of range float'):
-        report.write_json(path, {'gain': float('nan')})
+    with pytest.raises(ValueError, match=r'record: rows\[1\].gain is NaN'):
+        report.write_json(path, {'rows': [{'gain': 1.0}, {'gain': np.float32('nan')}]})
     assert report.read_json(path) == {'gain': 1.0}
 
 
@@ -50,19 +50,8 @@ def test_table_shows_every_figure_and_dashes_for_what_is_missing():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_tradeoff_draws_what_it_is_given(tmp_path, monkeypatch):
-    drawn = []
-    save = plots.speed.save
-    monkeypatch.setattr(plots.speed, 'save', lambda figure, path: drawn.append(figure) or save(figure, path))
-    frontier = [
-        {'latency_ms': ms, 'test_accuracy': accuracy} for ms, accuracy in [(0.1, 0.9), (0.2, 0.96), (0.4, 0.98)]
-    ]
-    plots.tradeoff(tmp_path / 'tradeoff.png', frontier, BASELINE, BRANCHY, knee=frontier[1], title='A title')
-    (axes,) = drawn[0].axes
-    lines = {line.get_label(): np.array(line.get_xydata()) for line in axes.lines}
-    np.testing.assert_allclose(lines['thresholds of the frontier'], [[0.1, 90], [0.2, 96], [0.4, 98]])
-    np.testing.assert_allclose(lines['knee'], [[0.2, 96]])
-    np.testing.assert_allclose(lines['lenet, no exits'], [[0.5, 97]])
-    np.testing.assert_allclose(lines['chosen on validation data, 2.50× faster'], [[0.2, 97.5]])
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ('time per image, batch 1 (ms)', 'test accuracy (%)')
-    assert (tmp_path / 'tradeoff.png').read_bytes().startswith(b'\x89PNG')
+def test_rows_with_other_cells_than_columns_are_refused():
+    for row in (['lenet'], ['lenet', '1.00', '2.00']):
+        with pytest.raises(ValueError, match=r'rows: expected 2 cells \(network, gain\), got'):
+            report.markdown_table(['network', 'gain'], [row])
+    assert report.markdown_table(['network', 'gain'], []).splitlines() == ['| network | gain |', '|---------|------|']

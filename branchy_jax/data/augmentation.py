@@ -22,7 +22,19 @@ def augment(key: Array, images: Array, *, crop_padding: int = 4, flip: bool = Tr
 
     Returns:
         Images of the same shape and dtype.
+
+    Raises:
+        ValueError: images without four axes, or fewer than no zeros around them.
+
+    Example:
+        >>> augment(jax.random.key(0), jnp.ones((8, 28, 28, 1)), flip=False).shape
+        (8, 28, 28, 1)
     """
+    if images.ndim != 4 or crop_padding < 0:
+        raise ValueError(
+            f'images, crop_padding: expected [B, H, W, C] and at least 0, got {images.shape} and {crop_padding}; '
+            'give masks a last axis of 1'
+        )
     crop_key, flip_key = jax.random.split(key)
     if crop_padding:
         edge = (crop_padding, crop_padding)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import chex
 import numpy as np
 
-from branchy_jax.data.splits import Dataset, fit_normalization
+from branchy_jax.data.dataset import Dataset, fit_normalization
 from branchy_jax.types import Batch
 
 _INK = 96
@@ -36,13 +37,16 @@ def digit_canvases(
         `Dataset` with images ``[M, side, side, 1]`` uint8, masks ``[M, side, side]`` uint8, and one class more.
 
     Raises:
-        ValueError: a canvas smaller than a digit, digits with several channels, or no digits at all on a canvas.
+        ValueError: a canvas smaller than a digit, digits with several channels or left on disk, or no digits at all on
+            a canvas.
 
     Example:
         >>> canvases = digit_canvases(load_dataset('mnist5k'))  # doctest: +SKIP
         >>> canvases.train.image.shape, canvases.train.label.shape  # doctest: +SKIP
         ((3600, 48, 48, 1), (3600, 48, 48))
     """
+    if not isinstance(digits.train, Batch):
+        raise ValueError('digits: their training images lie on disk; load them with in_memory=True')
     height, width, channels = digits.image_shape
     if channels != 1 or side < max(height, width):
         raise ValueError(f'side: got {side} for digits of {digits.image_shape}; they need one channel and room')
@@ -54,6 +58,7 @@ def digit_canvases(
         generator = np.random.default_rng([seed, number])
         pairs = [_canvas(generator, source, side, most_digits, most_clutter) for _ in range(len(source))]
         images, masks = (np.stack(part) for part in zip(*pairs, strict=True))
+        chex.assert_shape([images, masks], (len(source), side, side))
         splits[split] = Batch(images[..., None], masks)
     return Dataset(
         name=f'digit_canvases/{digits.name}',

@@ -1,27 +1,15 @@
-"""Pictures."""
+"""Pictures of what the library makes."""
 
-from branchy_jax.plots.confidence import contact_sheet as contact_sheet
-from branchy_jax.plots.confidence import curves as curves
-from branchy_jax.plots.confidence import held as held
-from branchy_jax.plots.confidence import reliability_diagrams as reliability_diagrams
-from branchy_jax.plots.dense import masks as masks
-from branchy_jax.plots.reproduction import beside as beside
-from branchy_jax.plots.reproduction import gradient_norms as gradient_norms
-from branchy_jax.plots.speed import cost_against_batch as cost_against_batch
-from branchy_jax.plots.speed import gain_against_batch as gain_against_batch
-from branchy_jax.plots.speed import time_against_macs as time_against_macs
-from branchy_jax.plots.speed import tradeoff as tradeoff
+from branchy_jax.plots.answers import images_by_exit as images_by_exit
+from branchy_jax.plots.answers import masks as masks
+from branchy_jax.plots.answers import reliability_diagrams as reliability_diagrams
+from branchy_jax.plots.tradeoffs import accuracy_against_cost as accuracy_against_cost
+from branchy_jax.plots.tradeoffs import tradeoff as tradeoff
 
 __all__ = [
-    'beside',
-    'contact_sheet',
-    'cost_against_batch',
-    'curves',
-    'gain_against_batch',
-    'gradient_norms',
-    'held',
+    'accuracy_against_cost',
+    'images_by_exit',
     'masks',
     'reliability_diagrams',
-    'time_against_macs',
     'tradeoff',
 ]

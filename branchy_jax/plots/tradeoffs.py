@@ -1,0 +1,107 @@
+"""Pictures of what early exit saves: accuracy against time, and against cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from branchy_jax.plots.canvas import BASELINE, OURS, SERIES, new_axes, save
+from branchy_jax.report import Record
+
+if TYPE_CHECKING:
+    from branchy_jax.thresholds import Screen
+
+
+def tradeoff(
+    path: Path | str,
+    frontier: Sequence[Record],
+    baseline: Record,
+    chosen: Record,
+    *,
+    knee: Record | None = None,
+    title: str = '',
+    metric: str = 'accuracy',
+    label: str | None = None,
+    batch: int = 1,
+) -> None:
+    """Draws the paper's Figure 3: accuracy against time per image as the thresholds vary.
+
+    Args:
+        path: the picture to write.
+        frontier: points with ``latency_ms`` and ``test_<metric>``, by ascending latency.
+        baseline: the one-exit network's row, with the same keys and ``network``.
+        chosen: the branchy network's row, with the same keys and ``gain``.
+        knee: the frontier's knee, with the same keys.
+        title: above the picture.
+        metric: what is on the vertical axis.
+        label: what it is called there, if otherwise.
+        batch: images in a call.
+
+    Raises:
+        ValueError: no points.
+
+    References:
+        BranchyNet, 2016, Figure 3.
+    """
+    if not frontier:
+        raise ValueError('frontier: nothing to draw; give at least one point')
+    key = f'test_{metric}'
+
+    def at(record: Record) -> tuple[float, float]:
+        return record['latency_ms'], 100 * record[key]
+
+    figure, axes = new_axes(title, x=f'time per image, batch {batch} (ms)', y=f'test {label or metric} (%)')
+    axes.plot(
+        *zip(*map(at, frontier), strict=True), '-o', color=OURS, markersize=3.5, label='thresholds of the frontier'
+    )
+    axes.plot(
+        *at(chosen), '*', color=OURS, markersize=17, label=f'chosen on validation data, {chosen["gain"]:.2f}× faster'
+    )
+    if knee is not None:
+        axes.plot(*at(knee), 'o', markersize=14, markerfacecolor='none', markeredgecolor=OURS, label='knee')
+    axes.plot(*at(baseline), 's', color=BASELINE, markersize=9, label=f'{baseline["network"]}, no exits')
+    axes.axhline(at(baseline)[1], color=BASELINE, linewidth=0.8, linestyle=':')
+    axes.set_xlim(left=0)
+    save(figure, path, legend_columns=2)
+
+
+def accuracy_against_cost(
+    path: Path | str,
+    screens: Mapping[str, Screen],
+    *,
+    title: str = '',
+    unit: str = 'million multiply-accumulates',
+    scale: float = 1e-6,
+    metric: str = 'test accuracy',
+) -> None:
+    """Draws accuracy against expected cost, one line for each name: frontiers, protocols, searches.
+
+    Args:
+        path: the picture to write.
+        screens: name to settings with what each gave, such as a frontier; drawn by ascending cost.
+        title: above the picture.
+        unit: of the cost on the horizontal axis.
+        scale: from the screens' own unit to that one.
+        metric: what ``accuracy`` is.
+
+    Raises:
+        ValueError: no lines.
+
+    Example:
+        >>> accuracy_against_cost('frontier.png', {'entropy': table.screen().frontier()})  # doctest: +SKIP
+    """
+    if not screens:
+        raise ValueError('screens: nothing to draw; give at least one')
+    figure, axes = new_axes(title, x=f'expected cost of an input ({unit})', y=f'{metric} (%)')
+    marks, colors = itertools.cycle('os^vDPX'), itertools.cycle(SERIES)
+    for (name, screen), mark, color in zip(screens.items(), marks, colors, strict=False):
+        cost, accuracy = np.asarray(screen.cost), np.asarray(screen.accuracy)
+        order = np.argsort(cost, kind='stable')
+        axes.plot(
+            scale * cost[order], 100 * accuracy[order], f'-{mark}', color=color, markersize=4, linewidth=1.2, label=name
+        )
+    save(figure, path, legend_columns=3)
