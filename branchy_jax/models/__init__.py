@@ -3,7 +3,6 @@
 from branchy_jax.models import layers as layers
 from branchy_jax.models.alexnet import b_alexnet as b_alexnet
 from branchy_jax.models.banded import banded_convolution as banded_convolution
-from branchy_jax.models.branchy import BranchyNet as BranchyNet
 from branchy_jax.models.branchy import select_exits as select_exits
 from branchy_jax.models.branchy import without_branches as without_branches
 from branchy_jax.models.compose import Functional as Functional
@@ -23,7 +22,6 @@ from branchy_jax.models.vit import b_vit as b_vit
 
 __all__ = [
     'Branch',
-    'BranchyNet',
     'Functional',
     'Pretrained',
     'Route',
