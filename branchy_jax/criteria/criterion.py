@@ -19,7 +19,7 @@ Carry = Any
 Pool = Callable[[Array], Array]
 """``uncertainty [B, …] → [B]``; an uncertainty that is ``[B]`` already stays as it is."""
 
-value = functools.partial(struct.dataclass, eq=False)
+value = functools.partial(struct.dataclass, eq=False, repr=False)
 """The decorator of criteria: a frozen pytree; `Criterion` compares values."""
 
 
@@ -51,6 +51,9 @@ class Criterion(ByValue, abc.ABC):
     """
 
     num_exits: int | None = None
+
+    def __repr__(self) -> str:
+        return f'<criterion {self.name}>'
 
     def init(self, logits: Array) -> Carry:
         """Returns what is remembered before the first exit, given its logits ``[B, …, K]``."""
