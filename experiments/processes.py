@@ -19,7 +19,7 @@ _ALLOCATOR = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_t
 def start_again_on_cpu(devices: int) -> None:
     """Starts this very command again with the settings under which a CPU trains fastest; on a GPU or TPU it returns.
 
-    What the user has set stays as it is. Host devices share one pool of threads, and collectives of overlapping steps
+    Host devices share one pool of threads, and collectives of overlapping steps
     have been seen to wait for each other there without end: dispatch is synchronous.
 
     Args:
@@ -27,12 +27,17 @@ def start_again_on_cpu(devices: int) -> None:
     """
     if devices == 1 or _STARTED in os.environ or jax.default_backend() != 'cpu':
         return
+    sys.stdout.flush()
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **settings_on_cpu(devices), _STARTED: '1'})
+
+
+def settings_on_cpu(devices: int) -> dict[str, str]:
+    """Returns the environment variables of `start_again_on_cpu`; what the user has set stays as it is."""
     flags = os.environ.get('XLA_FLAGS', '')
     if _HOST_DEVICES not in flags:
         flags = f'{flags} {_HOST_DEVICES}={devices}'.strip()
-    settings = {'GLIBC_TUNABLES': _ALLOCATOR, 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0', **os.environ}
-    sys.stdout.flush()
-    os.execve(sys.executable, sys.orig_argv, {**settings, 'XLA_FLAGS': flags, _STARTED: '1'})
+    settings = {'GLIBC_TUNABLES': _ALLOCATOR, 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0'}
+    return {**{name: os.environ.get(name, value) for name, value in settings.items()}, 'XLA_FLAGS': flags}
 
 
 @contextlib.contextmanager
