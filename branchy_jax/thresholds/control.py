@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.criteria import Criterion
 from branchy_jax.thresholds.table import ExitTable, checked_arrays
 from branchy_jax.types import Array, ByValue, ExitPolicy
 
@@ -107,6 +107,7 @@ def create_controller(
             criterion's name instead of a criterion.
 
     Example:
+        >>> from branchy_jax.criteria import entropy
         >>> controller = create_controller([[0.1], [0.0]], criterion=entropy, target=5.0, scale=10.0)
         >>> controller = controller.update(jnp.array([9.0, 9.0]))   # too dear: leave earlier
         >>> bool(controller.policy.thresholds[0] > 0.05)
@@ -163,6 +164,7 @@ def path_by_shares(table: ExitTable, *, size: int = 101) -> np.ndarray:
 
     Example:
         >>> from branchy_jax.costs import StageCosts
+        >>> from branchy_jax.criteria import entropy
         >>> table = ExitTable(uncertainty=[[1, 2, 4, 8], [0, 0, 0, 0]], statistics=np.ones((2, 4, 1)),
         ...                   costs=StageCosts([1, 9], [0, 0]), criterion=entropy, split='validation')
         >>> path = path_by_shares(table, size=4)

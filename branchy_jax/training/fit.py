@@ -155,7 +155,7 @@ def fit(
     prepare: Prepare = _as_stored,
     loss: Loss = cross_entropy_per_exit,
     metrics: MetricsOf = accuracy_per_exit,
-    scan: bool = True,
+    scan: bool | None = None,
     directory: Path | str | None = None,
     save_every: int | None = None,
     on_step: Callable[[int, int, int, Metrics], None] | None = None,
@@ -185,8 +185,9 @@ def fit(
         loss: ``(logits, labels) → [N]``.
         metrics: ``(logits, labels) → metrics``.
         scan: for data in memory: the epoch is one program, and checkpoints lie between epochs. Otherwise one dispatch
-            a step, which is slower for small networks, but shows progress and can be killed within an epoch. Both end
-            with the same parameters up to rounding.
+            a step, which shows progress and can be killed within an epoch. By default not on a CPU, where convolutions
+            inside a loop run many times slower; small networks without any gain by it there, too. Both ways end with
+            the same parameters up to rounding.
         directory: where to keep one checkpoint (only the newest stays); ``None`` keeps none.
         save_every: steps between checkpoints; by default an epoch, or four minutes where an epoch takes longer (with
             several processes, which have no clock in common, an epoch). The last step is followed by one, too.
@@ -207,6 +208,7 @@ def fit(
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
     if isinstance(data, Batch) and loss is cross_entropy_per_exit:  # another may take any target
         check_labels(data.label, _num_classes(state, data, prepare, key))
+    scan = jax.default_backend() != 'cpu' if scan is None else scan
     take = _taker(state, data, exit_weights, scan=scan, prepare=prepare, loss=loss, metrics=metrics)
     steps = len(data) // batch_size
     last = round(epochs * steps)

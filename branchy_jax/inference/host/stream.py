@@ -60,7 +60,7 @@ def stream(
         ValueError: a chunk size, deadline, ``workers`` or ``ahead`` out of range, or impossible ``exits``.
 
     Example:
-        >>> import branchy_jax as bj
+        >>> import branchy_jax as bj, jax
         >>> model, images = bj.models.create('b-lenet'), np.ones((3, 28, 28, 1), np.float32)
         >>> variables = model.init(jax.random.key(0), images)
         >>> answer = stream(model, chunk_size=2)
