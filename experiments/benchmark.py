@@ -145,7 +145,7 @@ _LEGEND = """\
 
 
 def _line(cell: Cell) -> str:
-    exits = '/'.join(f'{100 * share:.0f}' for share in cell['exit_fractions'])
+    exits = '/'.join(f'{100 * share:.0f}' for share in cell.exit_fractions)
     return (
         f'{cell.network} batch {cell.batch} exits {exits}: {cell.ms:.4f} ms planned, gain {cell.gain:.2f}, '
         f'over optimized {cell.gain_over_optimized:.2f}, realised {cell.realised:.2f} '

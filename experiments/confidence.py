@@ -9,7 +9,7 @@ simulation of the promises draws.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> dict[str, Any]:
     title = f'{networks.name} on {finished.config.dataset}'
     fitting, choosing = validation.halves()  # what is fitted on one half is screened on the other
     calibration, temperatures = comparisons.calibrations(fitting, test, workdir / 'reliability.png', title)
+
+    def named(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{'network': networks.name, **row} for row in rows]
+
     criteria = comparisons.all_criteria(fitting, temperatures)
     record = {
         'network': networks.name,
@@ -59,9 +63,9 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> dict[str, Any]:
         **command.provenance('confidence'),
         'inputs': {'validation': len(validation), 'test': len(test), 'calibration set': size},
         **simulate(networks.name, _populations(validation, test, splits=splits, size=size)),
-        'calibration': calibration,
-        'criteria': comparisons.compare_criteria(criteria, choosing, test),
-        'search': comparisons.searches(networks, dataset.validation.image, validation, test),
+        'calibration': named(calibration),
+        'criteria': named(comparisons.compare_criteria(criteria, choosing, test)),
+        'search': named(comparisons.searches(networks, dataset.validation.image, validation, test)),
         'exact_search': comparisons.time_exact_search(),
         'control': comparisons.control(cached, dataset.test, validation, workdir / 'control.png', title),
         'protocols': comparisons.protocols(criteria, choosing, test, workdir / 'protocols.png', title),

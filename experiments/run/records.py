@@ -225,7 +225,6 @@ class RunRecord:
         num_classes: K.
         image_shape: ``(H, W, C)``.
         criterion: of all thresholds here, by name.
-        tried: every criterion that was tried.
         baseline: the one-exit network.
         exit_accuracy: ``[N]`` of each exit alone, on test data.
         points: the operating points.
@@ -235,6 +234,7 @@ class RunRecord:
         trunk_only_ms: as `Timed`.
         stage_macs: ``[N]``.
         exit_macs: ``[N]`` of heads.
+        tried: every criterion that was tried.
         paper: the paper's rows, to stand beside.
         class_iou: ``[K]`` by baseline, exit and operating point, ``None`` where nothing is of a class; of masks only.
         pixelwise: of masks only.
@@ -248,7 +248,6 @@ class RunRecord:
     num_classes: int
     image_shape: tuple[int, ...]
     criterion: str
-    tried: tuple[Tried, ...]
     baseline: Baseline
     exit_accuracy: Numbers
     points: tuple[Point, ...]
@@ -258,6 +257,7 @@ class RunRecord:
     trunk_only_ms: Numbers
     stage_macs: Numbers
     exit_macs: Numbers
+    tried: tuple[Tried, ...] = ()
     paper: tuple[Mapping[str, Any], ...] = ()
     class_iou: Mapping[str, tuple[float | None, ...]] = dataclasses.field(default_factory=dict)
     pixelwise: tuple[Pixelwise, ...] = ()
@@ -299,8 +299,9 @@ class RunRecord:
                 class_iou={name: tuple(values) for name, values in stored.get('class_iou', {}).items()},
                 **{name: _tuples(stored[name]) for name in _AS_THEY_ARE if name != 'task'},
                 **{
-                    name: tuple(decode(kind, part, metric) for part in stored.get(key, ()))
+                    name: tuple(decode(kind, part, metric) for part in stored[key])
                     for name, (key, kind) in _LISTS.items()
+                    if key in stored or name not in _OPTIONAL
                 },
             )
         except (KeyError, ValueError) as error:
@@ -319,6 +320,7 @@ _LISTS = {
     'first_and_last': ('first_and_last', LeavingFirst),
     'pixelwise': ('pixelwise', Pixelwise),
 }
+_OPTIONAL = ('tried', 'pixelwise')  # the first records said nothing of the one; only masks have the other
 _KEYS = {'accuracy': 'test_{}', 'validation_accuracy': 'validation_{}'}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,58 +87,12 @@ def positions(network: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys((2, 1 + blocks, 1 + 2 * blocks)))
 
 
-def judge_all(variants: dict[str, Any], network: str) -> list[dict[str, Any]]:
-    """Answers every claim from the accuracies of its variants; one that lacks a variant is left out."""
-
-    def final(name: str, part: str = 'test_accuracy') -> np.ndarray:
-        return np.array(variants[name][part])[:, -1]
-
-    def first(name: str) -> np.ndarray:
-        return np.array(variants[name]['test_accuracy'])[:, 0]
-
-    def gap(name: str) -> np.ndarray:
-        return final(name, 'train_accuracy') - final(name)
-
-    points = functools.partial(judge, unit='points', scale=100.0)
-    depths, places = [depth_name(depth) for depth in DEPTHS], [position_name(place) for place in positions(network)]
-    joint, falling = 'joint', 'joint, first exit 1.0 to last 0.3'
-    start, longer = 'joint, from the baseline', 'joint, twice as long'
-    claims: dict[str, list[tuple[list[str], str, Callable[[], np.ndarray]]]] = {
-        'Joint training regularises': [
-            ([joint, 'baseline'],
-             'Is the last exit more accurate on test data than the baseline trained on its own?',
-             lambda: final(joint) - final('baseline')),
-            ([joint, 'baseline'], 'Is its gap between training and test accuracy smaller?',
-             lambda: gap('baseline') - gap(joint)),
-        ],
-        'Starting from the trained baseline is better than from random': [
-            ([start, joint], 'Is the last exit more accurate, after as many joint epochs?',
-             lambda: final(start) - final(joint)),
-            ([start, longer], "And after as many epochs in all, the baseline's counted?",
-             lambda: final(start) - final(longer)),
-        ],
-        'A larger weight on early exits helps later ones': [
-            ([falling, joint],
-             'Do weights from 1.0 on the first to 0.3 on the last exit make the last more accurate than equal ones?',
-             lambda: final(falling) - final(joint)),
-            ([falling, joint], 'And the first exit?', lambda: first(falling) - first(joint)),
-        ],
-        'Deeper branches (Figure 5)': [
-            (depths, 'Does the last exit gain by each convolution in branch 1?',
-             lambda: _slopes([final(name) for name in depths])),
-            (depths, "Does the branch's own exit?", lambda: _slopes([first(name) for name in depths])),
-        ],
-        'Later branches': [
-            (places, "Is the branch's own exit more accurate, each place later?",
-             lambda: _slopes([first(name) for name in places])),
-            (places, 'Does the last exit gain by a later branch, each place?',
-             lambda: _slopes([final(name) for name in places])),
-        ],
-    }  # fmt: skip
-    found = []
-    for claim, questions in claims.items():
+def judge_all(variants: Mapping[str, Any], network: str) -> list[dict[str, Any]]:
+    """Answers every claim from the accuracies of its variants; a question that lacks a variant is left out."""
+    accuracies, found = _Accuracies(variants), []
+    for claim, questions in _questions(network).items():
         answers = [
-            points(question, differences())
+            judge(question, differences(accuracies), unit='points', scale=100.0)
             for needed, question, differences in questions
             if set(needed) <= set(variants)
         ]
@@ -147,6 +101,64 @@ def judge_all(variants: dict[str, Any], network: str) -> list[dict[str, Any]]:
     return found
 
 
-def _slopes(accuracies: list[np.ndarray]) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class _Accuracies:
+    """What variants reach, one figure a seed."""
+
+    variants: Mapping[str, Any]
+
+    def last(self, name: str, part: str = 'test_accuracy') -> np.ndarray:
+        return np.array(self.variants[name][part])[:, -1]
+
+    def first(self, name: str) -> np.ndarray:
+        return np.array(self.variants[name]['test_accuracy'])[:, 0]
+
+    def gap(self, name: str) -> np.ndarray:
+        return self.last(name, 'train_accuracy') - self.last(name)
+
+
+_Question = tuple[Sequence[str], str, Callable[[_Accuracies], np.ndarray]]
+"""Variants needed, the question, and the differences that answer it, positive where the claim holds."""
+
+
+def _questions(network: str) -> dict[str, list[_Question]]:
+    joint, falling = 'joint', 'joint, first exit 1.0 to last 0.3'
+    start, longer = 'joint, from the baseline', 'joint, twice as long'
+    depths, places = [depth_name(depth) for depth in DEPTHS], [position_name(place) for place in positions(network)]
+    return {
+        'Joint training regularises': [
+            ([joint, 'baseline'],
+             'Is the last exit more accurate on test data than the baseline trained on its own?',
+             lambda of: of.last(joint) - of.last('baseline')),
+            ([joint, 'baseline'], 'Is its gap between training and test accuracy smaller?',
+             lambda of: of.gap('baseline') - of.gap(joint)),
+        ],
+        'Starting from the trained baseline is better than from random': [
+            ([start, joint], 'Is the last exit more accurate, after as many joint epochs?',
+             lambda of: of.last(start) - of.last(joint)),
+            ([start, longer], "And after as many epochs in all, the baseline's counted?",
+             lambda of: of.last(start) - of.last(longer)),
+        ],
+        'A larger weight on early exits helps later ones': [
+            ([falling, joint],
+             'Do weights from 1.0 on the first to 0.3 on the last exit make the last more accurate than equal ones?',
+             lambda of: of.last(falling) - of.last(joint)),
+            ([falling, joint], 'And the first exit?', lambda of: of.first(falling) - of.first(joint)),
+        ],
+        'Deeper branches (Figure 5)': [
+            (depths, 'Does the last exit gain by each convolution in branch 1?',
+             lambda of: _slopes([of.last(name) for name in depths])),
+            (depths, "Does the branch's own exit?", lambda of: _slopes([of.first(name) for name in depths])),
+        ],
+        'Later branches': [
+            (places, "Is the branch's own exit more accurate, each place later?",
+             lambda of: _slopes([of.first(name) for name in places])),
+            (places, 'Does the last exit gain by a later branch, each place?',
+             lambda of: _slopes([of.last(name) for name in places])),
+        ],
+    }  # fmt: skip
+
+
+def _slopes(accuracies: Sequence[np.ndarray]) -> np.ndarray:
     """Returns for every seed the slope of accuracy over place, by least squares."""
     return np.polyfit(np.arange(len(accuracies)), np.array(accuracies), 1)[0]
