@@ -10,73 +10,60 @@ against multiply-accumulates). All times are milliseconds per image; ratios are 
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 
 import branchy_jax as bj
-from branchy_jax.inference import segment_times
 from branchy_jax.report import markdown_table, write_json, write_text
-from experiments.cells import Subject, images_needed, measure_cell, peak_memory_mb, prepare
-from experiments.records import describe_device
-from experiments.timing import keep_to_one_core
-
-_NETWORK = flags.DEFINE_string('network', None, 'A branchy network: b-lenet, b-alexnet, b-resnet110.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
-_WEIGHTS = flags.DEFINE_string('weights', None, 'Safetensors of the network; random weights without.')
-_BATCHES = flags.DEFINE_list('batches', None, 'Batch sizes, such as 1,32,256.')
-_SHARES = flags.DEFINE_list('shares', None, 'Exit shares in percent, such as 70/20/10,100/0/0.')
-_PASSES = flags.DEFINE_integer('passes', 20, 'Interleaved pairs per cell.', lower_bound=1)
-_ONE_CORE = flags.DEFINE_bool('one_core', False, 'Keep the process to one CPU core: fastest for small networks.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the images.')
+from experiments.pages import pictures
+from experiments.run import command
+from experiments.run.timing import keep_to_one_core
+from experiments.study.cells import Cell, images_needed, measure_cell, peak_memory_mb, prepare
 
 _SHARES_BY_EXITS = {2: ['94/6', '70/30', '0/100', '100/0'], 3: ['100/0/0', '70/20/10', '40/30/30', '0/0/100']}
 _SIZES_PER_BATCH = 4
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the grid, writing what is known after every cell."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
-    logging.set_verbosity(logging.WARNING)  # jax would tell of every platform that is not there
-    if _ONE_CORE.value:
+    parser = command.parser(__doc__)
+    parser.add_argument('--network', required=True, help='A branchy network: b-lenet, b-alexnet, b-resnet110.')
+    parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
+    parser.add_argument('--weights', type=Path, help='Safetensors of the network; random weights without.')
+    parser.add_argument('--batches', type=command.positives, help='Batch sizes, such as 1,32,256.')
+    parser.add_argument('--shares', help='Exit shares in percent, such as 70/20/10,100/0/0.')
+    parser.add_argument('--passes', type=command.positive, default=20, help='Interleaved pairs per cell.')
+    parser.add_argument('--one_core', action='store_true', help='Keep to one CPU core: fastest for small networks.')
+    parser.add_argument('--seed', type=int, default=0, help='Of the images.')
+    options = parser.parse_args(arguments)
+    if options.one_core:
         keep_to_one_core()
-    model = bj.models.create(_NETWORK.value)
-    batches, all_shares = _batches(), _shares(model.num_exits)
+    model = bj.models.create(options.network)
+    all_shares = _shares(options.shares, model.num_exits)
+    on_cpu = jax.default_backend() == 'cpu'
+    batches = options.batches or ([1, 32, 256] if on_cpu else [1, 32, 256, 2048, 10000])
     count = max(images_needed(batch) for batch in batches)
-    images = np.random.default_rng(_SEED.value).standard_normal((count, *model.image_shape), np.float32)
-    weights = None if _WEIGHTS.value is None else bj.checkpoint.load_weights(_WEIGHTS.value)[0]
-    subject = prepare(_NETWORK.value, weights, images)
-    cells: list[dict[str, Any]] = []
+    images = np.random.default_rng(options.seed).standard_normal((count, *model.image_shape), np.float32)
+    weights = None if options.weights is None else bj.checkpoint.load_weights(options.weights)[0]
+    subject = prepare(options.network, weights, images)
+    cells: list[Cell] = []
     all_times: dict[str, Any] = {}
     for batch in batches:
-        times = segment_times(*subject.fast, images, batch_sizes=_sizes(batch), passes=7)
+        times = bj.inference.segment_times(*subject.fast, images, batch_sizes=_sizes(batch), passes=7)
         all_times[str(batch)] = dataclasses.asdict(times)
         for shares in all_shares:
-            found = measure_cell(subject, images, shares, batch, times, passes=_PASSES.value)
-            cells += found
-            _write(Path(_WORKDIR.value), subject, cells, all_times)
-            print(_line(found[-1]), flush=True)
+            cells += measure_cell(subject, images, shares, batch, times, passes=options.passes)
+            _write(options.workdir, cells, all_times, passes=options.passes)
+            print(_line(cells[-1]), flush=True)
 
 
-def _batches() -> list[int]:
-    on_cpu = jax.default_backend() == 'cpu'
-    given = _BATCHES.value or ([1, 32, 256] if on_cpu else [1, 32, 256, 2048, 10000])
-    if not all(str(batch).isdigit() and int(batch) > 0 for batch in given):
-        raise ValueError(f'batches: got {",".join(map(str, given))}; give positive integers such as 1,32,256')
-    return [int(batch) for batch in given]
-
-
-def _shares(num_exits: int) -> list[list[float]]:
-    given = _SHARES.value or _SHARES_BY_EXITS[num_exits]
+def _shares(given: str | None, num_exits: int) -> list[list[float]]:
     found = []
-    for text in given:
+    for text in given.split(',') if given else _SHARES_BY_EXITS[num_exits]:
         try:
             shares = [float(share) / 100 for share in text.split('/')]
         except ValueError:
@@ -92,23 +79,21 @@ def _sizes(batch: int) -> list[int]:
     return sorted({max(1, batch // 4**power) for power in range(_SIZES_PER_BATCH)} | {1, 16, 64})
 
 
-def _write(workdir: Path, subject: Subject, cells: Sequence[dict[str, Any]], times: dict[str, Any]) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
+def _write(workdir: Path, cells: Sequence[Cell], times: dict[str, Any], *, passes: int) -> None:
     record = {
-        'device': describe_device(),
-        'passes': _PASSES.value,
-        'command': shlex.join(['python', '-m', 'experiments.benchmark', *sys.argv[1:]]),
+        **command.provenance('benchmark'),
+        'passes': passes,
         'unit': 'ms per image',
         'peak_memory_mb': peak_memory_mb(),
         'segment_times': times,
-        'cells': list(cells),
+        'cells': [cell.to_json() for cell in cells],
     }
     write_json(workdir / 'benchmark.json', record)
-    write_text(workdir / 'benchmark.md', _markdown(record))
-    title = f'{subject.name}, {record["device"]}'
-    bj.plots.gain_against_batch(workdir / 'gain.png', cells, title=title)
-    bj.plots.cost_against_batch(workdir / 'cost.png', cells, title=title)
-    bj.plots.time_against_macs(workdir / 'follows.png', cells, title=title)
+    write_text(workdir / 'benchmark.md', _page(record, cells))
+    title = f'{cells[0].network}, {record["device"]}'
+    pictures.gain_against_batch(workdir / 'gain.png', record['cells'], title=title)
+    pictures.time_against_batch(workdir / 'cost.png', record['cells'], title=title)
+    pictures.time_against_macs(workdir / 'follows.png', record['cells'], title=title)
 
 
 _COLUMNS = [
@@ -117,28 +102,28 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
-def _markdown(record: dict[str, Any]) -> str:
+def _page(record: dict[str, Any], cells: Sequence[Cell]) -> str:
     rows = [
         [
-            str(cell['batch']),
-            '/'.join(f'{100 * share:.0f}' for share in cell['exit_fractions']),
-            cell['executor'],
-            f'{cell["ms"]:.4f}',
-            f'{cell["baseline_ms"]:.4f}',
-            f'{cell["gain"]:.2f}',
-            f'{cell["gain_over_optimized"]:.2f}',
-            f'{cell["mac_limit"]:.2f}',
-            f'{cell["time_limit_ms"]:.4f}',
-            f'{cell["realised"]:.2f}',
-            f'{cell["realised_within_batch"]:.2f}',
-            f'[{cell["slowdown_low"]:.3f}, {cell["slowdown_high"]:.3f}]',
-            f'{cell["compile_s"]:.1f}',
+            str(cell.batch),
+            '/'.join(f'{100 * share:.0f}' for share in cell.exit_fractions),
+            cell.executor,
+            f'{cell.ms:.4f}',
+            f'{cell.baseline_ms:.4f}',
+            f'{cell.gain:.2f}',
+            f'{cell.gain_over_optimized:.2f}',
+            f'{cell.mac_limit:.2f}',
+            f'{cell.time_limit_ms:.4f}',
+            f'{cell.realised:.2f}',
+            f'{cell.realised_within_batch:.2f}',
+            f'[{cell.slowdown_low:.3f}, {cell.slowdown_high:.3f}]',
+            f'{cell.compile_s:.1f}',
         ]
-        for cell in record['cells']
+        for cell in cells
     ]
-    plans = '\n\n'.join(f'```\n{cell["plan"]}\n```' for cell in record['cells'] if 'plan' in cell)
+    plans = '\n\n'.join(f'```\n{cell.plan}\n```' for cell in cells if cell.plan)
     return '\n\n'.join([
-        f'# Benchmark of {record["cells"][0]["network"]}',
+        f'# Benchmark of {cells[0].network}',
         f'`{record["command"]}`',
         f'{record["device"]}, {record["passes"]} interleaved passes. Milliseconds per image.',
         markdown_table(_COLUMNS, rows),
@@ -159,15 +144,14 @@ _LEGEND = """\
 - compile: of the executor; of a plan, all of planning."""
 
 
-def _line(cell: dict[str, Any]) -> str:
-    exits = '/'.join(f'{100 * share:.0f}' for share in cell['exit_fractions'])
+def _line(cell: Cell) -> str:
+    exits = '/'.join(f'{100 * share:.0f}' for share in cell.exit_fractions)
     return (
-        f'{cell["network"]} batch {cell["batch"]} exits {exits}: {cell["ms"]:.4f} ms planned, gain {cell["gain"]:.2f}, '
-        f'over optimized {cell["gain_over_optimized"]:.2f}, realised {cell["realised"]:.2f} '
-        f'(within batch {cell["realised_within_batch"]:.2f}), MAC limit {cell["mac_limit"]:.2f}'
+        f'{cell.network} batch {cell.batch} exits {exits}: {cell.ms:.4f} ms planned, gain {cell.gain:.2f}, '
+        f'over optimized {cell.gain_over_optimized:.2f}, realised {cell.realised:.2f} '
+        f'(within batch {cell.realised_within_batch:.2f}), MAC limit {cell.mac_limit:.2f}'
     )
 
 
 if __name__ == '__main__':
-    flags.mark_flags_as_required(['network', 'workdir'])
-    app.run(main)
+    main()

@@ -9,41 +9,55 @@ virtual machines offer ``perf`` no counters. Run times are the run's own, measur
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+
+import branchy_jax as bj
+from experiments.run import command
+from experiments.run.networks import read_run
+from experiments.run.records import decode
+from experiments.study.folders import CacheRow, write_rows
 
 CACHES = ('--I1=32768,8,64', '--D1=32768,8,64', '--LL=33554432,16,64')
 NO_VALGRIND = 'valgrind: not found; install it (apt install valgrind): cache misses are not measured without it'
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs itself under valgrind, then collects."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
-    logging.set_verbosity(logging.WARNING)
-    if _INSIDE.value is not None:
-        _run_images(Path(_WORKDIR.value), Path(_INSIDE.value))
+    parser = command.parser(__doc__)
+    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser.add_argument('--images', type=command.positive, default=8, help='Test images per setting.')
+    parser.add_argument('--settings', type=command.positive, default=5, help='Thresholds of the frontier.')
+    parser.add_argument('--inside', type=Path, help='Set by this command where it calls itself under valgrind.')
+    options = parser.parse_args(arguments)
+    if options.inside is not None:
+        _run_images(options.workdir, options.inside, images=options.images, settings=options.settings)
         return
-    record = measure(Path(_WORKDIR.value), images=_IMAGES.value, settings=_SETTINGS.value)
-    for point in record['points']:
+    for row in run(options.workdir, images=options.images, settings=options.settings):
         print(
-            f'{point["network"]} {point["thresholds"]}: {point["latency_ms"]:.3f} ms, first-level misses '
-            f'{100 * point["first_level"]:.3f} %, last-level {100 * point["last_level"]:.4f} % of data accesses'
+            f'{row.network} {list(row.thresholds)}: {row.latency_ms:.3f} ms, first-level misses '
+            f'{100 * row.first_level:.3f} %, last-level {100 * row.last_level:.4f} % of data accesses'
         )
 
 
-def measure(workdir: Path, *, images: int, settings: int) -> dict[str, Any]:
+def run(workdir: Path, *, images: int, settings: int) -> list[CacheRow]:
     """Counts cache misses of a finished run under valgrind, and writes ``cache.json``.
+
+    Args:
+        workdir: folder of the run.
+        images: test images per setting.
+        settings: how many of the frontier.
 
     Raises:
         ValueError: there is no valgrind, or it failed.
@@ -51,34 +65,23 @@ def measure(workdir: Path, *, images: int, settings: int) -> dict[str, Any]:
     if shutil.which('valgrind') is None or shutil.which('callgrind_control') is None:
         raise ValueError(NO_VALGRIND)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
+        arguments = [
             'valgrind', '--tool=callgrind', '--cache-sim=yes', '--instr-atstart=no', '--fair-sched=yes',
             *CACHES,
             f'--callgrind-out-file={folder}/counts', sys.executable, '-m', 'experiments.cache', f'--workdir={workdir}',
             f'--images={images}', f'--settings={settings}', f'--inside={folder}',
         ]  # fmt: skip
         environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0'}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise ValueError(f'valgrind: failed with {done.returncode}: {done.stderr[-500:]}')
-        from branchy_jax.report import read_json, write_json
-        from experiments.records import describe_device
-
-        found = read_json(Path(folder, 'settings.json'))
-        points = [
-            {**setting, **misses(Path(folder, f'counts.{n + 1}').read_text())}
-            for n, setting in enumerate(found['settings'])
+        rows = [
+            decode(CacheRow, {**setting, **misses(Path(folder, f'counts.{n + 1}').read_text())})
+            for n, setting in enumerate(bj.report.read_json(Path(folder, 'settings.json'))['settings'])
         ]
-    record = {
-        **{key: found[key] for key in ('network', 'dataset')},
-        'device': describe_device(),
-        'command': shlex.join(['python', '-m', 'experiments.cache', *sys.argv[1:]]),
-        'simulated_by': f'valgrind callgrind, caches {" ".join(CACHES)}',
-        'images': images,
-        'points': points,
-    }
-    write_json(workdir / 'cache.json', record)
-    return record
+    simulated_by = f'valgrind callgrind, caches {" ".join(CACHES)}'
+    write_rows(read_run(workdir), 'cache', rows, by='cache', key='points', simulated_by=simulated_by, images=images)
+    return rows
 
 
 def misses(text: str) -> dict[str, float]:
@@ -102,56 +105,40 @@ def misses(text: str) -> dict[str, float]:
     }
 
 
-def _run_images(workdir: Path, folder: Path) -> None:
+def _run_images(workdir: Path, folder: Path, *, images: int, settings: int) -> None:
     """Runs the baseline and settings of the frontier, counting only while images run."""
-    import jax
-    import jax.numpy as jnp
-
-    import branchy_jax as bj
-    from experiments.finished import read_run
-
     finished = read_run(workdir)
-    frontier = finished.report['frontier']
-    chosen = np.unique(np.linspace(0, len(frontier) - 1, _SETTINGS.value).round().astype(int))
-    baseline_row = finished.report['rows'][0]
-    settings = [
-        {'network': finished.config.network[2:], 'thresholds': [], 'latency_ms': baseline_row['latency_ms']},
-        *(
-            {'network': finished.config.network, **{key: frontier[n][key] for key in ('thresholds', 'latency_ms')}}
-            for n in chosen
-        ),
+    networks, frontier = finished.networks, finished.record.frontier
+    chosen = np.unique(np.linspace(0, len(frontier) - 1, settings).round().astype(int))
+    tried: list[tuple[str, Sequence[float], float]] = [
+        (networks.name[2:], (), finished.record.baseline.clock.latency_ms),
+        *((networks.name, frontier[n].thresholds, frontier[n].latency_ms) for n in chosen),
     ]
-    test = finished.dataset().test
-    images = [jnp.asarray(image) for image in np.asarray(finished.normalization(test.image[: _IMAGES.value]))]
-    networks = {
-        finished.config.network[2:]: bj.inference.optimize(finished.baseline, finished.baseline_variables),
-        finished.config.network: bj.inference.optimize(finished.model, finished.variables),
+    pixels = finished.dataset().test.image[:images]
+    inputs = [jnp.asarray(image) for image in np.asarray(networks.normalization(pixels))]
+    rewritten = {
+        networks.name[2:]: bj.inference.optimize(networks.baseline, networks.baseline_variables),
+        networks.name: bj.inference.optimize(networks.model, networks.variables),
     }
-    executors = {name: bj.inference.staged(model) for name, (model, _) in networks.items()}
-    for setting in settings:
-        name = setting['network']
-        thresholds = jnp.asarray(setting['thresholds'], jnp.float32)
-        execute = executors[name]
-        jax.block_until_ready(execute(networks[name][1], images[0], thresholds))
+    executors = {name: bj.inference.staged(model) for name, (model, _) in rewritten.items()}
+    for name, thresholds, _ in tried:
+        policy = jax.tree.map(jnp.asarray, finished.policy(thresholds))
+        run = functools.partial(executors[name], rewritten[name][1])
+        jax.block_until_ready(run(inputs[0], policy))
         _control('-i', 'on')
-        for image in images:
-            jax.block_until_ready(execute(networks[name][1], image, thresholds))
+        for image in inputs:
+            jax.block_until_ready(run(image, policy))
         _control('-i', 'off')
         _control('-d')
-    bj.report.write_json(
-        folder / 'settings.json',
-        {'network': finished.config.network, 'dataset': finished.config.dataset, 'settings': settings},
-    )
+    record = [
+        {'network': name, 'thresholds': thresholds, 'latency_ms': latency_ms} for name, thresholds, latency_ms in tried
+    ]
+    bj.report.write_json(folder / 'settings.json', {'settings': record})
 
 
 def _control(*arguments: str) -> None:
     subprocess.run(['callgrind_control', *arguments, str(os.getpid())], capture_output=True, check=True)
 
 
-if __name__ == '__main__':  # flags here: several of these modules may be imported together
-    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
-    _IMAGES = flags.DEFINE_integer('images', 8, 'Test images per setting.', lower_bound=1)
-    _SETTINGS = flags.DEFINE_integer('settings', 5, 'Thresholds of the frontier.', lower_bound=1)
-    _INSIDE = flags.DEFINE_string('inside', None, 'Set by this command where it calls itself under valgrind.')
-    flags.mark_flags_as_required(['workdir'])
-    app.run(main)
+if __name__ == '__main__':
+    main()

@@ -9,55 +9,53 @@ variants of a seed share initial weights and the order of the data, so that diff
 
 from __future__ import annotations
 
-import functools
-import shlex
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
-from experiments import datasets
-from experiments.claims_page import page
 from experiments.configs import common
-from experiments.records import describe_device
-from experiments.seeds import Recipe, Trained, faster_way, train_seeds
-from experiments.variants import with_branch
-from experiments.verdicts import judge
+from experiments.pages.claims import page
+from experiments.run import command
+from experiments.run.tasks import load
+from experiments.study.seeds import Recipe, Seeds, Trained, faster_way
+from experiments.study.variants import with_branch
+from experiments.study.verdicts import DEPTHS, depth_name, judge_all, position_name, positions
 
-DEPTHS = (0, 1, 2, 3, 4)
-_POSITIONS = {'lenet': (1, 2, 3), 'alexnet': (1, 2, 3, 4)}
 
-
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains all variants, judges and writes."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
-    logging.set_verbosity(logging.WARNING)
+    parser = command.parser(__doc__)
+    parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
+    parser.add_argument('--network', default='b-lenet', help='A branchy one, such as b-lenet, b-alexnet, b-resnet20.')
+    parser.add_argument('--dataset', default='mnist5k', help='mnist5k, a TFDS name or an .npz.')
+    parser.add_argument('--seeds', type=command.positive, default=5, help='Trainings of each variant.')
+    parser.add_argument('--epochs', type=command.positive, default=15, help='Of each training.')
+    parser.add_argument('--batch_size', type=command.positive, default=64, help='Examples in a step.')
+    parser.add_argument('--learning_rate', type=float, default=3e-3, help='Peak.')
+    parser.add_argument('--weight_decay', type=float, default=0.0, help='Of AdamW.')
+    parser.add_argument('--augment', action='store_true', help='Shifts and, but for digits, mirroring; not the paper.')
+    parser.add_argument('--dtype', default='float32', help='Of the computation.')
+    parser.add_argument('--most_examples', type=int, default=0, help='Of each part of the data, to try it; 0: all.')
+    parser.add_argument('--judge_only', action='store_true', help='Judge by what was trained so far.')
+    options = parser.parse_args(arguments)
     config: ConfigDict = common.get_config()
-    config.update(dataset=_DATASET.value, most_examples=_MOST_EXAMPLES.value)
-    dataset = datasets.load(config)
-    digits = 'mnist' in _DATASET.value
+    config.update(dataset=options.dataset, most_examples=options.most_examples)
+    digits = 'mnist' in options.dataset
     recipe = Recipe(
-        epochs=_EPOCHS.value, batch_size=_BATCH_SIZE.value, learning_rate=_LEARNING_RATE.value,
-        weight_decay=_WEIGHT_DECAY.value, crop_padding=(2 if digits else 4) * _AUGMENT.value,
-        flip=_AUGMENT.value and not digits,
+        epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay, crop_padding=(2 if digits else 4) * options.augment,
+        flip=options.augment and not digits,
     )  # fmt: skip
     run(
-        Path(_WORKDIR.value),
-        _NETWORK.value,
-        dataset,
-        recipe,
-        seeds=_SEEDS.value,
-        dtype=_DTYPE.value,
-        judge_only=_JUDGE_ONLY.value,
-    )
+        options.workdir, options.network, load(config), recipe, seeds=options.seeds, dtype=options.dtype,
+        judge_only=options.judge_only,
+    )  # fmt: skip
 
 
 def run(
@@ -94,18 +92,17 @@ def run(
         options['convolution'] = bj.models.banded_convolution
     record = {
         'settings': settings,
-        'device': describe_device(),
-        'command': shlex.join(['python', '-m', 'experiments.claims', *sys.argv[1:]]),
+        **command.provenance('claims'),
         'seconds': 0.0,
         'variants': {},
         **record,
     }
     if 'seeds_by' not in record:
         record['seeds_by'] = faster_way(bj.models.create(network, **options), dataset, recipe, seeds=seeds)
-    train = functools.partial(train_seeds, dataset=dataset, recipe=recipe, seeds=seeds, by=record['seeds_by']['by'])
+    trainings = Seeds(dataset, recipe, count=seeds, by=record['seeds_by']['by'])
     workdir.mkdir(parents=True, exist_ok=True)
     if not judge_only:
-        _train_missing(record, network, options, train, path)
+        _train_missing(record, network, options, trainings, path)
     _write(path, record)
     bj.report.write_text(path.with_suffix('.md'), page(record))
     print(page(record))
@@ -117,11 +114,9 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     bj.report.write_json(path, record)
 
 
-def _train_missing(
-    record: dict[str, Any], network: str, options: dict[str, Any], train: Callable[..., Trained], path: Path
-) -> None:
+def _train_missing(record: dict[str, Any], network: str, options: dict[str, Any], trainings: Seeds, path: Path) -> None:
     """Trains every variant that the record lacks, and writes the record after each."""
-    model = bj.models.create(network, **options)
+    model, train = bj.models.create(network, **options), trainings.train
     exits, trunk = model.num_exits, network[2:]
     equal, falling = [1.0] * exits, np.linspace(1.0, 0.3, exits).tolist()
     epochs = record['settings']['epochs']
@@ -139,11 +134,11 @@ def _train_missing(
         'joint, first exit 1.0 to last 0.3': lambda: train(model, falling),
     }
     for depth in DEPTHS:
-        variants[_depth(depth)] = lambda depth=depth: train(
+        variants[depth_name(depth)] = lambda depth=depth: train(
             with_branch(trunk, after=1, convolutions=depth, **options), [1.0, 1.0]
         )
-    for position in _positions(network):
-        variants[_position(position)] = lambda position=position: train(
+    for position in positions(network):
+        variants[position_name(position)] = lambda position=position: train(
             with_branch(trunk, after=position, convolutions=1, **options), [1.0, 1.0]
         )
     for name, make in variants.items():
@@ -165,99 +160,5 @@ def _train_missing(
         print(f'{network} {name}: test accuracy per exit {exits_text} %, {seconds:.0f} s', flush=True)
 
 
-def _depth(depth: int) -> str:
-    return f'branch of {depth} convolutions'
-
-
-def _position(position: int) -> str:
-    return _depth(1) if position == 1 else f'branch after layer {position}'  # the same network
-
-
-def _positions(network: str) -> tuple[int, ...]:
-    trunk = network[2:]
-    if trunk in _POSITIONS:
-        return _POSITIONS[trunk]
-    blocks = (int(trunk.removeprefix('resnet')) - 2) // 6  # after the first block, then at each third
-    return tuple(dict.fromkeys((2, 1 + blocks, 1 + 2 * blocks)))
-
-
-def judge_all(variants: dict[str, Any], network: str) -> list[dict[str, Any]]:
-    """Answers every claim from the accuracies of its variants; one that lacks a variant is left out."""
-
-    def final(name: str, part: str = 'test_accuracy') -> np.ndarray:
-        return np.array(variants[name][part])[:, -1]
-
-    def first(name: str) -> np.ndarray:
-        return np.array(variants[name]['test_accuracy'])[:, 0]
-
-    def gap(name: str) -> np.ndarray:
-        return final(name, 'train_accuracy') - final(name)
-
-    points = functools.partial(judge, unit='points', scale=100.0)
-    depths, positions = [_depth(depth) for depth in DEPTHS], [_position(place) for place in _positions(network)]
-    joint, falling = 'joint', 'joint, first exit 1.0 to last 0.3'
-    start, longer = 'joint, from the baseline', 'joint, twice as long'
-    claims: dict[str, list[tuple[list[str], str, Callable[[], np.ndarray]]]] = {
-        'Joint training regularises': [
-            ([joint, 'baseline'],
-             'Is the last exit more accurate on test data than the baseline trained on its own?',
-             lambda: final(joint) - final('baseline')),
-            ([joint, 'baseline'], 'Is its gap between training and test accuracy smaller?',
-             lambda: gap('baseline') - gap(joint)),
-        ],
-        'Starting from the trained baseline is better than from random': [
-            ([start, joint], 'Is the last exit more accurate, after as many joint epochs?',
-             lambda: final(start) - final(joint)),
-            ([start, longer], "And after as many epochs in all, the baseline's counted?",
-             lambda: final(start) - final(longer)),
-        ],
-        'A larger weight on early exits helps later ones': [
-            ([falling, joint],
-             'Do weights from 1.0 on the first to 0.3 on the last exit make the last more accurate than equal ones?',
-             lambda: final(falling) - final(joint)),
-            ([falling, joint], 'And the first exit?', lambda: first(falling) - first(joint)),
-        ],
-        'Deeper branches (Figure 5)': [
-            (depths, 'Does the last exit gain by each convolution in branch 1?',
-             lambda: _slopes([final(name) for name in depths])),
-            (depths, "Does the branch's own exit?", lambda: _slopes([first(name) for name in depths])),
-        ],
-        'Later branches': [
-            (positions, "Is the branch's own exit more accurate, each place later?",
-             lambda: _slopes([first(name) for name in positions])),
-            (positions, 'Does the last exit gain by a later branch, each place?',
-             lambda: _slopes([final(name) for name in positions])),
-        ],
-    }  # fmt: skip
-    found = []
-    for claim, questions in claims.items():
-        answers = [
-            points(question, differences())
-            for needed, question, differences in questions
-            if set(needed) <= set(variants)
-        ]
-        if answers:
-            found.append({'claim': claim, 'answers': answers})
-    return found
-
-
-def _slopes(accuracies: list[np.ndarray]) -> np.ndarray:
-    """Returns for every seed the slope of accuracy over place, by least squares."""
-    return np.polyfit(np.arange(len(accuracies)), np.array(accuracies), 1)[0]
-
-
-if __name__ == '__main__':  # flags here: several of these modules may be imported together
-    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
-    _NETWORK = flags.DEFINE_string('network', 'b-lenet', 'The branchy network, such as b-lenet, b-alexnet, b-resnet20.')
-    _DATASET = flags.DEFINE_string('dataset', 'mnist5k', 'mnist5k, a TFDS name or an .npz.')
-    _SEEDS = flags.DEFINE_integer('seeds', 5, 'Trainings of each variant.', lower_bound=1)
-    _EPOCHS = flags.DEFINE_integer('epochs', 15, 'Of each training.', lower_bound=1)
-    _BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Examples in a step.', lower_bound=1)
-    _LEARNING_RATE = flags.DEFINE_float('learning_rate', 3e-3, 'Peak.')
-    _WEIGHT_DECAY = flags.DEFINE_float('weight_decay', 0.0, 'Of AdamW.')
-    _AUGMENT = flags.DEFINE_bool('augment', False, 'Random shifts and, but for digits, mirroring. The paper has none.')
-    _DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of the computation.')
-    _MOST_EXAMPLES = flags.DEFINE_integer('most_examples', 0, 'Of each part of the data, to try it out; 0: all.')
-    _JUDGE_ONLY = flags.DEFINE_bool('judge_only', False, 'Judge by what was trained so far.')
-    flags.mark_flags_as_required(['workdir'])
-    app.run(main)
+if __name__ == '__main__':
+    main()

@@ -10,43 +10,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 
 import branchy_jax as bj
-from branchy_jax.energy import Meter
-from experiments.finished import FinishedRun, read_run
-from experiments.records import describe_device
+from branchy_jax.measure import Meter
+from branchy_jax.types import Variables
+from experiments.run import command
+from experiments.run.networks import FinishedRun, read_run
+from experiments.study.folders import EnergyRow, write_rows
 
 _IMAGES = 200
 NO_METER = 'no meter: this device offers no energy counter that nvidia-ml-py or zeus (RAPL) can read; nothing measured'
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the run in ``--workdir``."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
-    logging.set_verbosity(logging.WARNING)
-    finished = read_run(_WORKDIR.value)
-    meter = bj.energy.find_meter()
-    batches = [int(size) for size in _BATCHES.value]
-    record = {
-        'network': finished.config.network,
-        'placement': finished.config.placement,
-        'dataset': finished.config.dataset,
-        'device': describe_device(),
-        'command': shlex.join(['python', '-m', 'experiments.energy', *sys.argv[1:]]),
-        **measure(finished, meter, batches=batches, seconds=_SECONDS.value),
-    }
-    bj.report.write_json(Path(_WORKDIR.value) / 'energy.json', record)
+    parser = command.parser(__doc__)
+    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser.add_argument(
+        '--batches', type=command.positives, default=[1], help='One image a call, or batches through the planner.'
+    )
+    parser.add_argument('--seconds', type=float, default=10.0, help='To run each for, at least.')
+    options = parser.parse_args(arguments)
+    record = run(read_run(options.workdir), bj.measure.find_meter(), batches=options.batches, seconds=options.seconds)
     print(record['note'])
     for row in record['rows']:
         print(
@@ -55,63 +47,66 @@ def main(arguments: list[str]) -> None:
         )
 
 
-def measure(
-    finished: FinishedRun, meter: Meter | None, *, batches: list[int], seconds: float, **clocks: Any
-) -> dict[str, Any]:
-    """Returns ``meter``, ``note`` and ``rows``; no rows without a meter.
+def run(
+    finished: FinishedRun, meter: Meter | None, *, batches: Sequence[int], seconds: float, **clocks: Any
+) -> Mapping[str, Any]:
+    """Writes ``energy.json`` with ``meter``, ``note`` and ``rows``, and returns it; no rows without a meter.
 
     Args:
         finished: the networks.
-        meter: from `branchy_jax.energy.find_meter`.
+        meter: from `branchy_jax.measure.find_meter`.
         batches: images in a call.
         seconds: to run each for, at least.
-        **clocks: of `branchy_jax.energy.measure_energy`.
+        **clocks: of `branchy_jax.measure.measure_energy`.
     """
-    if meter is None:
-        return {'meter': None, 'note': NO_METER, 'rows': []}
+    rows, note, name = [], NO_METER, None
+    if meter is not None:
+        rows = _measure(finished, meter, batches, seconds=seconds, **clocks)
+        note = f'{meter.name}; idle power subtracted and shown; every run long enough for a resolution below 2 %'
+        name = meter.name
+    return write_rows(finished, 'energy', rows, by='energy', meter=name, note=note)
+
+
+def _measure(finished: FinishedRun, meter: Meter, batches: Sequence[int], **options: Any) -> list[EnergyRow]:
     test = finished.dataset().test
     rows, idle_watts = [], None
     for batch in (size for size in batches if size <= len(test)):
-        images = np.asarray(finished.normalization(test.image[: max(_IMAGES // batch, 1) * batch]))
-        for (network, point), run in _passes(finished, images, batch).items():
-            found = bj.energy.measure_energy(run, meter, seconds=seconds, idle_watts=idle_watts, **clocks)
+        images = np.asarray(finished.networks.normalization(test.image[: max(_IMAGES // batch, 1) * batch]))
+        for (network, point), one_pass in _passes(finished, images, batch).items():
+            found = bj.measure.measure_energy(one_pass, meter, idle_watts=idle_watts, **options)
             idle_watts = found.idle_watts
-            row = {'network': network, 'operating_point': point, 'batch': batch, **dataclasses.asdict(found)}
-            rows.append({**row, **{key: row[key] / len(images) for key in ('joules', 'joules_with_idle')}})
-    note = f'{meter.name}; idle power subtracted and shown; every run long enough for a resolution below 2 %'
-    return {'meter': meter.name, 'note': note, 'rows': rows}
+            per_image = {name: getattr(found, name) / len(images) for name in ('joules', 'joules_with_idle')}
+            rows.append(EnergyRow(network, point, batch, **{**dataclasses.asdict(found), **per_image}))
+    return rows
 
 
 def _passes(finished: FinishedRun, images: np.ndarray, batch: int) -> dict[tuple[str, str], Callable[[], Any]]:
     """Returns a pass over all images for the baseline and for each operating point."""
-    network = finished.config.network
+    networks = finished.networks
     on_device = [
         jax.block_until_ready(jnp.asarray(images[start] if batch == 1 else images[start : start + batch]))
         for start in range(0, len(images), batch)
     ]
-    baseline = bj.inference.optimize(finished.baseline, finished.baseline_variables)
-    branchy = bj.inference.optimize(finished.model, finished.variables)
+    baseline = bj.inference.optimize(networks.baseline, networks.baseline_variables)
+    runs: dict[tuple[str, str], Callable[[Any], Any]] = {}
     if batch > 1:
-        answer = functools.partial(jax.jit(baseline[0].apply), baseline[1])
-        runs: dict[tuple[str, str], Any] = {(network[2:], 'baseline'): answer}
-        for name, thresholds in finished.thresholds.items():
-            runs[network, name] = bj.inference.plan(
-                finished.model, finished.variables, images, thresholds, batch_size=batch
+        runs[networks.name[2:], 'baseline'] = functools.partial(jax.jit(baseline[0].apply), baseline[1])
+        for name, policy in finished.policies.items():
+            runs[networks.name, name] = bj.inference.plan(
+                networks.model, networks.variables, images, policy, batch_size=batch
             )
     else:
-        runs = {(network[2:], 'baseline'): _staged(baseline, np.zeros(0))}
-        runs |= {(network, name): _staged(branchy, values) for name, values in finished.thresholds.items()}
+        branchy = bj.inference.optimize(networks.model, networks.variables)
+        runs[networks.name[2:], 'baseline'] = _staged(baseline, np.zeros(0, np.float32))
+        runs |= {(networks.name, name): _staged(branchy, policy) for name, policy in finished.policies.items()}
     return {key: bj.measure.one_by_one(run, on_device) for key, run in runs.items()}
 
 
-def _staged(network: tuple[bj.BranchyNet, Any], thresholds: np.ndarray) -> Callable[[Any], Any]:
-    execute, settings = bj.inference.staged(network[0]), jnp.asarray(thresholds, jnp.float32)
-    return lambda image: execute(network[1], image, settings)
+def _staged(network: tuple[bj.BranchyNet, Variables], policy: Any) -> Callable[[Any], Any]:
+    (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
+    execute = bj.inference.staged(model)
+    return lambda image: execute(variables, image, policy)
 
 
-if __name__ == '__main__':  # flags here: several of these modules may be imported together
-    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a finished main job.')
-    _BATCHES = flags.DEFINE_list('batches', ['1'], 'Batch sizes: one image a call, or batches through the planner.')
-    _SECONDS = flags.DEFINE_float('seconds', 10.0, 'To run each for, at least.')
-    flags.mark_flags_as_required(['workdir'])
-    app.run(main)
+if __name__ == '__main__':
+    main()

@@ -10,42 +10,39 @@ in one process on one core. Takes two minutes; needs a package index.
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 import shutil
 import subprocess
 import sys
 import venv
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 
 import branchy_jax as bj
 from experiments import run_exported
-from experiments.records import describe_device
-from experiments.timing import keep_to_one_core
+from experiments.run import command
+from experiments.run.timing import one_core
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the exported network and the fresh environment.')
-_IMAGES = flags.DEFINE_integer('images', 1000, 'Test digits.', lower_bound=1)
-_PASSES = flags.DEFINE_integer('passes', 30, 'Interleaved passes over the digits.', lower_bound=1)
 _NEEDED = ('jax', 'jaxlib', 'numpy', 'flatbuffers')
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Exports, compares in a fresh environment, times."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
-    logging.set_verbosity(logging.WARNING)
-    workdir = Path(_WORKDIR.value)
+    parser = command.parser(__doc__)
+    parser.add_argument('--workdir', type=Path, required=True, help='For the exported network and the environment.')
+    parser.add_argument('--images', type=command.positive, default=1000, help='Test digits.')
+    parser.add_argument('--passes', type=command.positive, default=30, help='Interleaved passes over the digits.')
+    options = parser.parse_args(arguments)
+    workdir = options.workdir
     weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
-    thresholds = weights.operating_points[0].thresholds
-    digits = bj.data.load_dataset('mnist').test.image[: _IMAGES.value]
+    point = weights.operating_points[0]
+    digits = bj.data.load_dataset('mnist').test.image[: options.images]
     shutil.rmtree(workdir / 'b-lenet', ignore_errors=True)
     manifest = bj.export.save(
-        workdir / 'b-lenet', weights.model, weights.variables, thresholds=thresholds,
+        workdir / 'b-lenet', weights.model, weights.variables, thresholds=point,
         normalization=weights.normalization,
     )  # fmt: skip
     for name, part in manifest['programs'].items():
@@ -53,18 +50,17 @@ def main(arguments: list[str]) -> None:
     for cut in manifest['cuts']:
         print(f'a cut after {cut["after"]} would send {cut["bytes_per_image"]:,} bytes per image')
 
-    answer = bj.inference.dense(weights.model)(weights.variables, weights.normalize(digits), thresholds)
+    answer = bj.inference.dense(weights.model)(weights.variables, weights.normalize(digits), point)
     np.save(workdir / 'images.npy', digits)
     np.savez(workdir / 'answers.npz', label=answer.label, exit_index=answer.exit_index)
     python = _fresh_environment(workdir / 'environment')
     for program in run_exported.PROGRAMS:
-        command = [python, run_exported.__file__, workdir / 'b-lenet', f'--images={workdir}/images.npy',
-                   f'--expect={workdir}/answers.npz', f'--program={program}']  # fmt: skip
-        subprocess.run(command, check=True)
+        arguments = [python, run_exported.__file__, workdir / 'b-lenet', f'--images={workdir}/images.npy',
+                     f'--expect={workdir}/answers.npz', f'--program={program}']  # fmt: skip
+        subprocess.run(arguments, check=True)
 
-    spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process:
-        print(process.submit(_time, str(workdir / 'b-lenet'), digits, _PASSES.value).result())
+    with one_core() as process:
+        print(process.submit(_time, str(workdir / 'b-lenet'), digits, options.passes).result())
 
 
 def _fresh_environment(place: Path) -> Path:
@@ -88,10 +84,10 @@ def _time(folder: str, digits: np.ndarray, passes: int) -> str:
     model, variables = bj.inference.optimize(weights.model, weights.variables)
     network, inside = run_exported.load(folder, ['staged']), bj.inference.staged(model)
     outside = network.programs['staged']
-    thresholds = jnp.asarray(network.thresholds)
+    thresholds, policy = jnp.asarray(network.thresholds), weights.operating_points[0].policy
     images = [jax.block_until_ready(jnp.asarray(image)) for image in weights.normalize(digits)]
     functions = {
-        'in the library': bj.measure.one_by_one(lambda image: inside(variables, image, thresholds), images),
+        'in the library': bj.measure.one_by_one(lambda image: inside(variables, image, policy), images),
         'exported': bj.measure.one_by_one(lambda image: outside(image, thresholds), images),
     }
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
@@ -99,11 +95,10 @@ def _time(folder: str, digits: np.ndarray, passes: int) -> str:
     ratio = bj.measure.paired_ratio(seconds['exported'], seconds['in the library'])
     lines.append(
         f'exported ÷ in the library: {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], batch 1, {len(images)} '
-        f'test digits, {passes} interleaved passes on one core; {describe_device()}'
+        f'test digits, {passes} interleaved passes on one core; {command.describe_device()}'
     )
     return '\n'.join(lines)
 
 
 if __name__ == '__main__':
-    flags.mark_flag_as_required('workdir')
-    app.run(main)
+    main()

@@ -10,8 +10,7 @@ has the same initial weights and sees the same batches.
 
 from __future__ import annotations
 
-import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
 from flax import traverse_util
 
 import branchy_jax as bj
-from experiments import datasets
 from experiments.configs import common
-from experiments.paper import JPEG_NOTE
-from experiments.records import describe_device
-from experiments.variants import deep_plain, trunk_layers
-from experiments.verdicts import judge, sentence
+from experiments.pages import pictures
+from experiments.pages.paper import JPEG_NOTE
+from experiments.run import command
+from experiments.run.tasks import load
+from experiments.study.variants import deep_plain, trunk_layers
+from experiments.study.verdicts import judge, sentence
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
-    logging.set_verbosity(logging.WARNING)
+    parser = command.parser(__doc__)
+    parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
+    parser.add_argument('--network', default='b-plain30', help='b-plainD or a branchy network such as b-resnet110.')
+    parser.add_argument('--dataset', default='cifar10', help='mnist5k, a TFDS name or an .npz.')
+    parser.add_argument('--seeds', type=command.positive, default=5, help='Initial weights.')
+    parser.add_argument('--steps', type=command.positive, default=20, help='Of training, before the second reading.')
+    parser.add_argument('--batch_size', type=command.positive, default=16, help='Examples in a step.')
+    options = parser.parse_args(arguments)
     config = common.get_config()
-    config.dataset = _DATASET.value
+    config.dataset = options.dataset
     run(
-        Path(_WORKDIR.value), _NETWORK.value, datasets.load(config), seeds=_SEEDS.value, steps=_STEPS.value,
-        batch_size=_BATCH_SIZE.value,
+        options.workdir, options.network, load(config), seeds=options.seeds, steps=options.steps,
+        batch_size=options.batch_size,
     )  # fmt: skip
 
 
@@ -62,8 +66,7 @@ def run(
         }  # [S, 2, layers]
     record = {
         **settings,
-        'device': describe_device(),
-        'command': shlex.join(['python', '-m', 'experiments.gradients', *sys.argv[1:]]),
+        **command.provenance('gradients'),
         'layers': trunk_layers(model),
         'norms': {name: values.tolist() for name, values in found.items()},
         'answers': [
@@ -74,7 +77,7 @@ def run(
     }
     workdir.mkdir(parents=True, exist_ok=True)
     bj.report.write_json(path, record)
-    bj.plots.gradient_norms(
+    pictures.gradient_norms(
         workdir / f'gradients_{network}.png', record['norms'], steps=steps, title=f'{network} on {dataset.name}'
     )
     bj.report.write_text(workdir / f'gradients_{network}.md', _page(record))
@@ -174,12 +177,5 @@ batches of {record['batch_size']}.{note}
 """
 
 
-if __name__ == '__main__':  # flags here: several of these modules may be imported together
-    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the results.')
-    _NETWORK = flags.DEFINE_string('network', 'b-plain30', 'b-plainD or a branchy network such as b-resnet110.')
-    _DATASET = flags.DEFINE_string('dataset', 'cifar10', 'mnist5k, a TFDS name or an .npz.')
-    _SEEDS = flags.DEFINE_integer('seeds', 5, 'Initial weights.', lower_bound=1)
-    _STEPS = flags.DEFINE_integer('steps', 20, 'Of training, at the end of which gradients are read again.')
-    _BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Examples in a step.', lower_bound=1)
-    flags.mark_flags_as_required(['workdir'])
-    app.run(main)
+if __name__ == '__main__':
+    main()

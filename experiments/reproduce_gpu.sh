@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains, times and measures what needs a GPU, and resumes where it stopped. Give the flags of experiments.reproduce,
+# Trains, times and measures what needs a GPU, and resumes where it stopped. Give the flags of experiments.run.reproduce,
 # such as --quick or --minutes=25; OUT is the folder for what is to be brought back (by default runs/gpu/out).
 #
 # The machine needs jax, flax, optax, scipy and orbax; ml_collections may come along as a wheel. Prepare once, here:
@@ -26,4 +26,4 @@ for name in mnist cifar10; do
         python3 .carry/packs/unpack.py "$BRANCHY_JAX_PACKS" "$name"
     fi
 done
-exec python3 -m experiments.reproduce --out="${OUT:-runs/gpu/out}" "$@"
+exec python3 -m experiments.run.reproduce --out="${OUT:-runs/gpu/out}" "$@"

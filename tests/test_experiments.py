@@ -1,6 +1,9 @@
-import functools
+import dataclasses
 import importlib
+import itertools
 import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +14,20 @@ import numpy as np
 import pytest
 
 import branchy_jax as bj
-from experiments import confidence, job, paper
+from experiments import confidence, energy, publish
 from experiments.configs import common, lenet_mnist5k, unet_digit_canvases
+from experiments.pages import paper
+from experiments.run import job
+from experiments.run.networks import read_run
+from experiments.run.records import RunRecord
+from experiments.run.trainings import train_both
+from experiments.study import static
+from experiments.study.folders import read_folder
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'experiments' / 'configs').glob('*_*.py') if path.stem != '__init__')
+COMMANDS = sorted(path.stem for path in (ROOT / 'experiments').glob('[!_]*.py'))
+STORED = sorted((ROOT / 'experiments' / 'results').glob('*/report.json'))
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +60,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope='module')
 def done(tiny, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('done')
-    return workdir, job.run(tiny, workdir)
+    return workdir, job.run(tiny, workdir).to_json()
 
 
 def test_report_keeps_its_contract(done):
@@ -102,8 +114,8 @@ def test_chosen_point_is_on_the_validation_frontier(done):
 def test_finished_run_is_not_trained_again(done, tiny, monkeypatch, tmp_path):
     workdir, report = done
     shutil.copytree(workdir, tmp_path / 'copy')
-    monkeypatch.setattr('branchy_jax.training.epochs.train_epoch', None)
-    again = job.run(tiny, tmp_path / 'copy')
+    monkeypatch.setattr(jax, 'value_and_grad', None)
+    again = job.run(tiny, tmp_path / 'copy').to_json()
     for old, new in zip(report['rows'], again['rows'], strict=True):
         assert {key: old[key] for key in ('test_accuracy', 'thresholds', 'exit_fractions', 'macs')} == {
             key: new[key] for key in ('test_accuracy', 'thresholds', 'exit_fractions', 'macs')
@@ -134,6 +146,7 @@ def changed(config, **changes):
         ({'dataset': 'mnits'}, 'name: unknown data set'),
         ({'exit_weights': (1.0,)}, 'config.exit_weights: b-lenet has 2 exits, got 1'),
         ({'epochs': 0}, 'config.epochs: got 0'),
+        ({'most_examples': 9, 'in_memory': False}, 'config.most_examples: is for data in memory'),
         ({'validation_fraction': 0.001}, 'validation split .* is empty'),
     ],
 )
@@ -141,6 +154,116 @@ def test_bad_settings_are_refused_before_any_work(tiny, tmp_path, changes, messa
     with pytest.raises(ValueError, match=message):
         job.run(changed(tiny, **changes), tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('path', STORED, ids=lambda path: path.parent.name)
+def test_stored_records_are_read_and_written_as_they_are(path):
+    stored = bj.report.read_json(path)
+    record = RunRecord.from_json(stored)
+    written = json.loads(json.dumps(record.to_json()))
+    assert {key: written[key] for key in stored} == stored
+    assert record == RunRecord.from_json(written)
+    assert len(record.points[0].thresholds) == len(record.exit_accuracy) - 1
+
+
+def test_a_record_that_lacks_something_is_refused(done):
+    _, report = done
+    with pytest.raises(ValueError, match='frontier'):
+        RunRecord.from_json({key: value for key, value in report.items() if key != 'frontier'})
+    untimed = [{key: value for key, value in row.items() if key != 'latency_ms'} for row in report['rows']]
+    with pytest.raises(ValueError, match='latency_ms'):
+        RunRecord.from_json({**report, 'rows': untimed})
+
+
+def test_stored_folders_are_read_whole():
+    found = {path.parent.name: read_folder(path.parent) for path in STORED}
+    assert {len(row.exit_fractions) for row in found['lenet_mnist_tuned'].batches} == {2}
+    assert {row.clock.latency_images for row in found['lenet_mnist_tuned'].batches} == {2048}
+    assert 'no meter' in found['lenet_mnist'].energy_note
+    assert found['alexnet_cifar10_brief'].cache[0].thresholds == ()
+    assert read_folder(ROOT) is None
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_commands_tell_their_command_line_and_share_no_flags(name):
+    """Imported together, as they are here, no flag of one is in the way of another's."""
+    module = importlib.import_module(f'experiments.{name}')
+    assert f'-m experiments.{name} ' in module.__doc__ or f'python {name}.py ' in module.__doc__
+    assert callable(module.main)
+
+
+def test_side_by_side_lie_commands_only():
+    found = [path.name for path in (ROOT / 'experiments').iterdir() if path.is_file()]
+    assert len(found) <= 16
+    text = (ROOT / 'experiments' / 'results' / 'README.md').read_text()
+    for name in set(re.findall(r'(?:-m |`)experiments\.(\w+)', text)):
+        assert name in COMMANDS
+
+
+def test_a_run_is_read_back_with_all_its_options(tiny, done, tmp_path):
+    workdir, _ = done
+    shutil.copytree(workdir, tmp_path / 'copy')
+    stored = bj.report.read_json(workdir / 'config.json')
+    bj.report.write_json(tmp_path / 'copy' / 'config.json', {**stored, 'gone': 1, 'network_options': {'dtype': 'x'}})
+    assert read_run(tmp_path / 'copy').networks.options['dtype'] == 'x'
+    finished = read_run(workdir)
+    assert finished.config.batch_size == tiny.batch_size
+    policy = finished.policies['table']
+    assert policy.criterion is bj.criteria.entropy
+    images = finished.networks.normalization(finished.dataset().test.image)
+    found = bj.inference.dense(finished.networks.model)(finished.networks.variables, images, policy)
+    assert np.mean(found.label == finished.dataset().test.label) == pytest.approx(finished.record.points[0].accuracy)
+
+
+def test_networks_cross_to_another_process_whole(done):
+    networks = read_run(done[0]).networks
+    there = pickle.loads(pickle.dumps(networks))
+    assert there.model == networks.model
+    for ours, theirs in zip(jax.tree.leaves(networks.variables), jax.tree.leaves(there.variables), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_is_published_with_its_policies(done, tmp_path):
+    finished = read_run(done[0])
+    finished = dataclasses.replace(finished, record=dataclasses.replace(finished.record, dataset='quarters'))
+    path = publish.publish(finished, tmp_path)
+    found = bj.models.pretrained.read_pretrained(path)
+    assert found.operating_points[0].policy == finished.policies['table']
+    assert found.operating_points[0].accuracy == finished.record.points[0].accuracy
+    images = finished.dataset().test.image[:4]
+    ours = finished.networks.model.apply(finished.networks.variables, finished.networks.normalization(images))
+    for logits, expected in zip(found.model.apply(found.variables, found.normalize(images)), ours, strict=True):
+        np.testing.assert_allclose(logits, expected, rtol=1e-5)
+
+
+def test_static_controls_are_added_to_a_finished_run(done, tmp_path, monkeypatch):
+    monkeypatch.setattr('experiments.run.timing.keep_to_one_core', lambda: None)  # this process goes on with others
+    shutil.copytree(done[0], tmp_path / 'copy')
+    (row,) = static.run(read_run(tmp_path / 'copy'))
+    assert row.network == 'lenet, first 1 of 2 stages'
+    assert 0 < row.accuracy <= 1
+    assert row.clock.gain > 0
+    assert read_folder(tmp_path / 'copy').static == (row,)
+
+
+def test_no_meter_means_no_figure(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / 'copy')
+    record = energy.run(read_run(tmp_path / 'copy'), None, batches=[1], seconds=1)
+    assert (record['meter'], record['rows'], record['note']) == (None, [], energy.NO_METER)
+
+
+def test_joules_are_of_an_image(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / 'copy')
+    joules, ticks = itertools.count(), itertools.count()
+    meter = bj.measure.Meter('simulated', lambda: float(next(joules)))
+    clocks = {'clock': lambda: 0.1 * next(ticks), 'sleep': lambda seconds: None}
+    record = energy.run(read_run(tmp_path / 'copy'), meter, batches=[1], seconds=1, **clocks)
+    assert [row['operating_point'] for row in record['rows']][:2] == ['baseline', 'table']
+    rows = read_folder(tmp_path / 'copy').energy
+    assert {row.batch for row in rows} == {1}
+    for row in rows:
+        drawn = row.watts * row.seconds / row.calls / len(read_run(tmp_path / 'copy').dataset().test)
+        assert row.joules_with_idle == pytest.approx(drawn)
 
 
 def run_main(*arguments):
@@ -154,7 +277,7 @@ def test_misspelled_field_fails_with_a_suggestion(tmp_path):
     assert result.returncode != 0
     assert 'Did you mean "learning_rate"' in result.stderr
     assert 'ValueError: config: ' in result.stderr
-    assert 'choose from banded, batch_size' in result.stderr
+    assert 'choose from accumulate, banded, batch_size' in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -170,11 +293,8 @@ def test_configs_are_whole(name):
 
 
 @pytest.mark.parametrize('regime', ['joint', 'frozen'])
-def test_other_regimes_train(tiny, tmp_path, regime, monkeypatch):
+def test_other_regimes_train(tiny, tmp_path, regime):
     """Frozen: the branchy network's last exit is the baseline, to the bit. Joint: it is another network."""
-    monkeypatch.setattr(job, 'time_networks', functools.partial(pytest.fail, 'not reached'))
-    from experiments.trainings import train_both
-
     config = changed(tiny, regime=regime, epochs=1, epochs_baseline=1, banded=False, optimizer='sgd')
     dataset = bj.data.load_dataset(config.dataset, validation_fraction=config.validation_fraction)
     options = {'num_classes': 4, 'image_shape': (12, 12, 1)}
@@ -194,9 +314,9 @@ def test_paper_figures_are_those_of_table_1():
     json.dumps(rows)
 
 
-def test_confidence_reports_on_a_finished_run(tiny, done):
+def test_confidence_reports_on_a_finished_run(done):
     workdir, _ = done
-    record = confidence.run(tiny, workdir, splits=30, size=600)
+    record = confidence.run(read_run(workdir), splits=30, size=600)
     assert record == bj.report.read_json(workdir / 'confidence.json')
     assert {'promises', 'comparison', 'expectations', 'calibration', 'search'} <= set(record)
     for row in record['promises']:

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 import branchy_jax as bj
-from experiments import cache, claims, figures, paper, reproduce, variants
-from experiments.verdicts import interval, judge
+from experiments import cache, figures
+from experiments.pages import paper
+from experiments.run import reproduce
+from experiments.study import variants
+from experiments.study.seeds import Recipe, Seeds
+from experiments.study.verdicts import DEPTHS, interval, judge, judge_all
 
 STORED = Path(__file__).parents[1] / 'experiments' / 'results'
 
@@ -48,15 +52,33 @@ def test_claims_are_judged_by_differences_of_a_seed():
     joint = [f'joint{more}' for more in ('', ', from the baseline', ', twice as long', ', first exit 1.0 to last 0.3')]
     names = ['baseline', *joint]
     found = {name: variant(0.01 * n) for n, name in enumerate(names)}
-    found |= {f'branch of {depth} convolutions': variant(-0.02 * depth) for depth in claims.DEPTHS}
+    found |= {f'branch of {depth} convolutions': variant(-0.02 * depth) for depth in DEPTHS}
     found |= {f'branch after layer {n}': variant(0.0, first=0.3 + 0.1 * n) for n in (2, 3)}  # 0.4 after layer 1
-    every = claims.judge_all(found, 'b-lenet')
+    every = judge_all(found, 'b-lenet')
     judged = {claim['claim']: [answer['verdict'] for answer in claim['answers']] for claim in every}
     assert judged['Joint training regularises'][0] == 'yes'
     assert judged['Joint training regularises'][1].startswith('no: not shown')  # the same gap
     assert judged['Starting from the trained baseline is better than from random'] == ['yes', 'no, the opposite']
     assert judged['Deeper branches (Figure 5)'][0] == 'no, the opposite'
     assert every[4]['answers'][0]['mean'] == pytest.approx(10)  # points a place
+
+
+@pytest.mark.parametrize('by', ['loop', 'vmap'])
+def test_seeds_are_paired(small_data, network, by):
+    """A seed trains alike whoever trains beside it, by a loop or by vmap; another seed trains otherwise."""
+    model = network[0]
+    dataset = bj.data.Dataset(
+        name='small', train=small_data, validation=small_data, test=small_data, num_classes=3,
+        normalization=bj.data.fit_normalization(small_data.image),
+    )  # fmt: skip
+    recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, crop_padding=0, flip=False)
+    one = Seeds(dataset, recipe, count=1).train(model, [1.0, 1.0, 1.0])
+    two = Seeds(dataset, recipe, count=2, by=by).train(model, [1.0, 1.0, 1.0])
+    assert two.test_accuracy.shape == (2, 3)
+    for ours, theirs in zip(jax.tree.leaves(one.variables[0]), jax.tree.leaves(two.variables[0]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    kernels = [variables['params']['layer1']['kernel'] for variables in two.variables]
+    assert not np.allclose(*kernels, atol=1e-3)
 
 
 @pytest.mark.parametrize(('network', 'after'), [('lenet', 3), ('alexnet', 2), ('resnet8', 2)])
@@ -103,6 +125,11 @@ def test_figures_come_from_the_stored_records(tmp_path):
         assert points[knee][1] in (99.25, 79.19, 79.17)  # the rows of Table I
 
 
+def test_the_stored_page_is_what_the_stored_records_make(tmp_path):
+    """After a change to either: the command in results/README.md makes it anew."""
+    assert figures.remake(STORED, tmp_path) == (STORED / 'figures' / 'figures.md').read_text()
+
+
 def test_gpu_steps_name_files_that_their_commands_make(tmp_path):
     for quick in (False, True):
         steps = reproduce.steps(tmp_path, quick=quick)
@@ -135,7 +162,7 @@ def test_packing_halves_weights_and_keeps_records(tmp_path):
 def test_cache_misses_need_valgrind(tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.which', lambda name: None)
     with pytest.raises(ValueError, match='valgrind: not found'):
-        cache.measure(tmp_path, images=1, settings=1)
+        cache.run(tmp_path, images=1, settings=1)
 
 
 def test_cache_misses_are_read_from_callgrind():

@@ -13,9 +13,9 @@ def get_config() -> ConfigDict:
     config.image_size = ()  # (H, W) to resize to, where images of a TFDS data set differ in size
     config.validation_fraction = 0.1  # of the training part, per class; thresholds are picked on it
     config.most_examples = 0  # of each part, to try a run out; 0: all
-    config.stream = False  # leave the training images of a TFDS data set on disk; in memory where they fit
-    config.stream_workers = 0  # processes that read and decode; 0 is a thread
-    config.stream_prefetch = 4  # batches read ahead
+    config.in_memory = True  # False leaves the training images of a TFDS data set on disk
+    config.workers = 0  # processes that read and decode images on disk; 0 is a thread
+    config.prefetch = 4  # batches of them read ahead
     config.crop_padding = 0  # random shifts, in pixels
     config.flip = False  # random mirroring, left and right
     # Sides in pixels that training images are resized to, one after another, each for as many epochs; (): as they are.
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.warmup = 0.05  # share of the steps, for 'cosine' and 'linear'
     config.weight_decay = 0.0  # for 'adamw' and 'sgd'
     config.decay_kernels_only = False  # biases and BatchNorm's parameters are left alone
-    config.scan_epoch = True  # an epoch as one program; not where it is streamed
+    config.scan_epoch = True  # an epoch as one program; not where images are on disk
     config.save_every = 0  # steps between checkpoints; 0: an epoch, or four minutes
 
     config.regime = 'baseline'  # start from the trained baseline; 'joint': from random; 'frozen': train heads only

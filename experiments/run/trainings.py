@@ -1,9 +1,13 @@
-"""Training the baseline and the branchy network of a run, each resumed where it stopped."""
+"""Training the baseline and the branchy network of a run, each resumed where it stopped, with a bar that tells."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +17,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import branchy_jax as bj
+from branchy_jax.training import Metrics
 from branchy_jax.types import Variables
-from experiments.progress import training_progress
+from experiments.run.networks import network_options, training_options
+from experiments.run.tasks import TASKS
 
-Data = bj.data.Dataset | bj.streaming.StreamedDataset
+_REFRESH_SECONDS = 0.5
 
 
 def train_both(
-    config: ConfigDict, options: Mapping[str, Any], dataset: Data, workdir: Path, mesh: Mesh | None = None
+    config: ConfigDict, options: Mapping[str, Any], dataset: bj.data.Dataset, workdir: Path, mesh: Mesh | None = None
 ) -> tuple[Variables, Variables]:
     """Trains the one-exit baseline on its own, then the branchy network.
 
@@ -36,9 +44,7 @@ def train_both(
     Returns:
         Variables of the baseline and of the branchy network.
     """
-    if config.banded:  # the same network and parameters, in the form in which a CPU trains it fastest
-        options = {**options, 'convolution': bj.models.banded_convolution}
-    model = bj.models.create(config.network, **options)
+    model = bj.models.create(config.network, **training_options(config, options))
     baseline = bj.models.without_branches(model)
     keys = jax.random.split(jax.random.key(config.seed), 4)
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
@@ -73,7 +79,7 @@ def train_network(
     name: str,
     epochs: float,
     config: ConfigDict,
-    dataset: Data,
+    dataset: bj.data.Dataset,
     workdir: Path,
     mesh: Mesh | None = None,
     frozen_trunk: bool = False,
@@ -115,7 +121,8 @@ def train_network(
             state = bj.training.fit(
                 state, data, jnp.array(exit_weights), key, epochs=epochs * phase / len(phases),
                 directory=workdir / 'checkpoints' / name, batch_size=config.batch_size, prepare=prepare[side],
-                loss=_loss(config), on_step=on_step, save_every=config.save_every or None, scan=config.scan_epoch,
+                loss=_loss(config), metrics=TASKS[config.task].metrics, on_step=on_step,
+                save_every=config.save_every or None, scan=config.scan_epoch,
             )  # fmt: skip
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.variables)
 
@@ -124,11 +131,12 @@ def _grown(
     model: bj.BranchyNet, variables: Variables, *rest: Any, name: str, config: ConfigDict, **options: Any
 ) -> Variables:
     """Trains the shallow network with the same exits, and returns the whole network's variables grown from it."""
-    create = {**_network_options(config), 'depth': config.shallow_depth}
+    dataset = options['dataset']
+    create = network_options(config, num_classes=dataset.num_classes, image_shape=dataset.image_shape)
+    create = {**training_options(config, create), 'depth': config.shallow_depth}
     shallow = bj.models.create(config.network, **create).clone(image_shape=model.image_shape)
     if model.num_exits == 1:
         shallow = bj.models.without_branches(shallow)
-    dataset = options['dataset']
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
     start = jax.jit(shallow.init)(jax.random.fold_in(rest[0], 1), example)
     shallow_config = config.copy_and_resolve_references()
@@ -145,12 +153,8 @@ def _of_the_grown(config: ConfigDict) -> ConfigDict:
     return changed
 
 
-def _network_options(config: ConfigDict) -> dict[str, Any]:
-    return {**({'placement': config.placement} if config.placement else {}), **config.network_options.to_dict()}
-
-
 def _loss(config: ConfigDict) -> bj.losses.Loss:
-    share, told = config.distillation, bj.losses.cross_entropy_per_exit
+    share, told = config.distillation, TASKS[config.task].loss
     if config.label_smoothing:
         told = functools.partial(told, label_smoothing=config.label_smoothing)
     if not share:
@@ -159,7 +163,7 @@ def _loss(config: ConfigDict) -> bj.losses.Loss:
     return bj.losses.weighted_sum((1 - share, told), (share, taught))
 
 
-def _preparation(config: ConfigDict, dataset: Data, *, side: int | None) -> bj.training.Prepare:
+def _preparation(config: ConfigDict, dataset: bj.data.Dataset, *, side: int | None) -> bj.training.Prepare:
     augment = functools.partial(bj.data.augment, crop_padding=config.crop_padding, flip=config.flip)
     normalize = dataset.normalization
 
@@ -197,3 +201,36 @@ def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformatio
 
 def _kernels(params: Any) -> Any:
     return jax.tree.map(lambda array: array.ndim > 1, params)
+
+
+@contextmanager
+def training_progress(name: str, *, epochs: float) -> Iterator[Callable[[int, int, int, Metrics], None]]:
+    """Shows a bar while training; yields the ``on_step`` callback of `branchy_jax.training.fit`.
+
+    Reading a metric waits for the device, so within an epoch it is read at most every half second.
+    """
+    columns = (
+        TextColumn('[bold]{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('epochs, loss per exit {task.fields[losses]}, host memory at most {task.fields[memory]:.2f} GB'),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=jax.process_index() > 0) as progress:
+        task = progress.add_task(name, total=epochs, losses='–', memory=peak_memory_gb())
+        shown_at = 0.0
+
+        def on_step(epoch: int, step: int, steps: int, metrics: Metrics) -> None:
+            nonlocal shown_at
+            if step == steps or time.monotonic() - shown_at > _REFRESH_SECONDS:
+                losses = ' '.join(f'{loss:.4f}' for loss in np.asarray(metrics['exit_loss']))
+                progress.update(task, completed=epoch + step / steps, losses=losses, memory=peak_memory_gb())
+                shown_at = time.monotonic()
+
+        yield on_step
+
+
+def peak_memory_gb() -> float:
+    """Returns the most host memory that this process has held so far."""
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import branchy_jax as bj
-from experiments.paper import JPEG_NOTE
-from experiments.verdicts import interval, sentence
+from experiments.pages.paper import JPEG_NOTE
+from experiments.study.verdicts import interval, sentence
 
 
 def page(record: Mapping[str, Any]) -> str:

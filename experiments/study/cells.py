@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,66 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes
-from branchy_jax.inference.prediction import forecast
-from branchy_jax.inference.segment_times import segment_functions
+from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
+from experiments.run.records import Numbers
 
 Network = tuple[bj.BranchyNet, Variables]
 _BATCH_1_IMAGES = 100
 _WARM_UP_STEPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """An executor at a batch size and exit shares. Times are milliseconds per image.
+
+    Attributes:
+        network: its name.
+        batch: images in a call.
+        shares: ``[N]`` that were asked for.
+        exit_fractions: ``[N]`` that a batch of that size could have.
+        executor: its name.
+        ms: its time.
+        baseline_ms: of the plain jitted baseline.
+        gain: baseline ÷ this, median of paired passes.
+        gain_low: lower end of its 95 % interval.
+        gain_high: upper end.
+        gain_over_optimized: the same over the rewritten baseline.
+        time_limit_ms: of an executor without any overhead.
+        realised: that limit ÷ ``ms``.
+        realised_within_batch: likewise, no stage seeing more images at once than a batch holds.
+        slowdown_low: lower end of the 95 % interval of this ÷ baseline.
+        slowdown_high: upper end.
+        mac_limit: baseline MACs ÷ expected MACs.
+        compile_s: seconds to compile, or to plan.
+        peak_memory_mb: so far.
+        plan: the planner's table, of its own cells.
+    """
+
+    network: str
+    batch: int
+    shares: Numbers
+    exit_fractions: Numbers
+    executor: str
+    ms: float
+    baseline_ms: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    gain_over_optimized: float
+    time_limit_ms: float
+    realised: float
+    realised_within_batch: float
+    slowdown_low: float
+    slowdown_high: float
+    mac_limit: float
+    compile_s: float
+    peak_memory_mb: float
+    plan: str = ''
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what ``benchmark.json`` holds of it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != 'plan' or value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +132,7 @@ def images_needed(batch: int) -> int:
 
 def measure_cell(
     subject: Subject, images: np.ndarray, shares: Sequence[float], batch: int, times: SegmentTimes, *, passes: int
-) -> list[dict[str, Any]]:
+) -> list[Cell]:
     """Measures one cell: the executors, the baselines and the stages alone, interleaved.
 
     Args:
@@ -90,51 +144,71 @@ def measure_cell(
         passes: interleaved passes.
 
     Returns:
-        One record per executor.
+        One record per executor, the plan's last.
     """
     images = images[: images_needed(batch)]
-    uncertainty = bj.inference.exit_outputs(*subject.fast, images, batch_size=min(256, len(images))).uncertainty
-    thresholds = bj.thresholds.for_shares(uncertainty, shares)
+    table = _table(subject, images)
+    policy = table.for_shares(shares)
+    fractions = np.bincount(table.answering_exits(policy), minlength=table.num_exits) / len(table)
     start = time.perf_counter()
-    planned = bj.inference.plan(*subject.plain, images, thresholds, batch_size=batch, times=times)
+    planned = bj.inference.plan(*subject.plain, images, policy, batch_size=batch, times=times)
     plan_seconds = time.perf_counter() - start
-    functions, compiled = {}, {}
     executors = {
         **_baselines(subject),
-        **_executors(subject, uncertainty, thresholds, batch, times),
+        **_executors(subject, policy, batch, _chunk_sizes(times, batch, fractions)),
         'planned': planned,
     }
-    for name, execute in executors.items():
-        functions[name] = _over(name, execute, images, batch)
-        compiled[name] = _seconds(functions[name])
+    functions: dict[Any, Callable[[], Any]] = {
+        name: _over(name, execute, images, batch) for name, execute in executors.items()
+    }
+    compiled = {name: _seconds(function) for name, function in functions.items()}
     best = times.best_sizes.tolist()
     for n, size in enumerate(best):
-        every = segment_functions(*subject.fast, images, size)
+        every = bj.inference.segment_functions(*subject.fast, images, size)
         functions.update({key: every[key] for key in every if key[1] == n})
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
-    fractions = _fractions(uncertainty, thresholds)
     limit = sum(
         fractions[n:].sum() * (seconds['stage', n, size] + seconds['exit', n, size]) / size * 1e3
         for n, size in enumerate(best)
     )
-    limit_within = _limit_within(times, batch, fractions)
-    records = []
-    for name in executors:
-        if not name.startswith('baseline'):
-            records.append({
-                'network': subject.name,
-                'batch': batch,
-                'shares': list(shares),
-                'exit_fractions': fractions,
-                'executor': name,
-                **_figures(seconds, name, len(images), limit, limit_within),
-                'mac_limit': bj.costs.mac_limit(subject.macs, fractions),
-                'compile_s': compiled[name] - float(np.median(seconds[name])),
-                'peak_memory_mb': peak_memory_mb(),
-            })  # fmt: skip
-    # The race compiled the winner already.
-    records[-1].update(plan=str(planned), compile_s=plan_seconds)
-    return records
+    return [
+        Cell(
+            network=subject.name,
+            batch=batch,
+            shares=tuple(shares),
+            exit_fractions=tuple(fractions.tolist()),
+            executor=name,
+            **_figures(seconds, name, len(images), limit, _limit_within(times, batch, fractions)),
+            mac_limit=bj.costs.mac_limit(subject.macs, fractions),
+            # The race compiled the winner already.
+            compile_s=plan_seconds if name == 'planned' else compiled[name] - float(np.median(seconds[name])),
+            peak_memory_mb=peak_memory_mb(),
+            plan=str(planned) if name == 'planned' else '',
+        )
+        for name in executors
+        if not name.startswith('baseline')
+    ]
+
+
+def _table(subject: Subject, images: np.ndarray) -> ExitTable:
+    """Returns the uncertainties of all exits; no statistics, time does not depend on who is right."""
+    found = bj.inference.exit_outputs(*subject.fast, images, batch_size=min(256, len(images))).uncertainty
+    return ExitTable(
+        uncertainty=found,
+        statistics=np.zeros((*found.shape, 1)),
+        costs=subject.macs,
+        criterion=bj.criteria.entropy,
+        split='random images',
+    )
+
+
+def _chunk_sizes(times: SegmentTimes, batch: int, fractions: np.ndarray) -> tuple[int, ...]:
+    """Returns the measured sizes at which the images that usually reach each stage take least."""
+    reaching = np.append(1.0, 1 - np.cumsum(fractions)[:-1]) * batch
+    fitting = times.batch_sizes <= batch
+    sizes, ms = times.batch_sizes[fitting], (times.stages + times.exits)[fitting]
+    chunks = [math.ceil(count) / sizes for count in np.maximum(reaching, 1)]
+    return tuple(int(sizes[np.argmin(np.ceil(chunks[n]) * ms[:, n])]) for n in range(len(chunks)))
 
 
 def _figures(
@@ -170,19 +244,15 @@ def _baselines(subject: Subject) -> dict[str, Callable[[Any], Any]]:
 
 
 def _executors(
-    subject: Subject, uncertainty: np.ndarray, thresholds: np.ndarray, batch: int, times: SegmentTimes
+    subject: Subject, policy: bj.ExitPolicy, batch: int, chunk_sizes: tuple[int, ...]
 ) -> dict[str, Callable[[Any], Any]]:
-    model, variables = subject.fast
-    settings = jnp.asarray(thresholds)
+    (model, variables), policy = subject.fast, jax.tree.map(jnp.asarray, policy)
     built = {'dense': bj.inference.dense(model)}
     if batch == 1:
         built['staged'] = bj.inference.staged(model)
     else:
-        chunks = forecast(times, uncertainty[:-1] < thresholds[:, None], batch, may_skip=False)[0].chunk_sizes
-        built['compacted'] = bj.inference.compacted(model, chunk_size=chunks)
-    return {
-        name: lambda images, execute=execute: execute(variables, images, settings) for name, execute in built.items()
-    }
+        built['compacted'] = bj.inference.compacted(model, chunk_size=chunk_sizes)
+    return {name: lambda images, execute=execute: execute(variables, images, policy) for name, execute in built.items()}
 
 
 def _over(name: str, execute: Callable[[Any], Any], images: np.ndarray, batch: int) -> Callable[[], Any]:
@@ -197,11 +267,6 @@ def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
-
-
-def _fractions(uncertainty: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    first = bj.thresholds.answering_exits(uncertainty, thresholds)
-    return np.bincount(first, minlength=len(uncertainty)) / len(first)
 
 
 def _limit_within(times: SegmentTimes, batch: int, fractions: np.ndarray) -> float:

@@ -16,13 +16,15 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
-from absl import app, flags
 
 from branchy_jax.checkpoint import load_weights, save_weights, write_atomically
 from branchy_jax.report import read_json, write_json
+from experiments.run import command
 
 _MOST_BYTES = 16 * 2**20
 _RESERVED_SECONDS = 20.0
@@ -82,7 +84,7 @@ def _run(workdir: Path, name: str, *, quick: bool) -> list[Step]:
     folder = workdir / name
     quick_flags = [
         '--config.epochs=1', '--config.epochs_baseline=1', '--config.epochs_start=0', '--config.most_examples=300',
-        '--config.latency_images=5', '--config.latency_passes=2', '--config.batch_size=32',
+        '--config.latency_images=5', '--config.latency_passes=2', '--config.batch_size=32', '--config.shallow_depth=0',
     ]  # fmt: skip
     if quick and 'resnet' in name:
         quick_flags += ['--config.network=b-resnet8']
@@ -91,7 +93,6 @@ def _run(workdir: Path, name: str, *, quick: bool) -> list[Step]:
     on_folder = f'--workdir={folder}'
     main = ['experiments.main', f'--config=experiments/configs/{name}.py', on_folder, *settings]
     energy = ['experiments.energy', on_folder, '--batches=1,8' if quick else '--batches=1,2048']
-    static = ['experiments.smaller', on_folder]
     found = [
         Step(f'{name}: train', main, folder / 'report.json', _TRAINING_SECONDS[name]),
         Step(f'{name}: batches', ['experiments.batches', on_folder, *sizes], folder / 'batches.json', 25),
@@ -99,41 +100,46 @@ def _run(workdir: Path, name: str, *, quick: bool) -> list[Step]:
     if name.endswith('_tuned'):
         found.append(Step(f'{name}: energy', energy, folder / 'energy.json', 90))
         if 'resnet' not in name:
-            found.append(Step(f'{name}: static', static, folder / 'smaller.json', 30))
+            found.append(Step(f'{name}: static', [*main, '--static'], folder / 'static.json', 30))
     return found
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Does what is not done yet, then packs."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
-    workdir, end = Path(_WORKDIR.value), time.monotonic() + 60 * _MINUTES.value
+    parser = command.parser(__doc__)
+    parser.add_argument('--workdir', type=Path, default=Path('runs/gpu'), help='Of all runs; kept between calls.')
+    parser.add_argument('--out', type=Path, help='Folder for what is to be brought back.')
+    parser.add_argument('--minutes', type=float, default=9.0, help='Wall clock of this call.')
+    parser.add_argument('--quick', action='store_true', help='One epoch on few images, small networks: to try it out.')
+    parser.add_argument('--only', default='', help='Parts of the names of steps to do, such as lenet,claims.')
+    options = parser.parse_args(arguments)
+    workdir, end = options.workdir, time.monotonic() + 60 * options.minutes
     workdir.mkdir(parents=True, exist_ok=True)
-    all_steps = steps(workdir, quick=_QUICK.value)
-    wanted = [step for step in all_steps if not _ONLY.value or any(name in step.name for name in _ONLY.value)]
-    for step in wanted:
-        _share_baselines(workdir)
-        _do(step, workdir, end)
+    all_steps = steps(workdir, quick=options.quick)
+    for step in all_steps:
+        if any(part in step.name for part in options.only.split(',')):
+            _share_baselines(workdir)
+            _do(step, workdir, end, quick=options.quick)
     left = [step.name for step in all_steps if not step.makes.exists()]
     print('left to do: ' + (', '.join(left) or 'nothing'))
-    if _OUT.value is not None:
-        pack(workdir, Path(_OUT.value))
+    if options.out is not None:
+        pack(workdir, options.out)
 
 
-def _do(step: Step, workdir: Path, end: float) -> None:
+def _do(step: Step, workdir: Path, end: float, *, quick: bool) -> None:
     remaining = end - time.monotonic() - _RESERVED_SECONDS
     if step.makes.exists() or remaining <= 0:
         return
-    if remaining < min(step.seconds, _MOST_TO_WAIT_FOR) and not _QUICK.value:  # longer ones resume where they stop
+    if remaining < min(step.seconds, _MOST_TO_WAIT_FOR) and not quick:  # longer ones resume where they stop
         print(f'{step.name}: left for the next call, {remaining:.0f} s remain', flush=True)
         return
     start = time.monotonic()
     log = workdir / 'logs' / f'{step.name.replace(": ", "_").replace(" ", "_")}.log'
     log.parent.mkdir(exist_ok=True)
     with log.open('a') as file:
-        command = [sys.executable, '-m', *step.arguments]
+        arguments = [sys.executable, '-m', *step.arguments]
         try:
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=remaining, check=False).returncode
+            code = subprocess.run(arguments, stdout=file, stderr=file, timeout=remaining, check=False).returncode
         except subprocess.TimeoutExpired:
             code = 'out of time, it will resume'
     seconds = time.monotonic() - start
@@ -189,7 +195,6 @@ def pack(workdir: Path, out: Path) -> list[Path]:
 def _halved(path: Path, into: Path) -> Path:
     """Stores weights of two bytes a number: float16 holds float32's first eleven bits, accuracies keep four digits."""
     variables, metadata = load_weights(path)
-    import jax
 
     def half(value: np.ndarray) -> np.ndarray:
         value = np.asarray(value)
@@ -212,10 +217,5 @@ def _tar(path: Path, root: Path, members: list[Path]) -> Path:
     return path
 
 
-if __name__ == '__main__':  # flags here: several of these modules may be imported together
-    _WORKDIR = flags.DEFINE_string('workdir', 'runs/gpu', 'Folder for all runs; kept between calls, it resumes.')
-    _OUT = flags.DEFINE_string('out', None, 'Folder for what is to be brought back.')
-    _MINUTES = flags.DEFINE_float('minutes', 9.0, 'Wall clock of this call.')
-    _QUICK = flags.DEFINE_bool('quick', False, 'One epoch on few images with small networks: to see that all works.')
-    _ONLY = flags.DEFINE_list('only', [], 'Steps to do; all, if none are named.')
-    app.run(main)
+if __name__ == '__main__':
+    main()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from branchy_jax.costs import StageCosts
-from branchy_jax.thresholds import losses_along
+from branchy_jax.thresholds import ExitTable, losses_along
 from branchy_jax.thresholds.guarantees import METHODS, last_passed
 
 
@@ -21,21 +20,19 @@ class Population:
 
     Args:
         path: ``[G, N - 1]`` settings fixed on other data.
-        uncertainty: ``[N, B]``.
+        table: of the inputs.
         losses: ``[N, B]`` in [0, 1].
-        costs: per stage and head.
         size: inputs in a calibration set.
         splits: how many sets are drawn.
         seed: of the draws.
     """
 
     def __init__(
-        self, path: np.ndarray, uncertainty: np.ndarray, losses: np.ndarray, costs: StageCosts, *, size: int,
-        splits: int, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.losses, exits = losses_along(path, uncertainty, losses)
+        self, path: np.ndarray, table: ExitTable, losses: np.ndarray, *, size: int, splits: int, seed: int = 0
+    ) -> None:
+        self.losses, exits = losses_along(path, table, losses)
         self.risk = self.losses.mean(axis=1)
-        self.saved = 1 - costs.to_exit[exits].mean(axis=1) / costs.trunk
+        self.saved = 1 - table.costs.to_exit[exits].mean(axis=1) / table.costs.trunk
         self.full = np.isneginf(path).all(axis=1)
         self.drawn = np.random.default_rng(seed).integers(self.losses.shape[1], size=(splits, size))
 
@@ -92,13 +89,8 @@ def simulate(
     Returns:
         Records under ``promises``, ``comparison`` and ``expectations``.
     """
-
-    def cases() -> Iterator[tuple[str, Population, float]]:
-        for (loss, population), epsilon in itertools.product(populations.items(), epsilons):
-            yield loss, population, epsilon
-
     records: dict[str, list[dict[str, Any]]] = {'promises': [], 'comparison': [], 'expectations': []}
-    for loss, population, epsilon in cases():
+    for (loss, population), epsilon in itertools.product(populations.items(), epsilons):
         case = {'network': network, 'loss': loss, 'epsilon': epsilon}
         for method, delta in itertools.product(METHODS, deltas):
             stops = population.learn_then_test(method, epsilon, delta)

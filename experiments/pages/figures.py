@@ -1,0 +1,246 @@
+"""The sections of the reproduction: Table I, Figures 3 to 6, energy and claims, ours beside the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import branchy_jax as bj
+from experiments.pages import paper, pictures
+from experiments.pages.report import percent
+from experiments.run.records import Clock, Numbers
+from experiments.study.folders import Folder
+from experiments.study.verdicts import DEPTHS, depth_name, interval, sentence
+
+# The run that stands for a network comes first; the others have rows of their own.
+PLACES = {
+    'b-lenet': ('lenet_mnist_tuned', 'lenet_mnist'),
+    'b-alexnet': ('alexnet_cifar10_tuned', 'alexnet_cifar10', 'alexnet_cifar10_brief'),
+    'b-resnet110': ('resnet110_cifar10_tuned', 'resnet110_cifar10'),
+}
+NOT_RUN = 'not run'
+Folders = Mapping[str, Folder]
+"""Runs by the name of their folder; those that were not run are left out."""
+_DASH = '–'
+_COLUMNS = [
+    'network', 'run', 'device', 'batch', 'test accuracy %', 'ms an image', 'gain, end to end', 'gain over plain',
+    'gain, trunk only', 'exits %',
+]  # fmt: skip
+
+
+def table_1(found: Folders) -> str:
+    """Lays out Table I: per network the paper's rows, ours at batch 1 and in batches, and the static controls."""
+    rows = []
+    for network, names in PLACES.items():
+        rows += [_paper_row(row, paper.TABLE_1[network][0]) for row in paper.TABLE_1[network]]
+        run_here = [name for name in names if name in found]
+        if not run_here:
+            rows.append([network, NOT_RUN, *[_DASH] * (len(_COLUMNS) - 2)])
+        for name in run_here:
+            device = found[name].record.device.split(',')[0]
+            rows += [_row(row, name, device) for row in _rows_of(found[name])]
+    legend = (
+        'Gain, end to end: over the same trunk without branches, trained on its own, both rewritten by '
+        "`inference.optimize`. Gain over plain: over that baseline merely jitted. Trunk only: the paper's protocol, "
+        "in which side heads, softmax and copies are not timed; the paper's own gains are of that kind. Where a branch "
+        'leaves before the trunk begins (b-lenet, tuned) it counts next to nothing. Static: the '
+        'first stages and their exit alone, trained from scratch as long as the baseline. '
+        '"brief" runs are four epochs long: not a reproduction.'
+    )
+    return f'{bj.report.markdown_table(_COLUMNS, rows)}\n\n{legend}'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    network: str
+    accuracy: float
+    clock: Clock
+    exit_fractions: Numbers = ()
+    trunk_only_gain: float | None = None
+
+
+def _rows_of(folder: Folder) -> list[_Row]:
+    record = folder.record
+    names = {point.name: record.network + ('' if n == 0 else f', {point.name}')
+             for n, point in enumerate(record.points)}  # fmt: skip
+    accuracy = {point.name: point.accuracy for point in record.points}
+    return [
+        _Row(record.network[2:], record.baseline.accuracy, record.baseline.clock, (1.0,)),
+        *(
+            _Row(names[point.name], point.accuracy, point.clock, point.exit_fractions, point.trunk_only_gain)
+            for point in record.points
+        ),
+        *(
+            _Row(names[row.operating_point], accuracy[row.operating_point], row.clock, row.exit_fractions)
+            for row in folder.batches
+        ),
+        *(_Row(f'static: {row.network}', row.accuracy, row.clock) for row in folder.static),
+    ]
+
+
+def _row(row: _Row, name: str, device: str) -> list[str]:
+    clock = row.clock
+    return [
+        row.network, name, device, f'{clock.batch:,}', f'{100 * row.accuracy:.2f}', f'{clock.latency_ms:.4f}',
+        f'{clock.gain:.2f} [{clock.gain_low:.2f}, {clock.gain_high:.2f}]', f'{clock.gain_plain:.2f}',
+        _DASH if row.trunk_only_gain is None else f'{row.trunk_only_gain:.2f}', percent(row.exit_fractions) or _DASH,
+    ]  # fmt: skip
+
+
+def _paper_row(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+    cpu, gpu = (baseline[key] / row[key] for key in ('latency_ms', 'gpu_latency_ms'))
+    return [
+        row['network'], _DASH, 'CPU / GPU', '1', f'{100 * row["test_accuracy"]:.2f}',
+        f'{row["latency_ms"]:.2f} / {row["gpu_latency_ms"]:.2f}', _DASH, _DASH, f'{cpu:.1f} / {gpu:.1f}',
+        percent(row['exit_fractions']),
+    ]  # fmt: skip
+
+
+def energy_table(found: Folders) -> str:
+    """Lays out joules per image; where nothing was measured, it says why."""
+    lines = [f'- {name}, {folder.energy_note}' for name, folder in found.items() if folder.energy_note]
+    rows = [
+        [
+            f'{row.network} {row.operating_point}', name, str(row.batch), f'{1e3 * row.joules:.3f}',
+            f'{1e3 * row.joules_with_idle:.3f}', f'{row.idle_watts:.1f}', f'{row.watts:.1f}',
+            f'{100 * row.resolution:.2f}',
+        ]
+        for name, folder in found.items()
+        for row in folder.energy
+    ]  # fmt: skip
+    columns = ['network', 'run', 'batch', 'mJ an image', 'with idle', 'idle W', 'W', 'resolution %']
+    table = bj.report.markdown_table(columns, rows) if rows else ''
+    return '\n\n'.join(part for part in ('\n'.join(lines) or NOT_RUN, table) if part)
+
+
+def _stands_for(network: str, found: Folders) -> tuple[str, Folder] | None:
+    """Returns the run that stands for a network, if any was run."""
+    return next(((name, found[name]) for name in PLACES[network] if name in found), None)
+
+
+def _note(folder: Folder) -> str:
+    return folder.record.device + ('; CIFAR-10 as JPEG' if folder.record.dataset == 'cifar10' else '')
+
+
+def figure_3(network: str, found: Folders, workdir: Path) -> str:
+    """Accuracy against time as T varies; times in units of the baseline's, since the machines differ."""
+    points, knee = paper.FIGURE_3[network]
+    own_ms = paper.TABLE_1[network][0]['gpu_latency_ms']
+    theirs = {network: [(ms / own_ms, accuracy) for ms, accuracy in points]}
+    marked = {'knee (paper)': theirs[network][knee]}
+    ours, source, note, chosen = {}, NOT_RUN, '', _stands_for(network, found)
+    if chosen is not None:
+        name, folder = chosen
+        record = folder.record
+
+        def at(latency_ms: float, accuracy: float) -> tuple[float, float]:
+            return latency_ms / record.baseline.clock.latency_ms, 100 * accuracy
+
+        ours = {
+            f'{network}, {name}': [at(point.latency_ms, point.accuracy) for point in record.frontier],
+            network[2:]: [at(record.baseline.clock.latency_ms, record.baseline.accuracy)],
+        }
+        best = next(point for point in record.frontier if point.knee)
+        marked['knee (ours)'] = at(best.latency_ms, best.accuracy)
+        marked['operating point (ours)'] = at(record.points[0].clock.latency_ms, record.points[0].accuracy)
+        note = _note(folder)
+        source = f'{name}, {note}'
+    pictures.against_paper(
+        workdir / f'figure3_{network}.png', ours, theirs, x="time per image, batch 1 ÷ baseline's",
+        y='test accuracy (%)', title=f'Figure 3: {network}', note=note, marked=marked,
+    )  # fmt: skip
+    return f'## Figure 3, {network}\n\nOurs: {source}. Paper: GPU, trunk only.\n\n![](figure3_{network}.png)'
+
+
+def figure_4(found: Folders, workdir: Path) -> str:
+    """Accuracy against the share that leaves first, first and last exit only."""
+    ours, source, note, table, chosen = {}, NOT_RUN, '', '', _stands_for('b-alexnet', found)
+    if chosen is not None:
+        name, folder = chosen
+        points = folder.record.first_and_last
+        ours, note = {name: [(100 * point.share, 100 * point.accuracy) for point in points]}, _note(folder)
+        source = f'{name}, {note}'
+        rows = [
+            [f'{100 * point.share:.0f}', f'{100 * point.accuracy:.2f}', f'{point.threshold:.4g}']
+            for point in points[::4]
+        ]
+        columns = ['leave first %', 'test accuracy %', 'largest entropy let through']
+        table = '\n\n' + bj.report.markdown_table(columns, rows)
+    pictures.against_paper(
+        workdir / 'figure4.png', ours, {'b-alexnet': paper.FIGURE_4_ACCURACY}, x='leave at the first exit (%)',
+        y='test accuracy (%)', title='Figure 4: B-AlexNet, first and last exit only', note=note,
+    )  # fmt: skip
+    return f'## Figure 4\n\nOurs: {source}.{table}\n\n![](figure4.png)'
+
+
+def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
+    """Accuracy of the last exit against the number of convolutions in the first branch."""
+    ours, notes, by_depth = {}, [], {}
+    for name in ('claims_b-alexnet', 'claims_b-lenet'):
+        variants = claims.get(name, {}).get('variants', {})
+        depths = {
+            depth: interval(100 * np.array(variants[depth_name(depth)]['test_accuracy'])[:, -1])
+            for depth in DEPTHS
+            if depth_name(depth) in variants
+        }
+        if 0 in depths:
+            settings = claims[name]['settings']
+            ours[f'{settings["network"]}, {settings["dataset"]}, last exit − depth 0'] = [
+                (depth, accuracy['mean'] - depths[0]['mean']) for depth, accuracy in depths.items()
+            ]
+            notes.append(f'{settings["network"]}: {claims[name]["device"]}, {settings["seeds"]} seeds')
+            by_depth[name] = depths
+    theirs = {'b-alexnet': [(n, value - paper.FIGURE_5[0]) for n, value in enumerate(paper.FIGURE_5)]}
+    pictures.against_paper(
+        workdir / 'figure5.png', ours, theirs, x='convolutions in branch 1', y='last exit: points above depth 0',
+        title='Figure 5: how deep the first branch should be', note='; '.join(notes),
+    )  # fmt: skip
+
+    def cell(depths: Mapping[int, Mapping[str, float]], depth: int) -> str:
+        if depth not in depths:
+            return NOT_RUN
+        return '{mean:.2f} [{low:.2f}, {high:.2f}]'.format(**depths[depth])
+
+    rows = [
+        [str(depth), *(cell(depths, depth) for depths in by_depth.values()), f'{paper.FIGURE_5[depth]:.1f}']
+        for depth in DEPTHS
+    ]
+    missing = '' if 'claims_b-alexnet' in by_depth else ' B-AlexNet: not run.'
+    table = bj.report.markdown_table(['convolutions', *by_depth, 'B-AlexNet (paper)'], rows)
+    return f'## Figure 5\n\nLast exit, test accuracy %.{missing}\n\n{table}\n\n![](figure5.png)'
+
+
+def figure_6(found: Folders, workdir: Path) -> str:
+    """Cache misses against run time on the CPU."""
+    theirs = {'b-alexnet': paper.FIGURE_6, 'alexnet': [paper.FIGURE_6_BASELINE]}
+    ours: dict[str, list[tuple[float, float]]] = {}
+    for name, folder in found.items():
+        for row in folder.cache:
+            ours.setdefault(f'{row.network}, {name}', []).append((row.latency_ms, 100 * row.last_level))
+    pictures.against_paper(
+        workdir / 'figure6.png', ours, theirs, x='time per image, batch 1 (ms)', y='last-level cache misses (%)',
+        title='Figure 6: cache misses as the thresholds vary, CPU', log_x=True,
+    )  # fmt: skip
+    source = '; '.join(dict.fromkeys(folder.cache_note for folder in found.values() if folder.cache_note)) or NOT_RUN
+    return f'## Figure 6\n\nOurs: {source}, of all data accesses.\n\n![](figure6.png)'
+
+
+def claims(records: Mapping[str, Any]) -> str:
+    """Lays out the verdicts on the paper's claims, and on vanishing gradients."""
+    lines = ['## Claims']
+    for name, record in records.items():
+        if name.startswith('claims_') and 'claims' in record:
+            settings = record['settings']
+            lines.append(f'### {settings["network"]} on {settings["dataset"]}, {settings["seeds"]} seeds')
+            lines += [
+                f'**{claim["claim"]}.**\n' + '\n'.join(f'- {sentence(answer)}' for answer in claim['answers'])
+                for claim in record['claims']
+            ]
+        elif name.startswith('gradients_'):
+            lines.append(f'### Vanishing gradients: {record["network"]} on {record["dataset"]}')
+            lines.append('\n'.join(f'- {sentence(answer)}' for answer in record['answers']))
+    return '\n\n'.join(lines if len(lines) > 1 else [*lines, NOT_RUN])

@@ -1,0 +1,158 @@
+"""The page of a run: its table, how it was timed and chosen, its operating points and, for masks, its classes."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+import branchy_jax as bj
+from experiments.pages.paper import JPEG_NOTE
+from experiments.run.masks import STILL_UNSURE, class_names
+from experiments.run.records import RunRecord
+from experiments.run.tasks import TASKS
+
+_LIKE_WITH_LIKE = {
+    True: 'both networks as `inference.optimize` rewrites them',
+    False: "the planner's choice over the faster of the baselines, plain or rewritten",
+}
+
+
+def write(workdir: Path, record: RunRecord, config: ConfigDict) -> None:
+    """Writes ``report.json``, ``report.md`` and ``tradeoff.png`` into the run's folder, and prints the table.
+
+    Args:
+        workdir: the folder.
+        record: of the run.
+        config: its settings.
+    """
+    stored, task = record.to_json(), TASKS[record.task]
+    bj.report.write_json(workdir / 'report.json', stored)
+    baseline, branchy = stored['rows']
+    table = bj.report.table_of_networks([baseline, branchy, *record.paper], metric=task.key, label=task.label)
+    bj.report.write_text(workdir / 'report.md', page(record, config, table))
+    bj.plots.tradeoff(
+        workdir / 'tradeoff.png', stored['frontier'], baseline, branchy,
+        knee=next((point for point in stored['frontier'] if point['knee']), None),
+        title=f'{record.network} on {record.dataset}: {task.label} against time as the thresholds vary',
+        metric=task.key, label=task.label, batch=record.baseline.clock.batch,
+    )  # fmt: skip
+    print(f'\n{table}\n\nWritten to {workdir}/report.md')
+
+
+def page(record: RunRecord, config: ConfigDict, table: str) -> str:
+    """Lays out a run in Markdown around the table of its networks."""
+    clock, point = record.points[0].clock, record.points[0]
+    alone = clock.batch == 1 and jax.default_backend() == 'cpu'
+    cores = ', on one core, where each network is fastest' if alone else ''
+    timed = (
+        f'Batch {clock.batch}, mean over {clock.latency_images} test images, end to end, median of '
+        f'{clock.latency_passes} passes, interleaved{cores}. `gain` compares like with like: '
+        f'{_LIKE_WITH_LIKE[clock.batch == 1]} (95 % interval of the median {clock.gain_low:.2f} to '
+        f'{clock.gain_high:.2f}); `gain over plain` is over the baseline as written.'
+    )
+    chosen = (
+        f'Each exit on its own: {", ".join(f"{100 * value:.2f} %" for value in record.exit_accuracy)}. '
+        f'Thresholds, of {record.criterion}, were picked on validation data ({config.choose}); test data served '
+        'for the figures alone.'
+    )
+    if record.paper:
+        chosen += (
+            " The paper's times count trunk segments only, on other machines; by that protocol ours gain "
+            f'{point.trunk_only_gain:.2f}.'
+        )
+    label = TASKS[record.task].label
+    parts = [
+        f'# {record.network} on {record.dataset}',
+        f'`{record.command}`',
+        f'{record.device}.\n{textwrap.fill(timed, 120)}',
+        table,
+        textwrap.fill(chosen, 120),
+        _points(record, label),
+        _criteria(record, label),
+        JPEG_NOTE if record.dataset == 'cifar10' else '',
+        f'![{label} against time](tradeoff.png)',
+        _classes(record),
+        _pixels(record),
+    ]
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _points(record: RunRecord, label: str) -> str:
+    return bj.report.markdown_table(
+        ['operating point', f'{label} %', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %'],
+        [
+            [
+                point.name,
+                f'{100 * point.accuracy:.2f}',
+                f'{point.clock.gain:.2f}',
+                f'{point.clock.gain_plain:.2f}',
+                f'{point.mac_gain:.2f}',
+                ', '.join(f'{threshold:.4g}' for threshold in point.thresholds),
+                percent(point.exit_fractions),
+            ]
+            for point in record.points
+        ],
+    )
+
+
+def _criteria(record: RunRecord, label: str) -> str:
+    if len(record.tried) < 2:
+        return ''
+    rows = [
+        [found.criterion, f'{100 * found.validation_accuracy:.2f}', f'{found.mac_gain:.2f}'] for found in record.tried
+    ]
+    table = bj.report.markdown_table(['criterion', f'{label} %', 'MAC gain'], rows)
+    return f'Criteria that were tried, each at its own thresholds, on validation data:\n\n{table}'
+
+
+def _classes(record: RunRecord) -> str:
+    if not record.class_iou:
+        return ''
+    names = class_names(record.dataset, record.num_classes)
+    rows = [
+        [name, *('–' if value is None else f'{100 * value:.1f}' for value in values)]
+        for name, values in record.class_iou.items()
+    ]
+    return f'## Classes\n\n{bj.report.markdown_table(["IoU % on test", *names], rows)}'
+
+
+def _pixels(record: RunRecord) -> str:
+    if not record.pixelwise:
+        return ''
+    table = bj.report.markdown_table(
+        ['pixel threshold', 'pixels per exit %', 'mIoU %, no image leaves', 'mIoU %, images leave', 'images per exit %',
+         'MAC gain'],
+        [
+            [
+                f'{row.pixel_threshold:g}',
+                percent(row.pixel_fractions),
+                f'{100 * row.test_miou_of_mosaic:.2f}',
+                f'{100 * row.test_miou_leaving:.2f}',
+                percent(row.exit_fractions_leaving),
+                f'{row.mac_gain_leaving:.2f}',
+            ]
+            for row in record.pixelwise
+        ],
+    )  # fmt: skip
+    return f"""## Anytime dense prediction
+
+Pixels whose entropy is below the threshold keep the earlier answer (`criteria.pixelwise`). That alone saves nothing:
+convolutions compute whole images, so with no image leaving the MAC gain is below 1, the side heads being extra. Time
+is saved only where an image leaves, here once less than {STILL_UNSURE:.0%} of its pixels are unsure.
+
+{table}
+
+![masks](masks.png)"""
+
+
+def percent(shares: tuple[float, ...]) -> str:
+    """Returns shares as a table shows them.
+
+    Example:
+        >>> percent((0.9, 0.1))
+        '90.0, 10.0'
+    """
+    return ', '.join(f'{100 * share:.1f}' for share in shares)

@@ -1,0 +1,1 @@
+"""The main job behind `experiments.main`: data, networks, trainings, thresholds, clocks, records."""

@@ -1,0 +1,138 @@
+"""Both networks of a run, as they were trained or as they are read back, with all the options they were made with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import branchy_jax as bj
+from branchy_jax.types import Variables
+from experiments.configs import common
+from experiments.run.records import RunRecord, read_record
+from experiments.run.tasks import TASKS, load
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """A branchy network and its baseline, trained. It can be sent to another process, which makes the networks anew.
+
+    Attributes:
+        name: of the branchy one.
+        options: that both are created with.
+        variables: of the branchy one.
+        baseline_variables: of the baseline.
+        normalization: that both were trained with.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    variables: Variables
+    baseline_variables: Variables
+    normalization: bj.Normalization
+
+    @functools.cached_property
+    def model(self) -> bj.BranchyNet:
+        """The branchy network."""
+        return bj.models.create(self.name, **self.options)
+
+    @functools.cached_property
+    def baseline(self) -> bj.BranchyNet:
+        """The one-exit network."""
+        return bj.models.without_branches(self.model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arrays = jax.tree.map(np.asarray, (self.variables, self.baseline_variables, self.normalization))
+        return Networks, (self.name, dict(self.options), *arrays)
+
+
+def network_options(config: ConfigDict, *, num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
+    """Returns the arguments that a run's networks are created with."""
+    return {
+        'num_classes': num_classes,
+        'image_shape': tuple(image_shape),
+        'dtype': jnp.dtype(config.dtype),
+        **own_options(config),
+    }
+
+
+def own_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns those that do not depend on the data."""
+    return {**({'placement': config.placement} if config.placement else {}), **config.network_options.to_dict()}
+
+
+def training_options(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those to train with: the same networks and parameters, in the form in which a CPU trains them fastest."""
+    return {**options, 'convolution': bj.models.banded_convolution} if config.banded else dict(options)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What a run left behind.
+
+    Attributes:
+        workdir: its folder.
+        config: its settings.
+        record: what it found.
+        networks: both, trained.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    record: RunRecord
+    networks: Networks
+
+    @property
+    def policies(self) -> dict[str, bj.ExitPolicy]:
+        """When an input leaves, by operating point, the table's first."""
+        return {point.name: self.policy(point.thresholds) for point in self.record.points}
+
+    def policy(self, thresholds: Sequence[float]) -> bj.ExitPolicy:
+        """Returns a policy of the run's criterion."""
+        criterion = TASKS[self.record.task].criterion(self.record.criterion)
+        return bj.ExitPolicy(criterion=criterion, thresholds=np.array(thresholds, np.float32))
+
+    def dataset(self) -> bj.data.Dataset:
+        """Loads its data."""
+        return load(self.config)
+
+
+def read_run(workdir: Path | str) -> FinishedRun:
+    """Reads a run.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    workdir = Path(workdir)
+    record, stored = read_record(workdir), bj.report.read_json(workdir / 'config.json')
+    config = common.get_config()
+    config.update({name: value for name, value in stored.items() if name in config})  # a field may be gone since
+    variables, normalization = _weights(workdir / f'{config.network}.safetensors')
+    baseline_variables, _ = _weights(workdir / f'{config.network[2:]}.safetensors')
+    options = network_options(config, num_classes=record.num_classes, image_shape=record.image_shape)
+    networks = Networks(config.network, options, variables, baseline_variables, normalization)
+    return FinishedRun(workdir, config, record, networks)
+
+
+def save_weights(workdir: Path, config: ConfigDict, networks: Networks) -> None:
+    """Writes both networks into the run's folder, the normalisation with each."""
+    normalization = {'mean': networks.normalization.mean, 'deviation': networks.normalization.deviation}
+    for name, variables in ((networks.name, networks.variables), (networks.name[2:], networks.baseline_variables)):
+        bj.checkpoint.save_weights(
+            workdir / f'{name}.safetensors',
+            {**variables, 'normalization': normalization},
+            metadata={'network': name, 'dataset': config.dataset, 'placement': config.placement},
+        )
+
+
+def _weights(path: Path) -> tuple[Variables, bj.Normalization]:
+    variables, _ = bj.checkpoint.load_weights(path)
+    normalization = bj.Normalization(**variables.pop('normalization'))
+    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), variables), normalization

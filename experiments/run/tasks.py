@@ -1,0 +1,95 @@
+"""What a run's data are, and what its task decides: loss, what is counted, and who may let an input leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+import branchy_jax as bj
+from branchy_jax.criteria import Criterion, EveryOther, QuantileOverPatches, QuantileOverPixels, from_logits
+from branchy_jax.losses import Loss, MetricsOf
+from branchy_jax.thresholds.statistics import Metric, Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of the main job.
+
+    Attributes:
+        key: of the metric in records: ``test_<key>``.
+        label: of the metric in tables and pictures.
+        loss: per exit.
+        metrics: to look at while training.
+        statistics: what each answer adds.
+        metric: of their sums.
+        criteria: the one whose thresholds are cheapest on validation data is taken.
+    """
+
+    key: str
+    label: str
+    loss: Loss
+    metrics: MetricsOf
+    statistics: Statistics
+    metric: Metric
+    criteria: tuple[Criterion, ...]
+
+    def criterion(self, name: str) -> Criterion:
+        """Returns the criterion of that name."""
+        return {criterion.name: criterion for criterion in self.criteria}[name]
+
+
+# Entropy of a quarter of the pixels: a patch of 8 pixels is 4 of them wide.
+_ENTROPY = EveryOther(bj.criteria.entropy_of_logits, stride=2)
+
+TASKS = {
+    'classification': Task(
+        key='accuracy',
+        label='accuracy',
+        loss=bj.losses.cross_entropy_per_exit,
+        metrics=bj.losses.accuracy_per_exit,
+        statistics=bj.thresholds.accuracy_statistics,
+        metric=bj.thresholds.mean_of_statistic,
+        criteria=(bj.criteria.entropy,),
+    ),
+    'segmentation': Task(
+        key='miou',
+        label='mIoU',
+        loss=bj.losses.cross_entropy_per_exit,
+        metrics=bj.losses.accuracy_per_exit,
+        statistics=bj.thresholds.iou_statistics,
+        metric=bj.thresholds.mean_iou,
+        criteria=(
+            from_logits(_ENTROPY, name='mean entropy'),
+            from_logits(_ENTROPY, name='98 % quantile of entropy', pool=QuantileOverPixels(0.98)),
+            from_logits(_ENTROPY, name='most unsure 8 × 8 patch', pool=QuantileOverPatches(1.0, size=4)),
+        ),
+    ),
+}
+
+
+def load(config: ConfigDict) -> bj.data.Dataset:
+    """Loads what ``config.dataset`` names, the training images left on disk where ``config.in_memory`` is false.
+
+    Where the environment variable ``BRANCHY_JAX_PACKS`` names a folder with ``NAME.npz``, as ``unpack.py`` writes them
+    from ``shared/packs``, the arrays come from there: the same images in the same order as TFDS gives, on machines
+    without TensorFlow Datasets.
+    """
+    unpacked = Path(os.environ.get('BRANCHY_JAX_PACKS', ''), f'{config.dataset}.npz')
+    found = bj.data.load_dataset(
+        str(unpacked) if unpacked.is_absolute() and unpacked.exists() else config.dataset,
+        in_memory=config.in_memory,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        task=config.task,
+        image_size=tuple(config.image_size) or None,
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+    if config.most_examples:
+        parts = {split: getattr(found, split) for split in ('train', 'validation', 'test')}
+        found = found.replace(**jax.tree.map(lambda values: values[: config.most_examples], parts))
+    return found.replace(name=config.dataset)
