@@ -1,6 +1,10 @@
 """Measures every executor against the plain jitted baseline, over batch sizes and forced exit shares.
 
     python -m experiments.benchmark --network=b-resnet110 --workdir=runs/benchmark_resnet110
+    python -m experiments.benchmark --training --workdir=runs/benchmark_training
+
+The second, on a CPU, times a training step of B-ResNet-110 and B-AlexNet as jax starts by itself and as the commands
+start it.
 
 Random weights unless given: time does not depend on them. Writes ``benchmark.json``, ``benchmark.md``,
 ``gain.png`` (gain against batch size), ``cost.png`` (milliseconds a batch against batch size) and ``follows.png`` (time
@@ -22,6 +26,7 @@ from branchy_jax.report import markdown_table, write_json, write_text
 from experiments.pages import pictures
 from experiments.run import command
 from experiments.run.timing import keep_to_one_core
+from experiments.study import training_speed
 from experiments.study.cells import Cell, images_needed, measure_cell, peak_memory_mb, prepare
 
 _SHARES_BY_EXITS = {2: ['94/6', '70/30', '0/100', '100/0'], 3: ['100/0/0', '70/20/10', '40/30/30', '0/0/100']}
@@ -31,7 +36,9 @@ _SIZES_PER_BATCH = 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the grid, writing what is known after every cell."""
     parser = command.parser(__doc__)
-    parser.add_argument('--network', required=True, help='A branchy network: b-lenet, b-alexnet, b-resnet110.')
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('--network', help='A branchy network: b-lenet, b-alexnet, b-resnet110.')
+    what.add_argument('--training', action='store_true', help='Times training steps instead of executors.')
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
     parser.add_argument('--weights', type=Path, help='Safetensors of the network; random weights without.')
     parser.add_argument('--batches', type=command.positives, help='Batch sizes, such as 1,32,256.')
@@ -40,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--one_core', action='store_true', help='Keep to one CPU core: fastest for small networks.')
     parser.add_argument('--seed', type=int, default=0, help='Of the images.')
     options = parser.parse_args(arguments)
+    if options.training:
+        training_speed.write(options.workdir, command.provenance('benchmark'))
+        return
     if options.one_core:
         keep_to_one_core()
     model = bj.models.create(options.network)

@@ -175,7 +175,7 @@ def test_the_cheapest_of_the_paths_that_passed_is_by_the_costs_of_the_table():
 
 def test_the_simulation_runs_the_procedure():
     """`experiments.promises` vectorises; on single draws it must do what the library does."""
-    from experiments.promises import Population
+    from experiments.study.promises import Population
 
     table, losses = population(500, seed=3)
     simulated = Population(path(), table, losses, size=200, splits=20)

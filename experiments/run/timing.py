@@ -16,6 +16,7 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
+from branchy_jax.inference.planning.segment_times import segment_functions
 from branchy_jax.types import Variables
 from experiments.run.networks import Networks
 from experiments.run.processes import as_a_user_starts_them
@@ -72,7 +73,7 @@ def _time_images(networks: Networks, images: np.ndarray, policies: Policies, pas
     fast_baseline = bj.inference.optimize(networks.baseline, networks.baseline_variables)
     inputs = [jax.block_until_ready(jnp.asarray(image)) for image in images]
     few = inputs[: max(1, len(inputs) // 5)]
-    alone = bj.inference.segment_functions(*fast, images, 1, criterion=criterion)
+    alone = segment_functions(*fast, images, 1, criterion=criterion)
     segments = _trunk(exits, 1)
     seconds = bj.measure.interleaved_passes(
         {
@@ -138,7 +139,7 @@ def time_batches(
     }
     timed = {name: bj.measure.one_by_one(function, inputs) for name, function in functions.items()}
     segments = _trunk(exits, batch)
-    alone = bj.inference.segment_functions(fast, fast_variables, images[:batch], batch, criterion=criterion)
+    alone = segment_functions(fast, fast_variables, images[:batch], batch, criterion=criterion)
     seconds = bj.measure.interleaved_passes({**timed, **{key: alone[key] for key in segments}}, passes=passes)
     baseline, count = fastest(seconds, ('plain', 'rewritten')), len(inputs) * batch
     read = functools.partial(Clock.read, seconds, baseline=baseline, images=count, batch=batch)
@@ -190,7 +191,7 @@ def _forced(criterion: Criterion, exits: int, n: int) -> bj.ExitPolicy:
 
 
 def _trunk(exits: int, batch: int) -> list[tuple[str, int, int]]:
-    """Names every stage alone, then the last head, as `branchy_jax.inference.segment_functions` does."""
+    """Names every stage alone, then the last head, as `segment_functions` does."""
     return [*(('stage', n, batch) for n in range(exits)), ('exit', exits - 1, batch)]
 
 

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import branchy_jax as bj
-from branchy_jax.training import Metrics
+from branchy_jax.training.fit import Prepare
+from branchy_jax.training.step import Metrics
 from branchy_jax.types import Variables
 from experiments.run.networks import network_options, training_options
 from experiments.run.tasks import TASKS
@@ -163,7 +164,7 @@ def _loss(config: ConfigDict) -> bj.losses.Loss:
     return bj.losses.weighted_sum((1 - share, told), (share, taught))
 
 
-def _preparation(config: ConfigDict, dataset: bj.data.Dataset, *, side: int | None) -> bj.training.Prepare:
+def _preparation(config: ConfigDict, dataset: bj.data.Dataset, *, side: int | None) -> Prepare:
     augment = functools.partial(bj.data.augment, crop_padding=config.crop_padding, flip=config.flip)
     normalize = dataset.normalization
 

@@ -16,6 +16,7 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes
+from branchy_jax.inference.planning.segment_times import segment_functions
 from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.run.records import Numbers
@@ -164,7 +165,7 @@ def measure_cell(
     compiled = {name: _seconds(function) for name, function in functions.items()}
     best = times.best_sizes.tolist()
     for n, size in enumerate(best):
-        every = bj.inference.segment_functions(*subject.fast, images, size)
+        every = segment_functions(*subject.fast, images, size)
         functions.update({key: every[key] for key in every if key[1] == n})
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
     limit = sum(

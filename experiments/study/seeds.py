@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import branchy_jax as bj
+from branchy_jax.training.fit import Prepare
 from branchy_jax.types import Variables
 
 
@@ -164,7 +165,7 @@ def _optimizer(recipe: Recipe, epochs: int, examples: int) -> optax.GradientTran
 
 
 @functools.cache
-def _preparation(recipe: Recipe, mean: tuple[float, ...], deviation: tuple[float, ...]) -> bj.training.Prepare:
+def _preparation(recipe: Recipe, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Prepare:
     normalize = bj.Normalization(jnp.array(mean), jnp.array(deviation))
 
     def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:

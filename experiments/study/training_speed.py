@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from branchy_jax.report import markdown_table, write_json, write_text
+from experiments.run.processes import settings_on_cpu
+
 _WAYS = {
     # One device, the allocator as it is, whole batches: what a user gets who does nothing.
     'as jax starts': {'devices': 1, 'batch_size': {'b-resnet110': 64, 'b-alexnet': 128}},
@@ -67,8 +70,6 @@ def compare(networks: tuple[str, ...] = ('b-resnet110', 'b-alexnet'), *, rounds:
 
 
 def _in_a_process(network: str, way: str) -> dict[str, float]:
-    from experiments.run.processes import settings_on_cpu
-
     devices = _WAYS[way]['devices']
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', **(settings_on_cpu(devices) if devices > 1 else {})}
     program = f'from experiments.study.training_speed import measure; measure({network!r}, {way!r})'
@@ -105,10 +106,15 @@ def measure(network: str, way: str) -> None:
     print(json.dumps({'ms_per_image': float(np.median(seconds[_WARMUP:])) / batch_size * 1e3, 'peak_gb': peak}))
 
 
+def write(workdir: Path, provenance: dict[str, str]) -> None:
+    """Compares both ways and writes ``training.json`` and ``training.md``."""
+    found = compare()
+    write_json(workdir / 'training.json', {**provenance, 'ways': [dataclasses.asdict(way) for way in found]})
+    write_text(workdir / 'training.md', page(found, **provenance))
+
+
 def page(found: list[Way], *, device: str, command: str) -> str:
     """Returns the Markdown page of a comparison."""
-    from branchy_jax.report import markdown_table
-
     first = {way.network: np.array(way.ms_per_image) for way in found if way.way == next(iter(_WAYS))}
     rows = [
         [
