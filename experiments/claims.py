@@ -23,7 +23,7 @@ from experiments.configs import common
 from experiments.pages.claims import page
 from experiments.run import command
 from experiments.run.tasks import load
-from experiments.study.seeds import Recipe, Seeds, Trained, faster_way
+from experiments.study.seeds import Recipe, Seeds, Trained
 from experiments.study.variants import with_branch
 from experiments.study.verdicts import DEPTHS, depth_name, judge_all, position_name, positions
 
@@ -97,9 +97,7 @@ def run(
         'variants': {},
         **record,
     }
-    if 'seeds_by' not in record:
-        record['seeds_by'] = faster_way(bj.models.create(network, **options), dataset, recipe, seeds=seeds)
-    trainings = Seeds(dataset, recipe, count=seeds, by=record['seeds_by']['by'])
+    trainings = Seeds(dataset, recipe, count=seeds)
     workdir.mkdir(parents=True, exist_ok=True)
     if not judge_only:
         _train_missing(record, network, options, trainings, path)

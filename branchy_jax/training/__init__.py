@@ -2,7 +2,6 @@
 
 from branchy_jax.training.fit import epoch_order as epoch_order
 from branchy_jax.training.fit import fit as fit
-from branchy_jax.training.fit import train_epoch as train_epoch
 from branchy_jax.training.initialization import initialize_from_baseline as initialize_from_baseline
 from branchy_jax.training.initialization import initialize_from_shallower as initialize_from_shallower
 from branchy_jax.training.state import TrainState as TrainState
@@ -18,6 +17,5 @@ __all__ = [
     'initialize_from_baseline',
     'initialize_from_shallower',
     'paper_adam',
-    'train_epoch',
     'train_step',
 ]

@@ -98,52 +98,6 @@ def _scan_steps(
     return lax.scan(body, state, (order, keys))
 
 
-def train_epoch(
-    state: TrainState,
-    data: Batch,
-    exit_weights: Array,
-    key: Array,
-    *,
-    epoch: int,
-    batch_size: int,
-    prepare: Prepare = _as_stored,
-    loss: Loss = cross_entropy_per_exit,
-    metrics: MetricsOf = accuracy_per_exit,
-) -> tuple[TrainState, Metrics]:
-    """Takes the steps of one epoch as one program, a `jax.lax.scan`; works under `jax.vmap`, over seeds for example.
-
-    Where ``state`` lies on the devices of a mesh (`branchy_jax.sharding.replicate`), each of them computes its share of
-    every batch.
-
-    Args:
-        state: donated.
-        data: the whole training set as stored, ``image [M, H, W, C]`` uint8.
-        exit_weights: ``[N]``.
-        key: of the whole training; order, augmentation and dropout derive from it and ``epoch``.
-        epoch: 0, 1, ….
-        batch_size: examples in a step.
-        prepare: ``(key, stored batch) → batch for the network``; runs inside jit.
-        loss: ``(logits, labels) → [N]``.
-        metrics: ``(logits, labels) → figures by name``.
-
-    Returns:
-        The next state, and the metrics averaged over the epoch.
-
-    Raises:
-        ValueError: a batch size that the devices cannot share, or that the training set does not fill.
-    """
-    order = epoch_order(key, epoch, len(data), batch_size)
-    mesh = sharding.mesh_of(state)
-    if mesh is not None:
-        sharding.check_divisible('batch_size', batch_size, mesh)
-        data = sharding.replicate(mesh, data)
-    state, history = _scan_steps(
-        state, data, order, _step_keys(key, epoch, len(order)), jnp.asarray(exit_weights, jnp.float32),
-        prepare=prepare, loss=loss, metrics=metrics, mesh=mesh,
-    )  # fmt: skip
-    return state, jax.tree.map(lambda values: values.mean(0), history)
-
-
 def fit(
     state: TrainState,
     data: Batch | Stream,

@@ -14,7 +14,7 @@ from experiments.study.verdicts import interval, sentence
 
 def page(record: Mapping[str, Any]) -> str:
     """Lays out a record of `experiments.claims` in Markdown."""
-    settings, by = record['settings'], record['seeds_by']
+    settings = record['settings']
     verdicts = '\n\n'.join(
         f'**{claim["claim"]}.**\n' + '\n'.join(f'- {sentence(answer)}' for answer in claim['answers'])
         for claim in record['claims']
@@ -37,8 +37,7 @@ def page(record: Mapping[str, Any]) -> str:
 
 {record['device']}. {settings['train']:,} training and {settings['test']:,} test images, {settings['epochs']} epochs,
 {settings['seeds']} seeds, {record['seconds'] / 60:.0f} minutes of training. Figures are means with 95 % confidence
-intervals (Student's t); questions are answered by differences paired by seed. Seeds ran by {by['by']}: a few steps of
-all took {by['loop_seconds']:.2f} s by a loop and {by['vmap_seconds']:.2f} s by vmap.{note}
+intervals (Student's t); questions are answered by differences paired by seed.{note}
 
 ## Verdicts
 

@@ -158,7 +158,9 @@ def control(
     table, relative = validation.table(), validation.costs.to_exit / validation.costs.trunk
     path = bj.thresholds.path_by_shares(table)
     target = float(relative[0] + 0.3 * (relative[-1] - relative[0]))
-    controller = bj.thresholds.create_controller(path, target=target, scale=float(relative[-1] - relative[0]))
+    controller = bj.thresholds.create_controller(
+        path, criterion=table.criterion, target=target, scale=float(relative[-1] - relative[0])
+    )
     # Beside it the setting of the same path whose cost on validation data is nearest to the target.
     fixed = path[np.abs(table.evaluate(path).cost / validation.costs.trunk - target).argmin()]
     update = jax.jit(lambda controller, observed: controller.update(observed))

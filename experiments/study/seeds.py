@@ -1,12 +1,10 @@
-"""Training the same network from several seeds, by a loop or by `jax.vmap`, whichever is faster here."""
+"""Training the same network from several seeds, one after the other."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +63,11 @@ class Seeds:
         dataset: trained on its training part, evaluated on its test part.
         recipe: the same for all variants.
         count: how many seeds.
-        by: ``'loop'`` or ``'vmap'``.
     """
 
     dataset: bj.data.Dataset
     recipe: Recipe
     count: int
-    by: str = 'loop'
 
     def train(
         self,
@@ -91,22 +87,16 @@ class Seeds:
         """
         epochs = self.recipe.epochs if epochs is None else epochs
         keys = [jax.random.fold_in(jax.random.key(1), seed) for seed in range(self.count)]
-        states = self._states(model, epochs, starts)
-        variables = [state.variables for state in self._trained(states, keys, exit_weights, epochs)]
+        data, variables = jax.tree.map(jnp.asarray, self.dataset.train), []
+        for key, state in zip(keys, self._states(model, epochs, starts), strict=True):
+            trained = bj.training.fit(
+                state, data, exit_weights, key, epochs=epochs, batch_size=self.recipe.batch_size,
+                prepare=self._prepare(),
+            )  # fmt: skip
+            variables.append(trained.variables)
         parts = (self.dataset.train, self.dataset.test)
         train, test = (_accuracy(model, variables, self.dataset.normalization, part) for part in parts)
         return Trained(variables, train, test)
-
-    def seconds(self, model: bj.BranchyNet) -> float:
-        """Times an epoch of all seeds: the median of three, after one that compiles."""
-        keys, weights = [jax.random.key(seed) for seed in range(self.count)], (1.0,) * model.num_exits
-        states = self._trained(self._states(model, 1, None), keys, weights, 1)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            states = jax.block_until_ready(self._trained(states, keys, weights, 1))
-            times.append(time.perf_counter() - start)
-        return float(np.median(times))
 
     def _states(
         self, model: bj.BranchyNet, epochs: int, starts: Sequence[Variables] | None
@@ -121,35 +111,10 @@ class Seeds:
             states.append(bj.training.create_train_state(model, variables, optimizer))
         return states
 
-    def _trained(
-        self, states: Sequence[Any], keys: Sequence[jax.Array], exit_weights: Sequence[float], epochs: int
-    ) -> list[Any]:
+    def _prepare(self) -> Prepare:
         normalization = self.dataset.normalization
         mean, deviation = (tuple(np.asarray(value).tolist()) for value in (normalization.mean, normalization.deviation))
-        epoch_of = functools.partial(
-            bj.training.train_epoch, exit_weights=jnp.array(exit_weights), batch_size=self.recipe.batch_size,
-            prepare=_preparation(self.recipe, mean, deviation),
-        )  # fmt: skip
-        data = jax.tree.map(jnp.asarray, self.dataset.train)
-        if self.by == 'loop':
-            states = list(states)
-            for n, key in enumerate(keys):
-                for epoch in range(epochs):
-                    states[n], _ = epoch_of(states[n], data, key=key, epoch=epoch)
-            return states
-        stacked, every_key = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jnp.stack(keys)
-        for epoch in range(epochs):
-            stacked = jax.vmap(lambda state, key, epoch=epoch: epoch_of(state, data, key=key, epoch=epoch)[0])(
-                stacked, every_key
-            )
-        return [jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(len(keys))]
-
-
-def faster_way(model: bj.BranchyNet, dataset: bj.data.Dataset, recipe: Recipe, *, seeds: int) -> dict[str, Any]:
-    """Times a few steps of all seeds by a loop and by vmap; returns ``by`` and the seconds of both."""
-    few = dataset.replace(train=jax.tree.map(lambda values: values[: 8 * recipe.batch_size], dataset.train))
-    seconds = {by: Seeds(few, recipe, seeds, by).seconds(model) for by in ('loop', 'vmap')}
-    return {'by': min(seconds, key=seconds.get), 'loop_seconds': seconds['loop'], 'vmap_seconds': seconds['vmap']}
+        return _preparation(self.recipe, mean, deviation)
 
 
 @functools.partial(jax.jit, static_argnums=0)
