@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import pickle
 import re
 import shutil
@@ -364,3 +365,40 @@ def test_segmentation_goes_through_the_same_job(tmp_path):
         assert never['mac_gain_leaving'] < 1  # heads computed, nothing saved: said so
     assert (tmp_path / 'run' / 'masks.png').stat().st_size > 10_000
     assert 'That alone saves nothing' in (tmp_path / 'run' / 'report.md').read_text()
+
+
+def started(settings, devices):
+    """What `start_again_on_cpu` hands on, in a process of its own: its environment and the devices it then has."""
+    program = (
+        'import json, os; from experiments.run.processes import start_again_on_cpu, as_a_user_starts_them; '
+        f'start_again_on_cpu({devices}); import jax; count = len(jax.devices()); '
+        'ours = {k: os.environ.get(k) for k in ("GLIBC_TUNABLES", "JAX_CPU_ENABLE_ASYNC_DISPATCH")}; '
+        'inside = as_a_user_starts_them(); inside.__enter__(); '
+        'print(json.dumps([count, ours, os.environ.get("XLA_FLAGS", ""), os.environ.get("GLIBC_TUNABLES")]))'
+    )
+    unset = ('GLIBC_TUNABLES', 'JAX_CPU_ENABLE_ASYNC_DISPATCH', 'XLA_FLAGS')
+    environment = {**{name: value for name, value in os.environ.items() if name not in unset}, **settings}
+    run = subprocess.run([sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def test_commands_start_themselves_as_a_cpu_trains_fastest():
+    count, ours, flags, allocator = started({}, 2)
+    assert (count, ours['JAX_CPU_ENABLE_ASYNC_DISPATCH']) == (2, '0')
+    assert 'mmap_max=0' in ours['GLIBC_TUNABLES']
+    assert (flags, allocator) == ('', None)  # as a user starts them, for the clocks
+
+
+def test_what_the_user_has_set_stays():
+    mine = {
+        'GLIBC_TUNABLES': 'glibc.malloc.perturb=0',
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=3 --xla_cpu_multi_thread_eigen=true',
+    }
+    count, ours, flags, allocator = started(mine, 2)
+    assert (count, ours['GLIBC_TUNABLES'], allocator) == (3, *[mine['GLIBC_TUNABLES']] * 2)
+    assert '--xla_cpu_multi_thread_eigen=true' in flags
+
+
+def test_one_device_needs_no_start():
+    count, ours, _, _ = started({}, 1)
+    assert (count, set(ours.values())) == (1, {None})

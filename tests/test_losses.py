@@ -94,3 +94,19 @@ def test_impossible_distillation_is_refused():
         distillation(last_exit, temperature=0)
     with pytest.raises(ValueError, match='terms: got none'):
         weighted_sum()
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1, 0.5])
+def test_label_smoothing_spreads_the_target(getkey, smoothing):
+    logits, labels = np.asarray(jax.random.normal(getkey(), (2, 6, 5)), np.float64), np.array([0, 1, 2, 3, 4, 0])
+    target = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
+    log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -(target * log_probability).sum(-1).mean(-1)
+    found = cross_entropy_per_exit(tuple(jnp.float32(logits)), jnp.asarray(labels), label_smoothing=smoothing)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('smoothing', [-0.1, 1.0, float('nan')])
+def test_impossible_smoothing_is_refused(smoothing):
+    with pytest.raises(ValueError, match='label_smoothing: got'):
+        cross_entropy_per_exit((jnp.zeros((1, 5)),), jnp.array([0]), label_smoothing=smoothing)

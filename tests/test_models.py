@@ -95,13 +95,15 @@ def test_max_pool_rounds_up(getkey, size, window, stride):
     np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x), window=window, stride=stride)[0], expected)
 
 
-def test_local_response_normalization_by_its_formula(getkey):
+@pytest.mark.parametrize('beta', [0.75, 0.5])
+def test_local_response_normalization_by_its_formula(getkey, beta):
     x = np.asarray(jax.random.normal(getkey(), (2, 3, 3, 6)), np.float64) * 30
     expected = np.empty_like(x)
     for c in range(6):
         energy = (x[..., max(0, c - 1) : c + 2] ** 2).sum(-1)
-        expected[..., c] = x[..., c] / (2 + 5e-5 * energy) ** 0.75
-    np.testing.assert_allclose(layers.local_response_normalization(jnp.float32(x)), expected, rtol=1e-4)
+        expected[..., c] = x[..., c] / (2 + 5e-5 * energy) ** beta
+    found = layers.local_response_normalization(jnp.float32(x), beta=beta)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_residual_block_without_weights_is_its_shortcut(getkey):
