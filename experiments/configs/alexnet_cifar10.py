@@ -3,8 +3,9 @@ r"""B-AlexNet on CIFAR-10.
 Paper: BranchyNet (2016), Table I, AlexNet rows: 78.38 % and 79.19 %, 65.6 and 25.2 % leave at the side exits.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/alexnet_cifar10.py --workdir=runs/alexnet_cifar10
-Run time: minutes on a GPU; hours on 2 CPU cores.
-Expect: about 82 % with this recipe (a prototype's figure, on CIFAR-10 re-encoded as JPEG); not yet run with this code.
+Run time: 55 minutes on 2 CPU cores that do nothing else, 1.7 an epoch.
+Expect: not yet run to its end. Probe, on validation data: AdamW with a peak of 2e-3, weight decay 0.01 and label smoothing
+0.1 had 67.8 / 70.8 / 68.0 % after three of five epochs. CIFAR-10 here was re-encoded as JPEG.
 """
 
 from ml_collections import ConfigDict

@@ -20,9 +20,14 @@ def get_config() -> ConfigDict:
     config.epochs_baseline = 4
     config.epochs = 4
     config.crop_padding = 0
+    config.batch_size = 128
     config.learning_rate = 2e-3
+    config.schedule = 'cosine'
     config.warmup = 0.1
     config.weight_decay = 1e-3
+    config.decay_kernels_only = False
+    config.cpu_devices = 1
+    config.scan_epoch = True
     config.banded = True
     config.latency_images = 200
     return config

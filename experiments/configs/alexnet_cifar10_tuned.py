@@ -3,7 +3,7 @@ r"""B-AlexNet on CIFAR-10 with stronger heads, taught by the last exit.
 Paper: BranchyNet (2016), Table I, AlexNet rows: 78.38 % and 79.19 %, 65.6 and 25.2 % leave at the side exits.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/alexnet_cifar10_tuned.py --workdir=runs/alexnet_cifar10_tuned
-Run time: minutes on a GPU; hours on 2 CPU cores.
+Run time: an hour on 2 CPU cores.
 Expect: not yet run; about the accuracy of alexnet_cifar10, with more images leaving first.
 """
 

@@ -3,8 +3,9 @@ r"""B-ResNet-110 on CIFAR-10.
 Paper: BranchyNet (2016), Table I, ResNet rows: 80.70 % and 79.17 %, 41.5 and 13.8 % leave at the side exits.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/resnet110_cifar10.py --workdir=runs/resnet110_cifar10
-Run time: about 10 minutes on an H100; not for a CPU.
-Expect: about 89 % with this recipe (a prototype's figure, on CIFAR-10 re-encoded as JPEG); not yet run with this code.
+Run time: 75 minutes on 2 CPU cores that do nothing else: 15 epochs at depth 20 with images of 16, 24 and 32 pixels, then
+grown to 110 layers, whose new blocks start as identities, and a quarter of an epoch more.
+Expect: not run; resnet110_cifar10_tuned has the same exits and two more.
 """
 
 from ml_collections import ConfigDict
