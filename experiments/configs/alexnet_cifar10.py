@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from experiments.configs import common
 
 
-def get_config() -> ConfigDict:
-    """Returns the settings of this run."""
+def get_config(variant: str = '') -> ConfigDict:
+    """Returns the settings of this run; of the variant ``'gpu'`` those for many epochs on a GPU."""
     config = common.get_config()
     config.dataset = 'cifar10'
     config.crop_padding = 2
@@ -36,4 +36,10 @@ def get_config() -> ConfigDict:
     config.decay_kernels_only = True
 
     config.exit_weights = (1.0, 1.0, 1.0)
+    if variant == 'gpu':
+        config.update(
+            crop_padding=4, regime='baseline', epochs_baseline=120, epochs_start=60, epochs=60, batch_size=128,
+            scan_epoch=True, learning_rate=3e-3, schedule='cosine', warmup=0.3, weight_decay=1e-2,
+            decay_kernels_only=False,
+        )  # fmt: skip
     return config

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from experiments.configs import alexnet_cifar10
 
 
-def get_config() -> ConfigDict:
-    """Returns the settings of this run."""
-    config = alexnet_cifar10.get_config()
+def get_config(variant: str = '') -> ConfigDict:
+    """Returns the settings of this run, or of a variant of its base."""
+    config = alexnet_cifar10.get_config(variant)
     config.placement = 'tuned'
     config.distillation = 0.5
     return config

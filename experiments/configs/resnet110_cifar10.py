@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from experiments.configs import common
 
 
-def get_config() -> ConfigDict:
-    """Returns the settings of this run."""
+def get_config(variant: str = '') -> ConfigDict:
+    """Returns the settings of this run; of the variant ``'gpu'`` those for many epochs on a GPU."""
     config = common.get_config()
     config.dataset = 'cifar10'
     config.crop_padding = 2
@@ -44,4 +44,10 @@ def get_config() -> ConfigDict:
     config.exit_weights = (0.3, 0.3, 1.0)
 
     config.latency_images = 200
+    if variant == 'gpu':
+        config.update(
+            crop_padding=4, image_sides=(), dtype='bfloat16', shallow_depth=0, epochs_baseline=60, epochs=60,
+            batch_size=256, scan_epoch=True, learning_rate=0.4, schedule='cosine', warmup=0.05, weight_decay=1e-4,
+            decay_kernels_only=False, label_smoothing=0.0,
+        )  # fmt: skip
     return config

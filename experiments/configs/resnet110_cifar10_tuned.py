@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from experiments.configs import resnet110_cifar10
 
 
-def get_config() -> ConfigDict:
-    """Returns the settings of this run."""
-    config = resnet110_cifar10.get_config()
+def get_config(variant: str = '') -> ConfigDict:
+    """Returns the settings of this run, or of a variant of its base."""
+    config = resnet110_cifar10.get_config(variant)
     config.placement = 'tuned'
     config.exit_weights = (0.3, 0.3, 0.4, 0.5, 1.5)
     config.distillation = 0.5

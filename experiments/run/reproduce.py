@@ -91,7 +91,8 @@ def _run(workdir: Path, name: str, *, quick: bool) -> list[Step]:
     settings = quick_flags if quick else ['--config.banded=False']
     sizes = ['--batches=8', '--passes=2'] if quick else ['--batches=256,2048']
     on_folder = f'--workdir={folder}'
-    main = ['experiments.main', f'--config=experiments/configs/{name}.py', on_folder, *settings]
+    variant = ':gpu' if 'cifar10' in name else ''  # recipes for many epochs, not those for two CPU cores
+    main = ['experiments.main', f'--config=experiments/configs/{name}.py{variant}', on_folder, *settings]
     energy = ['experiments.energy', on_folder, '--batches=1,8' if quick else '--batches=1,2048']
     found = [
         Step(f'{name}: train', main, folder / 'report.json', _TRAINING_SECONDS[name]),
