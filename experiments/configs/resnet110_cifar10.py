@@ -3,8 +3,8 @@ r"""B-ResNet-110 on CIFAR-10.
 Paper: BranchyNet (2016), Table I, ResNet rows: 80.70 % and 79.17 %, 41.5 and 13.8 % leave at the side exits.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/resnet110_cifar10.py --workdir=runs/resnet110_cifar10
-Run time: 75 minutes on 2 CPU cores that do nothing else: 15 epochs at depth 20 with images of 16, 24 and 32 pixels, then
-grown to 110 layers, whose new blocks start as identities, and a quarter of an epoch more.
+Run time: 75 minutes on 2 CPU cores that do nothing else: 15 epochs at depth 20 with images of 16, 24 and 32 pixels,
+then grown to 110 layers, whose new blocks start as identities, and a quarter of an epoch more.
 Expect: not run; resnet110_cifar10_tuned has the same exits and two more.
 """
 
@@ -15,6 +15,8 @@ from experiments.configs import common
 
 def get_config(variant: str = '') -> ConfigDict:
     """Returns the settings of this run; of the variant ``'gpu'`` those for many epochs on a GPU."""
+    if variant not in ('', 'gpu'):
+        raise ValueError(f"variant: got {variant!r}; there is 'gpu', or nothing after the file's name")
     config = common.get_config()
     config.dataset = 'cifar10'
     config.crop_padding = 2
