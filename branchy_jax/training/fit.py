@@ -145,8 +145,8 @@ def fit(
         directory: where to keep one checkpoint (only the newest stays); ``None`` keeps none.
         save_every: steps between checkpoints; by default an epoch, or four minutes where an epoch takes longer (with
             several processes, which have no clock in common, an epoch). The last step is followed by one, too.
-        on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step, or once per epoch with
-            ``scan``.
+        on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step, or once per epoch, with
+            averages, where it is scanned.
         on_epoch: called as ``on_epoch(epochs done, state, metrics)`` after every whole epoch, with the average of the
             epoch's steps, after a resume of those since.
 
@@ -183,9 +183,9 @@ def fit(
                 history.append(found)
                 saves.after(done, state)
                 if on_step is not None:
-                    on_step(epoch, done - epoch * steps, steps, jax.tree.map(lambda values: values[-1], found))
+                    on_step(epoch, done - epoch * steps, steps, found)
             if on_epoch is not None and stop == steps:
-                on_epoch(epoch + 1, state, jax.tree.map(lambda *parts: jnp.concatenate(parts).mean(0), *history))
+                on_epoch(epoch + 1, state, jax.tree.map(lambda *parts: jnp.stack(parts).mean(0), *history))
     return state
 
 
@@ -201,7 +201,7 @@ def _check_settings(data: Batch | Stream, batch_size: int, save_every: int | Non
 
 
 Taken = Iterator[tuple[TrainState, Metrics, int]]
-"""States as training goes on, the metrics of the steps before each ``[steps, …]``, and how many those were."""
+"""States as training goes on, the metrics of the steps before each, averaged, and how many those were."""
 
 
 def _taker(
@@ -211,14 +211,16 @@ def _taker(
     mesh = sharding.mesh_of(state)
     if not isinstance(data, Batch):
         return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
-    data, options['mesh'] = data if mesh is None else sharding.replicate(mesh, data), mesh
+    # Once: what lies on the host would be sent to the device at every step.
+    data = jax.tree.map(jnp.asarray, data) if mesh is None else sharding.replicate(mesh, data)
+    options['mesh'] = mesh
     if not scan:
         return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
 
     def take(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
         order = order[place:]
         state, history = _scan_steps(state, data, order, keys[place : place + len(order)], exit_weights, **options)
-        yield state, history, len(order)
+        yield state, jax.tree.map(lambda values: values.mean(0), history), len(order)
 
     return take
 
@@ -246,7 +248,7 @@ def _one_by_one(
         state, found = step(state, *given, keys[n], exit_weights, **options)
         if wait:
             jax.block_until_ready(found)
-        yield state, jax.tree.map(lambda value: value[None], found), 1
+        yield state, found, 1
 
 
 def _own_columns(order: np.ndarray) -> np.ndarray:
@@ -283,7 +285,7 @@ class _Saves:
     ) -> None:
         self._directory, self._recipe, self._every, self._last = directory, recipe, every, last
         self._by_the_clock = by_the_clock and jax.process_count() == 1
-        self._saved_at, self._saved = time.monotonic(), 0
+        self._saved_at = time.monotonic()
 
     def after(self, done: int, state: TrainState) -> None:
         if self._directory is None:
