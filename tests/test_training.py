@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -86,18 +87,16 @@ def test_loss_of_an_exit_leaves_later_stages_alone(network, batch, getkey, exit_
 
 
 def test_one_trace_per_shape(network, batch, getkey):
+    """Whatever state, model and optimiser, as long as they are equal."""
     model, variables, _ = network
-    traces = []
-
-    def loss(logits, labels):
-        traces.append(labels.shape)
-        return cross_entropy_per_exit(logits, labels)
-
-    state = create_train_state(model, variables, SGD)
+    chex.clear_trace_counter()
+    loss = chex.assert_max_traces(n=2)(lambda logits, labels: cross_entropy_per_exit(logits, labels))
     for size in (16, 16, 8, 16, 8):
+        state = create_train_state(model.clone(), variables, paper_adam(1e-2))
         part = jax.tree.map(lambda x, size=size: x[:size], batch)
         state, _ = train_step(state, part, jnp.ones(3), getkey(), loss=loss)
-    assert traces == [(16,), (8,)]
+    with pytest.raises(AssertionError, match='traced > 2 times'):
+        train_step(state, jax.tree.map(lambda x: x[:4], batch), jnp.ones(3), getkey(), loss=loss)
 
 
 def test_training_learns_and_state_counts(network, train):
@@ -200,7 +199,8 @@ def test_adam_is_the_papers(network):
         ]
         states = [state for _, state in updates]
         check_equal(updates[0][0], updates[1][0])
-    assert paper_adam() is paper_adam()
+    assert (paper_adam(), hash(paper_adam())) == (paper_adam(1e-3), hash(paper_adam(1e-3)))
+    assert paper_adam() != paper_adam(1e-2)
 
 
 def test_epoch_order_is_pure_and_visits_everything_once():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any
 
 import jax
@@ -42,10 +42,23 @@ class TrainState:
         return {'params': self.params, **self.model_state}
 
 
-@functools.cache  # one object per learning rate: jit compares optimisers by identity
+@dataclasses.dataclass(frozen=True)
+class _PaperAdam:
+    """One function of the optimiser as a value: optax's own are closures, unequal each time, and compile anew."""
+
+    learning_rate: float | optax.Schedule
+    function: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return getattr(optax.adam(self.learning_rate, b1=0.99, b2=0.999), self.function)(*arguments)
+
+
 def paper_adam(learning_rate: float | optax.Schedule = 1e-3) -> optax.GradientTransformation:
-    """Returns Adam as in the paper: step size 0.001, β1 0.99, β2 0.999 (BranchyNet, 2016, section IV)."""
-    return optax.adam(learning_rate, b1=0.99, b2=0.999)
+    """Returns Adam as in the paper: step size 0.001, β1 0.99, β2 0.999 (BranchyNet, 2016, section IV).
+
+    Two with equal learning rates are equal: a step compiles once for both.
+    """
+    return optax.GradientTransformation(*(_PaperAdam(learning_rate, name) for name in ('init', 'update')))
 
 
 def create_train_state(
