@@ -247,8 +247,7 @@ def _nvidia_meter() -> Meter | None:
     except Exception:  # the library, the driver or the permission is missing: each says so in its own way
         return None
     return Meter(
-        f'{jax.devices()[0].device_kind} (NVML)',
-        lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,
+        f'{jax.devices()[0].device_kind} (NVML)', lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
     )
 
 

@@ -73,11 +73,7 @@ class Sharded:
 
 
 def sharded(
-    model: BranchyNet,
-    *,
-    mesh: Mesh,
-    chunk_size: int | Sequence[int],
-    exits: Sequence[int] | None = None,
+    model: BranchyNet, *, mesh: Mesh, chunk_size: int | Sequence[int], exits: Sequence[int] | None = None
 ) -> Sharded:
     """Builds the batch executor for many devices: `compacted` on each, survivors dispatched anew before each stage.
 
@@ -146,10 +142,7 @@ def spread(images: Array, mesh: Mesh) -> Array:
 
 
 def _build(
-    model: BranchyNet,
-    mesh: Mesh,
-    asked: tuple[int, ...],
-    chunk_sizes: tuple[int, ...],
+    model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes: tuple[int, ...]
 ) -> Callable[[Variables, Array, ExitPolicy], tuple[ExitPrediction, Balance]]:
     steps = build_steps(model, asked)
 

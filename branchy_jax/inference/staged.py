@@ -35,10 +35,7 @@ the host at every exit. They made a stream of LeNet images 1.7 times faster and 
 
 
 def staged(
-    model: BranchyNet,
-    *,
-    exits: Sequence[int] | None = None,
-    compiler_options: Mapping[str, Any] | None = None,
+    model: BranchyNet, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
 ) -> Executor:
     """Builds the batch-1 executor: each stage after the first sits inside the `lax.cond` of the exit before it.
 
@@ -86,10 +83,7 @@ def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[t
 
 
 def sequential(
-    model: BranchyNet,
-    *,
-    exits: Sequence[int] | None = None,
-    compiler_options: Mapping[str, Any] | None = None,
+    model: BranchyNet, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
 ) -> Executor:
     """Builds the executor for a stream of single images in one program: a loop whose body is `staged`.
 

@@ -239,11 +239,7 @@ def betting(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> np.nda
     return np.exp(-np.maximum(0.0, wealth.max(axis=-1)))
 
 
-METHODS: dict[str, PValue] = {
-    'binomial': binomial,
-    'hoeffding-bentkus': hoeffding_bentkus,
-    'betting': betting,
-}
+METHODS: dict[str, PValue] = {'binomial': binomial, 'hoeffding-bentkus': hoeffding_bentkus, 'betting': betting}
 
 
 def learn_then_test(

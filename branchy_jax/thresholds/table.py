@@ -26,13 +26,7 @@ from branchy_jax.thresholds.screen import (
     outcomes,
     quantile_grid,
 )
-from branchy_jax.thresholds.statistics import (
-    Metric,
-    Statistics,
-    accuracy_statistics,
-    mean_of_statistic,
-    standard_error,
-)
+from branchy_jax.thresholds.statistics import Metric, Statistics, accuracy_statistics, mean_of_statistic, standard_error
 from branchy_jax.types import Array, ByValue, ExitPolicy, OperatingPoint
 
 

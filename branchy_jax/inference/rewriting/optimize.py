@@ -101,12 +101,7 @@ class RewrittenLayer(nn.Module):
 
 
 def optimize(
-    model: BranchyNet,
-    variables: Variables,
-    *,
-    dtype: Any = None,
-    forms: Forms | None = None,
-    embed: bool | None = None,
+    model: BranchyNet, variables: Variables, *, dtype: Any = None, forms: Forms | None = None, embed: bool | None = None
 ) -> tuple[BranchyNet, Variables]:
     """Rewrites a trained network for inference, exactly up to rounding.
 
