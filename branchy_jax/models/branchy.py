@@ -214,14 +214,23 @@ def choose_layout(layouts: dict[str, Layout], *, placement: str, heads: Sequence
     if placement not in layouts:
         raise ValueError(f'placement: got {placement!r}; choose from {", ".join(map(repr, layouts))}')
     stages, side_heads = layouts[placement]
-    if heads is None:
-        return stages, side_heads
-    if len(heads) != len(side_heads):
+    return stages, choose_heads(side_heads, heads)
+
+
+def choose_heads(own: Sequence[Layers], given: Sequence[Layers | None] | None) -> tuple[Layers, ...]:
+    """Returns a network's own side heads, but the caller's where they are given.
+
+    Raises:
+        ValueError: not one entry per side head.
+    """
+    if given is None:
+        return tuple(own)
+    if len(given) != len(own):
         raise ValueError(
-            f'heads: this network has {len(side_heads)} side heads, got {len(heads)}; '
+            f'heads: this network has {len(own)} side heads, got {len(given)}; '
             'give one per side branch (None keeps the default), the last exit not counted'
         )
-    return stages, tuple(own if given is None else given for own, given in zip(side_heads, heads, strict=True))
+    return tuple(ours if theirs is None else theirs for ours, theirs in zip(own, given, strict=True))
 
 
 def check_images(images: Array, image_shape: tuple[int, ...]) -> None:

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 from flax import struct
-from scipy import optimize
+from scipy import optimize, special
 
 from branchy_jax.costs import StageCosts, expected_cost
-from branchy_jax.criteria import Criterion, as_policy, entropy, replay
+from branchy_jax.criteria import as_policy, entropy, replay
+from branchy_jax.criteria.criterion import Criterion, check_criterion
 from branchy_jax.thresholds.screen import (
     Screen,
     answering_exits,
     as_matrix,
     checked_grid,
+    checked_settings,
     grid_size,
     midway,
     outcomes,
@@ -91,7 +93,7 @@ class ExitTable(ByValue):
         logits = np.asarray(logits)
         if logits.ndim < 3 or 0 in logits.shape:
             raise ValueError(f'logits: expected [N, M, …, K] with at least one exit and one input, got {logits.shape}')
-        _check_criterion(criterion, len(logits))
+        check_criterion(criterion, len(logits))
         answers, uncertainty = (np.asarray(found) for found in replay(criterion, logits))
         table = cls(
             uncertainty=uncertainty,
@@ -372,12 +374,7 @@ class ExitTable(ByValue):
         if isinstance(settings, Screen):
             _check_same(settings.criterion, self.criterion, 'settings')
             settings = settings.thresholds
-        thresholds = np.asarray(settings, np.float32)
-        if thresholds.ndim != 2 or thresholds.shape[1] != self.num_exits - 1 or np.isnan(thresholds).any():
-            raise ValueError(
-                f'settings: expected [G, {self.num_exits - 1}] thresholds without NaN, got shape {thresholds.shape}'
-            )
-        return thresholds
+        return checked_settings(settings, self.num_exits, 'settings')
 
 
 def checked_arrays(table: ExitTable) -> tuple[np.ndarray, np.ndarray]:
@@ -393,19 +390,8 @@ def checked_arrays(table: ExitTable) -> tuple[np.ndarray, np.ndarray]:
     stages, heads = np.shape(table.costs.stages), np.shape(table.costs.exits)
     if not stages == heads == (exits,):
         raise ValueError(f'costs: expected {exits} stages and heads to go with uncertainty, got {stages} and {heads}')
-    _check_criterion(table.criterion, exits)
+    check_criterion(table.criterion, exits)
     return uncertainty, statistics
-
-
-def _check_criterion(criterion: Any, exits: int) -> None:
-    if not isinstance(criterion, Criterion):
-        raise ValueError(
-            f'criterion: got {criterion!r}; give a value such as branchy_jax.criteria.entropy, not its name'
-        )
-    if criterion.num_exits not in (None, exits):
-        raise ValueError(
-            f'criterion: {criterion.name!r} was learned for {criterion.num_exits} exits, the table has {exits}'
-        )
 
 
 def _check_same(theirs: Criterion, ours: Criterion, argument: str) -> None:
@@ -432,14 +418,10 @@ def _geometric_shares(costs: StageCosts, budget: float) -> np.ndarray:
         raise ValueError(f'budget: got {budget}; this network costs {cheapest:.6g} to {dearest:.6g}')
     exits = np.arange(len(costs.to_exit))
 
-    def shares(log_ratio: float) -> np.ndarray:
-        weights = exits * log_ratio
-        return np.exp(weights - weights.max()) / np.exp(weights - weights.max()).sum()
-
     def excess(log_ratio: float) -> float:
-        return expected_cost(costs, shares(log_ratio)) - budget
+        return expected_cost(costs, special.softmax(exits * log_ratio)) - budget
 
     steepest = 100.0  # e^-100: all but one exit answer nothing that float64 can tell
     if excess(-steepest) >= 0 or excess(steepest) <= 0:
-        return shares(-steepest if excess(-steepest) >= 0 else steepest)
-    return shares(optimize.brentq(excess, -steepest, steepest))
+        return special.softmax(exits * (-steepest if excess(-steepest) >= 0 else steepest))
+    return special.softmax(exits * optimize.brentq(excess, -steepest, steepest))
