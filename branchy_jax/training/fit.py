@@ -172,8 +172,11 @@ def fit(
         'exit_weights': exit_weights.tolist(),
         'key': jax.random.key_data(key).tolist(),
     }
-    with _resumed(directory, state, recipe) as (state, done):
-        saves = _Saves(directory, recipe, steps if save_every is None else save_every, save_every is None, last)
+    with contextlib.nullcontext() if directory is None else checkpoint.locked(directory):
+        state = _resumed(directory, state, recipe)
+        done = int(state.step)
+        by_the_clock = save_every is None and jax.process_count() == 1
+        save = _saver(directory, recipe, every=save_every or steps, by_the_clock=by_the_clock, last=last)
         while done < last:
             epoch, place = divmod(done, steps)
             stop, history = min(steps, place + last - done), []
@@ -181,7 +184,7 @@ def fit(
             for after, found, count in take(state, order[:stop], keys, place):
                 state, done = after, done + count
                 history.append(found)
-                saves.after(done, state)
+                save(done, state)
                 if on_step is not None:
                     on_step(epoch, done - epoch * steps, steps, jax.tree.map(lambda values: values[-1], found))
             if on_epoch is not None and stop == steps:
@@ -251,47 +254,37 @@ def _one_by_one(
 
 def _own_columns(order: np.ndarray) -> np.ndarray:
     """Returns this process's share of every batch."""
-    share = order.shape[1] // jax.process_count()
-    return order[:, jax.process_index() * share :][:, :share]
+    return np.split(order, jax.process_count(), axis=1)[jax.process_index()]
 
 
-@contextlib.contextmanager
-def _resumed(
-    directory: Path | str | None, state: TrainState, recipe: dict[str, Any]
-) -> Iterator[tuple[TrainState, int]]:
-    """Holds the directory, and yields the state to go on from and the steps it has taken."""
-    if directory is None:
-        yield state, int(state.step)
-        return
-    with checkpoint.locked(directory):
-        found = checkpoint.restore(directory, state, recipe=recipe)
-        if found is not None:
-            number, state = found
-            if number != int(state.step):
-                raise ValueError(
-                    f'directory: checkpoint {number} in {directory} was written after {int(state.step)} steps, by a '
-                    'version that numbered by epochs; delete the directory to start over'
-                )
-        yield state, int(state.step)
+def _resumed(directory: Path | str | None, state: TrainState, recipe: dict[str, Any]) -> TrainState:
+    """Returns the state to go on from: the directory's, if it holds one."""
+    found = None if directory is None else checkpoint.restore(directory, state, recipe=recipe)
+    if found is None:
+        return state
+    number, state = found
+    if number != int(state.step):
+        raise ValueError(
+            f'directory: checkpoint {number} in {directory} was written after {int(state.step)} steps, by a '
+            'version that numbered by epochs; delete the directory to start over'
+        )
+    return state
 
 
-class _Saves:
-    """Decides after which steps a checkpoint is written, and writes it."""
+def _saver(
+    directory: Path | str | None, recipe: dict[str, Any], *, every: int, by_the_clock: bool, last: int
+) -> Callable[[int, TrainState], None]:
+    """Returns what decides after each step whether a checkpoint is written, and writes it."""
+    saved_at = time.monotonic()
 
-    def __init__(
-        self, directory: Path | str | None, recipe: dict[str, Any], every: int, by_the_clock: bool, last: int
-    ) -> None:
-        self._directory, self._recipe, self._every, self._last = directory, recipe, every, last
-        self._by_the_clock = by_the_clock and jax.process_count() == 1
-        self._saved_at, self._saved = time.monotonic(), 0
+    def after(done: int, state: TrainState) -> None:
+        nonlocal saved_at
+        late = by_the_clock and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+        if directory is not None and (done % every == 0 or done == last or late):
+            checkpoint.save(directory, done, state, recipe=recipe)
+            saved_at = time.monotonic()
 
-    def after(self, done: int, state: TrainState) -> None:
-        if self._directory is None:
-            return
-        late = self._by_the_clock and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES
-        if done % self._every == 0 or done == self._last or late:
-            checkpoint.save(self._directory, done, state, recipe=self._recipe)
-            self._saved_at = time.monotonic()
+    return after
 
 
 def _num_classes(state: TrainState, data: Batch, prepare: Prepare, key: Array) -> int:

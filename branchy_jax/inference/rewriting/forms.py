@@ -15,7 +15,6 @@ from branchy_jax.inference.rewriting.known import Constant, Known
 from branchy_jax.models.banded import DIMENSION_NUMBERS, band_matrix, multiply_band
 from branchy_jax.types import Array
 
-
 Params = dict[str, Any]
 """Of a convolution or matrix product, as its equation holds them."""
 
