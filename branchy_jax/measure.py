@@ -70,10 +70,8 @@ def interleaved_passes(
             name = names[(turn + number) % len(names)]
             start = time.perf_counter()
             jax.block_until_ready(functions[name]())
-            elapsed = time.perf_counter() - start
-            if number >= 0:
-                seconds[name].append(elapsed)
-    return {name: np.array(values) for name, values in seconds.items()}
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values[warmup:]) for name, values in seconds.items()}
 
 
 def one_by_one(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], None]:

@@ -7,6 +7,7 @@ for one of another criterion, nor one found on validation data for one measured 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,13 +96,9 @@ class ExitTable(ByValue):
             raise ValueError(f'logits: expected [N, M, …, K] with at least one exit and one input, got {logits.shape}')
         check_criterion(criterion, len(logits))
         answers, uncertainty = (np.asarray(found) for found in replay(criterion, logits))
+        found = np.asarray(statistics(answers, labels), np.float64)
         table = cls(
-            uncertainty=uncertainty,
-            statistics=np.asarray(statistics(answers, labels), np.float64),
-            costs=costs,
-            criterion=criterion,
-            metric=metric,
-            split=split,
+            uncertainty=uncertainty, statistics=found, costs=costs, criterion=criterion, metric=metric, split=split
         )
         checked_arrays(table)
         return table
@@ -178,12 +175,8 @@ class ExitTable(ByValue):
         exits, inputs = uncertainty.shape
         grid = quantile_grid(uncertainty, size=grid_size(exits)) if grid is None else checked_grid(grid, exits)
         counts, sums = outcomes(uncertainty, statistics, grid)
-        settings = np.stack(np.meshgrid(*grid, indexing='ij'), axis=-1) if exits > 1 else np.empty((1, 0), np.float32)
-        return self._screen_of(
-            settings.reshape(-1, exits - 1) if exits > 1 else settings,
-            sums.reshape(-1, sums.shape[-1]),
-            counts.reshape(-1, exits) / inputs,
-        )
+        settings = np.array([*itertools.product(*grid.tolist())], np.float32)
+        return self._screen_of(settings, sums.reshape(len(settings), -1), counts.reshape(len(settings), -1) / inputs)
 
     def evaluate(self, settings: Any) -> Screen:
         """Evaluates given settings, one by one: for carrying thresholds chosen elsewhere over to these data.
@@ -349,14 +342,8 @@ class ExitTable(ByValue):
         return self.evaluate(np.array([found_on.for_budget(budget).thresholds for budget in budgets]))
 
     def _screen_of(self, thresholds: np.ndarray, sums: np.ndarray, fractions: np.ndarray) -> Screen:
-        return Screen(
-            thresholds=thresholds,
-            accuracy=np.asarray(self.metric(sums, len(self))),
-            exit_fractions=fractions,
-            cost=fractions @ self.costs.to_exit,
-            criterion=self.criterion,
-            split=self.split,
-        )
+        accuracy, cost = np.asarray(self.metric(sums, len(self))), fractions @ self.costs.to_exit
+        return Screen(thresholds, accuracy, fractions, cost, self.criterion, self.split)
 
     def _thresholds_of(self, setting: Any, argument: str) -> np.ndarray:
         """Returns ``[N - 1]`` of what goes for a setting; thresholds of another criterion are refused."""

@@ -211,50 +211,32 @@ def _taker(
     state: TrainState, data: Batch | Stream, exit_weights: Array, *, scan: bool, **options: Any
 ) -> Callable[[TrainState, Array, Array, int], Taken]:
     """Returns ``(state, order, keys, place) → states``: what takes the steps of an epoch from ``place`` on."""
-    mesh = sharding.mesh_of(state)
-    if not isinstance(data, Batch):
-        return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
-    data, options['mesh'] = data if mesh is None else sharding.replicate(mesh, data), mesh
-    if not scan:
-        return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
+    mesh, in_memory = sharding.mesh_of(state), isinstance(data, Batch)
+    if in_memory:
+        data, options['mesh'] = data if mesh is None else sharding.replicate(mesh, data), mesh
+    # Host devices share one pool of threads: collectives of steps that overlap there can wait for each other forever.
+    wait = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
 
-    def take(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
+    def at_once(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
         order = order[place:]
         state, history = _scan_steps(state, data, order, keys[place : place + len(order)], exit_weights, **options)
         yield state, history, len(order)
 
-    return take
+    def one_by_one(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
+        order = np.asarray(order)
+        if in_memory:
+            step, arguments = _jitted_step_on_rows, ((data, rows) for rows in order[place:])
+        else:
+            own = np.split(order, jax.process_count(), axis=1)[jax.process_index()]  # this process's share of a batch
+            step, stream = _jitted_step_on_stored, data.batches(own, place)
+            arguments = ((batch if mesh is None else sharding.shard_local(mesh, batch),) for batch in stream)
+        for n, given in enumerate(arguments, place):
+            state, found = step(state, *given, keys[n], exit_weights, **options)
+            if wait:
+                jax.block_until_ready(found)
+            yield state, jax.tree.map(lambda value: value[None], found), 1
 
-
-def _one_by_one(
-    state: TrainState,
-    order: Array,
-    keys: Array,
-    place: int,
-    *,
-    data: Batch | Stream,
-    exit_weights: Array,
-    mesh: Mesh | None,
-    options: dict[str, Any],
-) -> Taken:
-    if isinstance(data, Batch):
-        step = _jitted_step_on_rows
-        arguments: Iterator[tuple[Any, ...]] = ((data, rows) for rows in np.asarray(order)[place:])
-    else:
-        step, stream = _jitted_step_on_stored, data.batches(_own_columns(np.asarray(order)), place)
-        arguments = ((batch if mesh is None else sharding.shard_local(mesh, batch),) for batch in stream)
-    # Host devices share one pool of threads: collectives of steps that overlap there can wait for each other forever.
-    wait = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
-    for n, given in enumerate(arguments, place):
-        state, found = step(state, *given, keys[n], exit_weights, **options)
-        if wait:
-            jax.block_until_ready(found)
-        yield state, jax.tree.map(lambda value: value[None], found), 1
-
-
-def _own_columns(order: np.ndarray) -> np.ndarray:
-    """Returns this process's share of every batch."""
-    return np.split(order, jax.process_count(), axis=1)[jax.process_index()]
+    return at_once if scan and in_memory else one_by_one
 
 
 def _resumed(directory: Path | str | None, state: TrainState, recipe: dict[str, Any]) -> TrainState:
