@@ -64,6 +64,8 @@ def b_vit(
         raise ValueError(f'num_heads: got {num_heads}, which does not divide width {width}')
     if list(exits_after) != sorted({int(n) for n in exits_after} & set(range(1, depth))):
         raise ValueError(f'exits_after: got {list(exits_after)}; give ascending blocks in [1, {depth})')
+    if heads is not None and len(heads) != len(exits_after):
+        raise ValueError(f'heads: got {len(heads)} for {len(exits_after)} side exits; None keeps a default')
     readers = {'token': class_token, 'mean': mean_token}
     if pool not in readers:
         raise ValueError(f'pool: got {pool!r}; choose from {", ".join(map(repr, readers))}')

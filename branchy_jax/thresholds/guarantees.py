@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from scipy import special, stats
 
-from branchy_jax.thresholds.screen import Screen, answering_exits, checked_settings
+from branchy_jax.thresholds.screen import Screen, answering_exits
 from branchy_jax.thresholds.table import ExitTable, checked_arrays
 from branchy_jax.types import Array, ByValue, ExitPolicy
 
@@ -396,7 +396,9 @@ def _checked_losses(losses: Array, table: ExitTable) -> np.ndarray:
 
 
 def _checked_path(path: Array, table: ExitTable, argument: str) -> np.ndarray:
-    path = checked_settings(path, table.num_exits, argument)
-    if len(path) == 0:
-        raise ValueError(f'{argument}: a path holds at least one setting, got shape {path.shape}')
+    path = np.asarray(path, np.float32)
+    if path.ndim != 2 or path.shape[1] != table.num_exits - 1 or len(path) == 0:
+        raise ValueError(f'{argument}: expected [G, {table.num_exits - 1}] settings, got shape {path.shape}')
+    if np.isnan(path).any():
+        raise ValueError(f'{argument}: got NaN; use -inf to never exit and +inf to always do')
     return path

@@ -223,20 +223,6 @@ def checked_grid(grid: Array, exits: int) -> np.ndarray:
     return grid
 
 
-def checked_settings(settings: Array, exits: int, argument: str) -> np.ndarray:
-    """Returns settings ``[G, N - 1]`` as float32.
-
-    Raises:
-        ValueError: another shape, or NaN.
-    """
-    settings = np.asarray(settings, np.float32)
-    if settings.ndim != 2 or settings.shape[1] != exits - 1:
-        raise ValueError(f'{argument}: expected [G, {exits - 1}] thresholds, got shape {settings.shape}')
-    if np.isnan(settings).any():
-        raise ValueError(f'{argument}: got NaN; use -inf to never exit and +inf to always do')
-    return settings
-
-
 def as_matrix(uncertainty: Array) -> np.ndarray:
     """Returns uncertainties ``[N, M]`` as float32.
 

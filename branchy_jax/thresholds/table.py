@@ -23,7 +23,6 @@ from branchy_jax.thresholds.screen import (
     answering_exits,
     as_matrix,
     checked_grid,
-    checked_settings,
     grid_size,
     midway,
     outcomes,
@@ -361,7 +360,12 @@ class ExitTable(ByValue):
         if isinstance(settings, Screen):
             _check_same(settings.criterion, self.criterion, 'settings')
             settings = settings.thresholds
-        return checked_settings(settings, self.num_exits, 'settings')
+        thresholds = np.asarray(settings, np.float32)
+        if thresholds.ndim != 2 or thresholds.shape[1] != self.num_exits - 1 or np.isnan(thresholds).any():
+            raise ValueError(
+                f'settings: expected [G, {self.num_exits - 1}] thresholds without NaN, got shape {thresholds.shape}'
+            )
+        return thresholds
 
 
 def checked_arrays(table: ExitTable) -> tuple[np.ndarray, np.ndarray]:
