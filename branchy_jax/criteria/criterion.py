@@ -146,7 +146,7 @@ def check_criterion(criterion: Any, num_exits: int) -> None:
         )
     if criterion.num_exits not in (None, num_exits):
         raise ValueError(
-            f'criterion: {criterion.name!r} was learned for {criterion.num_exits} exits, these are {num_exits}; fit it '
+            f'criterion: {criterion.name!r} was learned for {criterion.num_exits} exits, not for {num_exits}; fit it '
             'on the outputs of this network'
         )
 

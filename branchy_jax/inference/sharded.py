@@ -241,8 +241,7 @@ class Dispatch:
         """
 
         def send(values: Array) -> Array:
-            rows = jnp.minimum(self.sent, len(values) - 1)
-            chosen = values[rows]
+            chosen = values[jnp.minimum(self.sent, len(values) - 1)]
             if fill is not None:
                 chosen = jnp.where(self.sent < len(values), chosen, fill)
             return _exchange(chosen)
