@@ -109,7 +109,10 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
         step = manager.latest_step()
         if step is None:
             return None
-        target = jax.tree.map(_where_it_lies, _arrays(like))
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
+            for name, leaf in _arrays(like).items()
+        }
         try:
             arrays = manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise many kinds; all mean: not this state
@@ -118,10 +121,8 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
                 f'network, optimiser or version ({type(error).__name__}: {str(error)[:300]}); '
                 'delete the directory to start over'
             ) from error
-    leaves, structure = jax.tree.flatten(like)
-    restored = [arrays[str(n)] for n in range(len(leaves))]
     # Copies: buffers that orbax allocated may not be donated on every backend.
-    return step, jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in restored])
+    return step, jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[name]) for name in target])
 
 
 def _check_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
@@ -136,10 +137,6 @@ def _check_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
             f'directory: the checkpoint in {directory} is of another recipe ({told}); give that recipe, or another '
             'directory'
         )
-
-
-def _where_it_lies(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
 
 
 def _arrays(state: State) -> dict[str, jax.Array]:

@@ -142,10 +142,6 @@ def _count_equation(equation: jax_core.JaxprEqn) -> int:
         raise ValueError('function: its jaxpr holds a while_loop, whose trip count is unknown; count its body instead')
     if name == 'cond':
         return max(_count(branch.jaxpr) for branch in params['branches'])
-    repeats = params['length'] if name == 'scan' else 1
-    return repeats * sum(_count(inner) for inner in _inner_jaxprs(params))
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> list[jax_core.Jaxpr]:
     inner = [value for value in params.values() if isinstance(value, (jax_core.Jaxpr, jax_core.ClosedJaxpr))]
-    return [value.jaxpr if isinstance(value, jax_core.ClosedJaxpr) else value for value in inner]
+    macs = sum(_count(value.jaxpr if isinstance(value, jax_core.ClosedJaxpr) else value) for value in inner)
+    return macs * params['length'] if name == 'scan' else macs

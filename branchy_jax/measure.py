@@ -70,10 +70,8 @@ def interleaved_passes(
             name = names[(turn + number) % len(names)]
             start = time.perf_counter()
             jax.block_until_ready(functions[name]())
-            elapsed = time.perf_counter() - start
-            if number >= 0:
-                seconds[name].append(elapsed)
-    return {name: np.array(values) for name, values in seconds.items()}
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values[warmup:]) for name, values in seconds.items()}
 
 
 def one_by_one(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], None]:
@@ -247,8 +245,7 @@ def _nvidia_meter() -> Meter | None:
     except Exception:  # the library, the driver or the permission is missing: each says so in its own way
         return None
     return Meter(
-        f'{jax.devices()[0].device_kind} (NVML)',
-        lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,
+        f'{jax.devices()[0].device_kind} (NVML)', lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
     )
 
 

@@ -134,6 +134,23 @@ def check_exit_number(n: int, count: int, argument: str) -> None:
         raise ValueError(f'{argument}: there are {count}, one per exit, but the network asks for exit {n + 1}')
 
 
+def check_criterion(criterion: Any, num_exits: int) -> None:
+    """Refuses what is no criterion, or one that was learned for another number of exits.
+
+    Raises:
+        ValueError: a criterion's name instead of a criterion, or one of another network.
+    """
+    if not isinstance(criterion, Criterion):
+        raise ValueError(
+            f'criterion: got {criterion!r}; give a value such as branchy_jax.criteria.entropy, not its name'
+        )
+    if criterion.num_exits not in (None, num_exits):
+        raise ValueError(
+            f'criterion: {criterion.name!r} was learned for {criterion.num_exits} exits, not for {num_exits}; fit it '
+            'on the outputs of this network'
+        )
+
+
 def replay(criterion: Criterion, logits: Array) -> tuple[Array, Array]:
     """Runs a criterion over cached logits of every exit, instead of over the network again.
 

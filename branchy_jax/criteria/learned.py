@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -58,19 +59,17 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         losses = optax.softmax_cross_entropy_with_integer_labels(scaled, jnp.broadcast_to(labels, scaled.shape[:2]))
         return losses.mean(axis=1).sum()
 
-    start = jnp.zeros(1 if shared else exits)
-    spread = (lambda t: jnp.broadcast_to(t, (exits,))) if shared else (lambda t: t)
-    found = _minimise(lambda t: loss(spread(t)), start, steps)
-    return np.asarray(jnp.exp(jnp.clip(spread(found), -_MOST_LOG_TEMPERATURE, _MOST_LOG_TEMPERATURE)), np.float32)
+    found = _minimise(loss, jnp.zeros(1 if shared else exits), optax.lbfgs(), steps)
+    clipped = jnp.clip(found, -_MOST_LOG_TEMPERATURE, _MOST_LOG_TEMPERATURE)
+    return np.asarray(jnp.broadcast_to(jnp.exp(clipped), (exits,)), np.float32)
 
 
-def _minimise(loss: Callable[[Array], Array], start: Array, steps: int) -> Array:
-    solver = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)
+def _minimise(loss: Callable[[Any], Array], start: Any, solver: optax.GradientTransformation, steps: int) -> Any:
+    solver = optax.with_extra_args_support(solver)  # L-BFGS searches along a line, which takes the loss itself
 
-    def step(carry: tuple[Array, optax.OptState], _: None) -> tuple[tuple[Array, optax.OptState], None]:
+    def step(carry: tuple[Any, optax.OptState], _: None) -> tuple[tuple[Any, optax.OptState], None]:
         point, state = carry
-        value, gradient = value_and_grad(point, state=state)
+        value, gradient = jax.value_and_grad(loss)(point)
         update, state = solver.update(gradient, state, point, value=value, grad=gradient, value_fn=loss)
         return (optax.apply_updates(point, update), state), None
 
@@ -232,13 +231,7 @@ def fit_learned(
         scores = jax.vmap(_log_odds)(learned, features)
         return optax.sigmoid_binary_cross_entropy(scores, right).mean(axis=1).sum()
 
-    def step(carry: tuple[_Learned, optax.OptState], _: None) -> tuple[tuple[_Learned, optax.OptState], None]:
-        trained, state = carry
-        updates, state = solver.update(jax.grad(loss)(trained), state, trained)
-        return (optax.apply_updates(trained, updates), state), None
-
-    (fitted, _), _ = jax.jit(lambda start: jax.lax.scan(step, (start, solver.init(start)), length=steps))(start)
-    return fitted.replace(mean=start.mean, deviation=start.deviation)
+    return _minimise(loss, start, solver, steps).replace(mean=start.mean, deviation=start.deviation)
 
 
 def _log_odds(own: _Learned, features: Array) -> Array:

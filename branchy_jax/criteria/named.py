@@ -50,8 +50,8 @@ def entropy_of_logits(logits: Array) -> Array:
     """
     logits = logits.astype(jnp.float32)
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    weights, is_largest = _weights(logits)
-    others = jnp.sum(jnp.where(is_largest, 0.0, weights), axis=-1)
+    weights, others = _weights(logits)
+    others = others.sum(axis=-1)
     expected = jnp.sum(weights * jnp.where(weights > 0, shifted, 0.0), axis=-1) / (1 + others)
     return jnp.log1p(others) - expected
 
@@ -69,8 +69,7 @@ def max_probability_of_logits(logits: Array) -> Array:
         >>> float(max_probability_of_logits(jnp.zeros(4)))
         0.75
     """
-    weights, is_largest = _weights(logits)
-    others = jnp.sum(jnp.where(is_largest, 0.0, weights), axis=-1)
+    others = _weights(logits)[1].sum(axis=-1)
     return others / (1 + others)
 
 
@@ -87,17 +86,16 @@ def margin_of_logits(logits: Array) -> Array:
         >>> float(margin_of_logits(jnp.zeros(4)))
         1.0
     """
-    weights, is_largest = _weights(logits)
-    others = jnp.where(is_largest, 0.0, weights)
+    _, others = _weights(logits)
     total = others.sum(axis=-1)
     return (total + others.max(axis=-1)) / (1 + total)
 
 
 def _weights(logits: Array) -> tuple[Array, Array]:
-    """Returns the softmax's numerators, the largest being 1, and which is the largest."""
+    """Returns the softmax's numerators, the largest being 1, and the same with 0 in place of the largest."""
     logits = logits.astype(jnp.float32)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights, jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool)
+    return weights, jnp.where(jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool), 0.0, weights)
 
 
 entropy = from_logits(entropy_of_logits, name='entropy')

@@ -16,7 +16,7 @@ from branchy_jax.checkpoint import load_weights, save_weights
 from branchy_jax.criteria import criterion as _criterion
 from branchy_jax.criteria import learned as _learned
 from branchy_jax.criteria import named as _named
-from branchy_jax.criteria.criterion import Criterion
+from branchy_jax.criteria.criterion import check_criterion
 from branchy_jax.types import Array, ExitPolicy
 
 _ROOMS = (_criterion, _named, _learned)
@@ -43,16 +43,8 @@ def as_policy(given: Any, num_exits: int) -> ExitPolicy:
     policy = getattr(given, 'policy', given)
     if not isinstance(policy, ExitPolicy):
         policy = ExitPolicy(_named.entropy, policy)
-    if not isinstance(policy.criterion, Criterion):
-        raise ValueError(
-            f'criterion: got {policy.criterion!r}; give a value such as branchy_jax.criteria.entropy, not its name'
-        )
+    check_criterion(policy.criterion, num_exits)
     policy = policy.replace(thresholds=_checked_thresholds(policy.thresholds, num_exits))
-    if policy.criterion.num_exits not in (None, num_exits):
-        raise ValueError(
-            f'criterion: {policy.criterion.name!r} was learned for {policy.criterion.num_exits} exits, this network '
-            f'has {num_exits}; fit it on the outputs of this network'
-        )
     for leaf in jax.tree.leaves(policy.criterion):
         if not isinstance(leaf, jax.core.Tracer) and np.isnan(np.asarray(leaf)).any():
             raise ValueError(f'criterion: {policy.criterion.name!r} has learned NaN; fit it again')

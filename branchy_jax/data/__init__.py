@@ -8,12 +8,4 @@ from branchy_jax.data.dataset import stratified_split as stratified_split
 from branchy_jax.data.load import load_dataset as load_dataset
 from branchy_jax.data.tfds import OnDisk as OnDisk
 
-__all__ = [
-    'Dataset',
-    'OnDisk',
-    'augment',
-    'digit_canvases',
-    'fit_normalization',
-    'load_dataset',
-    'stratified_split',
-]
+__all__ = ['Dataset', 'OnDisk', 'augment', 'digit_canvases', 'fit_normalization', 'load_dataset', 'stratified_split']

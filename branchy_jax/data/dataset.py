@@ -116,9 +116,9 @@ def check_arrays(arrays: Arrays, source: Any) -> Arrays:
     """
     result: Arrays = {}
     for split in ('train', 'test'):
-        result[f'x_{split}'] = _checked_images(arrays[f'x_{split}'], split, source)
-        result[f'y_{split}'] = _checked_labels(arrays[f'y_{split}'], result[f'x_{split}'], split, source)
-    check_alike(*(result[f'x_{split}'].shape[1:] for split in ('train', 'test')), source)
+        images = result[f'x_{split}'] = _checked_images(arrays[f'x_{split}'], split, source)
+        result[f'y_{split}'] = _checked_labels(arrays[f'y_{split}'], images, split, source)
+    check_alike(result['x_train'].shape[1:], result['x_test'].shape[1:], source)
     if result['y_train'].ndim != result['y_test'].ndim:
         kinds = {1: 'one class per image', 3: 'masks'}
         raise ValueError(

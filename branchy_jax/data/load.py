@@ -101,7 +101,7 @@ def load_dataset(
     _check_settings(validation_fraction, task, image_size, workers, prefetch)
     if in_memory and (workers, prefetch) != (0, _PREFETCH):
         raise ValueError(f'workers, prefetch: got {workers} and {prefetch} for data in memory; pass in_memory=False')
-    folder = Path(cache) if cache is not None else default_cache()
+    folder = Path(os.environ.get('BRANCHY_JAX_CACHE', Path.home() / '.cache/branchy_jax') if cache is None else cache)
     split = {'fraction': validation_fraction, 'seed': seed}
     if name == 'mnist5k' or name.endswith('.npz') or name.split('/')[0] == _CANVASES:
         _refuse_settings_of_tfds(name, in_memory=in_memory, image_size=image_size, transform=transform)
@@ -116,11 +116,6 @@ def load_dataset(
     if in_memory:
         return _in_memory(name, _decoded(prepared, decoding, folder), task, **split)
     return _on_disk(name, prepared, decoding, folder, workers=workers, prefetch=prefetch, **split)
-
-
-def default_cache() -> Path:
-    """Returns the folder for what was decoded: ``$BRANCHY_JAX_CACHE`` or ``~/.cache/branchy_jax``."""
-    return Path(os.environ.get('BRANCHY_JAX_CACHE', Path.home() / '.cache' / 'branchy_jax'))
 
 
 def _check_settings(

@@ -119,12 +119,14 @@ class OnDisk:
             first_step: where to begin, in the middle of an epoch perhaps.
         """
         import grain
+        from absl import flags
 
         steps = grain.MapDataset.source(_Steps(self, np.asarray(order)))[first_step:]
         options = grain.ReadOptions(num_threads=0 if self.workers else 1, prefetch_buffer_size=self.prefetch)
         stream = steps.to_iter_dataset(options)
         if self.workers:
-            _let_grain_read_its_flags()
+            if not flags.FLAGS.is_parsed():  # in place of `absl.app.run`, without which grain's processes do not start
+                flags.FLAGS.mark_as_parsed()
             ahead = max(1, self.prefetch // self.workers)
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=ahead))
         for image, label in stream:
@@ -145,14 +147,6 @@ class _Steps:
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         batch = self._examples.read(self._order[step])
         return batch.image, batch.label
-
-
-def _let_grain_read_its_flags() -> None:
-    """Stands in for `absl.app.run`, without which grain's processes refuse to start."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,8 @@ def save(
             'input': {'shape': list(model.image_shape), 'dtype': 'float32', **_normalization(normalization)},
             'criterion': criterion.name,
             'exits': names,
-            'thresholds': [_text_or_number(value) for value in np.asarray(policy.thresholds).tolist()],
+            # JSON has no infinity: thresholds that always or never let leave become text.
+            'thresholds': [str(x) if math.isinf(x) else x for x in np.asarray(policy.thresholds).tolist()],
             'programs': {program.name: _write(temporary, program, platforms) for program in programs},
             'cuts': cuts,
             'weights': None,
@@ -147,9 +148,8 @@ def _check(folder: Path, model: BranchyNet, names: list[str], platforms: Sequenc
 def _write(folder: Path, program: Program, platforms: Sequence[str]) -> dict[str, Any]:
     """Lowers a program, writes it, and returns what the manifest tells of it."""
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.weights)
-    exported = jax.export.export(jax.jit(program.function), platforms=list(platforms))(
-        weights, *program.inputs.values()
-    )
+    lower = jax.export.export(jax.jit(program.function), platforms=list(platforms))
+    exported = lower(weights, *program.inputs.values())
     path = folder / f'{program.name.replace(" ", "_")}.stablehlo'
     path.write_bytes(exported.serialize())
     return {
@@ -189,8 +189,3 @@ def _normalization(normalization: Normalization | None) -> dict[str, Any]:
     mean, deviation = (np.asarray(value).tolist() for value in (normalization.mean, normalization.deviation))
     formula = '(pixels / 255 - mean) / deviation'
     return {'normalization': {'formula': formula, 'mean': mean, 'deviation': deviation}}
-
-
-def _text_or_number(value: float) -> str | float:
-    """JSON has no infinity: thresholds that always or never let leave become text."""
-    return str(value) if math.isinf(value) else value

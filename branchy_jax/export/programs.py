@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import lax
 
 from branchy_jax.criteria.criterion import Criterion
@@ -132,35 +133,25 @@ def part_programs(network: Rewritten, criterion: Criterion) -> tuple[list[Progra
     hidden, carry = _floats((count, *model.image_shape)), ()
     programs, cuts = [], [{'after': 'input', 'bytes_per_image': _bytes_per_image(hidden)}]
     for n in range(model.num_exits):
-        run = functools.partial(run_segment, model, 'stage', n)
-        inputs = _named('hidden', hidden)
+        run, head = functools.partial(run_segment, model, 'stage', n), functools.partial(_run_exit, model, criterion, n)
         result = jax.eval_shape(run, variables, hidden)
-        programs.append(_part(network, f'stage {n + 1}', run, (hidden,), inputs, tuple(_named('hidden', result))))
-        hidden = result
-
-        head = functools.partial(_run_exit, model, criterion, n)
-        inputs = _named('hidden', hidden)
-        carried = _named('carry', carry)
-        *_, after = jax.eval_shape(head, variables, hidden, carry)
-        outputs = (*(name for name in _ANSWER if name != 'exit_index'), *_named('carry', after))
-        programs.append(_part(network, f'exit {n + 1}', head, (hidden, carry), {**inputs, **carried}, outputs))
-        carry = after
+        programs.append(_part(network, f'stage {n + 1}', run, {'hidden': hidden}, tuple(_named('hidden', result))))
+        hidden, before = result, carry
+        *_, carry = jax.eval_shape(head, variables, hidden, before)
+        outputs = (*(name for name in _ANSWER if name != 'exit_index'), *_named('carry', carry))
+        programs.append(_part(network, f'exit {n + 1}', head, {'hidden': hidden, 'carry': before}, outputs))
         if n + 1 < model.num_exits:
             cuts.append({'after': f'exit {n + 1}', 'bytes_per_image': _bytes_per_image((hidden, carry))})
     return programs, cuts
 
 
 def _part(
-    network: Rewritten,
-    name: str,
-    run: Callable[..., Any],
-    example: tuple[Any, ...],
-    inputs: dict[str, jax.ShapeDtypeStruct],
-    outputs: tuple[str, ...],
+    network: Rewritten, name: str, run: Callable[..., Any], example: dict[str, Any], outputs: tuple[str, ...]
 ) -> Program:
-    _, variables = network.portable
-    structure, place = jax.tree.structure(example), name.replace(' ', '')
-    own = {'params': {place: variables['params'][place]}} if place in variables['params'] else {'params': {}}
+    params, place = network.portable[1]['params'], name.replace(' ', '')
+    own = {'params': {place: params[place]} if place in params else {}}
+    structure = jax.tree.structure(tuple(example.values()))
+    inputs = {part: spec for argument, tree in example.items() for part, spec in _named(argument, tree).items()}
 
     def function(weights: Weights, *leaves: Array) -> tuple[Array, ...]:
         used = own if network.embedded else _nested(weights)
@@ -211,12 +202,8 @@ def _floats(shape: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _flat(variables: Variables) -> Weights:
-    return {f'{place}/{name}': value for place, own in variables['params'].items() for name, value in own.items()}
+    return traverse_util.flatten_dict(variables['params'], sep='/')
 
 
 def _nested(weights: Weights) -> Variables:
-    params: dict[str, dict[str, Array]] = {}
-    for path, value in weights.items():
-        place, name = path.split('/')
-        params.setdefault(place, {})[name] = value
-    return {'params': params}
+    return {'params': traverse_util.unflatten_dict(weights, sep='/')}

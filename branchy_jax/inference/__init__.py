@@ -17,19 +17,6 @@ from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
 
 __all__ = [
-    'COMMAND_BUFFERS',
-    'ExitOutputs',
-    'Plan',
-    'SegmentTimes',
-    'compacted',
-    'dense',
-    'exit_outputs',
-    'exit_table',
-    'optimize',
-    'plan',
-    'segment_times',
-    'sequential',
-    'sharded',
-    'staged',
-    'stream',
-]
+    'COMMAND_BUFFERS', 'ExitOutputs', 'Plan', 'SegmentTimes', 'compacted', 'dense', 'exit_outputs', 'exit_table',
+    'optimize', 'plan', 'segment_times', 'sequential', 'sharded', 'staged', 'stream',
+]  # fmt: skip

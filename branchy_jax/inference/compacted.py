@@ -162,9 +162,8 @@ def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> E
             queue = _padded(queue, size, batch_size)
             done = run_chunks(step, variables, queue, policy, size)
             waiting = jnp.arange(len(queue.ids)) < queue.count
-            results = _write(
-                results, done.prediction, jnp.where(waiting & done.confident, queue.ids, batch_size), batch_size
-            )
+            results = _zeros(done.prediction, batch_size) if results is None else results
+            results = _write(results, done.prediction, jnp.where(waiting & done.confident, queue.ids, batch_size))
             stays = waiting & ~done.confident
             rows = jnp.argsort(~stays, stable=True)
             ids = jnp.where(stays, queue.ids, batch_size)[rows]
@@ -174,10 +173,8 @@ def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> E
     return run
 
 
-def _write(results: ExitPrediction | None, found: ExitPrediction, ids: Array, batch_size: int) -> ExitPrediction:
+def _write(results: ExitPrediction, found: ExitPrediction, ids: Array) -> ExitPrediction:
     """Puts what was found in the places of the images it belongs to; id B is no image."""
-    if results is None:
-        results = _zeros(found, batch_size)
     return jax.tree.map(lambda target, values: target.at[ids].set(values, mode='drop'), results, found)
 
 

@@ -189,10 +189,8 @@ def _outputs(model: BranchyNet, mesh: Mesh | None) -> Callable[..., ExitOutputs]
     def run(variables: Variables, images: Array, criterion: Criterion, prepare: Callable[..., Array]) -> ExitOutputs:
         policy = ExitPolicy(criterion, jnp.zeros(model.num_exits - 1))
         answers = [step.prediction for step in run_steps(steps, variables, prepare(images), policy)]
-        return ExitOutputs(
-            logits=jnp.stack([answer.logits for answer in answers]),
-            uncertainty=jnp.stack([answer.uncertainty for answer in answers]),
-        )
+        of_all = jax.tree.map(lambda *values: jnp.stack(values), *answers)
+        return ExitOutputs(logits=of_all.logits, uncertainty=of_all.uncertainty)
 
     return run
 

@@ -58,9 +58,7 @@ class Sharded:
     """An executor over many devices, which can tell how well it used them."""
 
     _run: Executor = dataclasses.field(repr=False)
-    _with_balance: Callable[[Variables, Array, ExitPolicy], tuple[ExitPrediction, Balance]] = dataclasses.field(
-        repr=False
-    )
+    _with_balance: Callable[..., tuple[ExitPrediction, Balance]] = dataclasses.field(repr=False)
     _check: Callable[[Any], ExitPolicy] = dataclasses.field(repr=False)
 
     def __call__(self, variables: Variables, images: Array, policy: Any) -> ExitPrediction:
@@ -73,11 +71,7 @@ class Sharded:
 
 
 def sharded(
-    model: BranchyNet,
-    *,
-    mesh: Mesh,
-    chunk_size: int | Sequence[int],
-    exits: Sequence[int] | None = None,
+    model: BranchyNet, *, mesh: Mesh, chunk_size: int | Sequence[int], exits: Sequence[int] | None = None
 ) -> Sharded:
     """Builds the batch executor for many devices: `compacted` on each, survivors dispatched anew before each stage.
 
@@ -114,12 +108,6 @@ def sharded(
     return _sharded(model, mesh, asked, check_chunk_sizes(chunk_size, len(asked)))
 
 
-@compiled_once
-def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes: tuple[int, ...]) -> Sharded:
-    run = _build(model, mesh, asked, chunk_sizes)
-    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), run, policy_checker(model.num_exits))
-
-
 def on_mesh(run: Executor, mesh: Mesh) -> Executor:
     """Spreads the images over the devices and lets them run an executor such as `dense`, each on its share.
 
@@ -129,8 +117,7 @@ def on_mesh(run: Executor, mesh: Mesh) -> Executor:
     """
 
     def execute(variables: Variables, images: Array, policy: Any) -> Any:
-        found = run(variables, spread(images, mesh), policy)
-        return at_rows(found, slice(len(images)))
+        return at_rows(run(variables, spread(images, mesh), policy), slice(len(images)))
 
     return execute
 
@@ -145,12 +132,8 @@ def spread(images: Array, mesh: Mesh) -> Array:
     return shard(mesh, images)
 
 
-def _build(
-    model: BranchyNet,
-    mesh: Mesh,
-    asked: tuple[int, ...],
-    chunk_sizes: tuple[int, ...],
-) -> Callable[[Variables, Array, ExitPolicy], tuple[ExitPrediction, Balance]]:
+@compiled_once
+def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes: tuple[int, ...]) -> Sharded:
     steps = build_steps(model, asked)
 
     def on_each_device(
@@ -174,7 +157,7 @@ def _build(
         prediction, balance = spmd(variables, spread(images, mesh), policy, np.int32(len(images)))
         return at_rows(prediction, slice(len(images))), balance
 
-    return run
+    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), run, policy_checker(model.num_exits))
 
 
 def _answer(
@@ -258,8 +241,7 @@ class Dispatch:
         """
 
         def send(values: Array) -> Array:
-            rows = jnp.minimum(self.sent, len(values) - 1)
-            chosen = values[rows]
+            chosen = values[jnp.minimum(self.sent, len(values) - 1)]
             if fill is not None:
                 chosen = jnp.where(self.sent < len(values), chosen, fill)
             return _exchange(chosen)

@@ -35,10 +35,7 @@ the host at every exit. They made a stream of LeNet images 1.7 times faster and 
 
 
 def staged(
-    model: BranchyNet,
-    *,
-    exits: Sequence[int] | None = None,
-    compiler_options: Mapping[str, Any] | None = None,
+    model: BranchyNet, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
 ) -> Executor:
     """Builds the batch-1 executor: each stage after the first sits inside the `lax.cond` of the exit before it.
 
@@ -76,7 +73,11 @@ def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[t
 
     @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
     def run(variables: Variables, image: Array, policy: ExitPolicy) -> ExitPrediction:
-        _refuse_batches(image, model.image_shape)
+        if model.image_shape is not None and image.ndim != len(model.image_shape):
+            raise ValueError(
+                f'image: expected one image [{", ".join(map(str, model.image_shape))}], got shape '
+                f'{tuple(image.shape)}; for batches there are compacted, sequential and dense'
+            )
         return at_rows(_answer(steps, variables, image[None], (), policy), 0)
 
     def execute(variables: Variables, image: Array, policy: Any) -> ExitPrediction:
@@ -86,10 +87,7 @@ def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[t
 
 
 def sequential(
-    model: BranchyNet,
-    *,
-    exits: Sequence[int] | None = None,
-    compiler_options: Mapping[str, Any] | None = None,
+    model: BranchyNet, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
 ) -> Executor:
     """Builds the executor for a stream of single images in one program: a loop whose body is `staged`.
 
@@ -143,14 +141,6 @@ def _answer(
         lambda: step.prediction,
         lambda: _answer(steps[1:], variables, step.hidden, step.carry, policy),
     )
-
-
-def _refuse_batches(image: Array, image_shape: tuple[int, ...] | None) -> None:
-    if image_shape is not None and image.ndim != len(image_shape):
-        raise ValueError(
-            f'image: expected one image [{", ".join(map(str, image_shape))}], got shape {tuple(image.shape)}; for '
-            'batches there are compacted, sequential and dense'
-        )
 
 
 def _in_order(compiler_options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from branchy_jax.criteria import as_policy, is_confident
-from branchy_jax.criteria.criterion import Carry, Criterion
+from branchy_jax.criteria.criterion import Carry
 from branchy_jax.models.branchy import BranchyNet, check_exits, check_images, run_segment
 from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
@@ -56,15 +55,12 @@ def policy_checker(num_exits: int) -> Callable[[Any], ExitPolicy]:
         if given is last and policy is not None:
             return policy
         policy = as_policy(given, num_exits)
-        if all(_is_settled(leaf) for leaf in jax.tree.leaves(getattr(given, 'policy', given))):
+        leaves = jax.tree.leaves(getattr(given, 'policy', given))
+        if all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             passed = given, policy
         return policy
 
     return check
-
-
-def _is_settled(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def guarded(run: Executor, model: BranchyNet, *, traceable: Executor | None = None) -> Executor:
@@ -160,7 +156,8 @@ def _build_step(model: BranchyNet, stages: range, asked: tuple[int, ...]) -> Ste
                 'answers; ask all of them'
             )
         answer, uncertainty, carry = criterion.update(logits, carry, n)
-        prediction = _answer_at(n, answer, uncertainty, criterion)
+        here = jnp.full(uncertainty.shape, n, jnp.int32)
+        prediction = ExitPrediction(criterion.decide(answer), here, logits=answer, uncertainty=uncertainty)
         if last:
             return Step(hidden=(), carry=(), prediction=prediction, confident=jnp.ones(uncertainty.shape, bool))
         return Step(hidden, carry, prediction, is_confident(uncertainty, policy.thresholds[n]))
@@ -168,20 +165,10 @@ def _build_step(model: BranchyNet, stages: range, asked: tuple[int, ...]) -> Ste
     return step
 
 
-def _answer_at(n: int, logits: Array, uncertainty: Array, criterion: Criterion) -> ExitPrediction:
-    """Returns the prediction of a batch that all leaves at exit ``n``."""
-    return ExitPrediction(
-        label=criterion.decide(logits),
-        exit_index=jnp.full(uncertainty.shape, n, jnp.int32),
-        logits=logits,
-        uncertainty=uncertainty,
-    )
-
-
 def run_steps(steps: Sequence[StepFunction], variables: Variables, images: Array, policy: ExitPolicy) -> list[Step]:
     """Runs all steps on the whole batch, whoever is confident."""
     found = [steps[0](variables, images, (), policy)]
-    for step in itertools.islice(steps, 1, None):
+    for step in steps[1:]:
         found.append(step(variables, found[-1].hidden, found[-1].carry, policy))
     return found
 

@@ -21,23 +21,7 @@ from branchy_jax.models.unet import b_unet as b_unet
 from branchy_jax.models.vit import b_vit as b_vit
 
 __all__ = [
-    'Branch',
-    'Functional',
-    'Pretrained',
-    'Route',
-    'b_alexnet',
-    'b_lenet',
-    'b_resnet',
-    'b_unet',
-    'b_vit',
-    'banded_convolution',
-    'create',
-    'from_nnx',
-    'layers',
-    'load_pretrained',
-    'names',
-    'pretrained_names',
-    'select_exits',
-    'tree',
-    'without_branches',
-]
+    'Branch', 'Functional', 'Pretrained', 'Route', 'b_alexnet', 'b_lenet', 'b_resnet', 'b_unet', 'b_vit',
+    'banded_convolution', 'create', 'from_nnx', 'layers', 'load_pretrained', 'names', 'pretrained_names',
+    'select_exits', 'tree', 'without_branches',
+]  # fmt: skip

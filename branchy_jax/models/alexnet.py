@@ -65,17 +65,19 @@ def b_alexnet(
         nn.relu, _pool, flatten,
     )  # fmt: skip
     classify1, classify2 = dense(num_classes, name='exit1_fc'), dense(num_classes, name='exit2_fc')
-    layouts = {
-        'text': (
-            ((conv1, *_pool_and_normalize), (conv2, *_pool_and_normalize), (conv3, *rest)),
+    as_in_text = (conv1, *_pool_and_normalize), (conv2, *_pool_and_normalize), (conv3, *rest)
+
+    def strided_heads(conv: Callable[..., nn.Module]) -> tuple[Layers, Layers]:
+        return (
             (
-                (
-                    small(strides=2, name='exit1_conv1'), nn.relu,
-                    small(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
-                ),
-                (small(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
+                conv(strides=2, name='exit1_conv1'), nn.relu,
+                conv(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
             ),
-        ),
+            (conv(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
+        )  # fmt: skip
+
+    layouts = {
+        'text': (as_in_text, strided_heads(small)),
         'released': (
             ((conv1, *_pool_and_normalize, conv2), (*_pool_and_normalize, conv3), rest),
             (
@@ -86,16 +88,7 @@ def b_alexnet(
                 (*_pool_and_normalize, small(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
             ),
         ),
-        'tuned': (
-            ((conv1, *_pool_and_normalize), (conv2, *_pool_and_normalize), (conv3, *rest)),
-            (
-                (
-                    wide(strides=2, name='exit1_conv1'), nn.relu,
-                    wide(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
-                ),
-                (wide(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
-            ),
-        ),
+        'tuned': (as_in_text, strided_heads(wide)),
     }  # fmt: skip
     stages, side_heads = choose_layout(layouts, placement=placement, heads=heads)
     last_head = (

@@ -8,15 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from branchy_jax.models.compose import (
-    Hidden,
-    Layers,
-    Route,
-    apply_named,
-    flatten_layers,
-    keep_what_is_read,
-    module_names,
-)
+from branchy_jax.models.compose import Hidden, Layers, apply_named, is_routed, keep_what_is_read, module_names
 from branchy_jax.types import Array, Variables
 
 
@@ -144,7 +136,7 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
     starts = [0, *(index + 1 for index in indices[:-1])]
     stages = tuple(tuple(model.stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))
     exits = tuple(model.exits[index] for index in indices)
-    if _is_routed(stages, exits):
+    if is_routed((stages, exits)):
         stages, exits = keep_what_is_read(stages, exits)
     return model.clone(stages=stages, exits=exits)
 
@@ -187,13 +179,9 @@ def side_head_names(model: BranchyNet) -> frozenset[str]:
         >>> sorted(side_head_names(model))
         ['early']
     """
-    stages = without_branches(model).stages if _is_routed(model.stages, model.exits) else model.stages
+    stages = without_branches(model).stages if is_routed((model.stages, model.exits)) else model.stages
     trunk = module_names(stages, 'stages') | module_names(model.exits[-1], f'exits_{model.num_exits - 1}')
     return frozenset((module_names(model.stages, 'stages') | module_names(model.exits[:-1], 'exits')) - trunk)
-
-
-def _is_routed(stages: Layers, exits: Layers) -> bool:
-    return all(isinstance(layer, Route) for layer in flatten_layers((stages, exits)))
 
 
 Layout = tuple[tuple[Layers, ...], tuple[Layers, ...]]
@@ -214,14 +202,23 @@ def choose_layout(layouts: dict[str, Layout], *, placement: str, heads: Sequence
     if placement not in layouts:
         raise ValueError(f'placement: got {placement!r}; choose from {", ".join(map(repr, layouts))}')
     stages, side_heads = layouts[placement]
-    if heads is None:
-        return stages, side_heads
-    if len(heads) != len(side_heads):
+    return stages, choose_heads(side_heads, heads)
+
+
+def choose_heads(own: Sequence[Layers], given: Sequence[Layers | None] | None) -> tuple[Layers, ...]:
+    """Returns a network's own side heads, but the caller's where they are given.
+
+    Raises:
+        ValueError: not one entry per side head.
+    """
+    if given is None:
+        return tuple(own)
+    if len(given) != len(own):
         raise ValueError(
-            f'heads: this network has {len(side_heads)} side heads, got {len(heads)}; '
+            f'heads: this network has {len(own)} side heads, got {len(given)}; '
             'give one per side branch (None keeps the default), the last exit not counted'
         )
-    return stages, tuple(own if given is None else given for own, given in zip(side_heads, heads, strict=True))
+    return tuple(ours if theirs is None else theirs for ours, theirs in zip(own, given, strict=True))
 
 
 def check_images(images: Array, image_shape: tuple[int, ...]) -> None:

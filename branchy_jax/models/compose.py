@@ -163,6 +163,11 @@ def flatten_layers(layers: Layers) -> tuple[Any, ...]:
     return (layers,)
 
 
+def is_routed(layers: Layers) -> bool:
+    """Tells layers that are routes, and nothing else."""
+    return all(isinstance(layer, Route) for layer in flatten_layers(layers))
+
+
 def module_names(layers: Layers, place: str) -> set[str]:
     """Returns the top-level names under which the parameters of some layers are kept.
 

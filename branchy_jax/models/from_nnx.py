@@ -35,7 +35,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], *, name: str | None = None
 
     def split(key: Array) -> tuple[nnx.GraphDef, Any]:
         definition, parameters, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
-        kinds = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(rest, is_leaf=_is_variable)})
+        variables = jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        kinds = sorted({type(variable).__name__ for variable in variables})
         if kinds:
             raise ValueError(
                 f'build: the module keeps state beside its parameters ({", ".join(kinds)}), which this form does not '
@@ -54,10 +55,6 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], *, name: str | None = None
         return nnx.merge(definition, state)(hidden)
 
     return Functional(function, initialize, name=name)
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
 
 
 def _names(tree: Any) -> list[str]:

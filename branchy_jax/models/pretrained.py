@@ -89,11 +89,7 @@ def read_pretrained(path: Path | str) -> Pretrained:
     card, normalization = json.loads(metadata['card']), stored.pop('normalization')
     points = tuple(
         OperatingPoint(
-            policy=_policy(point),
-            accuracy=point['accuracy'],
-            split=point['split'],
-            exit_fractions=np.array(point['exit_fractions']),
-            cost=point['cost'],
+            _policy(point), point['accuracy'], point['split'], np.array(point['exit_fractions']), point['cost']
         )
         for point in card['operating_points']
     )

@@ -95,22 +95,11 @@ def b_resnet(
     half = -(-blocks // 2)  # the middle one of three goes to the earlier stage
     layouts = {
         'text': (
-            (
-                (*normalized_conv('conv1', 16, padding=1), first),
-                tuple(others),
-                (*group2, *group3, global_average_pool),
-            ),
-            (
-                first_head,
-                second_head('exit2', classify2),
-            ),
+            ((*normalized_conv('conv1', 16, padding=1), first), tuple(others), (*group2, *group3, global_average_pool)),
+            (first_head, second_head('exit2', classify2)),
         ),
         'released': (
-            (
-                normalized_conv('conv1', 16, padding=0),
-                (first, *others),
-                (*group2, *group3, _average_6x6, flatten),
-            ),
+            (normalized_conv('conv1', 16, padding=0), (first, *others), (*group2, *group3, _average_6x6, flatten)),
             (
                 (
                     conv(64, (5, 5), padding=2, use_bias=True, name='exit1_conv1'), nn.relu,
@@ -125,10 +114,7 @@ def b_resnet(
         'tuned': (
             (
                 (*normalized_conv('conv1', 16, padding=1), first),
-                tuple(group1[1:half]),
-                tuple(group1[half:]),
-                tuple(group2),
-                (*group3, global_average_pool),
+                tuple(group1[1:half]), tuple(group1[half:]), tuple(group2), (*group3, global_average_pool),
             ),
             (
                 first_head,

@@ -66,7 +66,10 @@ def tree(branches: Mapping[str, Branch], *, image_shape: tuple[int, ...]) -> Bra
         BranchyNet, 2016, section III: branches may themselves branch.
     """
     paths = {name: _path(branches, name) for name in _checked(branches)}
-    branches = {name: _named(branch, name) for name, branch in branches.items()}
+    branches = {
+        name: Branch(_with_names(branch.layers, name), branch.after, _with_names(branch.head, f'{name}_head'))
+        for name, branch in branches.items()
+    }
     exits = _by_cost(branches, paths, image_shape)
     computed, stages = set(), []
     for name in exits:
@@ -127,15 +130,7 @@ def _by_cost(
     return sorted(with_heads, key=lambda name: (rank[name], len(paths[name]), place[name]))
 
 
-def _named(branch: Branch, name: str) -> Branch:
-    return dataclasses.replace(
-        branch,
-        layers=_with_names(branch.layers, name),
-        head=None if branch.head is None else _with_names(branch.head, f'{name}_head'),
-    )
-
-
-def _with_names(layers: Layers, place: str) -> Layers:
+def _with_names(layers: Layers | None, place: str) -> Layers | None:
     if isinstance(layers, (tuple, list)):
         return tuple(_with_names(layer, f'{place}_{n}') for n, layer in enumerate(layers))
     return layers.clone(name=place) if isinstance(layers, nn.Module) and layers.name is None else layers

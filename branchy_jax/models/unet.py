@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.branchy import BranchyNet, choose_heads
 from branchy_jax.models.compose import Layers, Route
 from branchy_jax.models.layers import depth_to_space, space_to_depth
 from branchy_jax.types import Array
@@ -63,8 +63,6 @@ def b_unet(
             f'image_shape: got {tuple(image_shape)}; four levels on patches of {patch_size} need multiples of '
             f'{8 * patch_size}; pad or resize the images'
         )
-    if heads is not None and len(heads) != 2:
-        raise ValueError(f'heads: this network has 2 side heads, got {len(heads)}; None keeps a default')
     conv = functools.partial(nn.Conv, dtype=dtype, conv_general_dilated=convolution)
 
     def layer(features: int, name: str) -> Layers:
@@ -91,10 +89,9 @@ def b_unet(
         for n in (2, 1, 0)
     ]
     own = [side_head(('down0', 'down1', 'down2', 'down3'), 'exit1'), side_head(('down0', 'down1', 'up2'), 'exit2')]
-    side = own if heads is None else [mine if given is None else given for mine, given in zip(own, heads, strict=True)]
     return BranchyNet(
         stages=(tuple(down), (up[0],), tuple(up[1:])),
-        exits=(*side, Route(unfold('head'), 'up0')),
+        exits=(*choose_heads(own, heads), Route(unfold('head'), 'up0')),
         image_shape=tuple(image_shape),
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.branchy import BranchyNet, choose_heads
 from branchy_jax.models.compose import Layers
 from branchy_jax.types import Array
 
@@ -66,7 +66,9 @@ def b_vit(
         raise ValueError(f'exits_after: got {list(exits_after)}; give ascending blocks in [1, {depth})')
     if heads is not None and len(heads) != len(exits_after):
         raise ValueError(f'heads: got {len(heads)} for {len(exits_after)} side exits; None keeps a default')
-    reads = _reader(pool)
+    readers = {'token': class_token, 'mean': mean_token}
+    if pool not in readers:
+        raise ValueError(f'pool: got {pool!r}; choose from {", ".join(map(repr, readers))}')
     blocks = [
         EncoderBlock(num_heads=num_heads, dropout=dropout, dtype=dtype, name=f'block{n + 1}') for n in range(depth)
     ]
@@ -76,16 +78,11 @@ def b_vit(
     stages[0] = (embedding, *stages[0])
 
     def head(name: str) -> Layers:
-        return (
-            nn.LayerNorm(dtype=dtype, name=f'{name}_norm'),
-            reads,
-            nn.Dense(num_classes, dtype=dtype, name=f'{name}_fc'),
-        )
+        norm = nn.LayerNorm(dtype=dtype, name=f'{name}_norm')
+        return norm, readers[pool], nn.Dense(num_classes, dtype=dtype, name=f'{name}_fc')
 
-    exits = [head(f'exit{n + 1}') for n in range(len(exits_after))]
-    if heads is not None:
-        exits = [own if given is None else given for own, given in zip(exits, heads, strict=True)]
-    return BranchyNet(stages=tuple(stages), exits=(*exits, head('head')), image_shape=tuple(image_shape))
+    side = choose_heads([head(f'exit{n + 1}') for n in range(len(exits_after))], heads)
+    return BranchyNet(stages=tuple(stages), exits=(*side, head('head')), image_shape=tuple(image_shape))
 
 
 class PatchEmbedding(nn.Module):
@@ -146,10 +143,3 @@ def class_token(tokens: Array) -> Array:
 def mean_token(tokens: Array) -> Array:
     """Averages over tokens: ``[B, T, F] → [B, F]``."""
     return tokens.mean(axis=1)
-
-
-def _reader(pool: str) -> Callable[[Array], Array]:
-    readers = {'token': class_token, 'mean': mean_token}
-    if pool not in readers:
-        raise ValueError(f'pool: got {pool!r}; choose from {", ".join(map(repr, readers))}')
-    return readers[pool]

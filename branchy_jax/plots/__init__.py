@@ -6,10 +6,4 @@ from branchy_jax.plots.answers import reliability_diagrams as reliability_diagra
 from branchy_jax.plots.tradeoffs import accuracy_against_cost as accuracy_against_cost
 from branchy_jax.plots.tradeoffs import tradeoff as tradeoff
 
-__all__ = [
-    'accuracy_against_cost',
-    'images_by_exit',
-    'masks',
-    'reliability_diagrams',
-    'tradeoff',
-]
+__all__ = ['accuracy_against_cost', 'images_by_exit', 'masks', 'reliability_diagrams', 'tradeoff']

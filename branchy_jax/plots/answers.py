@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -112,6 +111,7 @@ def masks(
         ValueError: arrays that do not go together, or another number of names than classes.
     """
     from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
 
     images, labels, predictions, exit_index = map(np.asarray, (images, labels, predictions, exit_index))
     names = tuple(str(k) for k in range(num_classes)) if class_names is None else tuple(class_names)
@@ -136,14 +136,9 @@ def masks(
                 axes.set_xlabel('answers', color=OURS, fontsize=8, labelpad=2)
     for axes, name in zip(grid[0], ['input', 'truth', *(f'exit {n + 1}' for n in range(exits))], strict=True):
         axes.set_title(name, fontsize=10, color=INK)
-    save(figure, path, legend_columns=min(num_classes, 12), handles=_patches(colors, names), fontsize=8,
+    patches = [Patch(facecolor=colors(k), edgecolor=INK, linewidth=0.4, label=name) for k, name in enumerate(names)]
+    save(figure, path, legend_columns=min(num_classes, 12), handles=patches, fontsize=8,
          handlelength=1, columnspacing=0.9)  # fmt: skip
-
-
-def _patches(colors: Any, names: Sequence[str]) -> list[Any]:
-    from matplotlib.patches import Patch
-
-    return [Patch(facecolor=colors(k), edgecolor=INK, linewidth=0.4, label=name) for k, name in enumerate(names)]
 
 
 def _colors(count: int) -> list[tuple[float, ...]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from branchy_jax.criteria import Criterion
+from branchy_jax.criteria.criterion import Criterion, check_criterion
 from branchy_jax.thresholds.table import ExitTable, checked_arrays
 from branchy_jax.types import Array, ByValue, ExitPolicy
 
@@ -113,11 +113,8 @@ def create_controller(
         >>> bool(controller.policy.thresholds[0] > 0.05)
         True
     """
-    if not isinstance(criterion, Criterion):
-        raise ValueError(
-            f'criterion: got {criterion!r}; give a value such as branchy_jax.criteria.entropy, not its name'
-        )
     path = _finite(np.asarray(path, np.float32))
+    check_criterion(criterion, path.shape[1] + 1)
     numbers = {'position': position, 'target': target, 'scale': scale, 'horizon': horizon, 'largest_step': largest_step}
     smallest = np.finfo(np.float32).tiny  # what is smaller counts as 0 on most devices
     with np.errstate(over='ignore'):

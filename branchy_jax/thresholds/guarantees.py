@@ -239,11 +239,7 @@ def betting(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> np.nda
     return np.exp(-np.maximum(0.0, wealth.max(axis=-1)))
 
 
-METHODS: dict[str, PValue] = {
-    'binomial': binomial,
-    'hoeffding-bentkus': hoeffding_bentkus,
-    'betting': betting,
-}
+METHODS: dict[str, PValue] = {'binomial': binomial, 'hoeffding-bentkus': hoeffding_bentkus, 'betting': betting}
 
 
 def learn_then_test(
@@ -369,17 +365,12 @@ def _never(setting: np.ndarray) -> bool:
 def _guarantee(path: np.ndarray, index: int, on_path: np.ndarray, exits: np.ndarray, table: ExitTable) -> Guarantee:
     num_exits = table.num_exits
     promised = index >= 0 and not _never(path[index])
-    thresholds = path[index] if promised else np.full(num_exits - 1, -np.inf, np.float32)
-    return Guarantee(
-        policy=ExitPolicy(table.criterion, thresholds),
-        promised=promised,
-        index=max(index, 0),
-        risk=float(on_path[index].mean()) if promised else 0.0,
-        exit_fractions=(
-            np.bincount(exits[index], minlength=num_exits) / exits.shape[1] if promised else np.eye(num_exits)[-1]
-        ),
-        statement='',
-    )
+    thresholds, risk, fractions = np.full(num_exits - 1, -np.inf, np.float32), 0.0, np.eye(num_exits)[-1]
+    if promised:
+        thresholds, risk = path[index], float(on_path[index].mean())
+        fractions = np.bincount(exits[index], minlength=num_exits) / exits.shape[1]
+    policy = ExitPolicy(table.criterion, thresholds)
+    return Guarantee(policy, promised, index=max(index, 0), risk=risk, exit_fractions=fractions, statement='')
 
 
 def _checked_risk(losses: Array, table: ExitTable, epsilon: float, delta: float) -> np.ndarray:

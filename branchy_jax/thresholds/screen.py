@@ -63,12 +63,8 @@ class Screen(ByValue):
         order = np.lexsort((-self.accuracy, self.cost))
         best_before = np.concatenate([[-np.inf], np.maximum.accumulate(self.accuracy[order])[:-1]])
         kept = order[self.accuracy[order] > best_before]
-        return self.replace(
-            thresholds=self.thresholds[kept],
-            accuracy=self.accuracy[kept],
-            exit_fractions=self.exit_fractions[kept],
-            cost=self.cost[kept],
-        )
+        columns = ('thresholds', 'accuracy', 'exit_fractions', 'cost')
+        return self.replace(**{name: getattr(self, name)[kept] for name in columns})
 
     def for_accuracy(self, at_least: float) -> OperatingPoint:
         """Picks the cheapest setting whose accuracy is at least the one asked for.

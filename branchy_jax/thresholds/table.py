@@ -7,15 +7,17 @@ for one of another criterion, nor one found on validation data for one measured 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from flax import struct
-from scipy import optimize
+from scipy import optimize, special
 
 from branchy_jax.costs import StageCosts, expected_cost
-from branchy_jax.criteria import Criterion, as_policy, entropy, replay
+from branchy_jax.criteria import as_policy, entropy, replay
+from branchy_jax.criteria.criterion import Criterion, check_criterion
 from branchy_jax.thresholds.screen import (
     Screen,
     answering_exits,
@@ -26,13 +28,7 @@ from branchy_jax.thresholds.screen import (
     outcomes,
     quantile_grid,
 )
-from branchy_jax.thresholds.statistics import (
-    Metric,
-    Statistics,
-    accuracy_statistics,
-    mean_of_statistic,
-    standard_error,
-)
+from branchy_jax.thresholds.statistics import Metric, Statistics, accuracy_statistics, mean_of_statistic, standard_error
 from branchy_jax.types import Array, ByValue, ExitPolicy, OperatingPoint
 
 
@@ -97,15 +93,11 @@ class ExitTable(ByValue):
         logits = np.asarray(logits)
         if logits.ndim < 3 or 0 in logits.shape:
             raise ValueError(f'logits: expected [N, M, …, K] with at least one exit and one input, got {logits.shape}')
-        _check_criterion(criterion, len(logits))
+        check_criterion(criterion, len(logits))
         answers, uncertainty = (np.asarray(found) for found in replay(criterion, logits))
+        found = np.asarray(statistics(answers, labels), np.float64)
         table = cls(
-            uncertainty=uncertainty,
-            statistics=np.asarray(statistics(answers, labels), np.float64),
-            costs=costs,
-            criterion=criterion,
-            metric=metric,
-            split=split,
+            uncertainty=uncertainty, statistics=found, costs=costs, criterion=criterion, metric=metric, split=split
         )
         checked_arrays(table)
         return table
@@ -182,12 +174,8 @@ class ExitTable(ByValue):
         exits, inputs = uncertainty.shape
         grid = quantile_grid(uncertainty, size=grid_size(exits)) if grid is None else checked_grid(grid, exits)
         counts, sums = outcomes(uncertainty, statistics, grid)
-        settings = np.stack(np.meshgrid(*grid, indexing='ij'), axis=-1) if exits > 1 else np.empty((1, 0), np.float32)
-        return self._screen_of(
-            settings.reshape(-1, exits - 1) if exits > 1 else settings,
-            sums.reshape(-1, sums.shape[-1]),
-            counts.reshape(-1, exits) / inputs,
-        )
+        settings = np.array([*itertools.product(*grid.tolist())], np.float32)
+        return self._screen_of(settings, sums.reshape(len(settings), -1), counts.reshape(len(settings), -1) / inputs)
 
     def evaluate(self, settings: Any) -> Screen:
         """Evaluates given settings, one by one: for carrying thresholds chosen elsewhere over to these data.
@@ -353,14 +341,8 @@ class ExitTable(ByValue):
         return self.evaluate(np.array([found_on.for_budget(budget).thresholds for budget in budgets]))
 
     def _screen_of(self, thresholds: np.ndarray, sums: np.ndarray, fractions: np.ndarray) -> Screen:
-        return Screen(
-            thresholds=thresholds,
-            accuracy=np.asarray(self.metric(sums, len(self))),
-            exit_fractions=fractions,
-            cost=fractions @ self.costs.to_exit,
-            criterion=self.criterion,
-            split=self.split,
-        )
+        accuracy, cost = np.asarray(self.metric(sums, len(self))), fractions @ self.costs.to_exit
+        return Screen(thresholds, accuracy, fractions, cost, self.criterion, self.split)
 
     def _thresholds_of(self, setting: Any, argument: str) -> np.ndarray:
         """Returns ``[N - 1]`` of what goes for a setting; thresholds of another criterion are refused."""
@@ -399,19 +381,8 @@ def checked_arrays(table: ExitTable) -> tuple[np.ndarray, np.ndarray]:
     stages, heads = np.shape(table.costs.stages), np.shape(table.costs.exits)
     if not stages == heads == (exits,):
         raise ValueError(f'costs: expected {exits} stages and heads to go with uncertainty, got {stages} and {heads}')
-    _check_criterion(table.criterion, exits)
+    check_criterion(table.criterion, exits)
     return uncertainty, statistics
-
-
-def _check_criterion(criterion: Any, exits: int) -> None:
-    if not isinstance(criterion, Criterion):
-        raise ValueError(
-            f'criterion: got {criterion!r}; give a value such as branchy_jax.criteria.entropy, not its name'
-        )
-    if criterion.num_exits not in (None, exits):
-        raise ValueError(
-            f'criterion: {criterion.name!r} was learned for {criterion.num_exits} exits, the table has {exits}'
-        )
 
 
 def _check_same(theirs: Criterion, ours: Criterion, argument: str) -> None:
@@ -438,14 +409,10 @@ def _geometric_shares(costs: StageCosts, budget: float) -> np.ndarray:
         raise ValueError(f'budget: got {budget}; this network costs {cheapest:.6g} to {dearest:.6g}')
     exits = np.arange(len(costs.to_exit))
 
-    def shares(log_ratio: float) -> np.ndarray:
-        weights = exits * log_ratio
-        return np.exp(weights - weights.max()) / np.exp(weights - weights.max()).sum()
-
     def excess(log_ratio: float) -> float:
-        return expected_cost(costs, shares(log_ratio)) - budget
+        return expected_cost(costs, special.softmax(exits * log_ratio)) - budget
 
     steepest = 100.0  # e^-100: all but one exit answer nothing that float64 can tell
     if excess(-steepest) >= 0 or excess(steepest) <= 0:
-        return shares(-steepest if excess(-steepest) >= 0 else steepest)
-    return shares(optimize.brentq(excess, -steepest, steepest))
+        return special.softmax(exits * (-steepest if excess(-steepest) >= 0 else steepest))
+    return special.softmax(exits * optimize.brentq(excess, -steepest, steepest))

@@ -172,8 +172,11 @@ def fit(
         'exit_weights': exit_weights.tolist(),
         'key': jax.random.key_data(key).tolist(),
     }
-    with _resumed(directory, state, recipe) as (state, done):
-        saves = _Saves(directory, recipe, steps if save_every is None else save_every, save_every is None, last)
+    with contextlib.nullcontext() if directory is None else checkpoint.locked(directory):
+        state = _resumed(directory, state, recipe)
+        done = int(state.step)
+        by_the_clock = save_every is None and jax.process_count() == 1
+        save = _saver(directory, recipe, every=save_every or steps, by_the_clock=by_the_clock, last=last)
         while done < last:
             epoch, place = divmod(done, steps)
             stop, history = min(steps, place + last - done), []
@@ -181,7 +184,7 @@ def fit(
             for after, found, count in take(state, order[:stop], keys, place):
                 state, done = after, done + count
                 history.append(found)
-                saves.after(done, state)
+                save(done, state)
                 if on_step is not None:
                     on_step(epoch, done - epoch * steps, steps, found)
             if on_epoch is not None and stop == steps:
@@ -208,92 +211,64 @@ def _taker(
     state: TrainState, data: Batch | Stream, exit_weights: Array, *, scan: bool, **options: Any
 ) -> Callable[[TrainState, Array, Array, int], Taken]:
     """Returns ``(state, order, keys, place) → states``: what takes the steps of an epoch from ``place`` on."""
-    mesh = sharding.mesh_of(state)
-    if not isinstance(data, Batch):
-        return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
-    # Once: what lies on the host would be sent to the device at every step.
-    data = jax.tree.map(jnp.asarray, data) if mesh is None else sharding.replicate(mesh, data)
-    options['mesh'] = mesh
-    if not scan:
-        return functools.partial(_one_by_one, data=data, exit_weights=exit_weights, mesh=mesh, options=options)
+    mesh, in_memory = sharding.mesh_of(state), isinstance(data, Batch)
+    if in_memory:
+        # Once: what lies on the host would be sent to the device at every step.
+        data = jax.tree.map(jnp.asarray, data) if mesh is None else sharding.replicate(mesh, data)
+        options['mesh'] = mesh
+    # Host devices share one pool of threads: collectives of steps that overlap there can wait for each other forever.
+    wait = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
 
-    def take(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
+    def at_once(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
         order = order[place:]
         state, history = _scan_steps(state, data, order, keys[place : place + len(order)], exit_weights, **options)
         yield state, jax.tree.map(lambda values: values.mean(0), history), len(order)
 
-    return take
+    def one_by_one(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
+        order = np.asarray(order)
+        if in_memory:
+            step, arguments = _jitted_step_on_rows, ((data, rows) for rows in order[place:])
+        else:
+            own = np.split(order, jax.process_count(), axis=1)[jax.process_index()]  # this process's share of a batch
+            step, stream = _jitted_step_on_stored, data.batches(own, place)
+            arguments = ((batch if mesh is None else sharding.shard_local(mesh, batch),) for batch in stream)
+        for n, given in enumerate(arguments, place):
+            state, found = step(state, *given, keys[n], exit_weights, **options)
+            if wait:
+                jax.block_until_ready(found)
+            yield state, found, 1
+
+    return at_once if scan and in_memory else one_by_one
 
 
-def _one_by_one(
-    state: TrainState,
-    order: Array,
-    keys: Array,
-    place: int,
-    *,
-    data: Batch | Stream,
-    exit_weights: Array,
-    mesh: Mesh | None,
-    options: dict[str, Any],
-) -> Taken:
-    if isinstance(data, Batch):
-        step = _jitted_step_on_rows
-        arguments: Iterator[tuple[Any, ...]] = ((data, rows) for rows in np.asarray(order)[place:])
-    else:
-        step, stream = _jitted_step_on_stored, data.batches(_own_columns(np.asarray(order)), place)
-        arguments = ((batch if mesh is None else sharding.shard_local(mesh, batch),) for batch in stream)
-    # Host devices share one pool of threads: collectives of steps that overlap there can wait for each other forever.
-    wait = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
-    for n, given in enumerate(arguments, place):
-        state, found = step(state, *given, keys[n], exit_weights, **options)
-        if wait:
-            jax.block_until_ready(found)
-        yield state, found, 1
+def _resumed(directory: Path | str | None, state: TrainState, recipe: dict[str, Any]) -> TrainState:
+    """Returns the state to go on from: the directory's, if it holds one."""
+    found = None if directory is None else checkpoint.restore(directory, state, recipe=recipe)
+    if found is None:
+        return state
+    number, state = found
+    if number != int(state.step):
+        raise ValueError(
+            f'directory: checkpoint {number} in {directory} was written after {int(state.step)} steps, by a '
+            'version that numbered by epochs; delete the directory to start over'
+        )
+    return state
 
 
-def _own_columns(order: np.ndarray) -> np.ndarray:
-    """Returns this process's share of every batch."""
-    share = order.shape[1] // jax.process_count()
-    return order[:, jax.process_index() * share :][:, :share]
+def _saver(
+    directory: Path | str | None, recipe: dict[str, Any], *, every: int, by_the_clock: bool, last: int
+) -> Callable[[int, TrainState], None]:
+    """Returns what decides after each step whether a checkpoint is written, and writes it."""
+    saved_at = time.monotonic()
 
+    def after(done: int, state: TrainState) -> None:
+        nonlocal saved_at
+        late = by_the_clock and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+        if directory is not None and (done % every == 0 or done == last or late):
+            checkpoint.save(directory, done, state, recipe=recipe)
+            saved_at = time.monotonic()
 
-@contextlib.contextmanager
-def _resumed(
-    directory: Path | str | None, state: TrainState, recipe: dict[str, Any]
-) -> Iterator[tuple[TrainState, int]]:
-    """Holds the directory, and yields the state to go on from and the steps it has taken."""
-    if directory is None:
-        yield state, int(state.step)
-        return
-    with checkpoint.locked(directory):
-        found = checkpoint.restore(directory, state, recipe=recipe)
-        if found is not None:
-            number, state = found
-            if number != int(state.step):
-                raise ValueError(
-                    f'directory: checkpoint {number} in {directory} was written after {int(state.step)} steps, by a '
-                    'version that numbered by epochs; delete the directory to start over'
-                )
-        yield state, int(state.step)
-
-
-class _Saves:
-    """Decides after which steps a checkpoint is written, and writes it."""
-
-    def __init__(
-        self, directory: Path | str | None, recipe: dict[str, Any], every: int, by_the_clock: bool, last: int
-    ) -> None:
-        self._directory, self._recipe, self._every, self._last = directory, recipe, every, last
-        self._by_the_clock = by_the_clock and jax.process_count() == 1
-        self._saved_at = time.monotonic()
-
-    def after(self, done: int, state: TrainState) -> None:
-        if self._directory is None:
-            return
-        late = self._by_the_clock and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES
-        if done % self._every == 0 or done == self._last or late:
-            checkpoint.save(self._directory, done, state, recipe=self._recipe)
-            self._saved_at = time.monotonic()
+    return after
 
 
 def _num_classes(state: TrainState, data: Batch, prepare: Prepare, key: Array) -> int:

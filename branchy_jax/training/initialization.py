@@ -96,11 +96,8 @@ def initialize_from_shallower(
             given = source.get(name, name)
             if given is None:
                 if collection == 'params':
-                    scale = modules[name]['norm2']['scale']
-                    modules[name] = {
-                        **modules[name],
-                        'norm2': {**modules[name]['norm2'], 'scale': jnp.zeros_like(scale)},
-                    }
+                    norm = modules[name]['norm2']
+                    modules[name] = {**modules[name], 'norm2': {**norm, 'scale': jnp.zeros_like(norm['scale'])}}
             elif given in trained.get(collection, {}):
                 modules[name] = trained[collection][given]
             else:

@@ -35,18 +35,14 @@ def take_step(
 
     gradients, (model_state, exit_loss, logits) = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
-    found = {
-        'loss': weighted_exit_loss(exit_loss, exit_weights),
-        'exit_loss': exit_loss,
-        **metrics(logits, batch.label),
-    }
+    found = {'loss': weighted_exit_loss(exit_loss, exit_weights), 'exit_loss': exit_loss}
     state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         model_state=model_state,
         opt_state=opt_state,
     )
-    return state, found
+    return state, {**found, **metrics(logits, batch.label)}
 
 
 @functools.partial(jax.jit, static_argnames=('loss', 'metrics'), donate_argnames='state')

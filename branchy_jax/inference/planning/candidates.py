@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,78 +51,60 @@ class Candidate:
 
 
 def build_candidates(
-    plain: Network, fast: Network, forecasts: Sequence[Forecast], batch_size: int, *, skip: bool
+    plain: Network,
+    fast: Network,
+    forecasts: Sequence[Forecast],
+    batch_size: int,
+    *,
+    skip: bool,
+    mesh: Mesh | None = None,
 ) -> list[Candidate]:
     """Returns the plain jitted network without branches, then everything that might beat it.
 
     Args:
         plain: the network as it is.
         fast: the network as rewritten.
-        forecasts: exits and chunk sizes to race with.
+        forecasts: exits and chunk sizes, of one device, to race with.
         batch_size: B.
         skip: whether heads may be left out, so that the network without branches is a choice.
+        mesh: the devices that share every batch.
     """
+    if mesh is not None:
+        plain, fast = ((model, replicate(mesh, variables)) for model, variables in (plain, fast))
     (network, weights), (fast_network, fast_weights) = plain, fast
-    last = (network.num_exits - 1,)
-    baseline = jax.jit(without_branches(network).apply)
-
-    def pace(variables: Variables, images: Array, _: Any) -> Any:
-        return baseline(variables, images)
-
-    found = [Candidate('baseline', last, pace, weights, is_baseline=True)]
-
-    def add(name: str, run: Executor, exits: tuple[int, ...], forecast: Forecast | None = None) -> None:
-        predicted = float('nan') if forecast is None else forecast.ms
-        found.append(Candidate(name, exits, run, fast_weights, predicted_ms=predicted))
-
-    if skip:
-        found.append(Candidate('last exit', last, dense(network, exits=last), weights))
-        add('last exit, optimized', dense(fast_network, exits=last), last)
-    else:
-        add('dense', dense(fast_network), tuple(range(network.num_exits)))
-    for forecast in forecasts:
-        if batch_size == 1:
-            if len(forecast.exits) > 1:
-                add('staged', sequential(fast_network, exits=forecast.exits), forecast.exits, forecast)
-            continue
-        add('sequential', sequential(fast_network, exits=forecast.exits), forecast.exits)
-        chunks = {'chunk_size': forecast.chunk_sizes, 'exits': forecast.exits}
-        sizes = '/'.join(map(str, forecast.chunk_sizes))
-        add(f'compacted, loop of {sizes}', compacted(fast_network, on_host=False, **chunks), forecast.exits, forecast)
-        if jax.default_backend() == 'cpu':
-            for workers in (1, 2):
-                run = compacted(fast_network, on_host=True, workers=workers, **chunks)
-                add(f'compacted, host × {workers}, {sizes}', run, forecast.exits, forecast)
-    return found
-
-
-def build_candidates_on_mesh(
-    plain: Network, fast: Network, forecasts: Sequence[Forecast], mesh: Mesh, *, skip: bool
-) -> list[Candidate]:
-    """Returns what `build_candidates` does, for devices that share every batch.
-
-    Args:
-        plain: the network as it is.
-        fast: the network as rewritten.
-        forecasts: exits and chunk sizes of one device to race with.
-        mesh: the devices.
-        skip: whether heads may be left out, so that the network without branches is a choice.
-    """
-    (network, weights), (fast_network, fast_weights) = ((model, replicate(mesh, v)) for model, v in (plain, fast))
     last, everyone = (network.num_exits - 1,), tuple(range(network.num_exits))
     baseline = jax.jit(without_branches(network).apply)
 
     def pace(variables: Variables, images: Array, _: Any) -> Any:
         return baseline(variables, images)
 
-    found = [Candidate('baseline', last, on_mesh(pace, mesh), weights, is_baseline=True)]
+    def spread(run: Executor) -> Executor:
+        return run if mesh is None else on_mesh(run, mesh)
+
+    found = [Candidate('baseline', last, spread(pace), weights, is_baseline=True)]
     if skip:
-        found.append(Candidate('last exit', last, on_mesh(dense(network, exits=last), mesh), weights))
-    exits = last if skip else everyone
-    name = 'last exit, optimized' if skip else 'dense'
-    found.append(Candidate(name, exits, on_mesh(dense(fast_network, exits=exits), mesh), fast_weights))
+        found.append(Candidate('last exit', last, spread(dense(network, exits=last)), weights))
+    name, exits = ('last exit, optimized', last) if skip else ('dense', everyone)
+    found.append(Candidate(name, exits, spread(dense(fast_network, exits=exits)), fast_weights))
     for forecast in forecasts:
-        run = sharded(fast_network, mesh=mesh, chunk_size=forecast.chunk_sizes, exits=forecast.exits)
-        name = f'sharded × {mesh.size}, {"/".join(map(str, forecast.chunk_sizes))}'
-        found.append(Candidate(name, forecast.exits, run, fast_weights, predicted_ms=forecast.ms))
+        for name, run, predicted in _ways(fast_network, forecast, batch_size, mesh):
+            found.append(Candidate(name, forecast.exits, run, fast_weights, predicted_ms=predicted))
     return found
+
+
+def _ways(
+    network: BranchyNet, forecast: Forecast, batch_size: int, mesh: Mesh | None
+) -> Iterator[tuple[str, Executor, float]]:
+    """Yields the executors that a forecast is for: name, executor, and the time of a batch as far as it is known."""
+    exits, sizes = forecast.exits, '/'.join(map(str, forecast.chunk_sizes))
+    chunks = {'chunk_size': forecast.chunk_sizes, 'exits': exits}
+    if mesh is not None:
+        yield f'sharded × {mesh.size}, {sizes}', sharded(network, mesh=mesh, **chunks), forecast.ms
+    elif batch_size > 1:
+        yield 'sequential', sequential(network, exits=exits), float('nan')
+        yield f'compacted, loop of {sizes}', compacted(network, on_host=False, **chunks), forecast.ms
+        for workers in (1, 2) if jax.default_backend() == 'cpu' else ():
+            run = compacted(network, on_host=True, workers=workers, **chunks)
+            yield f'compacted, host × {workers}, {sizes}', run, forecast.ms
+    elif len(exits) > 1:
+        yield 'staged', sequential(network, exits=exits), forecast.ms

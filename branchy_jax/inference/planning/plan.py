@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,14 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from branchy_jax.criteria import as_policy, is_confident
-from branchy_jax.criteria.criterion import Criterion
 from branchy_jax.inference.dense import exit_outputs
-from branchy_jax.inference.planning.candidates import Candidate, build_candidates, build_candidates_on_mesh
+from branchy_jax.inference.planning.candidates import Candidate, build_candidates
 from branchy_jax.inference.planning.forecast import forecast
 from branchy_jax.inference.planning.segment_times import SegmentTimes, segment_times
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.steps import Executor
-from branchy_jax.measure import interleaved_passes, paired_ratio
+from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
@@ -138,15 +138,14 @@ def plan(
     fast = (model, variables) if model.image_shape is None else optimize(model, variables)
     outputs = exit_outputs(*fast, images, criterion=criterion, batch_size=min(len(images), 256))
     confident = is_confident(outputs.uncertainty[:-1], thresholds[:, None])
-    skip = skip_heads and not _remembers(criterion, outputs.logits[0, :1])
+    remembered = criterion.init(jnp.asarray(outputs.logits[0, :1]))
+    skip = skip_heads and not jax.tree.leaves(remembered)
     if times is None:
-        times = segment_times(*fast, images, batch_sizes=_batch_sizes(share), criterion=criterion)
+        sizes = [max(1, share // 4**power) for power in range(4)]
+        times = segment_times(*fast, images, batch_sizes=sizes, criterion=criterion)
     best, *others = forecast(times, confident, share, may_skip=skip)
     forecasts = [best, *(other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms)]
-    if mesh is None:
-        candidates = build_candidates((model, variables), fast, forecasts, batch_size, skip=skip)
-    else:
-        candidates = build_candidates_on_mesh((model, variables), fast, forecasts, mesh, skip=skip)
+    candidates = build_candidates((model, variables), fast, forecasts, batch_size, skip=skip, mesh=mesh)
     raced = _race(candidates, _batches(np.asarray(images), confident, batch_size), policy, passes)
     chosen = _choice(raced, model.num_exits)
     applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf)
@@ -173,15 +172,6 @@ def _check(model: BranchyNet, count: int, batch_size: int, times: SegmentTimes |
         raise ValueError(f'times: are of a network with {times.stages.shape[1]} exits, this one has {model.num_exits}')
 
 
-def _remembers(criterion: Criterion, logits: Array) -> bool:
-    return bool(jax.tree.leaves(criterion.init(jnp.asarray(logits))))
-
-
-def _batch_sizes(batch_size: int) -> list[int]:
-    """Returns the batch size and fractions of it."""
-    return sorted({max(1, batch_size // 4**power) for power in range(4)})
-
-
 def _batches(images: np.ndarray, confident: np.ndarray, batch_size: int) -> list[Array]:
     """Returns a few batches in which images leave at the exits in the shares of all images."""
     if batch_size == len(images):
@@ -197,7 +187,12 @@ def _race(
     candidates: Sequence[Candidate], batches: Sequence[Array], policy: ExitPolicy, passes: int
 ) -> list[Candidate]:
     """Times all candidates a little, the promising ones and the baseline well."""
-    functions = {n: _over(candidate, batches, policy) for n, candidate in enumerate(candidates)}
+    policy = jax.tree.map(jnp.asarray, policy)
+
+    def answer(candidate: Candidate, batch: Array) -> ExitPrediction:
+        return candidate.run(candidate.variables, batch, policy)
+
+    functions = {n: one_by_one(functools.partial(answer, way), batches) for n, way in enumerate(candidates)}
     (baseline,) = (n for n, candidate in enumerate(candidates) if candidate.is_baseline)
     heat = interleaved_passes(functions, passes=_HEAT_PASSES, warmup=1)
     fastest = min(np.median(heat[n]) for n in heat if n != baseline)
@@ -209,25 +204,9 @@ def _race(
     found = []
     for n, candidate in enumerate(candidates):
         seconds = final if n in finalists else heat
-        found.append(
-            dataclasses.replace(
-                candidate,
-                measured_ms=float(np.median(seconds[n])) / len(batches) * 1e3,
-                slowdown=paired_ratio(seconds[n], seconds[baseline]),
-                finalist=n in finalists,
-            )
-        )
+        ms, slowdown = float(np.median(seconds[n])) / len(batches) * 1e3, paired_ratio(seconds[n], seconds[baseline])
+        found.append(dataclasses.replace(candidate, measured_ms=ms, slowdown=slowdown, finalist=n in finalists))
     return found
-
-
-def _over(candidate: Candidate, batches: Sequence[Array], policy: ExitPolicy) -> Callable[[], None]:
-    policy = jax.tree.map(jnp.asarray, policy)
-
-    def run() -> None:
-        for batch in batches:
-            jax.block_until_ready(candidate.run(candidate.variables, batch, policy))
-
-    return run
 
 
 def _choice(raced: Sequence[Candidate], num_exits: int) -> Candidate:

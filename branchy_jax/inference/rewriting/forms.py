@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import core as jax_core
 
 from branchy_jax.inference.rewriting.known import Constant, Known
 from branchy_jax.models.banded import DIMENSION_NUMBERS, band_matrix, multiply_band
 from branchy_jax.types import Array
+
+Params = dict[str, Any]
+"""Of a convolution or matrix product, as its equation holds them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +44,16 @@ def bind(equation: jax_core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
-def as_written(equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms) -> Array:
+def as_written(primitive: jax_core.Primitive, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:
     """Emits a convolution or matrix product with known weights in its own form."""
-    if forms.dtype is None:
-        return bind(equation, [left, constant(kernel)])[0]
-    kernel = kernel.map(lambda k: k.astype(forms.dtype))
-    params = {**equation.params, 'preferred_element_type': np.dtype(np.float32)}
-    product = equation.primitive.bind(left.astype(forms.dtype), constant(kernel), **params)
-    return product.astype(equation.outvars[0].aval.dtype)
+    return primitive.bind(left, constant(kernel), **params)
 
 
-def with_transposed_weights(
-    equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms
-) -> Array:
+def with_transposed_weights(_: Any, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:
     """Emits a matrix product with weights ``[in, out]`` as one with weights ``[out, in]``."""
-    params = equation.params
-    kernel = kernel.map(jnp.transpose)
     numbers = ((params['dimension_numbers'][0][0], (1,)), ((), ()))
-    kept = params['preferred_element_type']
-    if forms.dtype is not None:
-        left, kernel, kept = left.astype(forms.dtype), kernel.map(lambda k: k.astype(forms.dtype)), np.float32
-    product = lax.dot_general(left, constant(kernel), numbers, params['precision'], preferred_element_type=kept)
-    return product.astype(equation.outvars[0].aval.dtype)
+    weights, kept = constant(kernel.map(jnp.transpose)), params['preferred_element_type']
+    return lax.dot_general(left, weights, numbers, params['precision'], preferred_element_type=kept)
 
 
 def has_few_channels(equation: jax_core.JaxprEqn, most_pairs: int) -> bool:
@@ -76,19 +66,13 @@ def has_few_channels(equation: jax_core.JaxprEqn, most_pairs: int) -> bool:
     return params['dimension_numbers'] == plain and not dilated and kernel[2] * kernel[3] <= most_pairs
 
 
-def as_banded_product(
-    equation: jax_core.JaxprEqn, left: Array, kernel: Known, constant: Constant, forms: Forms
-) -> Array:
+def as_banded_product(_: Any, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:
     """Emits a convolution as a product of windows with a banded matrix."""
-    params = equation.params
     band = kernel.map(functools.partial(band_matrix, stride=params['window_strides'][1]))
-    if forms.dtype is not None:
-        left, band = left.astype(forms.dtype), band.map(lambda b: b.astype(forms.dtype))
-    product = multiply_band(
+    return multiply_band(
         left, constant(band), kernel_shape=kernel.shape, strides=params['window_strides'], padding=params['padding'],
         precision=params['precision'],
     )  # fmt: skip
-    return product.astype(equation.outvars[0].aval.dtype)
 
 
 def pooled_by_slices(equation: jax_core.JaxprEqn, inputs: list[Array], forms: Forms) -> list[Array] | None:

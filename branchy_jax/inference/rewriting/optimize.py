@@ -27,13 +27,9 @@ _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
 
 def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
     """Returns the forms that a platform runs fastest; by default this process's backend."""
-    on_cpu = (platform or jax.default_backend()) == 'cpu'
-    return Forms(
-        most_channel_pairs=_MOST_CHANNEL_PAIRS_ON_CPU if on_cpu else 0,
-        sliced_pooling=on_cpu,
-        transposed_weights=on_cpu,
-        dtype=dtype,
-    )
+    if (platform or jax.default_backend()) != 'cpu':
+        return Forms(dtype=dtype)
+    return Forms(_MOST_CHANNEL_PAIRS_ON_CPU, sliced_pooling=True, transposed_weights=True, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,12 +97,7 @@ class RewrittenLayer(nn.Module):
 
 
 def optimize(
-    model: BranchyNet,
-    variables: Variables,
-    *,
-    dtype: Any = None,
-    forms: Forms | None = None,
-    embed: bool | None = None,
+    model: BranchyNet, variables: Variables, *, dtype: Any = None, forms: Forms | None = None, embed: bool | None = None
 ) -> tuple[BranchyNet, Variables]:
     """Rewrites a trained network for inference, exactly up to rounding.
 

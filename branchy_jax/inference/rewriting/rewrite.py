@@ -182,6 +182,8 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
     if not isinstance(kernel, Known) or isinstance(left, Known):
         return None
     aval = equation.outvars[0].aval
+    if forms.dtype is not None:
+        params = {**params, 'preferred_element_type': np.dtype(np.float32)}
     if name == 'dot_general':
         (left_axes, kernel_axes), (batch_axes, _) = params['dimension_numbers']
         if len(kernel.shape) != 2 or batch_axes or len(left_axes) != 1 or len(aval.shape) < 2:
@@ -197,6 +199,8 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
 
     def emit_here(kernel: Known, constant: Constant) -> Array:
         value = left.result(constant) if isinstance(left, Linear) else left
-        return emit(equation, value, kernel, constant, forms)
+        if forms.dtype is not None:
+            value, kernel = value.astype(forms.dtype), kernel.map(lambda k: k.astype(forms.dtype))
+        return emit(equation.primitive, params, value, kernel, constant).astype(aval.dtype)
 
     return Linear(emit_here, kernel, feature_axis, kernel.shape[feature_axis], None, aval)
