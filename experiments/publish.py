@@ -16,7 +16,7 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.models.pretrained import write_pretrained
-from experiments.pages.report import percent
+from experiments.pages.tables import percent, rounded
 from experiments.run import command
 from experiments.run.networks import FinishedRun, read_run
 from experiments.run.records import FrontierPoint, Point, RunRecord
@@ -81,14 +81,10 @@ def _others(record: RunRecord) -> list[FrontierPoint]:
 def _card(network: str, card: dict[str, Any], criterion: str, points: list[bj.OperatingPoint]) -> str:
     trunk = sum(card['stage_macs']) + card['exit_macs'][-1]
     rows = [
-        [
-            ', '.join(f'{value:.4g}' for value in point.thresholds),
-            f'{100 * point.accuracy:.2f}',
-            percent(tuple(point.exit_fractions)),
-            f'{trunk / point.cost:.2f}',
-        ]
+        [rounded(point.thresholds), f'{100 * point.accuracy:.2f}', percent(point.exit_fractions),
+         f'{trunk / point.cost:.2f}']
         for point in points
-    ]
+    ]  # fmt: skip
     table = bj.report.markdown_table([f'thresholds ({criterion})', 'test accuracy %', 'exits %', 'MAC gain'], rows)
     recipe = '\n'.join(f'- {name}: {value}' for name, value in sorted(card['recipe'].items()))
     each = ', '.join(f'{100 * value:.2f} %' for value in card['exit_accuracy'])

@@ -11,7 +11,7 @@ import numpy as np
 
 import branchy_jax as bj
 from experiments.pages import paper, pictures
-from experiments.pages.report import percent
+from experiments.pages.tables import percent, table
 from experiments.run.records import Clock, Numbers
 from experiments.study.folders import Folder
 from experiments.study.verdicts import DEPTHS, depth_name, interval, sentence
@@ -103,18 +103,17 @@ def _paper_row(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]
 def energy_table(found: Folders) -> str:
     """Lays out joules per image; where nothing was measured, it says why."""
     lines = [f'- {name}, {folder.energy_note}' for name, folder in found.items() if folder.energy_note]
+    columns = {
+        'network': '{network} {operating_point}', 'run': '{run}', 'batch': '{batch}', 'mJ an image': '{mj:.3f}',
+        'with idle': '{mj_with_idle:.3f}', 'idle W': '{idle_watts:.1f}', 'W': '{watts:.1f}',
+        'resolution %': '{resolution:.2%}',
+    }  # fmt: skip
     rows = [
-        [
-            f'{row.network} {row.operating_point}', name, str(row.batch), f'{1e3 * row.joules:.3f}',
-            f'{1e3 * row.joules_with_idle:.3f}', f'{row.idle_watts:.1f}', f'{row.watts:.1f}',
-            f'{100 * row.resolution:.2f}',
-        ]
+        {**vars(row), 'run': name, 'mj': 1e3 * row.joules, 'mj_with_idle': 1e3 * row.joules_with_idle}
         for name, folder in found.items()
         for row in folder.energy
-    ]  # fmt: skip
-    columns = ['network', 'run', 'batch', 'mJ an image', 'with idle', 'idle W', 'W', 'resolution %']
-    table = bj.report.markdown_table(columns, rows) if rows else ''
-    return '\n\n'.join(part for part in ('\n'.join(lines) or NOT_RUN, table) if part)
+    ]
+    return '\n\n'.join(['\n'.join(lines) or NOT_RUN, *([table(columns, rows)] if rows else [])])
 
 
 def _stands_for(network: str, found: Folders) -> tuple[str, Folder] | None:
@@ -158,23 +157,20 @@ def figure_3(network: str, found: Folders, workdir: Path) -> str:
 
 def figure_4(found: Folders, workdir: Path) -> str:
     """Accuracy against the share that leaves first, first and last exit only."""
-    ours, source, note, table, chosen = {}, NOT_RUN, '', '', _stands_for('b-alexnet', found)
+    ours, source, note, leaving, chosen = {}, NOT_RUN, '', '', _stands_for('b-alexnet', found)
     if chosen is not None:
         name, folder = chosen
         points = folder.record.first_and_last
         ours, note = {name: [(100 * point.share, 100 * point.accuracy) for point in points]}, _note(folder)
         source = f'{name}, {note}'
-        rows = [
-            [f'{100 * point.share:.0f}', f'{100 * point.accuracy:.2f}', f'{point.threshold:.4g}']
-            for point in points[::4]
-        ]
-        columns = ['leave first %', 'test accuracy %', 'largest entropy let through']
-        table = '\n\n' + bj.report.markdown_table(columns, rows)
+        columns = {'leave first %': '{share:.0%}', 'test accuracy %': '{accuracy:.2%}',
+                   'largest entropy let through': '{threshold:.4g}'}  # fmt: skip
+        leaving = '\n\n' + table(columns, points[::4])
     pictures.against_paper(
         workdir / 'figure4.png', ours, {'b-alexnet': paper.FIGURE_4_ACCURACY}, x='leave at the first exit (%)',
         y='test accuracy (%)', title='Figure 4: B-AlexNet, first and last exit only', note=note,
     )  # fmt: skip
-    return f'## Figure 4\n\nOurs: {source}.{table}\n\n![](figure4.png)'
+    return f'## Figure 4\n\nOurs: {source}.{leaving}\n\n![](figure4.png)'
 
 
 def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
@@ -210,8 +206,8 @@ def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
         for depth in DEPTHS
     ]
     missing = '' if 'claims_b-alexnet' in by_depth else ' B-AlexNet: not run.'
-    table = bj.report.markdown_table(['convolutions', *by_depth, 'B-AlexNet (paper)'], rows)
-    return f'## Figure 5\n\nLast exit, test accuracy %.{missing}\n\n{table}\n\n![](figure5.png)'
+    found = bj.report.markdown_table(['convolutions', *by_depth, 'B-AlexNet (paper)'], rows)
+    return f'## Figure 5\n\nLast exit, test accuracy %.{missing}\n\n{found}\n\n![](figure5.png)'
 
 
 def figure_6(found: Folders, workdir: Path) -> str:
