@@ -24,8 +24,7 @@ from experiments.run.records import FrontierPoint, Point, RunRecord
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Publishes the run in ``--workdir``."""
-    parser = command.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser = command.parser_of_a_run(__doc__)
     parser.add_argument('--into', type=Path, default=Path('branchy_jax/models/weights'), help='Folder to write to.')
     options = parser.parse_args(arguments)
     print(publish(read_run(options.workdir), options.into))

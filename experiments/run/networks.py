@@ -48,6 +48,16 @@ class Networks:
         """The one-exit network."""
         return bj.models.without_branches(self.model)
 
+    @functools.cached_property
+    def fast(self) -> tuple[bj.BranchyNet, Variables]:
+        """The branchy network as `branchy_jax.inference.optimize` rewrites it, with its variables."""
+        return bj.inference.optimize(self.model, self.variables)
+
+    @functools.cached_property
+    def fast_baseline(self) -> tuple[bj.BranchyNet, Variables]:
+        """The one-exit network, likewise."""
+        return bj.inference.optimize(self.baseline, self.baseline_variables)
+
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = jax.tree.map(np.asarray, (self.variables, self.baseline_variables, self.normalization))
         return Networks, (self.name, dict(self.options), *arrays)
