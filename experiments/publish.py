@@ -19,7 +19,7 @@ from branchy_jax.models.pretrained import write_pretrained
 from experiments.pages.tables import percent, rounded
 from experiments.run import command
 from experiments.run.networks import FinishedRun, read_run
-from experiments.run.records import FrontierPoint, Point, RunRecord
+from experiments.run.records import FrontierPoint, RunRecord
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,33 +38,24 @@ def publish(finished: FinishedRun, into: Path) -> Path:
         into: the folder of the package's weights.
     """
     networks, record = finished.networks, finished.record
-    points = [_point(finished, found) for found in (*record.points, *_others(record))]
+    points = [
+        bj.OperatingPoint(
+            policy=finished.policy(found.thresholds), accuracy=found.accuracy, split='test',
+            exit_fractions=np.array(found.exit_fractions), cost=found.macs,
+        )
+        for found in (*record.points, *_others(record))
+    ]  # fmt: skip
     card = {
-        'dataset': record.dataset,
-        'exit_accuracy': record.exit_accuracy,
-        'baseline_accuracy': record.baseline.accuracy,
-        'stage_macs': record.stage_macs,
-        'exit_macs': record.exit_macs,
-        'recipe': finished.config.to_dict(),
-        'trained_on': record.device,
-        'licence': 'Apache-2.0',
-    }
+        'dataset': record.dataset, 'exit_accuracy': record.exit_accuracy,
+        'baseline_accuracy': record.baseline.accuracy, 'stage_macs': record.stage_macs, 'exit_macs': record.exit_macs,
+        'recipe': finished.config.to_dict(), 'trained_on': record.device, 'licence': 'Apache-2.0',
+    }  # fmt: skip
     path = into / f'{networks.name}@{record.dataset}.safetensors'
     options = {**networks.options, 'dtype': str(networks.options['dtype'])}
     variables = jax.tree.map(np.asarray, networks.variables)
     write_pretrained(path, networks.name, options, variables, networks.normalization, points, card)
     bj.report.write_text(path.with_suffix('.md'), _card(networks.name, card, record.criterion, points))
     return path
-
-
-def _point(finished: FinishedRun, found: Point | FrontierPoint) -> bj.OperatingPoint:
-    return bj.OperatingPoint(
-        policy=finished.policy(found.thresholds),
-        accuracy=found.accuracy,
-        split='test',
-        exit_fractions=np.array(found.exit_fractions),
-        cost=found.macs,
-    )
 
 
 def _others(record: RunRecord) -> list[FrontierPoint]:

@@ -65,12 +65,8 @@ class Networks:
 
 def network_options(config: ConfigDict, *, num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
     """Returns the arguments that a run's networks are created with."""
-    return {
-        'num_classes': num_classes,
-        'image_shape': tuple(image_shape),
-        'dtype': jnp.dtype(config.dtype),
-        **own_options(config),
-    }
+    shapes = {'num_classes': num_classes, 'image_shape': tuple(image_shape)}
+    return {**shapes, 'dtype': jnp.dtype(config.dtype), **own_options(config)}
 
 
 def own_options(config: ConfigDict) -> dict[str, Any]:
@@ -135,11 +131,9 @@ def save_weights(workdir: Path, config: ConfigDict, networks: Networks) -> None:
     """Writes both networks into the run's folder, the normalisation with each."""
     normalization = {'mean': networks.normalization.mean, 'deviation': networks.normalization.deviation}
     for name, variables in ((networks.name, networks.variables), (networks.name[2:], networks.baseline_variables)):
-        bj.checkpoint.save_weights(
-            workdir / f'{name}.safetensors',
-            {**variables, 'normalization': normalization},
-            metadata={'network': name, 'dataset': config.dataset, 'placement': config.placement},
-        )
+        metadata = {'network': name, 'dataset': config.dataset, 'placement': config.placement}
+        variables = {**variables, 'normalization': normalization}
+        bj.checkpoint.save_weights(workdir / f'{name}.safetensors', variables, metadata=metadata)
 
 
 def _weights(path: Path) -> tuple[Variables, bj.Normalization]:

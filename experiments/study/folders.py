@@ -136,7 +136,10 @@ def read_folder(folder: Path) -> Folder | None:
     """Reads all there is; ``None`` where no finished run is."""
     if not (folder / 'report.json').exists():
         return None
-    batches, static, energy, cache = (_stored(folder / f'{name}.json') for name in _FILES)
+    batches, static, energy, cache = (
+        bj.report.read_json(path) if (path := folder / f'{name}.json').exists() else {}
+        for name in ('batches', 'static', 'energy', 'cache')
+    )
     for row in batches.get('batches', ()):  # the first records counted images and passes elsewhere
         row.setdefault('latency_images', row.get('images'))
         row.setdefault('latency_passes', batches.get('passes'))
@@ -149,13 +152,6 @@ def read_folder(folder: Path) -> Folder | None:
         cache=tuple(decode(CacheRow, row) for row in cache.get('points', ())),
         cache_note=cache.get('simulated_by', ''),
     )
-
-
-_FILES = ('batches', 'static', 'energy', 'cache')
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    return bj.report.read_json(path) if path.exists() else {}
 
 
 def write_rows(

@@ -70,13 +70,9 @@ class Seeds:
     count: int
 
     def train(
-        self,
-        model: bj.BranchyNet,
-        exit_weights: Sequence[float],
-        *,
-        starts: Sequence[Variables] | None = None,
+        self, model: bj.BranchyNet, exit_weights: Sequence[float], *, starts: Sequence[Variables] | None = None,
         epochs: int | None = None,
-    ) -> Trained:
+    ) -> Trained:  # fmt: skip
         """Trains and evaluates one variant from every seed.
 
         Args:
