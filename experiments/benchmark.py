@@ -97,7 +97,7 @@ def _write(workdir: Path, cells: Sequence[Cell], times: dict[str, Any], *, passe
         'unit': 'ms per image',
         'peak_memory_mb': peak_memory_mb(),
         'segment_times': times,
-        'cells': [cell.to_json() for cell in cells],
+        'cells': [dataclasses.asdict(cell) for cell in cells],
     }
     write_json(workdir / 'benchmark.json', record)
     write_text(workdir / 'benchmark.md', _page(record, cells))

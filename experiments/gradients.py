@@ -23,11 +23,12 @@ from flax import traverse_util
 import branchy_jax as bj
 from experiments.configs import common
 from experiments.pages import pictures
+from experiments.pages.claims import bullets
 from experiments.pages.paper import JPEG_NOTE
 from experiments.run import command
 from experiments.run.tasks import load
 from experiments.study.variants import deep_plain, trunk_layers
-from experiments.study.verdicts import judge, sentence
+from experiments.study.verdicts import judge
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -156,7 +157,6 @@ def _answers(branchy: np.ndarray, plain: np.ndarray, when: str) -> list[dict[str
 
 
 def _page(record: dict[str, Any]) -> str:
-    answers = '\n'.join(f'- {sentence(answer)}' for answer in record['answers'])
     note = f'\n{JPEG_NOTE}' if record['dataset'] == 'cifar10' else ''
     return f"""# Vanishing gradients: {record['network']} on {record['dataset']}
 
@@ -165,7 +165,7 @@ def _page(record: dict[str, Any]) -> str:
 {record['device']}. Root mean square gradient of the kernels of each layer of the trunk, {record['seeds']} seeds,
 batches of {record['batch_size']}.{note}
 
-{answers}
+{bullets(record['answers'])}
 
 ![gradient of each layer](gradients_{record['network']}.png)
 """
