@@ -72,7 +72,8 @@ def _measure(finished: FinishedRun, meter: Meter, batches: Sequence[int], **opti
             found = bj.measure.measure_energy(one_pass, meter, idle_watts=idle_watts, **options)
             idle_watts = found.idle_watts
             per_image = {name: getattr(found, name) / len(images) for name in ('joules', 'joules_with_idle')}
-            rows.append(EnergyRow(network, point, batch, **{**dataclasses.asdict(found), **per_image}))
+            figures = {**dataclasses.asdict(found), **per_image}
+            rows.append(EnergyRow(network=network, operating_point=point, batch=batch, **figures))
     return rows
 
 

@@ -124,13 +124,11 @@ def figure_3(network: str, found: Folders, workdir: Path) -> str:
         def at(latency_ms: float, accuracy: float) -> tuple[float, float]:
             return latency_ms / record.baseline.clock.latency_ms, 100 * accuracy
 
-        ours = {
-            f'{network}, {name}': [at(point.latency_ms, point.accuracy) for point in record.frontier],
-            network[2:]: [at(record.baseline.clock.latency_ms, record.baseline.accuracy)],
-        }
-        best = next(point for point in record.frontier if point.knee)
-        marked['knee (ours)'] = at(best.latency_ms, best.accuracy)
-        marked['operating point (ours)'] = at(record.points[0].clock.latency_ms, record.points[0].accuracy)
+        frontier = [at(point.latency_ms, point.accuracy) for point in record.frontier]
+        own = [at(part.clock.latency_ms, part.accuracy) for part in (record.baseline, record.points[0])]
+        ours = {f'{network}, {name}': frontier, network[2:]: own[:1]}
+        marked['knee (ours)'] = frontier[[point.knee for point in record.frontier].index(True)]
+        marked['operating point (ours)'] = own[1]
         note = _note(folder)
         source = f'{name}, {note}'
     pictures.against_paper(
@@ -145,9 +143,8 @@ def figure_4(found: Folders, workdir: Path) -> str:
     ours, source, note, leaving, chosen = {}, NOT_RUN, '', '', _stands_for('b-alexnet', found)
     if chosen is not None:
         name, folder = chosen
-        points = folder.record.first_and_last
-        ours, note = {name: [(100 * point.share, 100 * point.accuracy) for point in points]}, _note(folder)
-        source = f'{name}, {note}'
+        points, note = folder.record.first_and_last, _note(folder)
+        ours, source = {name: [(100 * point.share, 100 * point.accuracy) for point in points]}, f'{name}, {note}'
         columns = {'leave first %': '{share:.0%}', 'test accuracy %': '{accuracy:.2%}',
                    'largest entropy let through': '{threshold:.4g}'}  # fmt: skip
         leaving = '\n\n' + table(columns, points[::4])

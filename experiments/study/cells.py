@@ -20,8 +20,8 @@ from branchy_jax.inference.planning.segment_times import segment_functions
 from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.run.records import Numbers
+from experiments.run.timing import Network, whole
 
-Network = tuple[bj.BranchyNet, Variables]
 _BATCH_1_IMAGES = 100
 _WARM_UP_STEPS = 20
 
@@ -229,11 +229,9 @@ def _figures(
 
 def _baselines(subject: Subject) -> dict[str, Callable[[Any], Any]]:
     (model, variables), (fast, fast_variables) = subject.plain, subject.fast
-    baseline = jax.jit(bj.models.without_branches(model).apply)
-    optimized = jax.jit(bj.models.without_branches(fast).apply)
     return {
-        'baseline': functools.partial(baseline, variables),
-        'baseline, optimized': functools.partial(optimized, fast_variables),
+        'baseline': whole(bj.models.without_branches(model), variables),
+        'baseline, optimized': whole(bj.models.without_branches(fast), fast_variables),
     }
 
 

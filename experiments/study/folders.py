@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import branchy_jax as bj
+from branchy_jax.measure import Energy
 from experiments.run.command import provenance
 from experiments.run.networks import FinishedRun
 from experiments.run.records import Clock, Numbers, RunRecord, decode, encode, read_record
@@ -58,34 +59,18 @@ class StaticRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class EnergyRow:
-    """Joules of a network at an operating point, of ``energy.json``; fields as `branchy_jax.measure.Energy`, per image.
+class EnergyRow(Energy):
+    """Joules of a network at an operating point, of ``energy.json``: those of an image.
 
     Attributes:
         network: its name.
         operating_point: or ``'baseline'``.
         batch: images in a call.
-        joules: an image, idle power subtracted.
-        joules_with_idle: an image.
-        idle_watts: of the device at rest.
-        watts: of the device at work.
-        calls: that were measured.
-        seconds: they took.
-        resolution: of the meter, as a share of the run.
-        meter: its name.
     """
 
     network: str
     operating_point: str
     batch: int
-    joules: float
-    joules_with_idle: float
-    idle_watts: float
-    watts: float
-    calls: int
-    seconds: float
-    resolution: float
-    meter: str
 
 
 @dataclasses.dataclass(frozen=True)
