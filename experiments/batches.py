@@ -7,19 +7,15 @@ Writes ``batches.json`` into the folder. Batches are of test images, so that exi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
 from experiments.run import command
 from experiments.run.networks import Networks, read_run
 from experiments.run.records import Clock
-from experiments.run.timing import fastest
+from experiments.run.timing import fastest, on_device, whole
 from experiments.study.folders import BatchRow, write_rows
 
 _MOST_IMAGES = 2048
@@ -27,8 +23,7 @@ _MOST_IMAGES = 2048
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the run in ``--workdir``."""
-    parser = command.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser = command.parser_of_a_run(__doc__)
     parser.add_argument(
         '--batches', type=command.positives, default=[256], help='Sizes; those above the test images are left out.'
     )
@@ -68,15 +63,15 @@ def time_batch(
     count = max(1, min(len(images), _MOST_IMAGES) // batch) * batch
     images, labels = images[:count], labels[:count]
     planned = bj.inference.plan(networks.model, networks.variables, images, policy, batch_size=batch)
-    fast, fast_variables = bj.inference.optimize(networks.baseline, networks.baseline_variables)
+    fast, fast_variables = networks.fast_baseline
     # A small network may be fastest image by image, even in a batch: its baseline may run so too.
     one_by_one, nothing = bj.inference.sequential(fast), np.zeros(0, np.float32)
     baselines = {
-        'plain': functools.partial(jax.jit(networks.baseline.apply), networks.baseline_variables),
-        'fast': functools.partial(jax.jit(fast.apply), fast_variables),
+        'plain': whole(networks.baseline, networks.baseline_variables),
+        'fast': whole(fast, fast_variables),
         'one by one': lambda images: one_by_one(fast_variables, images, nothing),
     }
-    inputs = [jax.block_until_ready(jnp.asarray(images[start : start + batch])) for start in range(0, count, batch)]
+    inputs = on_device(images, batch)
     functions = {key: bj.measure.one_by_one(run, inputs) for key, run in {**baselines, 'planned': planned}.items()}
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
     baseline = fastest(seconds, tuple(baselines))

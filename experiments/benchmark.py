@@ -22,8 +22,9 @@ import jax
 import numpy as np
 
 import branchy_jax as bj
-from branchy_jax.report import markdown_table, write_json, write_text
+from branchy_jax.report import write_json, write_text
 from experiments.pages import pictures
+from experiments.pages.tables import table
 from experiments.run import command
 from experiments.run.timing import keep_to_one_core
 from experiments.study import training_speed
@@ -96,7 +97,7 @@ def _write(workdir: Path, cells: Sequence[Cell], times: dict[str, Any], *, passe
         'unit': 'ms per image',
         'peak_memory_mb': peak_memory_mb(),
         'segment_times': times,
-        'cells': [cell.to_json() for cell in cells],
+        'cells': [dataclasses.asdict(cell) for cell in cells],
     }
     write_json(workdir / 'benchmark.json', record)
     write_text(workdir / 'benchmark.md', _page(record, cells))
@@ -106,37 +107,31 @@ def _write(workdir: Path, cells: Sequence[Cell], times: dict[str, Any], *, passe
     pictures.time_against_macs(workdir / 'follows.png', record['cells'], title=title)
 
 
-_COLUMNS = [
-    'batch', 'exits %', 'executor', 'ms', 'baseline ms', 'gain', 'over optimized', 'MAC limit', 'time limit ms',
-    'realised', 'within batch', 'time ÷ baseline', 'compile s',
-]  # fmt: skip
+_COLUMNS = {
+    'batch': '{batch}',
+    'exits %': '{exits}',
+    'executor': '{executor}',
+    'ms': '{ms:.4f}',
+    'baseline ms': '{baseline_ms:.4f}',
+    'gain': '{gain:.2f}',
+    'over optimized': '{gain_over_optimized:.2f}',
+    'MAC limit': '{mac_limit:.2f}',
+    'time limit ms': '{time_limit_ms:.4f}',
+    'realised': '{realised:.2f}',
+    'within batch': '{realised_within_batch:.2f}',
+    'time ÷ baseline': '[{slowdown_low:.3f}, {slowdown_high:.3f}]',
+    'compile s': '{compile_s:.1f}',
+}
 
 
 def _page(record: dict[str, Any], cells: Sequence[Cell]) -> str:
-    rows = [
-        [
-            str(cell.batch),
-            '/'.join(f'{100 * share:.0f}' for share in cell.exit_fractions),
-            cell.executor,
-            f'{cell.ms:.4f}',
-            f'{cell.baseline_ms:.4f}',
-            f'{cell.gain:.2f}',
-            f'{cell.gain_over_optimized:.2f}',
-            f'{cell.mac_limit:.2f}',
-            f'{cell.time_limit_ms:.4f}',
-            f'{cell.realised:.2f}',
-            f'{cell.realised_within_batch:.2f}',
-            f'[{cell.slowdown_low:.3f}, {cell.slowdown_high:.3f}]',
-            f'{cell.compile_s:.1f}',
-        ]
-        for cell in cells
-    ]
+    rows = [{**vars(cell), 'exits': _exits(cell)} for cell in cells]
     plans = '\n\n'.join(f'```\n{cell.plan}\n```' for cell in cells if cell.plan)
     return '\n\n'.join([
         f'# Benchmark of {cells[0].network}',
         f'`{record["command"]}`',
         f'{record["device"]}, {record["passes"]} interleaved passes. Milliseconds per image.',
-        markdown_table(_COLUMNS, rows),
+        table(_COLUMNS, rows),
         _LEGEND,
         f'# How the planner chose\n\n{plans}\n',
     ])  # fmt: skip
@@ -154,10 +149,13 @@ _LEGEND = """\
 - compile: of the executor; of a plan, all of planning."""
 
 
+def _exits(cell: Cell) -> str:
+    return '/'.join(f'{100 * share:.0f}' for share in cell.exit_fractions)
+
+
 def _line(cell: Cell) -> str:
-    exits = '/'.join(f'{100 * share:.0f}' for share in cell.exit_fractions)
     return (
-        f'{cell.network} batch {cell.batch} exits {exits}: {cell.ms:.4f} ms planned, gain {cell.gain:.2f}, '
+        f'{cell.network} batch {cell.batch} exits {_exits(cell)}: {cell.ms:.4f} ms planned, gain {cell.gain:.2f}, '
         f'over optimized {cell.gain_over_optimized:.2f}, realised {cell.realised:.2f} '
         f'(within batch {cell.realised_within_batch:.2f}), MAC limit {cell.mac_limit:.2f}'
     )

@@ -9,7 +9,6 @@ virtual machines offer ``perf`` no counters. Run times are the run's own, measur
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
@@ -20,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
 from experiments.run import command
 from experiments.run.networks import read_run
 from experiments.run.records import decode
+from experiments.run.timing import on_device, staged
 from experiments.study.folders import CacheRow, write_rows
 
 CACHES = ('--I1=32768,8,64', '--D1=32768,8,64', '--LL=33554432,16,64')
@@ -35,8 +34,7 @@ NO_VALGRIND = 'valgrind: not found; install it (apt install valgrind): cache mis
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs itself under valgrind, then collects."""
-    parser = command.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser = command.parser_of_a_run(__doc__)
     parser.add_argument('--images', type=command.positive, default=8, help='Test images per setting.')
     parser.add_argument('--settings', type=command.positive, default=5, help='Thresholds of the frontier.')
     parser.add_argument('--inside', type=Path, help='Set by this command where it calls itself under valgrind.')
@@ -115,19 +113,12 @@ def _run_images(workdir: Path, folder: Path, *, images: int, settings: int) -> N
         *((networks.name, frontier[n].thresholds, frontier[n].latency_ms) for n in chosen),
     ]
     pixels = finished.dataset().test.image[:images]
-    inputs = [jnp.asarray(image) for image in np.asarray(networks.normalization(pixels))]
-    rewritten = {
-        networks.name[2:]: bj.inference.optimize(networks.baseline, networks.baseline_variables),
-        networks.name: bj.inference.optimize(networks.model, networks.variables),
-    }
-    executors = {name: bj.inference.staged(model) for name, (model, _) in rewritten.items()}
-    for name, thresholds, _ in tried:
-        policy = jax.tree.map(jnp.asarray, finished.policy(thresholds))
-        run = functools.partial(executors[name], rewritten[name][1])
-        jax.block_until_ready(run(inputs[0], policy))
+    inputs = on_device(np.asarray(networks.normalization(pixels)))
+    for _, thresholds, _ in tried:
+        run = staged(networks.fast if thresholds else networks.fast_baseline, finished.policy(thresholds))
+        jax.block_until_ready(run(inputs[0]))
         _control('-i', 'on')
-        for image in inputs:
-            jax.block_until_ready(run(image, policy))
+        bj.measure.one_by_one(run, inputs)()
         _control('-i', 'off')
         _control('-d')
     record = [

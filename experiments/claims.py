@@ -9,6 +9,7 @@ variants of a seed share initial weights and the order of the data, so that diff
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,14 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(
-    workdir: Path,
-    network: str,
-    dataset: bj.data.Dataset,
-    recipe: Recipe,
-    *,
-    seeds: int,
-    dtype: str = 'float32',
-    judge_only: bool = False,
+    workdir: Path, network: str, dataset: bj.data.Dataset, recipe: Recipe, *, seeds: int, dtype: str, judge_only: bool
 ) -> dict[str, Any]:
     """Trains what the claims need, resuming, and returns the record.
 
@@ -90,17 +84,10 @@ def run(
     options = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape, 'dtype': jnp.dtype(dtype)}
     if network == 'b-lenet':  # the same network in the form in which a CPU trains it fastest
         options['convolution'] = bj.models.banded_convolution
-    record = {
-        'settings': settings,
-        **command.provenance('claims'),
-        'seconds': 0.0,
-        'variants': {},
-        **record,
-    }
-    trainings = Seeds(dataset, recipe, count=seeds)
+    record = {'settings': settings, **command.provenance('claims'), 'seconds': 0.0, 'variants': {}, **record}
     workdir.mkdir(parents=True, exist_ok=True)
     if not judge_only:
-        _train_missing(record, network, options, trainings, path)
+        _train_missing(record, _variants(network, options, Seeds(dataset, recipe, count=seeds)), path)
     _write(path, record)
     bj.report.write_text(path.with_suffix('.md'), page(record))
     print(page(record))
@@ -112,40 +99,32 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     bj.report.write_json(path, record)
 
 
-def _train_missing(record: dict[str, Any], network: str, options: dict[str, Any], trainings: Seeds, path: Path) -> None:
-    """Trains every variant that the record lacks, and writes the record after each."""
-    model, train = bj.models.create(network, **options), trainings.train
-    exits, trunk = model.num_exits, network[2:]
+def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, Callable[[], Trained]]:
+    """Returns by name what trains each variant."""
+    model, train = bj.models.create(network, **options), seeds.train
+    exits, twice = model.num_exits, 2 * seeds.recipe.epochs
     equal, falling = [1.0] * exits, np.linspace(1.0, 0.3, exits).tolist()
-    epochs = record['settings']['epochs']
-    baselines: list[Any] = []
+    baseline = functools.cache(lambda: train(bj.models.without_branches(model), [1.0]))
 
-    def from_baseline() -> Trained:
-        starts = baselines or train(bj.models.without_branches(model), [1.0]).variables
-        return train(model, equal, starts=starts)
+    def branch(after: int, convolutions: int) -> Callable[[], Trained]:
+        return lambda: train(with_branch(network[2:], after=after, convolutions=convolutions, **options), [1.0, 1.0])
 
-    variants: dict[str, Callable[[], Trained]] = {
-        'baseline': lambda: train(bj.models.without_branches(model), [1.0]),
+    return {
+        'baseline': baseline,
         'joint': lambda: train(model, equal),
-        'joint, from the baseline': from_baseline,
-        'joint, twice as long': lambda: train(model, equal, epochs=2 * epochs),
+        'joint, from the baseline': lambda: train(model, equal, starts=baseline().variables),
+        'joint, twice as long': lambda: train(model, equal, epochs=twice),
         'joint, first exit 1.0 to last 0.3': lambda: train(model, falling),
+        **{depth_name(depth): branch(1, depth) for depth in DEPTHS},
+        **{position_name(position): branch(position, 1) for position in positions(network)},
     }
-    for depth in DEPTHS:
-        variants[depth_name(depth)] = lambda depth=depth: train(
-            with_branch(trunk, after=1, convolutions=depth, **options), [1.0, 1.0]
-        )
-    for position in positions(network):
-        variants[position_name(position)] = lambda position=position: train(
-            with_branch(trunk, after=position, convolutions=1, **options), [1.0, 1.0]
-        )
-    for name, make in variants.items():
-        if name in record['variants']:
-            continue
+
+
+def _train_missing(record: dict[str, Any], variants: dict[str, Callable[[], Trained]], path: Path) -> None:
+    """Trains every variant that the record lacks, and writes the record after each."""
+    for name in [name for name in variants if name not in record['variants']]:
         start = time.perf_counter()
-        found = make()
-        if name == 'baseline':
-            baselines = found.variables
+        found = variants[name]()
         seconds = time.perf_counter() - start
         record['variants'][name] = {
             'train_accuracy': found.train_accuracy.tolist(),
@@ -155,7 +134,10 @@ def _train_missing(record: dict[str, Any], network: str, options: dict[str, Any]
         record['seconds'] += seconds
         _write(path, record)
         exits_text = ', '.join(f'{100 * value:.2f}' for value in found.test_accuracy.mean(axis=0))
-        print(f'{network} {name}: test accuracy per exit {exits_text} %, {seconds:.0f} s', flush=True)
+        print(
+            f'{record["settings"]["network"]} {name}: test accuracy per exit {exits_text} %, {seconds:.0f} s',
+            flush=True,
+        )
 
 
 if __name__ == '__main__':

@@ -9,8 +9,7 @@ simulation of the promises draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import branchy_jax as bj
@@ -24,8 +23,7 @@ from experiments.study.promises import Population, simulate
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs everything and writes the report."""
-    parser = command.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser = command.parser_of_a_run(__doc__)
     parser.add_argument('--splits', type=command.positive, default=1000, help='Calibration sets to draw.')
     parser.add_argument('--calibration_size', type=command.positive, default=2000, help='Inputs in a calibration set.')
     options = parser.parse_args(arguments)
@@ -53,9 +51,6 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> dict[str, Any]:
     fitting, choosing = validation.halves()  # what is fitted on one half is screened on the other
     calibration, temperatures = comparisons.calibrations(fitting, test, workdir / 'reliability.png', title)
 
-    def named(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{'network': networks.name, **row} for row in rows]
-
     criteria = comparisons.all_criteria(fitting, temperatures)
     record = {
         'network': networks.name,
@@ -63,9 +58,9 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> dict[str, Any]:
         **command.provenance('confidence'),
         'inputs': {'validation': len(validation), 'test': len(test), 'calibration set': size},
         **simulate(networks.name, _populations(validation, test, splits=splits, size=size)),
-        'calibration': named(calibration),
-        'criteria': named(comparisons.compare_criteria(criteria, choosing, test)),
-        'search': named(comparisons.searches(networks, dataset.validation.image, validation, test)),
+        'calibration': calibration,
+        'criteria': comparisons.compare_criteria(criteria, choosing, test),
+        'search': comparisons.searches(networks, dataset.validation.image, validation, test),
         'exact_search': comparisons.time_exact_search(),
         'control': comparisons.control(cached, dataset.test, validation, workdir / 'control.png', title),
         'protocols': comparisons.protocols(criteria, choosing, test, workdir / 'protocols.png', title),

@@ -11,18 +11,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.measure import Meter
-from branchy_jax.types import Variables
 from experiments.run import command
 from experiments.run.networks import FinishedRun, read_run
+from experiments.run.timing import on_device, staged, whole
 from experiments.study.folders import EnergyRow, write_rows
 
 _IMAGES = 200
@@ -31,8 +28,7 @@ NO_METER = 'no meter: this device offers no energy counter that nvidia-ml-py or 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the run in ``--workdir``."""
-    parser = command.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser = command.parser_of_a_run(__doc__)
     parser.add_argument(
         '--batches', type=command.positives, default=[1], help='One image a call, or batches through the planner.'
     )
@@ -76,36 +72,24 @@ def _measure(finished: FinishedRun, meter: Meter, batches: Sequence[int], **opti
             found = bj.measure.measure_energy(one_pass, meter, idle_watts=idle_watts, **options)
             idle_watts = found.idle_watts
             per_image = {name: getattr(found, name) / len(images) for name in ('joules', 'joules_with_idle')}
-            rows.append(EnergyRow(network, point, batch, **{**dataclasses.asdict(found), **per_image}))
+            figures = {**dataclasses.asdict(found), **per_image}
+            rows.append(EnergyRow(network=network, operating_point=point, batch=batch, **figures))
     return rows
 
 
 def _passes(finished: FinishedRun, images: np.ndarray, batch: int) -> dict[tuple[str, str], Callable[[], Any]]:
     """Returns a pass over all images for the baseline and for each operating point."""
     networks = finished.networks
-    on_device = [
-        jax.block_until_ready(jnp.asarray(images[start] if batch == 1 else images[start : start + batch]))
-        for start in range(0, len(images), batch)
-    ]
-    baseline = bj.inference.optimize(networks.baseline, networks.baseline_variables)
-    runs: dict[tuple[str, str], Callable[[Any], Any]] = {}
+    inputs = on_device(images, batch if batch > 1 else None)
     if batch > 1:
-        runs[networks.name[2:], 'baseline'] = functools.partial(jax.jit(baseline[0].apply), baseline[1])
-        for name, policy in finished.policies.items():
-            runs[networks.name, name] = bj.inference.plan(
-                networks.model, networks.variables, images, policy, batch_size=batch
-            )
+        plan = functools.partial(bj.inference.plan, networks.model, networks.variables, images, batch_size=batch)
+        baseline = whole(*networks.fast_baseline)
     else:
-        branchy = bj.inference.optimize(networks.model, networks.variables)
-        runs[networks.name[2:], 'baseline'] = _staged(baseline, np.zeros(0, np.float32))
-        runs |= {(networks.name, name): _staged(branchy, policy) for name, policy in finished.policies.items()}
-    return {key: bj.measure.one_by_one(run, on_device) for key, run in runs.items()}
-
-
-def _staged(network: tuple[bj.BranchyNet, Variables], policy: Any) -> Callable[[Any], Any]:
-    (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
-    execute = bj.inference.staged(model)
-    return lambda image: execute(variables, image, policy)
+        plan = functools.partial(staged, networks.fast)
+        baseline = staged(networks.fast_baseline, finished.policy(()))
+    runs = {(networks.name[2:], 'baseline'): baseline}
+    runs |= {(networks.name, name): plan(policy) for name, policy in finished.policies.items()}
+    return {key: bj.measure.one_by_one(run, inputs) for key, run in runs.items()}
 
 
 if __name__ == '__main__':

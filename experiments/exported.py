@@ -17,14 +17,13 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
 from experiments import run_exported
 from experiments.run import command
-from experiments.run.timing import one_core
+from experiments.run.timing import on_device, one_core, staged
 
 _NEEDED = ('jax', 'jaxlib', 'numpy', 'flatbuffers')
 
@@ -36,15 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--images', type=command.positive, default=1000, help='Test digits.')
     parser.add_argument('--passes', type=command.positive, default=30, help='Interleaved passes over the digits.')
     options = parser.parse_args(arguments)
-    workdir = options.workdir
+    workdir, folder = options.workdir, options.workdir / 'b-lenet'
     weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
     point = weights.operating_points[0]
     digits = bj.data.load_dataset('mnist').test.image[: options.images]
-    shutil.rmtree(workdir / 'b-lenet', ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     manifest = bj.export.save(
-        workdir / 'b-lenet', weights.model, weights.variables, thresholds=point,
-        normalization=weights.normalization,
-    )  # fmt: skip
+        folder, weights.model, weights.variables, thresholds=point, normalization=weights.normalization
+    )
     for name, part in manifest['programs'].items():
         print(f'{name}: {part["bytes"]:,} bytes')
     for cut in manifest['cuts']:
@@ -55,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     np.savez(workdir / 'answers.npz', label=answer.label, exit_index=answer.exit_index)
     python = _fresh_environment(workdir / 'environment')
     for program in run_exported.PROGRAMS:
-        arguments = [python, run_exported.__file__, workdir / 'b-lenet', f'--images={workdir}/images.npy',
+        arguments = [python, run_exported.__file__, folder, f'--images={workdir}/images.npy',
                      f'--expect={workdir}/answers.npz', f'--program={program}']  # fmt: skip
         subprocess.run(arguments, check=True)
 
     with one_core() as process:
-        print(process.submit(_time, str(workdir / 'b-lenet'), digits, options.passes).result())
+        print(process.submit(_time, str(folder), digits, options.passes).result())
 
 
 def _fresh_environment(place: Path) -> Path:
@@ -81,13 +79,12 @@ def _fresh_environment(place: Path) -> Path:
 
 def _time(folder: str, digits: np.ndarray, passes: int) -> str:
     weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
-    model, variables = bj.inference.optimize(weights.model, weights.variables)
-    network, inside = run_exported.load(folder, ['staged']), bj.inference.staged(model)
-    outside = network.programs['staged']
-    thresholds, policy = jnp.asarray(network.thresholds), weights.operating_points[0].policy
-    images = [jax.block_until_ready(jnp.asarray(image)) for image in weights.normalize(digits)]
+    network = run_exported.load(folder, ['staged'])
+    outside, thresholds = network.programs['staged'], jnp.asarray(network.thresholds)
+    inside = staged(bj.inference.optimize(weights.model, weights.variables), weights.operating_points[0].policy)
+    images = on_device(weights.normalize(digits))
     functions = {
-        'in the library': bj.measure.one_by_one(lambda image: inside(variables, image, policy), images),
+        'in the library': bj.measure.one_by_one(inside, images),
         'exported': bj.measure.one_by_one(lambda image: outside(image, thresholds), images),
     }
     seconds = bj.measure.interleaved_passes(functions, passes=passes)

@@ -23,11 +23,12 @@ from flax import traverse_util
 import branchy_jax as bj
 from experiments.configs import common
 from experiments.pages import pictures
+from experiments.pages.claims import bullets
 from experiments.pages.paper import JPEG_NOTE
 from experiments.run import command
 from experiments.run.tasks import load
 from experiments.study.variants import deep_plain, trunk_layers
-from experiments.study.verdicts import judge, sentence
+from experiments.study.verdicts import judge
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,9 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = common.get_config()
     config.dataset = options.dataset
     run(
-        options.workdir, options.network, load(config), seeds=options.seeds, steps=options.steps,
+        options.workdir,
+        options.network,
+        load(config),
+        seeds=options.seeds,
+        steps=options.steps,
         batch_size=options.batch_size,
-    )  # fmt: skip
+    )
 
 
 def run(
@@ -64,6 +69,8 @@ def run(
             name: np.array([_norms(model, dataset, seed, steps, batch_size) for seed in range(seeds)])
             for name, model in models.items()
         }  # [S, 2, layers]
+    plain, branchy = found['without'], found['with branches']
+    moments = ('at initialisation', f'after {steps} steps')
     record = {
         **settings,
         **command.provenance('gradients'),
@@ -71,16 +78,15 @@ def run(
         'norms': {name: values.tolist() for name, values in found.items()},
         'answers': [
             {'when': when, **answer}
-            for moment, when in enumerate(('at initialisation', f'after {steps} steps'))
-            for answer in _answers(found['with branches'][:, moment], found['without'][:, moment], when)
+            for moment, when in enumerate(moments)
+            for answer in _answers(branchy[:, moment], plain[:, moment], when)
         ],
     }
     workdir.mkdir(parents=True, exist_ok=True)
     bj.report.write_json(path, record)
-    pictures.gradient_norms(
-        workdir / f'gradients_{network}.png', record['norms'], steps=steps, title=f'{network} on {dataset.name}'
-    )
-    bj.report.write_text(workdir / f'gradients_{network}.md', _page(record))
+    title = f'{network} on {dataset.name}'
+    pictures.gradient_norms(path.with_suffix('.png'), record['norms'], steps=steps, title=title)
+    bj.report.write_text(path.with_suffix('.md'), _page(record))
     print(_page(record))
     return record
 
@@ -96,13 +102,15 @@ def _norms(
     model: bj.BranchyNet, dataset: bj.data.Dataset, seed: int, steps: int, batch_size: int
 ) -> tuple[list[float], list[float]]:
     """Returns the root mean square gradient of every layer of the trunk, before and after training."""
-    state = bj.training.create_train_state(model, _init(model, jax.random.key(seed)), _OPTIMIZER)
+    key = jax.random.key(seed)
+    # With and without branches alike: parameters draw from the key by their own names.
+    variables = jax.jit(model.init)(key, jnp.zeros((1, *model.image_shape)))
+    state = bj.training.create_train_state(model, variables, _OPTIMIZER)
     order = np.random.default_rng(seed).permutation(len(dataset.train))
     batches = [
         bj.Batch(dataset.normalization(dataset.train.image[rows]), jnp.asarray(dataset.train.label[rows]))
         for rows in np.resize(order, (steps + 1, batch_size))
     ]
-    key = jax.random.key(seed)
     before = _layer_norms(model, _gradients(state, batches[0], key))
     weights = jnp.ones(model.num_exits)
     for batch in batches[:-1]:
@@ -112,11 +120,6 @@ def _norms(
 
 _OPTIMIZER = optax.adam(1e-3)
 _NOTHING = 1e-12  # a gradient below this counts as this: it moves nothing
-
-
-def _init(model: bj.BranchyNet, key: jax.Array) -> Any:
-    """Initialises the trunk alike with and without branches: parameters draw from the key by their own names."""
-    return jax.jit(model.init)(key, jnp.zeros((1, *model.image_shape)))
 
 
 @jax.jit
@@ -132,28 +135,20 @@ def _gradients(state: bj.training.TrainState, batch: bj.Batch, key: jax.Array) -
 
 
 def _layer_norms(model: bj.BranchyNet, gradients: Any) -> list[float]:
-    norms = []
-    for name in trunk_layers(model):
-        if name not in gradients:
-            continue
-        kernels = [
-            np.asarray(leaf).ravel()
-            for path, leaf in traverse_util.flatten_dict(gradients[name]).items()
-            if path[-1] == 'kernel'
-        ]
-        if kernels:
-            norms.append(float(np.sqrt(np.mean(np.square(np.concatenate(kernels), dtype=np.float64)))))
-    return norms
+    flat = traverse_util.flatten_dict(gradients)
+    of_layers = [
+        [np.ravel(leaf) for path, leaf in flat.items() if path[0] == name and path[-1] == 'kernel']
+        for name in trunk_layers(model)
+    ]
+    kernels = [np.concatenate(found) for found in of_layers if found]
+    return [float(np.sqrt(np.mean(np.square(found, dtype=np.float64)))) for found in kernels]
 
 
 def _answers(branchy: np.ndarray, plain: np.ndarray, when: str) -> list[dict[str, Any]]:
     quarter = max(1, branchy.shape[1] // 4)
-
-    def log10(values: np.ndarray) -> np.ndarray:
-        return np.log10(np.maximum(values, _NOTHING))
-
-    early = (log10(branchy) - log10(plain))[:, :quarter].mean(axis=1)
-    decay = log10(plain)[:, -quarter:].mean(axis=1) - log10(plain)[:, :quarter].mean(axis=1)
+    branchy, plain = (np.log10(np.maximum(values, _NOTHING)) for values in (branchy, plain))
+    first = plain[:, :quarter].mean(axis=1)
+    early, decay = branchy[:, :quarter].mean(axis=1) - first, plain[:, -quarter:].mean(axis=1) - first
     unit = 'powers of ten'
     return [
         judge(f'{when.capitalize()}, do gradients fade towards the first layers without branches?', decay, unit=unit),
@@ -162,7 +157,6 @@ def _answers(branchy: np.ndarray, plain: np.ndarray, when: str) -> list[dict[str
 
 
 def _page(record: dict[str, Any]) -> str:
-    answers = '\n'.join(f'- {sentence(answer)}' for answer in record['answers'])
     note = f'\n{JPEG_NOTE}' if record['dataset'] == 'cifar10' else ''
     return f"""# Vanishing gradients: {record['network']} on {record['dataset']}
 
@@ -171,7 +165,7 @@ def _page(record: dict[str, Any]) -> str:
 {record['device']}. Root mean square gradient of the kernels of each layer of the trunk, {record['seeds']} seeds,
 batches of {record['batch_size']}.{note}
 
-{answers}
+{bullets(record['answers'])}
 
 ![gradient of each layer](gradients_{record['network']}.png)
 """

@@ -16,16 +16,15 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.models.pretrained import write_pretrained
-from experiments.pages.report import percent
+from experiments.pages.tables import percent, rounded
 from experiments.run import command
 from experiments.run.networks import FinishedRun, read_run
-from experiments.run.records import FrontierPoint, Point, RunRecord
+from experiments.run.records import FrontierPoint, RunRecord
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Publishes the run in ``--workdir``."""
-    parser = command.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    parser = command.parser_of_a_run(__doc__)
     parser.add_argument('--into', type=Path, default=Path('branchy_jax/models/weights'), help='Folder to write to.')
     options = parser.parse_args(arguments)
     print(publish(read_run(options.workdir), options.into))
@@ -39,33 +38,24 @@ def publish(finished: FinishedRun, into: Path) -> Path:
         into: the folder of the package's weights.
     """
     networks, record = finished.networks, finished.record
-    points = [_point(finished, found) for found in (*record.points, *_others(record))]
+    points = [
+        bj.OperatingPoint(
+            policy=finished.policy(found.thresholds), accuracy=found.accuracy, split='test',
+            exit_fractions=np.array(found.exit_fractions), cost=found.macs,
+        )
+        for found in (*record.points, *_others(record))
+    ]  # fmt: skip
     card = {
-        'dataset': record.dataset,
-        'exit_accuracy': record.exit_accuracy,
-        'baseline_accuracy': record.baseline.accuracy,
-        'stage_macs': record.stage_macs,
-        'exit_macs': record.exit_macs,
-        'recipe': finished.config.to_dict(),
-        'trained_on': record.device,
-        'licence': 'Apache-2.0',
-    }
+        'dataset': record.dataset, 'exit_accuracy': record.exit_accuracy,
+        'baseline_accuracy': record.baseline.accuracy, 'stage_macs': record.stage_macs, 'exit_macs': record.exit_macs,
+        'recipe': finished.config.to_dict(), 'trained_on': record.device, 'licence': 'Apache-2.0',
+    }  # fmt: skip
     path = into / f'{networks.name}@{record.dataset}.safetensors'
     options = {**networks.options, 'dtype': str(networks.options['dtype'])}
     variables = jax.tree.map(np.asarray, networks.variables)
     write_pretrained(path, networks.name, options, variables, networks.normalization, points, card)
     bj.report.write_text(path.with_suffix('.md'), _card(networks.name, card, record.criterion, points))
     return path
-
-
-def _point(finished: FinishedRun, found: Point | FrontierPoint) -> bj.OperatingPoint:
-    return bj.OperatingPoint(
-        policy=finished.policy(found.thresholds),
-        accuracy=found.accuracy,
-        split='test',
-        exit_fractions=np.array(found.exit_fractions),
-        cost=found.macs,
-    )
 
 
 def _others(record: RunRecord) -> list[FrontierPoint]:
@@ -81,14 +71,10 @@ def _others(record: RunRecord) -> list[FrontierPoint]:
 def _card(network: str, card: dict[str, Any], criterion: str, points: list[bj.OperatingPoint]) -> str:
     trunk = sum(card['stage_macs']) + card['exit_macs'][-1]
     rows = [
-        [
-            ', '.join(f'{value:.4g}' for value in point.thresholds),
-            f'{100 * point.accuracy:.2f}',
-            percent(tuple(point.exit_fractions)),
-            f'{trunk / point.cost:.2f}',
-        ]
+        [rounded(point.thresholds), f'{100 * point.accuracy:.2f}', percent(point.exit_fractions),
+         f'{trunk / point.cost:.2f}']
         for point in points
-    ]
+    ]  # fmt: skip
     table = bj.report.markdown_table([f'thresholds ({criterion})', 'test accuracy %', 'exits %', 'MAC gain'], rows)
     recipe = '\n'.join(f'- {name}: {value}' for name, value in sorted(card['recipe'].items()))
     each = ', '.join(f'{100 * value:.2f} %' for value in card['exit_accuracy'])

@@ -179,18 +179,16 @@ def run_parts(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
     hidden, carry, found = (images,), (), {}
     for n in range(exits):
         hidden = tuple(network.programs[f'stage {n + 1}'](*hidden).values())
-        answer = {
-            name: np.asarray(values) for name, values in network.programs[f'exit {n + 1}'](*hidden, *carry).items()
-        }
+        answers = network.programs[f'exit {n + 1}'](*hidden, *carry)
+        answer = {name: np.asarray(values) for name, values in answers.items()}
         carry = tuple(values for name, values in answer.items() if name.startswith('carry'))
         last = n == exits - 1
         leaves = np.ones(len(waiting), bool) if last else answer['uncertainty'] < network.thresholds[n]
         answer['exit_index'] = np.full(len(waiting), n, np.int32)
         for name in ('label', 'exit_index', 'logits', 'uncertainty'):
             values = answer[name]
-            found.setdefault(name, np.empty((len(images), *values.shape[1:]), values.dtype))[waiting[leaves]] = values[
-                leaves
-            ]
+            every = found.setdefault(name, np.empty((len(images), *values.shape[1:]), values.dtype))
+            every[waiting[leaves]] = values[leaves]
         if leaves.all():
             break
         waiting = waiting[~leaves]

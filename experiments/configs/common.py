@@ -22,9 +22,8 @@ def get_config() -> ConfigDict:
     config.image_sides = ()
 
     config.network = ''  # the branchy one; its baseline is trained on its own
-    config.placement = (
-        'text'  # where the branches leave: the paper's 'text', the 'released' code, 'tuned'; '' elsewhere
-    )
+    # Where the branches leave: the paper's 'text', the 'released' code, 'tuned'; '' elsewhere.
+    config.placement = 'text'
     config.network_options = ConfigDict()  # further arguments of the network's builder
     config.dtype = 'float32'  # of the computation; 'bfloat16' on accelerators
     config.banded = False  # train with convolutions as banded products: faster for few channels on a CPU

@@ -8,24 +8,18 @@ Expect: about 98 % on the 1,000 test digits, baseline and branchy alike; 19 of 2
 
 from ml_collections import ConfigDict
 
-from experiments.configs import common
+from experiments.configs import lenet_mnist
 
 
 def get_config() -> ConfigDict:
     """Returns the settings of this run."""
-    config = common.get_config()
+    config = lenet_mnist.get_config()
     config.dataset = 'mnist5k'
     config.validation_fraction = 0.25  # 1,000 digits
-    config.crop_padding = 2
-
-    config.network = 'b-lenet'
-    config.banded = True
-
     config.regime = 'joint'  # from as little as the baseline, and as long
+    config.epochs_start = 0
     config.epochs_baseline = 50
     config.epochs = 50
     config.batch_size = 32
     config.learning_rate = 3e-3
-
-    config.exit_weights = (1.0, 0.3)
     return config

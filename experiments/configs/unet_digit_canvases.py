@@ -49,5 +49,4 @@ def get_config(variant: str = '') -> ConfigDict:
 
     config.latency_batch = 32
     config.latency_images = 256 if quick else 512
-    config.latency_passes = 20
     return config

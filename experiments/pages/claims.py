@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,13 @@ from experiments.study.verdicts import interval, sentence
 def page(record: Mapping[str, Any]) -> str:
     """Lays out a record of `experiments.claims` in Markdown."""
     settings = record['settings']
-    verdicts = '\n\n'.join(
-        f'**{claim["claim"]}.**\n' + '\n'.join(f'- {sentence(answer)}' for answer in claim['answers'])
-        for claim in record['claims']
-    )
     rows = []
     for name, variant in record['variants'].items():
         test, train = np.array(variant['test_accuracy']), np.array(variant['train_accuracy'])
-        gap = interval(100 * (train - test)[:, -1])
         rows.append([
             name,
             ', '.join(_with_interval(values) for values in 100 * test.T),
-            f'{gap["mean"]:.2f} ± {gap["high"] - gap["mean"]:.2f}',
+            _with_interval(100 * (train - test)[:, -1]),
             f'{variant["seconds"]:.0f}',
         ])  # fmt: skip
     columns = ['variant', 'test accuracy of each exit, %', 'train − test of the last', 'seconds']
@@ -41,12 +36,22 @@ intervals (Student's t); questions are answered by differences paired by seed.{n
 
 ## Verdicts
 
-{verdicts}
+{verdicts(record)}
 
 ## Figures
 
 {bj.report.markdown_table(columns, rows)}
 """
+
+
+def verdicts(record: Mapping[str, Any]) -> str:
+    """Lays out the answers to every claim."""
+    return '\n\n'.join(f'**{claim["claim"]}.**\n{bullets(claim["answers"])}' for claim in record['claims'])
+
+
+def bullets(answers: Sequence[Mapping[str, Any]]) -> str:
+    """Lays out answers, one a line."""
+    return '\n'.join(f'- {sentence(answer)}' for answer in answers)
 
 
 def _with_interval(values: np.ndarray) -> str:

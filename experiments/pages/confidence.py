@@ -5,9 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from branchy_jax.report import markdown_table
+import branchy_jax as bj
+from experiments.pages.tables import table
 
 Record = dict[str, Any]
+_PROMISES = {
+    'loss': '{loss}', 'method': '{method}', 'ε': '{epsilon:g}', 'δ': '{delta:g}', 'broken %': '{broken:.1%}',
+    'allowed %': '{allowed:.1%}', 'cost saved %': '{cost_saved:.1%}',
+}  # fmt: skip
+_COMPARISON = {
+    'loss': '{loss}', 'method': '{method}', 'ε': '{epsilon:g}', 'broken %': '{broken:.1%}',
+    'mean risk': '{mean_risk:.4f}', 'cost saved %': '{cost_saved:.1%}',
+}  # fmt: skip
+_CALIBRATION = {
+    'exit': '{exit}', 'temperature': '{temperature:.3f}', 'ECE %': '{ece_before:.2%}', 'ECE % after': '{ece_after:.2%}',
+    'one shared': '{ece_after_shared:.2%}', 'adaptive ECE %': '{adaptive_ece_before:.2%}',
+    'adaptive ECE % after': '{adaptive_ece_after:.2%}', 'Brier': '{brier_before:.4f}',
+    'Brier after': '{brier_after:.4f}',
+}  # fmt: skip
+_SEARCH = {
+    'bound ms': '{bound_ms:.4f}', 'method': '{method}', 'accuracy %': '{accuracy:.2%}', 'gap to exact': '{gap:.2%}',
+    'ms': '{cost:.4f}', 'seconds': '{seconds:.3f}', 'test accuracy %': '{test_accuracy:.2%}',
+    'test ms': '{test_cost:.4f}',
+}  # fmt: skip
+_EXACT_SEARCH = (
+    'Exact search over {exits} exits, {inputs:,} inputs and {values} values a threshold takes {seconds:.2f} seconds.'
+)
 
 
 def page(record: Record) -> str:
@@ -21,13 +44,13 @@ def page(record: Record) -> str:
         f'{record["promises"][0]["splits"]:,} calibration sets of {inputs["calibration set"]:,} drawn from the test '
         'outputs with replacement; a promise is broken when the risk of the whole population is above ε. '
         'The share broken may be δ, and two standard errors more by chance.',
-        _promises(record['promises']),
+        table(_PROMISES, record['promises']),
         'Without a guarantee: the cheapest setting that loses at most ε on the calibration set itself.',
-        _comparison(record['comparison']),
+        table(_COMPARISON, record['comparison']),
         'In expectation only (mean risk at most ε):',
-        _comparison(record['expectations']),
+        table(_COMPARISON, record['expectations']),
         '## Calibration',
-        _calibration(record['calibration']),
+        table(_CALIBRATION, record['calibration']),
         '![Reliability diagrams](reliability.png)',
         '## Criteria',
         'What is learned was fitted on one half of the validation data; thresholds were chosen on the other: the '
@@ -37,47 +60,19 @@ def page(record: Record) -> str:
         _criteria(record['criteria']),
         '## Search',
         'Under a bound on the expected time, from stages and heads measured here.',
-        _search(record['search']),
-        _exact_search(record['exact_search']),
+        table(_SEARCH, record['search']),
+        _EXACT_SEARCH.format_map(record['exact_search']),
         '## At run time',
         _control(record['control']),
         '![The cost held](control.png)',
         '## Anytime and budgeted batch',
-        _anytime(record['protocols']['anytime']),
-        _budgeted(record['protocols']['budgeted']),
+        _protocol({'exit': '{exit}', 'thousand MACs': '{thousands:.1f}'}, record['protocols']['anytime']),
+        _protocol({'budget met: thousand MACs': '{thousands:.1f}'}, record['protocols']['budgeted'][::3]),
         '![Accuracy against cost](protocols.png)',
         '## Who leaves where, at the knee',
         _exits(record['exits']),
         '![Images that left at each exit](exits.png)',
     ]) + '\n'  # fmt: skip
-
-
-def _promises(rows: Sequence[Record]) -> str:
-    columns = ['loss', 'method', 'ε', 'δ', 'broken %', 'allowed %', 'cost saved %']
-    return markdown_table(columns, [
-        [row['loss'], row['method'], f'{row["epsilon"]:g}', f'{row["delta"]:g}', f'{100 * row["broken"]:.1f}',
-         f'{100 * row["allowed"]:.1f}', f'{100 * row["cost_saved"]:.1f}']
-        for row in rows
-    ])  # fmt: skip
-
-
-def _comparison(rows: Sequence[Record]) -> str:
-    columns = ['loss', 'method', 'ε', 'broken %', 'mean risk', 'cost saved %']
-    return markdown_table(columns, [
-        [row['loss'], row['method'], f'{row["epsilon"]:g}', f'{100 * row["broken"]:.1f}', f'{row["mean_risk"]:.4f}',
-         f'{100 * row["cost_saved"]:.1f}']
-        for row in rows
-    ])  # fmt: skip
-
-
-def _calibration(rows: Sequence[Record]) -> str:
-    columns = ['exit', 'temperature', 'ECE %', 'after', 'one shared', 'adaptive ECE %', 'after', 'Brier', 'after']
-    return markdown_table(columns, [
-        [str(row['exit']), f'{row["temperature"]:.3f}', *(f'{100 * row[key]:.2f}' for key in (
-            'ece_before', 'ece_after', 'ece_after_shared', 'adaptive_ece_before', 'adaptive_ece_after')),
-         f'{row["brier_before"]:.4f}', f'{row["brier_after"]:.4f}']
-        for row in rows
-    ])  # fmt: skip
 
 
 def _criteria(rows: Sequence[Record]) -> str:
@@ -95,54 +90,30 @@ def _criteria(rows: Sequence[Record]) -> str:
 
     names = list(dict.fromkeys(row['criterion'] for row in rows))
     columns = ['criterion', *(f'−{100 * key:g} points' for key in given_up)]
-    return markdown_table(columns, [[name, *(cell(name, key) for key in given_up)] for name in names])
-
-
-def _search(rows: Sequence[Record]) -> str:
-    columns = ['bound ms', 'method', 'accuracy %', 'gap to exact', 'ms', 'seconds', 'test accuracy %', 'test ms']
-    return markdown_table(columns, [
-        [f'{row["bound_ms"]:.4f}', row['method'], f'{100 * row["accuracy"]:.2f}', f'{100 * row["gap"]:.2f}',
-         f'{row["cost"]:.4f}', f'{row["seconds"]:.3f}', f'{100 * row["test_accuracy"]:.2f}', f'{row["test_cost"]:.4f}']
-        for row in rows
-    ])  # fmt: skip
-
-
-def _exact_search(row: Record) -> str:
-    size = f'{row["exits"]} exits, {row["inputs"]:,} inputs and {row["values"]} values a threshold'
-    return f'Exact search over {size} takes {row["seconds"]:.2f} seconds.'
+    return bj.report.markdown_table(columns, [[name, *(cell(name, key) for key in given_up)] for name in names])
 
 
 def _control(rows: Sequence[Record]) -> str:
-    columns = [
-        'images',
-        'target',
-        'held from 2,000 images after the change on',
-        'thresholds from validation, left alone',
-    ]
-    return markdown_table(columns, [
-        [row['part'], f'{row["target"]:.4f}', f'{row["after_2000"]:.4f} ({row["after_2000"] / row["target"] - 1:+.1%})',
-         f'{row["left_alone"]:.4f} ({row["left_alone"] / row["target"] - 1:+.1%})']
+    columns = {
+        'images': '{part}',
+        'target': '{target:.4f}',
+        'held from 2,000 images after the change on': '{after_2000:.4f} ({over:+.1%})',
+        'thresholds from validation, left alone': '{left_alone:.4f} ({over_alone:+.1%})',
+    }
+    return table(columns, [
+        {**row, 'over': row['after_2000'] / row['target'] - 1, 'over_alone': row['left_alone'] / row['target'] - 1}
         for row in rows
     ])  # fmt: skip
 
 
-def _anytime(rows: Sequence[Record]) -> str:
-    return markdown_table(
-        ['exit', 'thousand MACs', 'accuracy %'],
-        [[str(row['exit']), f'{row["cost"] / 1e3:.1f}', f'{100 * row["accuracy"]:.2f}'] for row in rows],
-    )
-
-
-def _budgeted(rows: Sequence[Record]) -> str:
-    return markdown_table(
-        ['budget met: thousand MACs', 'accuracy %'],
-        [[f'{row["cost"] / 1e3:.1f}', f'{100 * row["accuracy"]:.2f}'] for row in rows[::3]],
-    )
+def _protocol(columns: dict[str, str], rows: Sequence[Record]) -> str:
+    columns = {**columns, 'accuracy %': '{accuracy:.2%}'}
+    return table(columns, [{**row, 'thousands': row['cost'] / 1e3} for row in rows])
 
 
 def _exits(rows: Sequence[Record]) -> str:
-    return markdown_table(
-        ['exit', 'share %', 'error %', 'most confused (answer for truth: times)'],
-        [[str(row['exit']), f'{100 * row["share"]:.1f}', f'{100 * row["error"]:.2f}', ', '.join(row['confused']) or '–']
-         for row in rows],
-    )  # fmt: skip
+    columns = {
+        'exit': '{exit}', 'share %': '{share:.1%}', 'error %': '{error:.2%}',
+        'most confused (answer for truth: times)': '{confused}',
+    }  # fmt: skip
+    return table(columns, [{**row, 'confused': ', '.join(row['confused']) or '–'} for row in rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 
 import branchy_jax as bj
 from experiments.pages import paper, pictures
-from experiments.pages.report import percent
+from experiments.pages.claims import bullets, verdicts
+from experiments.pages.tables import percent, table
 from experiments.run.records import Clock, Numbers
 from experiments.study.folders import Folder
-from experiments.study.verdicts import DEPTHS, depth_name, interval, sentence
+from experiments.study.verdicts import DEPTHS, depth_name, interval
 
 # The run that stands for a network comes first; the others have rows of their own.
 PLACES = {
@@ -41,8 +41,7 @@ def table_1(found: Folders) -> str:
         if not run_here:
             rows.append([network, NOT_RUN, *[_DASH] * (len(_COLUMNS) - 2)])
         for name in run_here:
-            device = found[name].record.device.split(',')[0]
-            rows += [_row(row, name, device) for row in _rows_of(found[name])]
+            rows += _rows_of(name, found[name])
     legend = (
         'Gain, end to end: over the same trunk without branches, trained on its own, both rewritten by '
         "`inference.optimize`. Gain over plain: over that baseline merely jitted. Trunk only: the paper's protocol, "
@@ -54,41 +53,27 @@ def table_1(found: Folders) -> str:
     return f'{bj.report.markdown_table(_COLUMNS, rows)}\n\n{legend}'
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    network: str
-    accuracy: float
-    clock: Clock
-    exit_fractions: Numbers = ()
-    trunk_only_gain: float | None = None
-
-
-def _rows_of(folder: Folder) -> list[_Row]:
+def _rows_of(name: str, folder: Folder) -> list[list[str]]:
     record = folder.record
-    names = {point.name: record.network + ('' if n == 0 else f', {point.name}')
-             for n, point in enumerate(record.points)}  # fmt: skip
-    accuracy = {point.name: point.accuracy for point in record.points}
-    return [
-        _Row(record.network[2:], record.baseline.accuracy, record.baseline.clock, (1.0,)),
-        *(
-            _Row(names[point.name], point.accuracy, point.clock, point.exit_fractions, point.trunk_only_gain)
-            for point in record.points
-        ),
-        *(
-            _Row(names[row.operating_point], accuracy[row.operating_point], row.clock, row.exit_fractions)
-            for row in folder.batches
-        ),
-        *(_Row(f'static: {row.network}', row.accuracy, row.clock) for row in folder.static),
-    ]
+    device, names = record.device.split(',')[0], [point.name for point in record.points]
+    networks = [record.network, *(f'{record.network}, {point}' for point in names[1:])]
 
+    def row(
+        network: str, accuracy: float, clock: Clock, exit_fractions: Numbers = (), trunk_only: str = _DASH
+    ) -> list[str]:
+        return [
+            network, name, device, f'{clock.batch:,}', f'{100 * accuracy:.2f}', f'{clock.latency_ms:.4f}',
+            f'{clock.gain:.2f} [{clock.gain_low:.2f}, {clock.gain_high:.2f}]', f'{clock.gain_plain:.2f}', trunk_only,
+            percent(exit_fractions) or _DASH,
+        ]  # fmt: skip
 
-def _row(row: _Row, name: str, device: str) -> list[str]:
-    clock = row.clock
-    return [
-        row.network, name, device, f'{clock.batch:,}', f'{100 * row.accuracy:.2f}', f'{clock.latency_ms:.4f}',
-        f'{clock.gain:.2f} [{clock.gain_low:.2f}, {clock.gain_high:.2f}]', f'{clock.gain_plain:.2f}',
-        _DASH if row.trunk_only_gain is None else f'{row.trunk_only_gain:.2f}', percent(row.exit_fractions) or _DASH,
-    ]  # fmt: skip
+    rows = [row(record.network[2:], record.baseline.accuracy, record.baseline.clock, (1.0,))]
+    for network, point in zip(networks, record.points, strict=True):
+        rows.append(row(network, point.accuracy, point.clock, point.exit_fractions, f'{point.trunk_only_gain:.2f}'))
+    for batched in folder.batches:
+        n = names.index(batched.operating_point)
+        rows.append(row(networks[n], record.points[n].accuracy, batched.clock, batched.exit_fractions))
+    return [*rows, *(row(f'static: {static.network}', static.accuracy, static.clock) for static in folder.static)]
 
 
 def _paper_row(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
@@ -103,18 +88,17 @@ def _paper_row(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]
 def energy_table(found: Folders) -> str:
     """Lays out joules per image; where nothing was measured, it says why."""
     lines = [f'- {name}, {folder.energy_note}' for name, folder in found.items() if folder.energy_note]
+    columns = {
+        'network': '{network} {operating_point}', 'run': '{run}', 'batch': '{batch}', 'mJ an image': '{mj:.3f}',
+        'with idle': '{mj_with_idle:.3f}', 'idle W': '{idle_watts:.1f}', 'W': '{watts:.1f}',
+        'resolution %': '{resolution:.2%}',
+    }  # fmt: skip
     rows = [
-        [
-            f'{row.network} {row.operating_point}', name, str(row.batch), f'{1e3 * row.joules:.3f}',
-            f'{1e3 * row.joules_with_idle:.3f}', f'{row.idle_watts:.1f}', f'{row.watts:.1f}',
-            f'{100 * row.resolution:.2f}',
-        ]
+        {**vars(row), 'run': name, 'mj': 1e3 * row.joules, 'mj_with_idle': 1e3 * row.joules_with_idle}
         for name, folder in found.items()
         for row in folder.energy
-    ]  # fmt: skip
-    columns = ['network', 'run', 'batch', 'mJ an image', 'with idle', 'idle W', 'W', 'resolution %']
-    table = bj.report.markdown_table(columns, rows) if rows else ''
-    return '\n\n'.join(part for part in ('\n'.join(lines) or NOT_RUN, table) if part)
+    ]
+    return '\n\n'.join(['\n'.join(lines) or NOT_RUN, *([table(columns, rows)] if rows else [])])
 
 
 def _stands_for(network: str, found: Folders) -> tuple[str, Folder] | None:
@@ -140,13 +124,11 @@ def figure_3(network: str, found: Folders, workdir: Path) -> str:
         def at(latency_ms: float, accuracy: float) -> tuple[float, float]:
             return latency_ms / record.baseline.clock.latency_ms, 100 * accuracy
 
-        ours = {
-            f'{network}, {name}': [at(point.latency_ms, point.accuracy) for point in record.frontier],
-            network[2:]: [at(record.baseline.clock.latency_ms, record.baseline.accuracy)],
-        }
-        best = next(point for point in record.frontier if point.knee)
-        marked['knee (ours)'] = at(best.latency_ms, best.accuracy)
-        marked['operating point (ours)'] = at(record.points[0].clock.latency_ms, record.points[0].accuracy)
+        frontier = [at(point.latency_ms, point.accuracy) for point in record.frontier]
+        own = [at(part.clock.latency_ms, part.accuracy) for part in (record.baseline, record.points[0])]
+        ours = {f'{network}, {name}': frontier, network[2:]: own[:1]}
+        marked['knee (ours)'] = frontier[[point.knee for point in record.frontier].index(True)]
+        marked['operating point (ours)'] = own[1]
         note = _note(folder)
         source = f'{name}, {note}'
     pictures.against_paper(
@@ -158,23 +140,19 @@ def figure_3(network: str, found: Folders, workdir: Path) -> str:
 
 def figure_4(found: Folders, workdir: Path) -> str:
     """Accuracy against the share that leaves first, first and last exit only."""
-    ours, source, note, table, chosen = {}, NOT_RUN, '', '', _stands_for('b-alexnet', found)
+    ours, source, note, leaving, chosen = {}, NOT_RUN, '', '', _stands_for('b-alexnet', found)
     if chosen is not None:
         name, folder = chosen
-        points = folder.record.first_and_last
-        ours, note = {name: [(100 * point.share, 100 * point.accuracy) for point in points]}, _note(folder)
-        source = f'{name}, {note}'
-        rows = [
-            [f'{100 * point.share:.0f}', f'{100 * point.accuracy:.2f}', f'{point.threshold:.4g}']
-            for point in points[::4]
-        ]
-        columns = ['leave first %', 'test accuracy %', 'largest entropy let through']
-        table = '\n\n' + bj.report.markdown_table(columns, rows)
+        points, note = folder.record.first_and_last, _note(folder)
+        ours, source = {name: [(100 * point.share, 100 * point.accuracy) for point in points]}, f'{name}, {note}'
+        columns = {'leave first %': '{share:.0%}', 'test accuracy %': '{accuracy:.2%}',
+                   'largest entropy let through': '{threshold:.4g}'}  # fmt: skip
+        leaving = '\n\n' + table(columns, points[::4])
     pictures.against_paper(
         workdir / 'figure4.png', ours, {'b-alexnet': paper.FIGURE_4_ACCURACY}, x='leave at the first exit (%)',
         y='test accuracy (%)', title='Figure 4: B-AlexNet, first and last exit only', note=note,
     )  # fmt: skip
-    return f'## Figure 4\n\nOurs: {source}.{table}\n\n![](figure4.png)'
+    return f'## Figure 4\n\nOurs: {source}.{leaving}\n\n![](figure4.png)'
 
 
 def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
@@ -199,19 +177,18 @@ def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
         workdir / 'figure5.png', ours, theirs, x='convolutions in branch 1', y='last exit: points above depth 0',
         title='Figure 5: how deep the first branch should be', note='; '.join(notes),
     )  # fmt: skip
-
-    def cell(depths: Mapping[int, Mapping[str, float]], depth: int) -> str:
-        if depth not in depths:
-            return NOT_RUN
-        return '{mean:.2f} [{low:.2f}, {high:.2f}]'.format(**depths[depth])
-
     rows = [
-        [str(depth), *(cell(depths, depth) for depths in by_depth.values()), f'{paper.FIGURE_5[depth]:.1f}']
+        [
+            str(depth),
+            *('{mean:.2f} [{low:.2f}, {high:.2f}]'.format(**depths[depth]) if depth in depths else NOT_RUN
+              for depths in by_depth.values()),
+            f'{paper.FIGURE_5[depth]:.1f}',
+        ]
         for depth in DEPTHS
-    ]
+    ]  # fmt: skip
     missing = '' if 'claims_b-alexnet' in by_depth else ' B-AlexNet: not run.'
-    table = bj.report.markdown_table(['convolutions', *by_depth, 'B-AlexNet (paper)'], rows)
-    return f'## Figure 5\n\nLast exit, test accuracy %.{missing}\n\n{table}\n\n![](figure5.png)'
+    found = bj.report.markdown_table(['convolutions', *by_depth, 'B-AlexNet (paper)'], rows)
+    return f'## Figure 5\n\nLast exit, test accuracy %.{missing}\n\n{found}\n\n![](figure5.png)'
 
 
 def figure_6(found: Folders, workdir: Path) -> str:
@@ -236,11 +213,8 @@ def claims(records: Mapping[str, Any]) -> str:
         if name.startswith('claims_') and 'claims' in record:
             settings = record['settings']
             lines.append(f'### {settings["network"]} on {settings["dataset"]}, {settings["seeds"]} seeds')
-            lines += [
-                f'**{claim["claim"]}.**\n' + '\n'.join(f'- {sentence(answer)}' for answer in claim['answers'])
-                for claim in record['claims']
-            ]
+            lines.append(verdicts(record))
         elif name.startswith('gradients_'):
             lines.append(f'### Vanishing gradients: {record["network"]} on {record["dataset"]}')
-            lines.append('\n'.join(f'- {sentence(answer)}' for answer in record['answers']))
+            lines.append(bullets(record['answers']))
     return '\n\n'.join(lines if len(lines) > 1 else [*lines, NOT_RUN])

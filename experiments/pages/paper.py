@@ -12,14 +12,9 @@ def _row(
     network: str, accuracy: float, cpu_ms: float, gpu_ms: float, thresholds: list[float], exits: list[float]
 ) -> Any:
     return {
-        'network': f'{network} (paper)',
-        'test_accuracy': accuracy,
-        'latency_ms': cpu_ms,
-        'gpu_latency_ms': gpu_ms,
-        'thresholds': thresholds,
-        'exit_fractions': exits,
-        'note': _NOTE,
-    }
+        'network': f'{network} (paper)', 'test_accuracy': accuracy, 'latency_ms': cpu_ms, 'gpu_latency_ms': gpu_ms,
+        'thresholds': thresholds, 'exit_fractions': exits, 'note': _NOTE,
+    }  # fmt: skip
 
 
 # Table I: batch 1, 3.0 GHz CPU and GTX TITAN X. Keyed by branchy network: the baseline's row, then its own.
@@ -47,9 +42,8 @@ FIGURE_3 = {
         [(1.95, 63.8), (17.8, 69.5), (19.9, 73.4), (32.4, 78.1), (37.2, 79.17), (60.8, 81.65), (72.9, 81.8)], 4,
     ),
 }  # fmt: skip
-# Figure 4, B-AlexNet: (share that leaves first in %, accuracy %) and (share, largest entropy let through).
+# Figure 4, B-AlexNet: (share that leaves first in %, accuracy %).
 FIGURE_4_ACCURACY = [(0, 79.16), (46, 79.51), (67, 79.11), (83, 77.35), (100, 74.90)]
-FIGURE_4_ENTROPY = [(67, 0.0001), (79, 0.012), (87.5, 0.125), (96, 0.593)]
 # Figure 5, B-AlexNet: accuracy % of the last exit with 0 to 4 convolutions in branch 1.
 FIGURE_5 = [76.6, 77.8, 78.0, 77.9, 77.4]
 # Figure 6, on the CPU: (ms, cache misses %) of B-AlexNet as T varies, and of AlexNet.

@@ -20,17 +20,9 @@ _MARKS = (('o', _GREY), ('o', OURS), ('*', INK), ('D', INK))
 
 
 def against_paper(
-    path: Path | str,
-    ours: Mapping[str, Points],
-    paper: Mapping[str, Points],
-    *,
-    x: str,
-    y: str,
-    title: str,
-    note: str = '',
-    marked: Mapping[str, tuple[float, float]] | None = None,
-    log_x: bool = False,
-) -> None:
+    path: Path | str, ours: Mapping[str, Points], paper: Mapping[str, Points], *, x: str, y: str, title: str,
+    note: str = '', marked: Mapping[str, tuple[float, float]] | None = None, log_x: bool = False,
+) -> None:  # fmt: skip
     """Draws curves of ours and of a paper on one pair of axes.
 
     Args:
@@ -79,10 +71,8 @@ def gradient_norms(path: Path | str, norms: Mapping[str, Array], *, steps: int, 
         for moment, style, when in ((0, '-', 'at initialisation'), (1, ':', f'after {steps} steps')):
             middle = np.exp(np.log(values[:, moment]).mean(axis=0))
             axes.plot(layers, middle, style, color=color, label=f'{name}, {when}')
-            axes.fill_between(
-                layers, values[:, moment].min(axis=0), values[:, moment].max(axis=0), color=color, alpha=0.12,
-                linewidth=0,
-            )  # fmt: skip
+            lowest, highest = values[:, moment].min(axis=0), values[:, moment].max(axis=0)
+            axes.fill_between(layers, lowest, highest, color=color, alpha=0.12, linewidth=0)
     axes.set_yscale('log')
     save(figure, path, legend_columns=2)
 
@@ -137,17 +127,12 @@ def time_against_batch(path: Path | str, cells: Sequence[Record], *, title: str 
     """
     figure, axes = new_axes(title, x='batch size', y='time of a batch (ms)')
     series = _planned_by_shares(cells)
-    for color, (name, found) in zip(itertools.cycle(SERIES), series.items(), strict=False):
-        batches = [cell['batch'] for cell in found]
-        axes.plot(
-            batches, [cell['ms'] * cell['batch'] for cell in found], '-o', color=color, markersize=4,
-            label=f'{name} % leave',
-        )  # fmt: skip
-    for number, found in enumerate(series.values()):
-        axes.plot(
-            [cell['batch'] for cell in found], [cell['baseline_ms'] * cell['batch'] for cell in found], 's--',
-            color=BASELINE, markersize=4, linewidth=0.8, label=None if number else 'plain baseline',
-        )  # fmt: skip
+    for n, (color, (name, found)) in enumerate(zip(itertools.cycle(SERIES), series.items(), strict=False)):
+        batches = np.array([cell['batch'] for cell in found])
+        ours, baseline = (batches * [cell[key] for cell in found] for key in ('ms', 'baseline_ms'))
+        axes.plot(batches, ours, '-o', color=color, markersize=4, label=f'{name} % leave')
+        label = None if n else 'plain baseline'
+        axes.plot(batches, baseline, 's--', color=BASELINE, markersize=4, linewidth=0.8, label=label)
     ends = np.array([min(cell['batch'] for cell in cells), max(cell['batch'] for cell in cells)])
     largest = max(cell['ms'] * cell['batch'] for cell in cells if cell['executor'] == 'planned')
     axes.plot(ends, largest * ends / ends[-1], ':', color=INK, linewidth=1, label='linear')

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import branchy_jax as bj
 from experiments.pages.paper import JPEG_NOTE
+from experiments.pages.tables import percent, rounded, table
 from experiments.run.masks import STILL_UNSURE, class_names
 from experiments.run.records import RunRecord
 from experiments.run.tasks import TASKS
@@ -31,18 +32,18 @@ def write(workdir: Path, record: RunRecord, config: ConfigDict) -> None:
     stored, task = record.to_json(), TASKS[record.task]
     bj.report.write_json(workdir / 'report.json', stored)
     baseline, branchy = stored['rows']
-    table = bj.report.table_of_networks([baseline, branchy, *record.paper], metric=task.key, label=task.label)
-    bj.report.write_text(workdir / 'report.md', page(record, config, table))
+    networks = bj.report.table_of_networks([baseline, branchy, *record.paper], metric=task.key, label=task.label)
+    bj.report.write_text(workdir / 'report.md', page(record, config, networks))
     bj.plots.tradeoff(
         workdir / 'tradeoff.png', stored['frontier'], baseline, branchy,
         knee=next((point for point in stored['frontier'] if point['knee']), None),
         title=f'{record.network} on {record.dataset}: {task.label} against time as the thresholds vary',
         metric=task.key, label=task.label, batch=record.baseline.clock.batch,
     )  # fmt: skip
-    print(f'\n{table}\n\nWritten to {workdir}/report.md')
+    print(f'\n{networks}\n\nWritten to {workdir}/report.md')
 
 
-def page(record: RunRecord, config: ConfigDict, table: str) -> str:
+def page(record: RunRecord, config: ConfigDict, networks: str) -> str:
     """Lays out a run in Markdown around the table of its networks."""
     clock, point = record.points[0].clock, record.points[0]
     alone = clock.batch == 1 and jax.default_backend() == 'cpu'
@@ -68,7 +69,7 @@ def page(record: RunRecord, config: ConfigDict, table: str) -> str:
         f'# {record.network} on {record.dataset}',
         f'`{record.command}`',
         f'{record.device}.\n{textwrap.fill(timed, 120)}',
-        table,
+        networks,
         textwrap.fill(chosen, 120),
         _points(record, label),
         _criteria(record, label),
@@ -81,31 +82,24 @@ def page(record: RunRecord, config: ConfigDict, table: str) -> str:
 
 
 def _points(record: RunRecord, label: str) -> str:
-    return bj.report.markdown_table(
-        ['operating point', f'{label} %', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %'],
-        [
-            [
-                point.name,
-                f'{100 * point.accuracy:.2f}',
-                f'{point.clock.gain:.2f}',
-                f'{point.clock.gain_plain:.2f}',
-                f'{point.mac_gain:.2f}',
-                ', '.join(f'{threshold:.4g}' for threshold in point.thresholds),
-                percent(point.exit_fractions),
-            ]
-            for point in record.points
-        ],
-    )
+    columns = {
+        'operating point': '{name}', f'{label} %': '{accuracy:.2%}', 'gain': '{clock.gain:.2f}',
+        'gain over plain': '{clock.gain_plain:.2f}', 'MAC gain': '{mac_gain:.2f}', 'thresholds': '{thresholds}',
+        'exits %': '{exits}',
+    }  # fmt: skip
+    return table(columns, [
+        {**vars(point), 'thresholds': rounded(point.thresholds), 'exits': percent(point.exit_fractions)}
+        for point in record.points
+    ])  # fmt: skip
 
 
 def _criteria(record: RunRecord, label: str) -> str:
     if len(record.tried) < 2:
         return ''
-    rows = [
-        [found.criterion, f'{100 * found.validation_accuracy:.2f}', f'{found.mac_gain:.2f}'] for found in record.tried
-    ]
-    table = bj.report.markdown_table(['criterion', f'{label} %', 'MAC gain'], rows)
-    return f'Criteria that were tried, each at its own thresholds, on validation data:\n\n{table}'
+    columns = {'criterion': '{criterion}', f'{label} %': '{validation_accuracy:.2%}', 'MAC gain': '{mac_gain:.2f}'}
+    return 'Criteria that were tried, each at its own thresholds, on validation data:\n\n' + table(
+        columns, record.tried
+    )
 
 
 def _classes(record: RunRecord) -> str:
@@ -122,37 +116,21 @@ def _classes(record: RunRecord) -> str:
 def _pixels(record: RunRecord) -> str:
     if not record.pixelwise:
         return ''
-    table = bj.report.markdown_table(
-        ['pixel threshold', 'pixels per exit %', 'mIoU %, no image leaves', 'mIoU %, images leave', 'images per exit %',
-         'MAC gain'],
-        [
-            [
-                f'{row.pixel_threshold:g}',
-                percent(row.pixel_fractions),
-                f'{100 * row.test_miou_of_mosaic:.2f}',
-                f'{100 * row.test_miou_leaving:.2f}',
-                percent(row.exit_fractions_leaving),
-                f'{row.mac_gain_leaving:.2f}',
-            ]
-            for row in record.pixelwise
-        ],
-    )  # fmt: skip
+    columns = {
+        'pixel threshold': '{pixel_threshold:g}', 'pixels per exit %': '{pixels}',
+        'mIoU %, no image leaves': '{test_miou_of_mosaic:.2%}', 'mIoU %, images leave': '{test_miou_leaving:.2%}',
+        'images per exit %': '{images}', 'MAC gain': '{mac_gain_leaving:.2f}',
+    }  # fmt: skip
+    rows = [
+        {**vars(row), 'pixels': percent(row.pixel_fractions), 'images': percent(row.exit_fractions_leaving)}
+        for row in record.pixelwise
+    ]
     return f"""## Anytime dense prediction
 
 Pixels whose entropy is below the threshold keep the earlier answer (`criteria.pixelwise`). That alone saves nothing:
 convolutions compute whole images, so with no image leaving the MAC gain is below 1, the side heads being extra. Time
 is saved only where an image leaves, here once less than {STILL_UNSURE:.0%} of its pixels are unsure.
 
-{table}
+{table(columns, rows)}
 
 ![masks](masks.png)"""
-
-
-def percent(shares: tuple[float, ...]) -> str:
-    """Returns shares as a table shows them.
-
-    Example:
-        >>> percent((0.9, 0.1))
-        '90.0, 10.0'
-    """
-    return ', '.join(f'{100 * share:.1f}' for share in shares)

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from pathlib import Path
 
 import jax
 
@@ -16,6 +17,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+
+def parser_of_a_run(doc: str) -> argparse.ArgumentParser:
+    """Makes the parser of a command on a finished run, in ``--workdir``."""
+    found = parser(doc)
+    found.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    return found
 
 
 def positive(text: str) -> int:

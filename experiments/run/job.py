@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,18 +54,6 @@ class Choice:
     tried: tuple[bj.OperatingPoint, ...] = ()
 
 
-class Tables(NamedTuple):
-    """What both networks answered to the test data.
-
-    Attributes:
-        branchy: every exit of the branchy network.
-        baseline: the one exit of its baseline.
-    """
-
-    branchy: ExitTable
-    baseline: ExitTable
-
-
 def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> RunRecord | None:
     """Runs or resumes the whole job and writes ``report.json``, ``report.md``, ``tradeoff.png`` and weights.
 
@@ -98,21 +86,19 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> RunRe
 
     # The one look at the test data: everything above is settled.
     look = functools.partial(look, criterion=choice.screened.criterion, split='test')
-    tables = Tables(
-        look(networks.model, networks.variables, dataset.test, costs=costs),
-        look(networks.baseline, networks.baseline_variables, dataset.test),
-    )
+    branchy = look(networks.model, networks.variables, dataset.test, costs=costs)
+    baseline = look(networks.baseline, networks.baseline_variables, dataset.test)
     if jax.process_index() > 0:
         return None
     timed = _time(config, dataset, networks, choice)
-    record = assemble(config, dataset, choice, tables, timed)
+    record = assemble(config, dataset, choice, branchy, baseline, timed)
     if config.task == 'segmentation':
         record = dataclasses.replace(
             record,
-            class_iou=masks.class_iou(*tables, choice.points[TABLE]),
+            class_iou=masks.class_iou(branchy, baseline, choice.points[TABLE]),
             pixelwise=masks.anytime(networks, dataset.test, costs),
         )
-        masks.picture(workdir / 'masks.png', dataset, networks, tables.branchy, choice.points)
+        masks.picture(workdir / 'masks.png', dataset, networks, branchy, choice.points)
     save_weights(workdir, config, networks)
     report.write(workdir, record, config)
     return record
@@ -131,11 +117,9 @@ def _check(config: ConfigDict) -> None:
         raise ValueError('config.most_examples: is for data in memory; leave config.in_memory as it is')
     if not config.network.startswith('b-'):
         raise ValueError(f'config.network: got {config.network!r}; give the branchy one, its baseline is trained too')
-    exits = bj.models.create(config.network, **own_options(config)).num_exits
-    if len(config.exit_weights) != exits:
-        raise ValueError(
-            f'config.exit_weights: {config.network} has {exits} exits, got {len(config.exit_weights)} weights'
-        )
+    exits, weights = bj.models.create(config.network, **own_options(config)).num_exits, len(config.exit_weights)
+    if weights != exits:
+        raise ValueError(f'config.exit_weights: {config.network} has {exits} exits, got {weights} weights')
 
 
 def _claim(workdir: Path, config: ConfigDict) -> None:
@@ -155,13 +139,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
 
 
 def _choose(
-    config: ConfigDict,
-    task: Task,
-    validation: bj.Batch,
-    costs: bj.costs.StageCosts,
-    networks: Networks,
+    config: ConfigDict, task: Task, validation: bj.Batch, costs: bj.costs.StageCosts, networks: Networks,
     look: Callable[..., ExitTable],
-) -> Choice:
+) -> Choice:  # fmt: skip
     """Screens the thresholds of each criterion on validation data; picks the table's setting and others worth showing.
 
     With ``choose = 'accuracy'``: the cheapest that is at most one standard error (or as many as the settings say)
@@ -202,24 +182,31 @@ def _time(config: ConfigDict, dataset: bj.data.Dataset, networks: Networks, choi
     images = np.asarray(dataset.normalization(dataset.test.image[: config.latency_images]))
     if config.latency_batch == 1:
         return time_images(networks, images, policies, passes=config.latency_passes)
-    planned_on = np.asarray(dataset.normalization(dataset.validation.image))
-    return time_batches(
-        networks, planned_on, images, policies, batch=config.latency_batch, passes=config.latency_passes
-    )
+    planned_on, batch = np.asarray(dataset.normalization(dataset.validation.image)), config.latency_batch
+    return time_batches(networks, planned_on, images, policies, batch=batch, passes=config.latency_passes)
 
 
-def assemble(config: ConfigDict, dataset: bj.data.Dataset, choice: Choice, tables: Tables, timed: Timed) -> RunRecord:
+def assemble(
+    config: ConfigDict, dataset: bj.data.Dataset, choice: Choice, branchy: ExitTable, baseline: ExitTable, timed: Timed
+) -> RunRecord:
     """Puts the run's figures into one record.
 
     Args:
         config: settings of the run.
         dataset: its name and shapes.
         choice: thresholds, chosen on validation data.
-        tables: of both networks on test data.
+        branchy: every exit of the branchy network on test data.
+        baseline: the one exit of its baseline, likewise.
         timed: latencies.
     """
-    branchy, baseline = tables
     costs = branchy.costs
+    tried = tuple(
+        Tried(
+            criterion=point.policy.criterion.name, validation_accuracy=float(point.accuracy),
+            mac_gain=float(costs.trunk / point.cost), thresholds=_numbers(point.thresholds),
+        )
+        for point in choice.tried
+    )  # fmt: skip
     return RunRecord(
         network=config.network,
         dataset=config.dataset,
@@ -228,15 +215,7 @@ def assemble(config: ConfigDict, dataset: bj.data.Dataset, choice: Choice, table
         num_classes=dataset.num_classes,
         image_shape=tuple(dataset.image_shape),
         criterion=choice.screened.criterion.name,
-        tried=tuple(
-            Tried(
-                criterion=point.policy.criterion.name,
-                validation_accuracy=float(point.accuracy),
-                mac_gain=float(costs.trunk / point.cost),
-                thresholds=_numbers(point.thresholds),
-            )
-            for point in choice.tried
-        ),
+        tried=tried,
         baseline=Baseline(float(baseline.anytime().accuracy[-1]), timed.baseline, float(costs.trunk)),
         exit_accuracy=_numbers(branchy.anytime().accuracy),
         points=tuple(_point(name, point, branchy, timed) for name, point in choice.points.items()),
@@ -293,11 +272,12 @@ def _first_and_last(table: ExitTable) -> tuple[LeavingFirst, ...]:
     first = np.sort(np.asarray(table.uncertainty)[0])
     places = np.linspace(0, len(first), _FIGURE_4_POINTS).round().astype(int)
     limits = np.append(first, np.inf)[places]  # strictly below: as many as asked leave
-    never = np.full((len(limits), table.num_exits - 2), -np.inf)
-    found = table.evaluate(np.concatenate([limits[:, None], never], axis=1))
+    settings = np.full((len(limits), table.num_exits - 1), -np.inf)
+    settings[:, 0] = limits
+    found = table.evaluate(settings)
     return tuple(
-        LeavingFirst(share=float(share), accuracy=float(accuracy), threshold=float(limit))
-        for share, accuracy, limit in zip(found.exit_fractions[:, 0], found.accuracy, limits, strict=True)
+        LeavingFirst(share=float(found.exit_fractions[n, 0]), accuracy=float(found.accuracy[n]), threshold=float(limit))
+        for n, limit in enumerate(limits)
     )
 
 

@@ -48,6 +48,16 @@ class Networks:
         """The one-exit network."""
         return bj.models.without_branches(self.model)
 
+    @functools.cached_property
+    def fast(self) -> tuple[bj.BranchyNet, Variables]:
+        """The branchy network as `branchy_jax.inference.optimize` rewrites it, with its variables."""
+        return bj.inference.optimize(self.model, self.variables)
+
+    @functools.cached_property
+    def fast_baseline(self) -> tuple[bj.BranchyNet, Variables]:
+        """The one-exit network, likewise."""
+        return bj.inference.optimize(self.baseline, self.baseline_variables)
+
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = jax.tree.map(np.asarray, (self.variables, self.baseline_variables, self.normalization))
         return Networks, (self.name, dict(self.options), *arrays)
@@ -55,12 +65,8 @@ class Networks:
 
 def network_options(config: ConfigDict, *, num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
     """Returns the arguments that a run's networks are created with."""
-    return {
-        'num_classes': num_classes,
-        'image_shape': tuple(image_shape),
-        'dtype': jnp.dtype(config.dtype),
-        **own_options(config),
-    }
+    shapes = {'num_classes': num_classes, 'image_shape': tuple(image_shape)}
+    return {**shapes, 'dtype': jnp.dtype(config.dtype), **own_options(config)}
 
 
 def own_options(config: ConfigDict) -> dict[str, Any]:
@@ -125,11 +131,9 @@ def save_weights(workdir: Path, config: ConfigDict, networks: Networks) -> None:
     """Writes both networks into the run's folder, the normalisation with each."""
     normalization = {'mean': networks.normalization.mean, 'deviation': networks.normalization.deviation}
     for name, variables in ((networks.name, networks.variables), (networks.name[2:], networks.baseline_variables)):
-        bj.checkpoint.save_weights(
-            workdir / f'{name}.safetensors',
-            {**variables, 'normalization': normalization},
-            metadata={'network': name, 'dataset': config.dataset, 'placement': config.placement},
-        )
+        metadata = {'network': name, 'dataset': config.dataset, 'placement': config.placement}
+        variables = {**variables, 'normalization': normalization}
+        bj.checkpoint.save_weights(workdir / f'{name}.safetensors', variables, metadata=metadata)
 
 
 def _weights(path: Path) -> tuple[Variables, bj.Normalization]:

@@ -265,19 +265,15 @@ class RunRecord:
     def to_json(self) -> dict[str, Any]:
         """Returns what ``report.json`` holds: ``dataset``, ``device``, ``rows``, ``frontier``, ``paper`` and more."""
         metric = _METRICS[self.task]
-        baseline, table = encode(self.baseline, metric), encode(self.points[0], metric)
-        accuracy = {f'exit_{metric}': [self.baseline.accuracy]}
-        whole = {'thresholds': [], 'exit_fractions': [1.0], 'mac_gain': 1.0}
-        del table['name']
-        found = {
-            **{name: getattr(self, name) for name in _AS_THEY_ARE},
-            'rows': [
-                {'network': self.network[2:], **accuracy, **whole, **baseline},
-                {'network': self.network, f'exit_{metric}': self.exit_accuracy, **table},
-            ],
-            **{key: [encode(part, metric) for part in getattr(self, name)] for name, (key, _) in _LISTS.items()},
-            'class_iou': self.class_iou,
-        }
+        found = encode(self, metric)
+        network, exit_accuracy, baseline = found.pop('network'), found.pop(f'exit_{metric}'), found.pop('baseline')
+        whole = {f'exit_{metric}': [self.baseline.accuracy], 'thresholds': [], 'exit_fractions': [1.0], 'mac_gain': 1.0}
+        table = {key: value for key, value in found['operating_points'][0].items() if key != 'name'}
+        rows = [
+            {'network': network[2:], **whole, **baseline},
+            {'network': network, f'exit_{metric}': exit_accuracy, **table},
+        ]
+        found = {'rows': rows, **found}
         return {key: value for key, value in found.items() if value or key not in ('class_iou', 'pixelwise')}
 
     @classmethod
@@ -287,41 +283,23 @@ class RunRecord:
         Raises:
             ValueError: a field is missing.
         """
-        task = stored.get('task', 'classification')  # the first records did not say
-        metric = _METRICS[task]
+        stored = {'task': 'classification', **stored}  # the first records did not say
         try:
             baseline, table = stored['rows']
-            return cls(
-                network=table['network'],
-                baseline=decode(Baseline, baseline, metric),
-                exit_accuracy=_tuples(table[f'exit_{metric}']),
-                task=task,
-                class_iou={name: tuple(values) for name, values in stored.get('class_iou', {}).items()},
-                **{name: _tuples(stored[name]) for name in _AS_THEY_ARE if name != 'task'},
-                **{
-                    name: tuple(decode(kind, part, metric) for part in stored[key])
-                    for name, (key, kind) in _LISTS.items()
-                    if key in stored or name not in _OPTIONAL
-                },
-            )
+            metric = _METRICS[stored['task']]
+            return decode(cls, {**table, **stored, 'baseline': decode(Baseline, baseline, metric)}, metric)
         except (KeyError, ValueError) as error:
             raise ValueError(f'stored: not the record of a run, {error} is missing or no such field') from error
 
 
 _METRICS = {'classification': 'accuracy', 'segmentation': 'miou'}
-_AS_THEY_ARE = (
-    'dataset', 'task', 'command', 'device', 'num_classes', 'image_shape', 'criterion', 'exit_latency_ms',
-    'trunk_only_ms', 'stage_macs', 'exit_macs', 'paper',
-)  # fmt: skip
-_LISTS = {
-    'tried': ('criteria_tried', Tried),
-    'points': ('operating_points', Point),
-    'frontier': ('frontier', FrontierPoint),
-    'first_and_last': ('first_and_last', LeavingFirst),
-    'pixelwise': ('pixelwise', Pixelwise),
-}
-_OPTIONAL = ('tried', 'pixelwise')  # the first records said nothing of the one; only masks have the other
-_KEYS = {'accuracy': 'test_{}', 'validation_accuracy': 'validation_{}'}
+_KEYS = {
+    'accuracy': 'test_{}', 'validation_accuracy': 'validation_{}', 'exit_accuracy': 'exit_{}',
+    'points': 'operating_points', 'tried': 'criteria_tried',
+}  # fmt: skip
+_KINDS = {
+    'tried': Tried, 'points': Point, 'frontier': FrontierPoint, 'first_and_last': LeavingFirst, 'pixelwise': Pixelwise,
+}  # fmt: skip
 
 
 def read_record(workdir: Path | str) -> RunRecord:
@@ -333,15 +311,18 @@ def read_record(workdir: Path | str) -> RunRecord:
     return RunRecord.from_json(bj.report.read_json(Path(workdir) / 'report.json'))
 
 
-def encode(part: Any, metric: str = 'accuracy') -> dict[str, Any]:
+def encode(part: Any, metric: str = 'accuracy') -> Any:
     """Returns a part of a record as JSON has it: the clock's fields among its own, the metric's name in the keys."""
+    if isinstance(part, tuple):
+        return [encode(entry, metric) for entry in part]
+    if not dataclasses.is_dataclass(part):
+        return part
     found = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Clock):
-            found.update({key: entry for key, entry in dataclasses.asdict(value).items() if entry != ''})
+    for name, value in vars(part).items():
+        if name == 'clock':
+            found.update({key: entry for key, entry in vars(value).items() if entry != ''})
         else:
-            found[_KEYS.get(field.name, field.name).format(metric)] = value
+            found[_KEYS.get(name, name).format(metric)] = encode(value, metric)
     return found
 
 
@@ -356,10 +337,16 @@ def decode(kind: type[Kind], stored: Mapping[str, Any], metric: str = 'accuracy'
         key = _KEYS.get(field.name, field.name).format(metric)
         if field.name == 'clock':
             values['clock'] = decode(Clock, stored, metric)
-        elif key in stored or field.default is dataclasses.MISSING:
-            values[field.name] = _tuples(stored[key])
+        elif key in stored or (field.default is field.default_factory is dataclasses.MISSING):
+            values[field.name] = _decoded(stored[key], _KINDS.get(field.name), metric)
     return kind(**values)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+def _decoded(value: Any, kind: type | None, metric: str) -> Any:
+    if isinstance(value, list):
+        return tuple(_decoded(entry, kind, metric) for entry in value)
+    if isinstance(value, Mapping) and kind is not None:
+        return decode(kind, value, metric)
+    if isinstance(value, Mapping):
+        return {key: _decoded(entry, None, metric) for key, entry in value.items()}
+    return value

@@ -75,8 +75,7 @@ def steps(workdir: Path, *, quick: bool) -> list[Step]:
         ]  # fmt: skip
         found.append(Step(f'gradients {network}', arguments, claims / f'gradients_{network}.md', 50))
     figures = ['experiments.figures', f'--workdir={workdir / "figures"}', f'--runs={workdir}']
-    found.append(Step('figures', figures, workdir / 'figures' / 'figures.md', 10))
-    return found
+    return [*found, Step('figures', figures, workdir / 'figures' / 'figures.md', 10)]
 
 
 def _run(workdir: Path, name: str, *, quick: bool) -> list[Step]:
@@ -158,12 +157,9 @@ def _share_baselines(workdir: Path) -> None:
         pair = [workdir / name, workdir / f'{name}_tuned']
         done = next((folder for folder in pair if (folder / 'report.json').exists()), None)
         for folder in pair:
-            if done is None or folder.exists():
-                continue
-            network = read_json(done / 'config.json')['network'][2:]
-            for trained in (network, f'{network}-start'):
-                if (done / 'checkpoints' / trained).exists():
-                    shutil.copytree(done / 'checkpoints' / trained, folder / 'checkpoints' / trained)
+            if done is not None and not folder.exists():
+                ignored = shutil.ignore_patterns('b-*', 'static*')
+                shutil.copytree(done / 'checkpoints', folder / 'checkpoints', ignore=ignored)
 
 
 def pack(workdir: Path, out: Path) -> list[Path]:
@@ -181,9 +177,8 @@ def pack(workdir: Path, out: Path) -> list[Path]:
     records = [path for path in workdir.rglob('*') if path.suffix in endings and 'checkpoints' not in path.parts]
     made = [_tar(out / 'records.tar.gz', workdir, records)]
     for name in ('lenet', 'alexnet', 'resnet110'):
-        weights = []
-        for path in sorted(workdir.glob(f'{name}_*/*.safetensors')):
-            weights.append(_halved(path, out / 'half' / path.relative_to(workdir)))
+        paths = sorted(workdir.glob(f'{name}_*/*.safetensors'))
+        weights = [_halved(path, out / 'half' / path.relative_to(workdir)) for path in paths]
         if weights:
             made.append(_tar(out / f'weights_{name}.tar.gz', out / 'half', weights))
     shutil.rmtree(out / 'half', ignore_errors=True)

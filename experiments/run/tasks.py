@@ -22,20 +22,20 @@ class Task:
     Attributes:
         key: of the metric in records: ``test_<key>``.
         label: of the metric in tables and pictures.
-        loss: per exit.
-        metrics: to look at while training.
         statistics: what each answer adds.
         metric: of their sums.
         criteria: the one whose thresholds are cheapest on validation data is taken.
+        loss: per exit.
+        metrics: to look at while training.
     """
 
     key: str
     label: str
-    loss: Loss
-    metrics: MetricsOf
     statistics: Statistics
     metric: Metric
     criteria: tuple[Criterion, ...]
+    loss: Loss = bj.losses.cross_entropy_per_exit
+    metrics: MetricsOf = bj.losses.accuracy_per_exit
 
     def criterion(self, name: str) -> Criterion:
         """Returns the criterion of that name."""
@@ -49,8 +49,6 @@ TASKS = {
     'classification': Task(
         key='accuracy',
         label='accuracy',
-        loss=bj.losses.cross_entropy_per_exit,
-        metrics=bj.losses.accuracy_per_exit,
         statistics=bj.thresholds.accuracy_statistics,
         metric=bj.thresholds.mean_of_statistic,
         criteria=(bj.criteria.entropy,),
@@ -58,8 +56,6 @@ TASKS = {
     'segmentation': Task(
         key='miou',
         label='mIoU',
-        loss=bj.losses.cross_entropy_per_exit,
-        metrics=bj.losses.accuracy_per_exit,
         statistics=bj.thresholds.iou_statistics,
         metric=bj.thresholds.mean_iou,
         criteria=(

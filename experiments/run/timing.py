@@ -24,6 +24,8 @@ from experiments.run.records import Clock, Timed
 
 Network = tuple[bj.BranchyNet, Variables]
 Policies = Mapping[str, bj.ExitPolicy]
+Runs = dict[Any, tuple[Callable[[Any], Any], Sequence[Any]]]
+"""What answers an input, and the inputs of a pass, by name."""
 _SEGMENT_CALLS = 100
 
 
@@ -68,29 +70,39 @@ def keep_to_one_core() -> None:
 
 def _time_images(networks: Networks, images: np.ndarray, policies: Policies, passes: int) -> Timed:
     criterion, exits = _criterion(policies), networks.model.num_exits
-    plain = (networks.baseline, jax.tree.map(jnp.asarray, networks.baseline_variables))
-    fast = bj.inference.optimize(networks.model, networks.variables)
-    fast_baseline = bj.inference.optimize(networks.baseline, networks.baseline_variables)
-    inputs = [jax.block_until_ready(jnp.asarray(image)) for image in images]
-    few = inputs[: max(1, len(inputs) // 5)]
-    alone = segment_functions(*fast, images, 1, criterion=criterion)
-    segments = _trunk(exits, 1)
-    seconds = bj.measure.interleaved_passes(
-        {
-            'plain': _staged(plain, _no_exits(criterion), inputs),
-            'baseline': _staged(fast_baseline, _no_exits(criterion), inputs),
-            **{('point', name): _staged(fast, policy, inputs) for name, policy in policies.items()},
-            **{('exit', n): _staged(fast, _forced(criterion, exits, n), few) for n in range(exits)},
-            **{key: _repeated(alone[key], _SEGMENT_CALLS) for key in segments},
-        },
-        passes=passes,
-    )
-    read = functools.partial(Clock.read, seconds, baseline='baseline', images=len(inputs), batch=1)
+    inputs, nothing = on_device(images), _no_exits(criterion)
+    few, again = inputs[: max(1, len(inputs) // 5)], range(_SEGMENT_CALLS)
+    alone = segment_functions(*networks.fast, images, 1, criterion=criterion)
+    runs: Runs = {
+        'plain': (staged((networks.baseline, networks.baseline_variables), nothing), inputs),
+        'rewritten': (staged(networks.fast_baseline, nothing), inputs),
+        **{('point', name): (staged(networks.fast, policy), inputs) for name, policy in policies.items()},
+        **{('exit', n): (staged(networks.fast, _forced(criterion, exits, n)), few) for n in range(exits)},
+        **{key: (lambda _, key=key: alone[key](), again) for key in _trunk(exits, 1)},
+    }
+    return _time(runs, ('rewritten',), policies, exits, batch=1, passes=passes)
+
+
+def _time(
+    runs: Runs, baselines: Sequence[str], policies: Sequence[str], exits: int, *, batch: int, passes: int
+) -> Timed:
+    """Lets all runs take turns, and reads the figures of the fastest baseline, the points, the exits and the trunk."""
+    functions = {name: bj.measure.one_by_one(run, inputs) for name, (run, inputs) in runs.items()}
+    seconds = bj.measure.interleaved_passes(functions, passes=passes)
+    images = {name: len(inputs) * batch for name, (_, inputs) in runs.items()}
+
+    def ms(name: Any) -> float:
+        return float(np.median(seconds[name])) / images[name] * 1e3
+
+    baseline = fastest(seconds, baselines)
+    read = functools.partial(Clock.read, seconds, baseline=baseline, images=images[baseline], batch=batch)
     return Timed(
-        baseline=read('baseline'),
-        points={name: read(('point', name)) for name in policies},
-        exit_latency_ms=tuple(_ms(seconds['exit', n], len(few)) for n in range(exits)),
-        trunk_only_ms=tuple(_ms(seconds[key], _SEGMENT_CALLS) for key in segments),
+        baseline=read(baseline),
+        points={
+            name: read(('point', name), executor=getattr(runs['point', name][0], 'executor', '')) for name in policies
+        },
+        exit_latency_ms=tuple(ms(('exit', n)) for n in range(exits)),
+        trunk_only_ms=tuple(ms(key) for key in _trunk(exits, batch)),
     )
 
 
@@ -118,37 +130,25 @@ def time_batches(
             f'config.latency_batch: got {batch}, but there are {len(images)} images to time and {len(planned_on)} to '
             'plan on'
         )
-    inputs = [jnp.asarray(images[start : start + batch]) for start in range(0, len(images) - batch + 1, batch)]
-    plans = {
-        name: bj.inference.plan(networks.model, networks.variables, planned_on[: 8 * batch], policy, batch_size=batch)
-        for name, policy in policies.items()
-    }
+    inputs = on_device(images, batch)
     criterion, exits = _criterion(policies), networks.model.num_exits
-    fast, fast_variables = bj.inference.optimize(networks.model, networks.variables)
+    fast, fast_variables = networks.fast
     compacted = bj.inference.compacted(fast, chunk_size=batch)
+    alone = segment_functions(fast, fast_variables, images[:batch], batch, criterion=criterion)
+    plan = functools.partial(bj.inference.plan, networks.model, networks.variables, planned_on[: 8 * batch])
 
     def leaving_at(n: int) -> Callable[[Any], Any]:
         policy = _forced(criterion, exits, n)
         return lambda images: compacted(fast_variables, images, policy)
 
-    functions: dict[Any, Callable[[Any], Any]] = {
-        'plain': _whole(networks.baseline, networks.baseline_variables),
-        'rewritten': _whole(*bj.inference.optimize(networks.baseline, networks.baseline_variables)),
-        **{('point', name): plan for name, plan in plans.items()},
-        **{('exit', n): leaving_at(n) for n in range(exits)},
+    runs: Runs = {
+        'plain': (whole(networks.baseline, networks.baseline_variables), inputs),
+        'rewritten': (whole(*networks.fast_baseline), inputs),
+        **{('point', name): (plan(policy, batch_size=batch), inputs) for name, policy in policies.items()},
+        **{('exit', n): (leaving_at(n), inputs) for n in range(exits)},
+        **{key: (lambda _, key=key: alone[key](), range(1)) for key in _trunk(exits, batch)},
     }
-    timed = {name: bj.measure.one_by_one(function, inputs) for name, function in functions.items()}
-    segments = _trunk(exits, batch)
-    alone = segment_functions(fast, fast_variables, images[:batch], batch, criterion=criterion)
-    seconds = bj.measure.interleaved_passes({**timed, **{key: alone[key] for key in segments}}, passes=passes)
-    baseline, count = fastest(seconds, ('plain', 'rewritten')), len(inputs) * batch
-    read = functools.partial(Clock.read, seconds, baseline=baseline, images=count, batch=batch)
-    return Timed(
-        baseline=read(baseline),
-        points={name: read(('point', name), executor=plan.executor) for name, plan in plans.items()},
-        exit_latency_ms=tuple(_ms(seconds['exit', n], count) for n in range(exits)),
-        trunk_only_ms=tuple(_ms(seconds[key], batch) for key in segments),
-    )
+    return _time(runs, ('plain', 'rewritten'), policies, exits, batch=batch, passes=passes)
 
 
 def time_static(networks: Mapping[str, Network], images: np.ndarray, *, passes: int) -> dict[str, Clock]:
@@ -163,10 +163,10 @@ def time_static(networks: Mapping[str, Network], images: np.ndarray, *, passes: 
     """
     if jax.default_backend() == 'cpu':
         keep_to_one_core()
-    inputs = [jax.block_until_ready(jnp.asarray(image)) for image in images]
-    policy = _no_exits(bj.criteria.entropy)
-    functions = {name: _staged(bj.inference.optimize(*network), policy, inputs) for name, network in networks.items()}
-    functions['plain'] = _staged(networks['baseline'], policy, inputs)
+    inputs, policy = on_device(images), _no_exits(bj.criteria.entropy)
+    runs = {name: staged(bj.inference.optimize(*network), policy) for name, network in networks.items()}
+    runs['plain'] = staged(networks['baseline'], policy)
+    functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
     return {name: Clock.read(seconds, name, baseline='baseline', images=len(inputs), batch=1) for name in networks}
 
@@ -195,19 +195,19 @@ def _trunk(exits: int, batch: int) -> list[tuple[str, int, int]]:
     return [*(('stage', n, batch) for n in range(exits)), ('exit', exits - 1, batch)]
 
 
-def _staged(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Array]) -> Callable[[], None]:
+def staged(network: Network, policy: bj.ExitPolicy) -> Callable[[jax.Array], Any]:
+    """Returns what answers one image by `branchy_jax.inference.staged`."""
     (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
     execute = bj.inference.staged(model)
-    return bj.measure.one_by_one(lambda image: execute(variables, image, policy), inputs)
+    return lambda image: execute(variables, image, policy)
 
 
-def _repeated(function: Callable[[], Any], calls: int) -> Callable[[], None]:
-    return bj.measure.one_by_one(lambda _: function(), range(calls))
-
-
-def _whole(model: bj.BranchyNet, variables: Variables) -> Callable[[Any], Any]:
+def whole(model: bj.BranchyNet, variables: Variables) -> Callable[[Any], Any]:
+    """Returns what answers a batch by all exits."""
     return functools.partial(jax.jit(model.apply), jax.tree.map(jnp.asarray, variables))
 
 
-def _ms(seconds: np.ndarray, count: int) -> float:
-    return float(np.median(seconds)) / count * 1e3
+def on_device(images: np.ndarray, batch: int | None = None) -> list[jax.Array]:
+    """Returns images where calls take them from: one by one, or in whole batches."""
+    parts = images if batch is None else [images[end - batch : end] for end in range(batch, len(images) + 1, batch)]
+    return jax.block_until_ready([jnp.asarray(part) for part in parts])

@@ -20,8 +20,8 @@ from branchy_jax.inference.planning.segment_times import segment_functions
 from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.run.records import Numbers
+from experiments.run.timing import Network, whole
 
-Network = tuple[bj.BranchyNet, Variables]
 _BATCH_1_IMAGES = 100
 _WARM_UP_STEPS = 20
 
@@ -73,10 +73,6 @@ class Cell:
     compile_s: float
     peak_memory_mb: float
     plan: str = ''
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns what ``benchmark.json`` holds of it."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != 'plan' or value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +155,7 @@ def measure_cell(
         **_executors(subject, policy, batch, _chunk_sizes(times, batch, fractions)),
         'planned': planned,
     }
-    functions: dict[Any, Callable[[], Any]] = {
-        name: _over(name, execute, images, batch) for name, execute in executors.items()
-    }
+    functions: dict[Any, Callable[[], Any]] = {name: _over(name, run, images, batch) for name, run in executors.items()}
     compiled = {name: _seconds(function) for name, function in functions.items()}
     best = times.best_sizes.tolist()
     for n, size in enumerate(best):
@@ -218,7 +212,6 @@ def _figures(
     """Returns what the clock said, per image."""
     ms = seconds[name] / count * 1e3
     gain = bj.measure.paired_ratio(seconds['baseline'], seconds[name])
-    slowdown = bj.measure.paired_ratio(seconds[name], seconds['baseline'])
     return {
         'ms': float(np.median(ms)),
         'baseline_ms': float(np.median(seconds['baseline'])) / count * 1e3,
@@ -229,18 +222,16 @@ def _figures(
         'time_limit_ms': float(np.median(limit)),
         'realised': float(np.median(limit / ms)),
         'realised_within_batch': limit_within / float(np.median(ms)),
-        'slowdown_low': slowdown.low,
-        'slowdown_high': slowdown.high,
+        'slowdown_low': 1 / gain.high,
+        'slowdown_high': 1 / gain.low,
     }
 
 
 def _baselines(subject: Subject) -> dict[str, Callable[[Any], Any]]:
     (model, variables), (fast, fast_variables) = subject.plain, subject.fast
-    baseline = jax.jit(bj.models.without_branches(model).apply)
-    optimized = jax.jit(bj.models.without_branches(fast).apply)
     return {
-        'baseline': functools.partial(baseline, variables),
-        'baseline, optimized': functools.partial(optimized, fast_variables),
+        'baseline': whole(bj.models.without_branches(model), variables),
+        'baseline, optimized': whole(bj.models.without_branches(fast), fast_variables),
     }
 
 

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
-from branchy_jax.thresholds import ExitTable
+from branchy_jax.thresholds import ExitTable, Screen
 from experiments.pages import pictures
 from experiments.run.networks import Networks
 from experiments.study.cached import Cached
@@ -95,8 +95,8 @@ def searches(networks: Networks, stored: np.ndarray, validation: Cached, test: C
         validation: to choose on.
         test: to report on.
     """
-    images, fast = networks.normalization(stored[:64]), bj.inference.optimize(networks.model, networks.variables)
-    times = bj.inference.segment_times(*fast, images, batch_sizes=[16, 64]).best()
+    images = networks.normalization(stored[:64])
+    times = bj.inference.segment_times(*networks.fast, images, batch_sizes=[16, 64]).best()
     table, on_test = validation.table().replace(costs=times), test.table(split='test').replace(costs=times)
     grid = bj.thresholds.quantile_grid(table.uncertainty, size=_GRID)
     methods: dict[str, Callable[[float], Any]] = {
@@ -122,8 +122,9 @@ def searches(networks: Networks, stored: np.ndarray, validation: Cached, test: C
     return records
 
 
-def time_exact_search(*, exits: int = 3, inputs: int = 10_000, values: int = 100) -> Record:
-    """Times the exact search on outputs of a given size, drawn at random."""
+def time_exact_search() -> Record:
+    """Times the exact search on outputs of a large enough table, drawn at random."""
+    exits, inputs, values = 3, 10_000, 100
     generator = np.random.default_rng(0)
     table = ExitTable(
         uncertainty=generator.random((exits, inputs)),
@@ -174,23 +175,21 @@ def control(
     averages = {name: _moving_average(np.array(values))
                 for name, values in (('controlled', held), ('thresholds left alone', left_alone))}  # fmt: skip
     length, settled = len(labels), min(_SETTLED_AFTER, len(labels) // 2)
-    shifts = [length * k for k in range(1, len(parts))]
-    pictures.controlled_cost(picture, averages, target, shifts, title=f'{title}: a cost held while images change')
-    after = [slice(length * k + settled, length * (k + 1)) for k in range(len(parts))]
+    starts = [length * k for k in range(len(parts))]
+    pictures.controlled_cost(picture, averages, target, starts[1:], title=f'{title}: a cost held while images change')
+    after = [slice(start + settled, start + length) for start in starts]
     return [
-        {
-            'part': name, 'target': target, 'after_2000': float(np.mean(held[rows])),
-            'left_alone': float(np.mean(left_alone[rows])),
-        }
+        {'part': name, 'target': target, 'after_2000': float(np.mean(held[rows])),
+         'left_alone': float(np.mean(left_alone[rows]))}
         for name, rows in zip(parts, after, strict=True)
     ]  # fmt: skip
 
 
-def _moving_average(values: np.ndarray, *, reach: int = 500) -> np.ndarray:
-    """Averages every value with those before it, as many as there are up to ``reach``."""
+def _moving_average(values: np.ndarray) -> np.ndarray:
+    """Averages every value with those before it, as many as there are up to 500."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - reach)
+    starts = np.maximum(0, ends - 500)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
@@ -203,17 +202,13 @@ def protocols(criteria: list[Criterion], choosing: Cached, test: Cached, picture
         frontier = choosing.table(named[name]).screen().frontier()
         found[f'frontier, {name}'] = test.table(named[name], split='test').evaluate(frontier)
     bj.plots.accuracy_against_cost(picture, found, title=f'{title}: accuracy against cost')
-    rows = {
-        name: [
-            {'cost': float(cost), 'accuracy': float(accuracy)}
-            for cost, accuracy in zip(found[name].cost, found[name].accuracy, strict=True)
-        ]
-        for name in ('anytime', 'budgeted batch')
-    }
-    return {
-        'anytime': [{'exit': n + 1, **row} for n, row in enumerate(rows['anytime'])],
-        'budgeted': rows['budgeted batch'],
-    }
+
+    def rows(screen: Screen) -> list[Record]:
+        curve = zip(np.asarray(screen.cost).tolist(), np.asarray(screen.accuracy).tolist(), strict=True)
+        return [{'cost': cost, 'accuracy': accuracy} for cost, accuracy in curve]
+
+    anytime = [{'exit': n + 1, **row} for n, row in enumerate(rows(found['anytime']))]
+    return {'anytime': anytime, 'budgeted': rows(found['budgeted batch'])}
 
 
 def who_leaves_where(images: np.ndarray, validation: Cached, test: Cached, picture: Path, title: str) -> list[Record]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import branchy_jax as bj
+from branchy_jax.measure import Energy
 from experiments.run.command import provenance
 from experiments.run.networks import FinishedRun
 from experiments.run.records import Clock, Numbers, RunRecord, decode, encode, read_record
@@ -58,34 +59,18 @@ class StaticRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class EnergyRow:
-    """Joules of a network at an operating point, of ``energy.json``; fields as `branchy_jax.measure.Energy`, per image.
+class EnergyRow(Energy):
+    """Joules of a network at an operating point, of ``energy.json``: those of an image.
 
     Attributes:
         network: its name.
         operating_point: or ``'baseline'``.
         batch: images in a call.
-        joules: an image, idle power subtracted.
-        joules_with_idle: an image.
-        idle_watts: of the device at rest.
-        watts: of the device at work.
-        calls: that were measured.
-        seconds: they took.
-        resolution: of the meter, as a share of the run.
-        meter: its name.
     """
 
     network: str
     operating_point: str
     batch: int
-    joules: float
-    joules_with_idle: float
-    idle_watts: float
-    watts: float
-    calls: int
-    seconds: float
-    resolution: float
-    meter: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +121,10 @@ def read_folder(folder: Path) -> Folder | None:
     """Reads all there is; ``None`` where no finished run is."""
     if not (folder / 'report.json').exists():
         return None
-    batches, static, energy, cache = (_stored(folder / f'{name}.json') for name in _FILES)
+    batches, static, energy, cache = (
+        bj.report.read_json(path) if (path := folder / f'{name}.json').exists() else {}
+        for name in ('batches', 'static', 'energy', 'cache')
+    )
     for row in batches.get('batches', ()):  # the first records counted images and passes elsewhere
         row.setdefault('latency_images', row.get('images'))
         row.setdefault('latency_passes', batches.get('passes'))
@@ -149,13 +137,6 @@ def read_folder(folder: Path) -> Folder | None:
         cache=tuple(decode(CacheRow, row) for row in cache.get('points', ())),
         cache_note=cache.get('simulated_by', ''),
     )
-
-
-_FILES = ('batches', 'static', 'energy', 'cache')
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    return bj.report.read_json(path) if path.exists() else {}
 
 
 def write_rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,14 @@ class Population:
         losses: ``[N, B]`` in [0, 1].
         size: inputs in a calibration set.
         splits: how many sets are drawn.
-        seed: of the draws.
     """
 
-    def __init__(
-        self, path: np.ndarray, table: ExitTable, losses: np.ndarray, *, size: int, splits: int, seed: int = 0
-    ) -> None:
+    def __init__(self, path: np.ndarray, table: ExitTable, losses: np.ndarray, *, size: int, splits: int) -> None:
         self.losses, exits = losses_along(path, table, losses)
         self.risk = self.losses.mean(axis=1)
         self.saved = 1 - table.costs.to_exit[exits].mean(axis=1) / table.costs.trunk
         self.full = np.isneginf(path).all(axis=1)
-        self.drawn = np.random.default_rng(seed).integers(self.losses.shape[1], size=(splits, size))
+        self.drawn = np.random.default_rng(0).integers(self.losses.shape[1], size=(splits, size))
 
     def learn_then_test(self, method: str, epsilon: float, delta: float) -> np.ndarray:
         """Returns for every calibration set where on the path fixed-sequence testing stops."""
@@ -71,28 +67,23 @@ class Population:
         }
 
 
-EPSILONS, DELTAS = (0.005, 0.01, 0.02), (0.05, 0.1)
+_EPSILONS, _DELTAS = (0.005, 0.01, 0.02), (0.05, 0.1)
 
 
-def simulate(
-    network: str, populations: dict[str, Population], *, epsilons: Sequence[float] = EPSILONS,
-    deltas: Sequence[float] = DELTAS,
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+def simulate(network: str, populations: dict[str, Population]) -> dict[str, list[dict[str, Any]]]:
     """Runs all methods on all populations.
 
     Args:
         network: its name, kept with the records.
         populations: name of the loss to its population.
-        epsilons: risks to promise.
-        deltas: probabilities of breaking the promise.
 
     Returns:
         Records under ``promises``, ``comparison`` and ``expectations``.
     """
     records: dict[str, list[dict[str, Any]]] = {'promises': [], 'comparison': [], 'expectations': []}
-    for (loss, population), epsilon in itertools.product(populations.items(), epsilons):
+    for (loss, population), epsilon in itertools.product(populations.items(), _EPSILONS):
         case = {'network': network, 'loss': loss, 'epsilon': epsilon}
-        for method, delta in itertools.product(METHODS, deltas):
+        for method, delta in itertools.product(METHODS, _DELTAS):
             stops = population.learn_then_test(method, epsilon, delta)
             standard_error = (delta * (1 - delta) / len(stops)) ** 0.5
             outcome = {**population.outcome(stops, epsilon), 'allowed': delta + 2 * standard_error}

@@ -15,6 +15,8 @@ import branchy_jax as bj
 from branchy_jax.training.fit import Prepare
 from branchy_jax.types import Variables
 
+_EVALUATED_AT_ONCE = 500
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -70,13 +72,9 @@ class Seeds:
     count: int
 
     def train(
-        self,
-        model: bj.BranchyNet,
-        exit_weights: Sequence[float],
-        *,
-        starts: Sequence[Variables] | None = None,
+        self, model: bj.BranchyNet, exit_weights: Sequence[float], *, starts: Sequence[Variables] | None = None,
         epochs: int | None = None,
-    ) -> Trained:
+    ) -> Trained:  # fmt: skip
         """Trains and evaluates one variant from every seed.
 
         Args:
@@ -86,40 +84,36 @@ class Seeds:
             epochs: instead of the recipe's.
         """
         epochs = self.recipe.epochs if epochs is None else epochs
-        keys = [jax.random.fold_in(jax.random.key(1), seed) for seed in range(self.count)]
-        data, variables = jax.tree.map(jnp.asarray, self.dataset.train), []
-        for key, state in zip(keys, self._states(model, epochs, starts), strict=True):
-            trained = bj.training.fit(
-                state, data, exit_weights, key, epochs=epochs, batch_size=self.recipe.batch_size,
-                prepare=self._prepare(),
-            )  # fmt: skip
-            variables.append(trained.variables)
-        parts = (self.dataset.train, self.dataset.test)
-        train, test = (_accuracy(model, variables, self.dataset.normalization, part) for part in parts)
-        return Trained(variables, train, test)
-
-    def _states(
-        self, model: bj.BranchyNet, epochs: int, starts: Sequence[Variables] | None
-    ) -> list[bj.training.TrainState]:
-        optimizer = _optimizer(self.recipe, epochs, len(self.dataset.train))
-        example = jnp.zeros((1, *self.dataset.image_shape))
-        states = []
+        data, example = jax.tree.map(jnp.asarray, self.dataset.train), jnp.zeros((1, *self.dataset.image_shape))
+        optimizer, init = _optimizer(self.recipe, epochs, len(data)), jax.jit(model.init)
+        every = []
         for seed in range(self.count):
-            variables = _init(model, jax.random.key(seed), example)
+            variables = init(jax.random.key(seed), example)
             if starts is not None:
                 variables, _ = bj.training.initialize_from_baseline(variables, starts[seed])
-            states.append(bj.training.create_train_state(model, variables, optimizer))
-        return states
+            trained = bj.training.fit(
+                bj.training.create_train_state(model, variables, optimizer), data, exit_weights,
+                jax.random.fold_in(jax.random.key(1), seed), epochs=epochs, batch_size=self.recipe.batch_size,
+                prepare=self._prepare,
+            )  # fmt: skip
+            every.append(trained.variables)
+        train, test = (self._accuracy(model, every, part) for part in (self.dataset.train, self.dataset.test))
+        return Trained(every, train, test)
 
+    @functools.cached_property  # one object: jit compares functions by identity
     def _prepare(self) -> Prepare:
-        normalization = self.dataset.normalization
-        mean, deviation = (tuple(np.asarray(value).tolist()) for value in (normalization.mean, normalization.deviation))
-        return _preparation(self.recipe, mean, deviation)
+        def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:
+            image = bj.data.augment(key, batch.image, crop_padding=self.recipe.crop_padding, flip=self.recipe.flip)
+            return bj.Batch(self.dataset.normalization(image), batch.label)
 
+        return prepare
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init(model: bj.BranchyNet, key: jax.Array, example: jax.Array) -> Variables:
-    return model.init(key, example)
+    def _accuracy(self, model: bj.BranchyNet, every: Sequence[Variables], part: bj.Batch) -> np.ndarray:
+        """Returns ``[S, N]``."""
+        costs = bj.costs.count_macs(model, self.dataset.image_shape)  # once for all seeds
+        options = {'costs': costs, 'prepare': self.dataset.normalization, 'batch_size': _EVALUATED_AT_ONCE}
+        tables = [bj.inference.exit_table(model, variables, part, **options) for variables in every]
+        return np.array([table.statistics for table in tables]).mean(axis=(2, 3))
 
 
 @functools.cache  # one object per setting: jit compares optimisers by identity
@@ -127,38 +121,3 @@ def _optimizer(recipe: Recipe, epochs: int, examples: int) -> optax.GradientTran
     steps = max(2, epochs * (examples // recipe.batch_size))
     rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, max(1, steps // 10), steps)
     return optax.adamw(rate, b1=0.9, weight_decay=recipe.weight_decay)
-
-
-@functools.cache
-def _preparation(recipe: Recipe, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Prepare:
-    normalize = bj.Normalization(jnp.array(mean), jnp.array(deviation))
-
-    def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:
-        image = bj.data.augment(key, batch.image, crop_padding=recipe.crop_padding, flip=recipe.flip)
-        return bj.Batch(normalize(image), batch.label)
-
-    return prepare
-
-
-_EVALUATED_AT_ONCE = 500
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _right(model: bj.BranchyNet, variables: Variables, images: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.stack([logits.argmax(-1) == labels for logits in model.apply(variables, images)])
-
-
-def _accuracy(
-    model: bj.BranchyNet, every: Sequence[Variables], normalization: bj.Normalization, part: bj.Batch
-) -> np.ndarray:
-    """Returns ``[S, N]``; one compilation serves all seeds and parts."""
-    starts = range(0, len(part), _EVALUATED_AT_ONCE)
-    rows = []
-    for variables in every:
-        found = []
-        for start in starts:
-            taken = np.minimum(np.arange(start, start + _EVALUATED_AT_ONCE), len(part) - 1)
-            right = _right(model, variables, normalization(part.image[taken]), jnp.asarray(part.label[taken]))
-            found.append(np.asarray(right)[:, : len(part) - start])
-        rows.append(np.concatenate(found, axis=1).mean(axis=1))
-    return np.array(rows)

@@ -48,9 +48,7 @@ def with_branch(network: str, *, after: int, convolutions: int, **options: Any) 
     )
 
 
-def deep_plain(
-    *, depth: int, branches: int, image_shape: tuple[int, int, int], num_classes: int = 10, features: int = 16
-) -> bj.BranchyNet:
+def deep_plain(*, depth: int, branches: int, image_shape: tuple[int, int, int], num_classes: int = 10) -> bj.BranchyNet:
     """Builds a deep network without shortcuts or normalisation: strided once a third, with branches evenly between.
 
     Args:
@@ -58,12 +56,11 @@ def deep_plain(
         branches: side exits; 0 for the plain network.
         image_shape: ``(H, W, C)``.
         num_classes: K.
-        features: of every convolution.
     """
     places = [round((n + 1) * depth / (branches + 1)) for n in range(branches + 1)]
     strided = {depth // 3, 2 * depth // 3}
     layers = [
-        (nn.Conv(features, (3, 3), strides=2 if n in strided else 1, padding=1, name=f'conv{n + 1}'), nn.relu)
+        (nn.Conv(16, (3, 3), strides=2 if n in strided else 1, padding=1, name=f'conv{n + 1}'), nn.relu)
         for n in range(depth)
     ]
     starts = [0, *places[:-1]]

@@ -29,20 +29,16 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {'mean': mean, 'low': float(low), 'high': float(high), 'seeds': len(values)}
 
 
-def judge(
-    question: str, differences: np.ndarray, *, unit: str, scale: float = 1.0, neutral: float = 0.0
-) -> dict[str, Any]:
+def judge(question: str, differences: np.ndarray, *, unit: str, scale: float = 1.0) -> dict[str, Any]:
     """Answers a question by paired differences, one a seed, positive where the claim holds.
 
-    Yes, if the whole interval is above ``neutral``; no, the opposite, if it is all below; otherwise these seeds do not
-    show it.
+    Yes, if the whole interval is above 0; no, the opposite, if it is all below; otherwise these seeds do not show it.
 
     Args:
         question: that a yes affirms.
         differences: ``[S]``.
         unit: of the differences, after scaling.
         scale: to show them in that unit.
-        neutral: the value that means no effect, such as 1 for ratios.
 
     Example:
         >>> judge('Is it larger?', np.array([1.0, 1.1, 0.9]), unit='points')['verdict']
@@ -51,12 +47,12 @@ def judge(
     found = interval(np.asarray(differences) * scale)
     if found['seeds'] < 2:
         verdict = 'one seed cannot say'
-    elif found['low'] > neutral:
+    elif found['low'] > 0:
         verdict = 'yes'
-    elif found['high'] < neutral:
+    elif found['high'] < 0:
         verdict = 'no, the opposite'
     else:
-        verdict = 'no: not shown, the interval holds ' + f'{neutral:g}'
+        verdict = 'no: not shown, the interval holds 0'
     return {'question': question, 'verdict': verdict, 'unit': unit, **found}
 
 
