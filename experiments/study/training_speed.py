@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -73,10 +72,8 @@ def _in_a_process(network: str, way: str) -> dict[str, float]:
     devices = _WAYS[way]['devices']
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', **(settings_on_cpu(devices) if devices > 1 else {})}
     program = f'from experiments.study.training_speed import measure; measure({network!r}, {way!r})'
-    command = [sys.executable, '-c', program]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
+    options = {'cwd': Path(__file__).parents[2], 'env': environment, 'text': True}
+    return json.loads(subprocess.check_output([sys.executable, '-c', program], **options).splitlines()[-1])
 
 
 def measure(network: str, way: str) -> None:
@@ -90,8 +87,7 @@ def measure(network: str, way: str) -> None:
     model, batch_size = bj.models.create(network), _WAYS[way]['batch_size'][network]
     images = np.random.default_rng(0).normal(size=(batch_size, *model.image_shape)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-    optimizer = optax.sgd(0.01, momentum=0.9, nesterov=True)
-    state: Any = bj.training.create_train_state(model, variables, optimizer)
+    state = bj.training.create_train_state(model, variables, optax.sgd(0.01, momentum=0.9, nesterov=True))
     batch = bj.Batch(jnp.asarray(images), jnp.arange(batch_size) % 10)
     if len(jax.devices()) > 1:
         mesh = bj.sharding.data_mesh()
