@@ -41,9 +41,6 @@ def test_benchmark_writes_its_cells(done):
         costs = bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1))
         assert cell['mac_limit'] == pytest.approx(costs.trunk / (costs.to_exit @ [2 / 3, 1 / 3]))
         assert cell['slowdown_low'] <= 1 / cell['gain'] <= cell['slowdown_high'] * 1.001
-        # Both are intervals between order statistics of the same pairs, so one is the other turned over.
-        assert cell['slowdown_low'] == pytest.approx(1 / cell['gain_high'])
-        assert cell['slowdown_high'] == pytest.approx(1 / cell['gain_low'])
     assert 'b-lenet batch 3 exits 67/33' in printed
 
 

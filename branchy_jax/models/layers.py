@@ -96,8 +96,7 @@ def local_response_normalization(
     energy = sum(squares[..., shift : shift + x.shape[-1]] for shift in range(size))
     scale = k + alpha * energy
     if beta == 0.75:  # a general power costs a CPU as much as a convolution of few channels
-        root = lax.rsqrt(scale)
-        return x * (root * jnp.sqrt(root))
+        return x / jnp.sqrt(scale * jnp.sqrt(scale))
     return x * scale**-beta
 
 
