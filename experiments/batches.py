@@ -18,31 +18,30 @@ from experiments.run.records import Clock
 from experiments.run.timing import fastest, on_device, whole
 from experiments.study.folders import BatchRow, write_rows
 
-_MOST_IMAGES = 2048
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the run in ``--workdir``."""
     parser = command.parser_of_a_run(__doc__)
     parser.add_argument(
-        '--batches', type=command.positives, default=[256], help='Sizes; those above the test images are left out.'
+        '--batches', type=command.positives, default=[256], help='Sizes; those above the images are left out.'
     )
     parser.add_argument('--passes', type=command.positive, default=20, help='Interleaved pairs.')
+    parser.add_argument('--images', type=command.positive, default=2048, help='In a pass, at most.')
     options = parser.parse_args(arguments)
     finished = read_run(options.workdir)
     test = finished.dataset().test
-    images = np.asarray(finished.networks.normalization(test.image))
+    images = np.asarray(finished.networks.normalization(test.image[: options.images]))
     rows = []
     for batch in (size for size in options.batches if size <= len(images)):
         for name, policy in finished.policies.items():
             row = time_batch(finished.networks, images, test.label, name, policy, batch=batch, passes=options.passes)
             rows.append(row)
+            write_rows(finished, 'batches', rows, by='batches', key='batches')
             print(
                 f'{finished.networks.name} {name}, batch {batch}: {row.clock.latency_ms:.4f} ms an image, gain '
                 f'{row.clock.gain:.2f} over the fastest baseline, {row.clock.gain_plain:.2f} over the plain one, by '
                 f'{row.clock.executor}', flush=True,
             )  # fmt: skip
-    write_rows(finished, 'batches', rows, by='batches', key='batches')
 
 
 def time_batch(
@@ -60,7 +59,7 @@ def time_batch(
         batch: images in a call.
         passes: interleaved pairs.
     """
-    count = max(1, min(len(images), _MOST_IMAGES) // batch) * batch
+    count = len(images) // batch * batch
     images, labels = images[:count], labels[:count]
     planned = bj.inference.plan(networks.model, networks.variables, images, policy, batch_size=batch)
     fast, fast_variables = networks.fast_baseline

@@ -45,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--batches', type=command.positives, help='Batch sizes, such as 1,32,256.')
     parser.add_argument('--shares', help='Exit shares in percent, such as 70/20/10,100/0/0.')
     parser.add_argument('--passes', type=command.positive, default=20, help='Interleaved pairs per cell.')
+    parser.add_argument('--rounds', type=command.positive, default=3, help='Of --training: processes of each way.')
     parser.add_argument('--one_core', action='store_true', help='Keep to one CPU core: fastest for small networks.')
     parser.add_argument('--seed', type=int, default=0, help='Of the images.')
     options = parser.parse_args(arguments)
     if options.training:
-        training_speed.write(options.workdir, command.provenance('benchmark'))
+        training_speed.write(options.workdir, command.provenance('benchmark'), rounds=options.rounds)
         return
     if options.one_core:
         keep_to_one_core()

@@ -45,7 +45,7 @@ class Way:
     peak_gb: float
 
 
-def compare(networks: tuple[str, ...] = ('b-resnet110', 'b-alexnet'), *, rounds: int = 3) -> list[Way]:
+def compare(networks: tuple[str, ...] = ('b-resnet110', 'b-alexnet'), *, rounds: int) -> list[Way]:
     """Times both ways of both networks, each in a process of its own, in turns.
 
     Args:
@@ -102,9 +102,9 @@ def measure(network: str, way: str) -> None:
     print(json.dumps({'ms_per_image': float(np.median(seconds[_WARMUP:])) / batch_size * 1e3, 'peak_gb': peak}))
 
 
-def write(workdir: Path, provenance: dict[str, str]) -> None:
+def write(workdir: Path, provenance: dict[str, str], *, rounds: int) -> None:
     """Compares both ways and writes ``training.json`` and ``training.md``."""
-    found = compare()
+    found = compare(rounds=rounds)
     write_json(workdir / 'training.json', {**provenance, 'ways': [dataclasses.asdict(way) for way in found]})
     write_text(workdir / 'training.md', page(found, **provenance))
 
