@@ -41,24 +41,27 @@ def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
     return built
 
 
-def policy_checker(num_exits: int) -> Callable[[Any], ExitPolicy]:
+def policy_checker(
+    num_exits: int, prepare: Callable[[ExitPolicy], Any] = lambda policy: policy
+) -> Callable[[Any], Any]:
     """Returns `as_policy` for one network, which remembers the last policy that passed.
 
     At batch 1 the check costs as much as a small stage, and serving code gives the same policy again and again. Arrays
-    of jax cannot change, so the same object need not be looked at twice; anything else is.
+    of jax cannot change, so the same object need not be looked at twice; anything else is. What is returned, and
+    remembered, is what ``prepare`` makes of the policy.
     """
-    passed: tuple[Any, ExitPolicy | None] = (None, None)
+    passed: tuple[Any, Any] = (None, None)
 
-    def check(given: Any) -> ExitPolicy:
+    def check(given: Any) -> Any:
         nonlocal passed
-        last, policy = passed
-        if given is last and policy is not None:
-            return policy
-        policy = as_policy(given, num_exits)
+        last, prepared = passed
+        if given is last and prepared is not None:
+            return prepared
+        prepared = prepare(as_policy(given, num_exits))
         leaves = jax.tree.leaves(getattr(given, 'policy', given))
         if all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            passed = given, policy
-        return policy
+            passed = given, prepared
+        return prepared
 
     return check
 

