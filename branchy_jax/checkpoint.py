@@ -103,12 +103,12 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
 
     if not Path(directory).is_dir():
         return None
-    if recipe is not None:
-        _check_recipe(Path(directory), recipe)
     with _manager(directory) as manager:
         step = manager.latest_step()
         if step is None:
             return None
+        if recipe is not None:
+            _check_recipe(Path(directory), recipe)
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
             for name, leaf in _arrays(like).items()

@@ -19,8 +19,8 @@ _ALLOCATOR = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_t
 def start_again_on_cpu(devices: int) -> None:
     """Starts this very command again with the settings under which a CPU trains fastest; on a GPU or TPU it returns.
 
-    Host devices share one pool of threads, and collectives of overlapping steps
-    have been seen to wait for each other there without end: dispatch is synchronous.
+    Host devices share one pool of threads, and collectives of overlapping steps have been seen to wait for each other
+    there without end: dispatch is synchronous.
 
     Args:
         devices: host devices to make; with 1 it returns.
