@@ -32,7 +32,7 @@ def against_paper(
         x: what is on the horizontal axis.
         y: and on the vertical one.
         title: above the picture.
-        note: above the picture, such as what the data are.
+        note: below the title, such as what the data are.
         marked: single points by label, such as a knee.
         log_x: whether the horizontal axis is logarithmic.
     """
@@ -47,7 +47,8 @@ def against_paper(
     if not ours:
         axes.text(0.5, 0.5, 'ours: not run', transform=axes.transAxes, ha='center', color=BASELINE, fontsize=14)
     if note:
-        axes.text(1, 1.01, note, transform=axes.transAxes, ha='right', va='bottom', color=INK, fontsize=7)
+        axes.set_title(title, color=INK, fontsize=11, loc='left', pad=16)  # the note has a line of its own below
+        axes.text(0, 1.01, note, transform=axes.transAxes, va='bottom', color=INK, fontsize=7)
     if log_x:
         axes.set_xscale('log')
     elif all(float(place).is_integer() for points in (*ours.values(), *paper.values()) for place, _ in points):

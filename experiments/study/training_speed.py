@@ -85,10 +85,10 @@ def measure(network: str, way: str) -> None:
     import branchy_jax as bj
 
     model, batch_size = bj.models.create(network), _WAYS[way]['batch_size'][network]
-    images = np.random.default_rng(0).normal(size=(batch_size, *model.image_shape)).astype(np.float32)
+    images = jax.random.normal(jax.random.key(0), (batch_size, *model.image_shape))
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     state = bj.training.create_train_state(model, variables, optax.sgd(0.01, momentum=0.9, nesterov=True))
-    batch = bj.Batch(jnp.asarray(images), jnp.arange(batch_size) % 10)
+    batch = bj.Batch(images, jnp.arange(batch_size) % 10)
     if len(jax.devices()) > 1:
         mesh = bj.sharding.data_mesh()
         state, batch = bj.sharding.replicate(mesh, state), bj.sharding.shard(mesh, batch)
@@ -98,8 +98,8 @@ def measure(network: str, way: str) -> None:
         state, metrics = bj.training.train_step(state, batch, jnp.ones(model.num_exits), jax.random.key(1))
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps({'ms_per_image': float(np.median(seconds[_WARMUP:])) / batch_size * 1e3, 'peak_gb': peak}))
+    ms, peak = np.median(seconds[_WARMUP:]) / batch_size * 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({'ms_per_image': float(ms), 'peak_gb': peak}))
 
 
 def write(workdir: Path, provenance: dict[str, str], *, rounds: int) -> None:
