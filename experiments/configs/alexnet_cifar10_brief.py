@@ -15,8 +15,6 @@ from experiments.configs import alexnet_cifar10
 def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = alexnet_cifar10.get_config()
-    config.regime = 'joint'
-    config.epochs_start = 0
     config.epochs_baseline = 4
     config.epochs = 4
     config.crop_padding = 0
