@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jax.extend import core as jax_core
 
-from branchy_jax.types import Array
+from branchy_jax.types import Array, input_specs
 
 
 @struct.dataclass
@@ -73,7 +73,7 @@ def mac_limit(costs: StageCosts, exit_fractions: Array) -> float:
     return costs.trunk / expected_cost(costs, exit_fractions)
 
 
-def count_macs(model: Any, image_shape: tuple[int, ...]) -> StageCosts:
+def count_macs(model: Any, image_shape: Any) -> StageCosts:
     """Counts the multiply-accumulates that one image needs in each stage and head of a `BranchyNet`.
 
     Matrix products and convolutions count, zero padding included; pooling, normalisation and activations, which
@@ -81,7 +81,7 @@ def count_macs(model: Any, image_shape: tuple[int, ...]) -> StageCosts:
 
     Args:
         model: anything with ``init``, ``apply``, ``run_stage``, ``run_exit`` and ``num_exits``.
-        image_shape: ``(H, W, C)``.
+        image_shape: ``(H, W, C)`` of a float image; of other inputs a `jax.ShapeDtypeStruct` for each array, without B.
 
     Returns:
         `StageCosts` in MACs.
@@ -91,7 +91,7 @@ def count_macs(model: Any, image_shape: tuple[int, ...]) -> StageCosts:
         >>> bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1)).stages
         array([ 112500, 1026730])
     """
-    hidden = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    hidden = input_specs(image_shape, 1)
     variables = jax.eval_shape(model.init, jax.random.key(0), hidden)
     stages, exits = [], []
     for n in range(model.num_exits):

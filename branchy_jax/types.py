@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from flax import core, struct
 
 if TYPE_CHECKING:
     from branchy_jax.criteria import Criterion
@@ -141,6 +141,80 @@ class OperatingPoint(ByValue):
     def thresholds(self) -> Array:
         """``[N - 1]`` of the policy."""
         return self.policy.thresholds
+
+
+def num_rows(tree: Any) -> int:
+    """Returns B: with how many rows the leaves of a pytree lead.
+
+    Raises:
+        ValueError: no leaves, a scalar among them, or leaves that differ.
+
+    Example:
+        >>> num_rows({'tokens': jnp.ones((2, 5)), 'mask': jnp.ones(2)})
+        2
+    """
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(f'images: expected arrays that all lead with B, got shapes {shapes}')
+    return shapes[0][0]
+
+
+def input_specs(image_shape: Any, size: int) -> Any:
+    """Returns shapes and types of a batch of inputs.
+
+    Args:
+        image_shape: ``(H, W, C)`` of float32 images, or a `jax.ShapeDtypeStruct` for each array of one input.
+        size: B.
+
+    Example:
+        >>> input_specs((28, 28, 1), 2)
+        ShapeDtypeStruct(shape=(2, 28, 28, 1), dtype=float32)
+    """
+    if _is_shape(image_shape):
+        return jax.ShapeDtypeStruct((size, *image_shape), jnp.float32)
+    as_given = core.unfreeze(image_shape) if isinstance(image_shape, core.FrozenDict) else image_shape
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype), as_given)
+
+
+def _is_shape(image_shape: Any) -> bool:
+    return isinstance(image_shape, (tuple, list)) and all(isinstance(size, (int, np.integer)) for size in image_shape)
+
+
+def check_inputs(inputs: Any, image_shape: Any) -> None:
+    """Refuses inputs that a network was not built for, at trace time.
+
+    Args:
+        inputs: an array ``[B, …]`` or a pytree of them.
+        image_shape: as for `input_specs`.
+
+    Raises:
+        ValueError: another structure, rank, size or kind of dtype; the message says what arrived and what to do.
+    """
+    expected, structure = jax.tree.flatten_with_path(input_specs(image_shape, 1))
+    found, found_structure = jax.tree.flatten_with_path(inputs)
+    if found_structure != structure:
+        raise ValueError(f'images: expected a pytree {structure}, got {found_structure}')
+    for (path, spec), (_, value) in zip(expected, found, strict=True):
+        _check_input(f'images{jax.tree_util.keystr(path)}', value, spec)
+    num_rows(inputs)
+
+
+def _check_input(name: str, value: Any, spec: jax.ShapeDtypeStruct) -> None:
+    floating, shape = jnp.issubdtype(spec.dtype, jnp.floating), spec.shape[1:]
+    expected = f'[{", ".join(("B", *map(str, shape)))}]'
+    if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
+        raise ValueError(f'{name}: expected an array {expected} of {spec.dtype}, got {type(value).__name__}')
+    if len(value.shape) != len(shape) + 1:
+        raise ValueError(
+            f'{name}: expected {expected}, got shape {tuple(value.shape)}; '
+            'add or drop axes, a single image needs a leading batch axis of 1'
+        )
+    if tuple(value.shape[1:]) != tuple(shape):
+        raise ValueError(f'{name}: expected {expected}, got shape {tuple(value.shape)}; resize or pad them')
+    if floating and not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f'{name}: expected a float dtype, got {value.dtype}; normalise them first')
+    if not floating and value.dtype != spec.dtype:
+        raise ValueError(f'{name}: expected {spec.dtype}, got {value.dtype}; convert them')
 
 
 def check_labels(labels: Array, num_classes: int) -> None:

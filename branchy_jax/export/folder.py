@@ -21,7 +21,7 @@ from branchy_jax.criteria import as_policy
 from branchy_jax.export.programs import PLATFORMS, Program, batch_program, part_programs, rewrite, staged_program
 from branchy_jax.inference.steps import check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Normalization, Variables
+from branchy_jax.types import Normalization, Variables, input_specs
 
 FORMAT = 1
 """Of the folder. A reader refuses what is newer than itself."""
@@ -102,7 +102,7 @@ def save(
             'format': FORMAT,
             'versions': _versions(),
             'platforms': list(platforms),
-            'input': {'shape': list(model.image_shape), 'dtype': 'float32', **_normalization(normalization)},
+            'input': {**_input(model.image_shape), **_normalization(normalization)},
             'criterion': criterion.name,
             'exits': names,
             # JSON has no infinity: thresholds that always or never let leave become text.
@@ -181,6 +181,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # run from its source folder
         return 'unknown'
+
+
+def _input(image_shape: Any) -> dict[str, Any]:
+    specs = jax.tree.leaves_with_path(input_specs(image_shape, 1))
+    found = [{'shape': list(spec.shape[1:]), 'dtype': str(spec.dtype)} for _, spec in specs]
+    if len(found) == 1:
+        return found[0]
+    return {'arrays': [{'name': jax.tree_util.keystr(p), **f} for (p, _), f in zip(specs, found, strict=True)]}
 
 
 def _normalization(normalization: Normalization | None) -> dict[str, Any]:

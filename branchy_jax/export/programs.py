@@ -21,7 +21,7 @@ from branchy_jax.inference.rewriting.optimize import default_forms, optimize
 from branchy_jax.inference.staged import staged
 from branchy_jax.inference.steps import Executor
 from branchy_jax.models.branchy import BranchyNet, run_segment
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, input_specs
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 """What programs are lowered for, all in one module."""
@@ -98,11 +98,12 @@ def rewrite(model: BranchyNet, variables: Variables, platforms: Sequence[str]) -
 def staged_program(network: Rewritten, criterion: Criterion) -> Program:
     """One image, conditionals inside: what `branchy_jax.inference.staged` runs."""
     model = network.portable[0]
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), input_specs(model.image_shape, 1))
     return Program(
         name='staged',
         function=_whole(network, criterion, staged),
         weights=network.weights,
-        inputs={'image': _floats(model.image_shape), 'thresholds': _floats((model.num_exits - 1,))},
+        inputs={**_named('image', one), 'thresholds': _floats((model.num_exits - 1,))},
         outputs=_ANSWER,
         details={'conditionals': model.num_exits - 1},
     )
@@ -116,7 +117,10 @@ def batch_program(network: Rewritten, criterion: Criterion, batch_size: int, chu
         name='batch',
         function=_whole(network, criterion, build),
         weights=network.weights,
-        inputs={'images': _floats((batch_size, *model.image_shape)), 'thresholds': _floats((model.num_exits - 1,))},
+        inputs={
+            **_named('images', input_specs(model.image_shape, batch_size)),
+            'thresholds': _floats((model.num_exits - 1,)),
+        },
         outputs=_ANSWER,
         details={'batch_size': batch_size, 'chunk_sizes': list(chunk_sizes)},
     )
@@ -130,7 +134,7 @@ def part_programs(network: Rewritten, criterion: Criterion) -> tuple[list[Progra
     """
     model, variables = network.portable
     (count,) = jax.export.symbolic_shape('batch')
-    hidden, carry = _floats((count, *model.image_shape)), ()
+    hidden, carry = input_specs(model.image_shape, count), ()
     programs, cuts = [], [{'after': 'input', 'bytes_per_image': _bytes_per_image(hidden)}]
     for n in range(model.num_exits):
         run, head = functools.partial(run_segment, model, 'stage', n), functools.partial(_run_exit, model, criterion, n)
@@ -164,8 +168,10 @@ def _whole(
     network: Rewritten, criterion: Criterion, build: Callable[[BranchyNet], Executor]
 ) -> Callable[..., tuple[Array, ...]]:
     """Returns the program of an executor, in the form that suits the platform it will be compiled for."""
+    structure = jax.tree.structure(input_specs(network.portable[0].image_shape, 1))
 
-    def run(form: tuple[BranchyNet, Variables], images: Array, thresholds: Array) -> tuple[Array, ...]:
+    def run(form: tuple[BranchyNet, Variables], *inputs: Array) -> tuple[Array, ...]:
+        images, thresholds = jax.tree.unflatten(structure, inputs[:-1]), inputs[-1]
         answer: ExitPrediction = build(form[0])(form[1], images, ExitPolicy(criterion, thresholds))
         return tuple(getattr(answer, name) for name in _ANSWER)
 

@@ -25,7 +25,7 @@ from branchy_jax.inference.steps import (
     guarded,
 )
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
 
 def compacted(
@@ -107,10 +107,11 @@ def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]
                 'compacted: the host drives this one, so it cannot run under jit, vmap or grad; call it outside, or '
                 'build it with on_host=False'
             )
-        sizes = [min(size, len(images)) for size in chunk_sizes]
+        count = num_rows(images)
+        sizes = [min(size, count) for size in chunk_sizes]
         pipeline = Pipeline(steps, variables, policy, sizes, workers=workers, submit=submit)
-        pipeline.add(np.arange(len(images)), np.asarray(images))
-        return _in_order(len(images), pipeline.run(flush=True))
+        pipeline.add(np.arange(count), jax.tree.map(np.asarray, images))
+        return _in_order(count, pipeline.run(flush=True))
 
     return run
 
@@ -153,7 +154,7 @@ def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> E
     """
 
     def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
-        batch_size = len(images)
+        batch_size = num_rows(images)
         everyone = jnp.arange(batch_size)
         queue = Queue(hidden=images, carry=(), rows=everyone, ids=everyone, count=batch_size)
         results = None

@@ -20,7 +20,7 @@ from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.sharding import replicate, replicated, shard
 from branchy_jax.thresholds import ExitTable, accuracy_statistics, mean_of_statistic
 from branchy_jax.thresholds.statistics import Metric, Statistics
-from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variables, num_rows
 
 
 def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
@@ -169,11 +169,14 @@ def exit_table(
         >>> table.statistics.shape, table.screen().for_accuracy(0.0).policy.criterion.name
         ((2, 5, 1), 'entropy')
     """
-    if len(data.image) != len(data.label):
-        raise ValueError(f'data: got {len(data.image)} images and {len(data.label)} labels; give one label per image')
+    if num_rows(data.image) != len(data.label):
+        raise ValueError(
+            f'data: got {num_rows(data.image)} images and {len(data.label)} labels; give one label per image'
+        )
     if costs is None:
-        spec = jax.eval_shape(_as_pytree(prepare), jax.ShapeDtypeStruct((1, *data.image.shape[1:]), data.image.dtype))
-        costs = count_macs(model, spec.shape[1:])
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), data.image)
+        fed = jax.eval_shape(_as_pytree(prepare), one)
+        costs = count_macs(model, jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype), fed))
     run = functools.partial(_statistics(model, mesh, statistics), criterion=criterion, prepare=_as_pytree(prepare))
     found, uncertainty = _in_batches(run, variables, data, batch_size, mesh)
     return ExitTable(
@@ -229,7 +232,7 @@ def _in_batches(
     run: Callable[[Variables, Any], Any], variables: Variables, data: Any, batch_size: int, mesh: Mesh | None
 ) -> Any:
     """Runs over rows of ``data`` in batches of one size; what comes back has the rows on axis 1."""
-    count = len(jax.tree.leaves(data)[0])
+    count = num_rows(data)
     if count == 0:
         raise ValueError('images: got none; at least one is needed')
     if batch_size < 1:

@@ -117,19 +117,25 @@ def on_mesh(run: Executor, mesh: Mesh) -> Executor:
     """
 
     def execute(variables: Variables, images: Array, policy: Any) -> Any:
-        return at_rows(run(variables, spread(images, mesh), policy), slice(len(images)))
+        return at_rows(run(variables, spread(images, mesh), policy), slice(num_rows(images)))
 
     return execute
 
 
 def spread(images: Array, mesh: Mesh) -> Array:
     """Lays rows over the devices, the last one repeated until they share evenly."""
-    missing = -len(images) % mesh.size
-    if isinstance(images, jax.core.Tracer):
-        return jnp.concatenate([images, jnp.repeat(images[-1:], missing, axis=0)]) if missing else images
-    if missing:
-        images = np.concatenate([images, np.repeat(np.asarray(images[-1:]), missing, axis=0)])
-    return shard(mesh, images)
+    missing = -num_rows(images) % mesh.size
+
+    def filled(values: Array) -> Array:
+        if not missing:
+            return values
+        if isinstance(values, jax.core.Tracer):
+            return jnp.concatenate([values, jnp.repeat(values[-1:], missing, axis=0)])
+        return np.concatenate([values, np.repeat(np.asarray(values[-1:]), missing, axis=0)])
+
+    images = jax.tree.map(filled, images)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(images))
+    return images if traced else shard(mesh, images)
 
 
 @compiled_once
@@ -139,7 +145,8 @@ def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes:
     def on_each_device(
         variables: Variables, images: Array, policy: ExitPolicy, count: Array
     ) -> tuple[ExitPrediction, Balance]:
-        rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
+        share = num_rows(images)
+        rows = lax.axis_index(AXIS) * share + jnp.arange(share)
         return _answer(steps, chunk_sizes, variables, images, (), rows < count, policy)
 
     everywhere, by_row, by_device = PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(None, AXIS)
@@ -154,8 +161,9 @@ def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes:
     )
 
     def run(variables: Variables, images: Array, policy: ExitPolicy) -> tuple[ExitPrediction, Balance]:
-        prediction, balance = spmd(variables, spread(images, mesh), policy, np.int32(len(images)))
-        return at_rows(prediction, slice(len(images))), balance
+        count = num_rows(images)
+        prediction, balance = spmd(variables, spread(images, mesh), policy, np.int32(count))
+        return at_rows(prediction, slice(count)), balance
 
     return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), run, policy_checker(model.num_exits))
 

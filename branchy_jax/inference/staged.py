@@ -22,7 +22,7 @@ from branchy_jax.inference.steps import (
 )
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.compose import Hidden
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, check_inputs, input_specs, num_rows
 
 COMMAND_BUFFERS = {
     'xla_gpu_enable_command_buffer': (
@@ -76,13 +76,10 @@ def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[t
     def of_structure(structure: Any) -> Executor:
         @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
         def run(variables: Variables, image: Array, *leaves: Array) -> ExitPrediction:
-            if model.image_shape is not None and image.ndim != len(model.image_shape):
-                raise ValueError(
-                    f'image: expected one image [{", ".join(map(str, model.image_shape))}], got shape '
-                    f'{tuple(image.shape)}; for batches there are compacted, sequential and dense'
-                )
-            policy = jax.tree.unflatten(structure, leaves)
-            return at_rows(_answer(steps, variables, image[None], (), policy), 0)
+            policy, alone = jax.tree.unflatten(structure, leaves), jax.tree.map(lambda leaf: leaf[None], image)
+            if model.image_shape is not None:
+                _check_image(image, alone, model.image_shape)
+            return at_rows(_answer(steps, variables, alone, (), policy), 0)
 
         return run
 
@@ -135,11 +132,27 @@ def _sequential(model: BranchyNet, asked: tuple[int, ...], compiler_options: tup
 
     @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
     def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
-        if len(images) == 1:
+        if num_rows(images) == 1:
             return _answer(steps, variables, images, (), policy)
-        return lax.map(lambda image: at_rows(_answer(steps, variables, image[None], (), policy), 0), images)
+
+        def answer(image: Array) -> ExitPrediction:
+            return at_rows(_answer(steps, variables, jax.tree.map(lambda leaf: leaf[None], image), (), policy), 0)
+
+        return lax.map(answer, images)
 
     return guarded(run, model)
+
+
+def _check_image(image: Any, alone: Any, image_shape: Any) -> None:
+    """Refuses what is not one input; ``alone`` is the same with a batch axis of 1."""
+    expected = [list(spec.shape[1:]) for spec in jax.tree.leaves(input_specs(image_shape, 1))]
+    found = [tuple(leaf.shape) for leaf in jax.tree.leaves(image)]
+    if [len(shape) for shape in found] != [len(shape) for shape in expected]:
+        raise ValueError(
+            f'image: expected one image {", ".join(map(str, expected))}, got shape {", ".join(map(str, found))}; for '
+            'batches there are compacted, sequential and dense'
+        )
+    check_inputs(alone, image_shape)
 
 
 def _answer(

@@ -13,9 +13,9 @@ from flax import struct
 
 from branchy_jax.criteria import as_policy, is_confident
 from branchy_jax.criteria.criterion import Carry
-from branchy_jax.models.branchy import BranchyNet, check_exits, check_images, run_segment
+from branchy_jax.models.branchy import BranchyNet, check_exits, run_segment
 from branchy_jax.models.compose import Hidden
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, check_inputs, num_rows
 
 Executor = Callable[[Variables, Array, Any], ExitPrediction]
 """``(variables, images, policy) → ExitPrediction``; see `branchy_jax.criteria.as_policy` for what goes as a policy."""
@@ -79,9 +79,9 @@ def guarded(run: Executor, model: BranchyNet, *, traceable: Executor | None = No
     def execute(variables: Variables, images: Array, policy: Any) -> ExitPrediction:
         policy = check(policy)
         if image_shape is not None:
-            check_images(images, image_shape)
-        if images.shape[0] == 0:  # for no images many layers have no shape
-            one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+            check_inputs(images, image_shape)
+        if num_rows(images) == 0:  # for no images many layers have no shape
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), images)
             answer = jax.eval_shape(traceable or run, variables, one, policy)
             return jax.tree.map(lambda spec: jnp.zeros((0, *spec.shape[1:]), spec.dtype), answer)
         return run(variables, images, policy)

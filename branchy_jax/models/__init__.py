@@ -2,6 +2,7 @@
 
 from branchy_jax.models import layers as layers
 from branchy_jax.models.alexnet import b_alexnet as b_alexnet
+from branchy_jax.models.attached.attach import attach as attach
 from branchy_jax.models.banded import banded_convolution as banded_convolution
 from branchy_jax.models.branchy import select_exits as select_exits
 from branchy_jax.models.branchy import without_branches as without_branches
@@ -21,7 +22,7 @@ from branchy_jax.models.unet import b_unet as b_unet
 from branchy_jax.models.vit import b_vit as b_vit
 
 __all__ = [
-    'Branch', 'Functional', 'Pretrained', 'Route', 'b_alexnet', 'b_lenet', 'b_resnet', 'b_unet', 'b_vit',
+    'Branch', 'Functional', 'Pretrained', 'Route', 'attach', 'b_alexnet', 'b_lenet', 'b_resnet', 'b_unet', 'b_vit',
     'banded_convolution', 'create', 'from_nnx', 'layers', 'load_pretrained', 'names', 'pretrained_names',
     'select_exits', 'tree', 'without_branches',
 ]  # fmt: skip

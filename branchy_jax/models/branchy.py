@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from branchy_jax.models.compose import Hidden, Layers, apply_named, is_routed, keep_what_is_read, module_names
-from branchy_jax.types import Array, Variables
+from branchy_jax.models.compose import (
+    Hidden,
+    Layers,
+    apply_named,
+    as_logits,
+    is_routed,
+    keep_what_is_read,
+    module_names,
+)
+from branchy_jax.types import Array, Variables, check_inputs
 
 
 class BranchyNet(nn.Module):
@@ -26,7 +33,8 @@ class BranchyNet(nn.Module):
     Attributes:
         stages: N stages of the trunk.
         exits: N heads, one after each stage; the last is the trunk's own.
-        image_shape: ``(H, W, C)`` if images of another shape or of an integer dtype are to be refused.
+        image_shape: ``(H, W, C)`` if images of another shape or of an integer dtype are to be refused; of other inputs
+            than float images a `jax.ShapeDtypeStruct` for each array, without B.
 
     Raises:
         ValueError: on construction, if there is not one exit per stage.
@@ -47,7 +55,7 @@ class BranchyNet(nn.Module):
 
     stages: tuple[Layers, ...]
     exits: tuple[Layers, ...]
-    image_shape: tuple[int, ...] | None = None
+    image_shape: Any = None
 
     preserve_adopted_names = True
 
@@ -89,15 +97,12 @@ class BranchyNet(nn.Module):
     def run_stage(self, hidden: Hidden, n: int, *, train: bool = False) -> Hidden:
         """Applies stage ``n`` to what stage ``n - 1`` returned, or to the images."""
         if n == 0 and self.image_shape is not None:
-            check_images(hidden, self.image_shape)
+            check_inputs(hidden, self.image_shape)
         return apply_named(f'stages[{n}]', self.stages[n], hidden, train=train)
 
     def run_exit(self, hidden: Hidden, n: int, *, train: bool = False) -> Array:
         """Applies head ``n`` to what stage ``n`` returned. Returns logits ``[B, …, K]`` in float32."""
-        logits = apply_named(f'exits[{n}]', self.exits[n], hidden, train=train)
-        if not (hasattr(logits, 'dtype') and jnp.issubdtype(logits.dtype, jnp.floating) and logits.ndim > 1):
-            raise ValueError(f'exits[{n}]: a head returns logits [B, …, K] of a float dtype; got {_describe(logits)}')
-        return logits.astype(jnp.float32)
+        return as_logits(f'exits[{n}]', apply_named(f'exits[{n}]', self.exits[n], hidden, train=train))
 
 
 def run_segment(model: BranchyNet, kind: str, n: int, variables: Variables, hidden: Hidden) -> Any:
@@ -133,6 +138,8 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
         2
     """
     indices = check_exits('indices', indices, model.num_exits)
+    if not isinstance(model, BranchyNet):
+        return model.select(indices)
     starts = [0, *(index + 1 for index in indices[:-1])]
     stages = tuple(tuple(model.stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))
     exits = tuple(model.exits[index] for index in indices)
@@ -179,6 +186,8 @@ def side_head_names(model: BranchyNet) -> frozenset[str]:
         >>> sorted(side_head_names(model))
         ['early']
     """
+    if not isinstance(model, BranchyNet):
+        return model.side_head_names()
     stages = without_branches(model).stages if is_routed((model.stages, model.exits)) else model.stages
     trunk = module_names(stages, 'stages') | module_names(model.exits[-1], f'exits_{model.num_exits - 1}')
     return frozenset((module_names(model.stages, 'stages') | module_names(model.exits[:-1], 'exits')) - trunk)
@@ -219,27 +228,3 @@ def choose_heads(own: Sequence[Layers], given: Sequence[Layers | None] | None) -
             'give one per side branch (None keeps the default), the last exit not counted'
         )
     return tuple(ours if theirs is None else theirs for ours, theirs in zip(own, given, strict=True))
-
-
-def check_images(images: Array, image_shape: tuple[int, ...]) -> None:
-    """Refuses images that the network was not built for, at trace time.
-
-    Raises:
-        ValueError: wrong rank, size or dtype; the message says what arrived and what to do.
-    """
-    expected = f'[B, {", ".join(map(str, image_shape))}]'
-    if not hasattr(images, 'shape') or not hasattr(images, 'dtype'):
-        raise ValueError(f'images: expected a float array {expected}, got {type(images).__name__}')
-    if images.ndim != len(image_shape) + 1:
-        raise ValueError(
-            f'images: expected {expected}, got shape {tuple(images.shape)}; '
-            'add or drop axes, a single image needs a leading batch axis of 1'
-        )
-    if tuple(images.shape[1:]) != tuple(image_shape):
-        raise ValueError(f'images: expected {expected}, got shape {tuple(images.shape)}; resize or pad them')
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f'images: expected a float dtype, got {images.dtype}; normalise them first')
-
-
-def _describe(value: Any) -> str:
-    return f'{value.dtype} {value.shape}' if hasattr(value, 'dtype') else type(value).__name__

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import errors, struct
+import jax.numpy as jnp
+from flax import errors, nnx, struct
 
 from branchy_jax.types import Array
 
@@ -64,9 +65,95 @@ def apply_layers(layers: Layers, hidden: Hidden, *, train: bool) -> Hidden:
         return hidden
     if isinstance(layers, Route):
         return _follow(layers, hidden, train=train)
-    flags = {'train': train, 'deterministic': not train, 'use_running_average': not train}
-    accepted = _arguments(type(layers).__call__ if isinstance(layers, nn.Module) else layers)
-    return layers(hidden, **{name: value for name, value in flags.items() if name in accepted})
+    if isinstance(layers, nn.Sequential):  # tells none of its layers whether they train
+        return apply_layers(tuple(layers.layers), hidden, train=train)
+    flags, named = call_arguments(layers, 1, train=train)
+    held = _held_flags(layers, train=train)
+    if held:
+        layers = layers.clone(parent=layers.scope, **held)
+    return layers(hidden, *flags, **named)
+
+
+def mode_flags(*, train: bool) -> dict[str, bool]:
+    """Returns what networks call the flag that tells them whether they train, and its value."""
+    trains = dict.fromkeys(('train', 'training', 'is_train', 'is_training'), train)
+    return {**trains, **dict.fromkeys(('deterministic', 'inference', 'use_running_average'), not train)}
+
+
+def call_arguments(layer: Layer, inputs: int | None, *, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+    """Returns what a call says after its inputs, so that a layer trains or does not.
+
+    Flags are those that the signature names and the layer does not hold as an attribute; where it takes any keyword
+    and names none, ``train``. A flag right behind the inputs goes by its place: `flax.linen.remat` and `flax.linen.jit`
+    can take arguments as static by place alone.
+
+    Args:
+        layer: a module or a function.
+        inputs: how many arguments come before; ``None`` if they go by name.
+        train: whether this is training.
+    """
+    function = type(layer).__call__ if isinstance(layer, (nn.Module, nnx.Module)) else layer
+    parameters = parameters_of(function)
+    flags = {
+        name: value
+        for name, value in mode_flags(train=train).items()
+        if name in parameters and not isinstance(getattr(layer, name, None), bool)
+    }
+    if not flags and not _held_flags(layer, train=train):
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return (), {'train': train} if anything else {}
+    places = [name for name in parameters if name != 'self']
+    following = places[inputs] if inputs is not None and inputs < len(places) else ''
+    if following in flags and parameters[following].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return (flags.pop(following),), flags
+    return (), flags
+
+
+def in_mode(module: nn.Module, *, train: bool) -> nn.Module:
+    """Returns an unbound module whose flags held as attributes, its own and its parts', say whether it trains."""
+
+    def inside(value: Any, *, unset: bool = False) -> Any:
+        if isinstance(value, nn.Module):
+            parts = {
+                field.name: inside(part, unset=unset or isinstance(value, nn.Sequential))
+                for field in dataclasses.fields(value)
+                if field.init and field.name not in ('parent', 'name')
+                and _holds_modules(part := getattr(value, field.name))
+            }  # fmt: skip
+            changed = {**_held_flags(value, train=train, unset=unset), **parts}
+            return value.clone(**changed) if changed else value
+        return tuple(inside(part, unset=unset) for part in value)
+
+    return inside(module)
+
+
+def _holds_modules(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_holds_modules(part) for part in value)
+    return isinstance(value, nn.Module)
+
+
+def _held_flags(layer: Layer, *, train: bool, unset: bool = False) -> dict[str, bool]:
+    """Returns the flags that a module holds as attributes, with the values that they are to have.
+
+    A BatchNorm or dropout that was built for evaluation is frozen for good: it stays so.
+
+    Args:
+        layer: maybe a module.
+        train: whether this is training.
+        unset: those too that are ``None``, because no call will say.
+    """
+    if not isinstance(layer, nn.Module):
+        return {}
+    fields, kinds = {field.name for field in dataclasses.fields(layer)}, (bool, type(None)) if unset else bool
+    held = {
+        name: value
+        for name, value in mode_flags(train=train).items()
+        if name in fields and isinstance(getattr(layer, name), kinds)
+    }
+    if isinstance(layer, (nn.BatchNorm, nn.Dropout)):
+        return {name: value for name, value in held.items() if getattr(layer, name) is not True}
+    return held
 
 
 def _follow(route: Route, hidden: Hidden, *, train: bool) -> Hidden:
@@ -101,6 +188,18 @@ def apply_named(place: str, layers: Layers, hidden: Hidden, *, train: bool) -> H
             raise
         shapes = jax.tree.map(lambda value: tuple(getattr(value, 'shape', ())), hidden)
         raise ValueError(f'{place}: cannot take a hidden value of shape {shapes}: {error}') from error
+
+
+def as_logits(place: str, value: Any) -> Array:
+    """Returns what a head made as float32, if it is logits ``[B, …, K]``.
+
+    Raises:
+        ValueError: it is something else; the message names the place.
+    """
+    if not (hasattr(value, 'dtype') and jnp.issubdtype(value.dtype, jnp.floating) and value.ndim > 1):
+        found = f'{value.dtype} {value.shape}' if hasattr(value, 'dtype') else type(value).__name__
+        raise ValueError(f'{place}: a head returns logits [B, …, K] of a float dtype; got {found}')
+    return value.astype(jnp.float32)
 
 
 class Functional(nn.Module):
@@ -182,9 +281,9 @@ def module_names(layers: Layers, place: str) -> set[str]:
     return {layers.name or place} if isinstance(layers, nn.Module) else set()
 
 
-@functools.cache
-def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a function by name; none for builtins and ufuncs, which tell nothing of themselves."""
     try:
-        return frozenset(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # builtins and some ufuncs tell nothing: they take the hidden value alone
-        return frozenset()
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}

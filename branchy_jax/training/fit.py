@@ -19,7 +19,7 @@ from branchy_jax import checkpoint, sharding
 from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
 from branchy_jax.training.step import Metrics, take_step
-from branchy_jax.types import Array, Batch, Variables, check_labels
+from branchy_jax.types import Array, Batch, Variables, check_labels, num_rows
 
 Prepare = Callable[[Array, Batch], Batch]
 """``(key, batch as stored) → batch as fed to the network``: normalisation and augmentation, traced inside jit."""
@@ -193,8 +193,10 @@ def fit(
 
 
 def _check_settings(data: Batch | Stream, batch_size: int, save_every: int | None, mesh: Mesh | None) -> None:
-    if isinstance(data, Batch) and len(data.image) != len(data.label):
-        raise ValueError(f'data: got {len(data.image)} images and {len(data.label)} labels; give one label per image')
+    if isinstance(data, Batch) and num_rows(data.image) != len(data.label):
+        raise ValueError(
+            f'data: got {num_rows(data.image)} images and {len(data.label)} labels; give one label per image'
+        )
     if not 1 <= batch_size <= len(data):
         raise ValueError(f'batch_size: got {batch_size}, but there are only {len(data)} training examples')
     if mesh is not None:

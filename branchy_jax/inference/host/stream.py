@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from branchy_jax.criteria import as_policy
 from branchy_jax.inference.compacted import jitted_steps
 from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
 from branchy_jax.inference.steps import asked_exits, check_chunk_sizes
-from branchy_jax.models.branchy import BranchyNet, check_images
-from branchy_jax.types import Array, Variables
+from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.types import Array, Variables, check_inputs, num_rows
 
 Arrival = Array | tuple[Array, Array]
 """``images [B, H, W, C]``, or ``(ids [B], images)``."""
@@ -85,7 +86,7 @@ def stream(
 
 
 def _answers(
-    pipeline: Pipeline, supply: Iterable[Arrival], image_shape: tuple[int, ...] | None, deadline: float, ahead: int
+    pipeline: Pipeline, supply: Iterable[Arrival], image_shape: Any, deadline: float, ahead: int
 ) -> Iterator[Answers]:
     reader, failure = _Reader(supply, _Door(image_shape), ahead), None
     try:
@@ -106,28 +107,29 @@ def _answers(
 class _Door:
     """Checks what the supply yields, and makes copies: a supply may fill the same buffer again."""
 
-    def __init__(self, image_shape: tuple[int, ...] | None) -> None:
+    def __init__(self, image_shape: Any) -> None:
         self._image_shape, self._seen, self._first = image_shape, 0, None
 
     def __call__(self, arrival: Arrival) -> tuple[np.ndarray, np.ndarray]:
         given = isinstance(arrival, tuple)
         if given and len(arrival) != 2:
             raise ValueError(f'supply: got a tuple of {len(arrival)}; yield images, or (ids, images)')
-        images = np.array(arrival[1] if given else arrival)
+        images = jax.tree.map(np.array, arrival[1] if given else arrival)
         if self._image_shape is not None:
-            check_images(images, self._image_shape)
-        if images.ndim < 2:
+            check_inputs(images, self._image_shape)
+        count = num_rows(images)
+        if isinstance(images, np.ndarray) and images.ndim < 2:
             raise ValueError(f'images: expected a batch [B, …], got shape {images.shape}')
-        self._first = (images.shape[1:], images.dtype) if self._first is None else self._first
-        if (images.shape[1:], images.dtype) != self._first:
+        kind = jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), images)
+        self._first = kind if self._first is None else self._first
+        if kind != self._first:
             raise ValueError(
-                f'images: all batches of a stream are alike; the first had images {self._first[0]} {self._first[1]}, '
-                f'this one {images.shape[1:]} {images.dtype}'
+                f'images: all batches of a stream are alike; the first had images {self._first}, this one {kind}'
             )
-        ids = np.array(arrival[0]) if given else np.arange(self._seen, self._seen + len(images))
-        if ids.shape != (len(images),):
-            raise ValueError(f'ids: got shape {ids.shape} for {len(images)} images; give one id per image')
-        self._seen += len(images)
+        ids = np.array(arrival[0]) if given else np.arange(self._seen, self._seen + count)
+        if ids.shape != (count,):
+            raise ValueError(f'ids: got shape {ids.shape} for {count} images; give one id per image')
+        self._seen += count
         return ids, images
 
 

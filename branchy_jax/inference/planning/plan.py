@@ -18,10 +18,10 @@ from branchy_jax.inference.planning.candidates import Candidate, build_candidate
 from branchy_jax.inference.planning.forecast import forecast
 from branchy_jax.inference.planning.segment_times import SegmentTimes, segment_times
 from branchy_jax.inference.rewriting.optimize import optimize
-from branchy_jax.inference.steps import Executor
+from branchy_jax.inference.steps import Executor, at_rows
 from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
 _MOST_IMAGES_IN_A_RACE = 128
 _HEAT_PASSES = 3
@@ -132,11 +132,12 @@ def plan(
     """
     policy = as_policy(policy, model.num_exits)
     criterion, thresholds = policy.criterion, np.asarray(policy.thresholds)
-    batch_size = len(images) if batch_size is None else batch_size
-    _check(model, len(images), batch_size, times, passes)
+    images, count = jax.tree.map(np.asarray, images), num_rows(images)
+    batch_size = count if batch_size is None else batch_size
+    _check(model, count, batch_size, times, passes)
     share = batch_size if mesh is None else -(-batch_size // mesh.size)  # of one device, survivors being dealt evenly
     fast = (model, variables) if model.image_shape is None else optimize(model, variables)
-    outputs = exit_outputs(*fast, images, criterion=criterion, batch_size=min(len(images), 256))
+    outputs = exit_outputs(*fast, images, criterion=criterion, batch_size=min(count, 256))
     confident = is_confident(outputs.uncertainty[:-1], thresholds[:, None])
     remembered = criterion.init(jnp.asarray(outputs.logits[0, :1]))
     skip = skip_heads and not jax.tree.leaves(remembered)
@@ -146,7 +147,7 @@ def plan(
     best, *others = forecast(times, confident, share, may_skip=skip)
     forecasts = [best, *(other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms)]
     candidates = build_candidates((model, variables), fast, forecasts, batch_size, skip=skip, mesh=mesh)
-    raced = _race(candidates, _batches(np.asarray(images), confident, batch_size), policy, passes)
+    raced = _race(candidates, _batches(images, confident, batch_size), policy, passes)
     chosen = _choice(raced, model.num_exits)
     applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf)
     in_order = sorted(raced, key=lambda candidate: candidate.slowdown.median)
@@ -172,15 +173,19 @@ def _check(model: BranchyNet, count: int, batch_size: int, times: SegmentTimes |
         raise ValueError(f'times: are of a network with {times.stages.shape[1]} exits, this one has {model.num_exits}')
 
 
-def _batches(images: np.ndarray, confident: np.ndarray, batch_size: int) -> list[Array]:
+def _batches(images: Any, confident: np.ndarray, batch_size: int) -> list[Array]:
     """Returns a few batches in which images leave at the exits in the shares of all images."""
-    if batch_size == len(images):
-        return [jnp.asarray(images)]
-    leaves = np.argmax(np.vstack([confident, np.ones(len(images), bool)]), axis=0)
-    count = min(len(images), max(_MOST_IMAGES_IN_A_RACE, batch_size)) // batch_size
-    spread = np.linspace(0, len(images) - 1, count * batch_size).round().astype(int)
+    total = num_rows(images)
+    if batch_size == total:
+        return [jax.tree.map(jnp.asarray, images)]
+    leaves = np.argmax(np.vstack([confident, np.ones(total, bool)]), axis=0)
+    count = min(total, max(_MOST_IMAGES_IN_A_RACE, batch_size)) // batch_size
+    spread = np.linspace(0, total - 1, count * batch_size).round().astype(int)
     rows = np.random.default_rng(0).permutation(np.argsort(leaves, kind='stable')[spread])
-    return [jax.block_until_ready(jnp.asarray(images[part])) for part in rows.reshape(count, batch_size)]
+    return [
+        jax.block_until_ready(jax.tree.map(jnp.asarray, at_rows(images, part)))
+        for part in rows.reshape(count, batch_size)
+    ]
 
 
 def _race(

@@ -17,7 +17,7 @@ from branchy_jax.inference.steps import compiled_once
 from branchy_jax.measure import interleaved_passes
 from branchy_jax.models.branchy import BranchyNet, run_segment
 from branchy_jax.models.compose import Hidden
-from branchy_jax.types import Array, Variables
+from branchy_jax.types import Array, Variables, num_rows
 
 
 @struct.dataclass
@@ -74,7 +74,8 @@ def segment_functions(
     Returns:
         ``('stage' or 'exit', n, batch_size)`` to a function of no arguments.
     """
-    hidden, functions = jax.numpy.asarray(np.resize(np.asarray(images), (batch_size, *images.shape[1:]))), {}
+    rows, functions = np.arange(batch_size) % num_rows(images), {}
+    hidden = jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)[rows]), images)
     for n in range(model.num_exits):
         stage, head = _segment(model, 'stage', n), _segment(model, 'exit', n)
         functions['stage', n, batch_size] = functools.partial(stage, variables, hidden)
@@ -123,8 +124,8 @@ def segment_times(
         (2, 2)
     """
     sizes = sorted(set(batch_sizes))
-    if not sizes or sizes[0] < 1 or len(images) == 0:
-        raise ValueError(f'batch_sizes: got {list(batch_sizes)} for {len(images)} images; give sizes and images')
+    if not sizes or sizes[0] < 1 or num_rows(images) == 0:
+        raise ValueError(f'batch_sizes: got {list(batch_sizes)} for {num_rows(images)} images; give sizes and images')
     functions = {}
     for size in sizes:
         functions.update(segment_functions(model, variables, images, size, criterion=criterion))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,12 +35,6 @@ class Forms:
     sliced_pooling: bool = False
     transposed_weights: bool = False
     dtype: Any = None
-
-
-def bind(equation: jax_core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Emits an equation as it is, on other inputs."""
-    outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
-    return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
 def as_written(primitive: jax_core.Primitive, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.known import Constant, Known
-from branchy_jax.inference.rewriting.rewrite import run, trace
+from branchy_jax.inference.rewriting.rewrite import run
+from branchy_jax.models.attached.program import trace
 from branchy_jax.models.branchy import BranchyNet, run_segment
-from branchy_jax.types import Array, Variables
+from branchy_jax.types import Array, Variables, input_specs
 
 # Measured inside LeNet, AlexNet and ResNet at batch 1: up to 200 pairs 1.1 to 4 times faster, from 256 on slower.
 _MOST_CHANNEL_PAIRS_ON_CPU = 200
@@ -132,7 +133,7 @@ def optimize(
     forms = default_forms(dtype) if forms is None else forms
     if model.image_shape is None:
         raise ValueError('model: has no image_shape, which optimize needs to trace it; build it with image_shape=…')
-    hidden = jax.ShapeDtypeStruct((2, *model.image_shape), jnp.float32)
+    hidden = input_specs(model.image_shape, 2)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     segments, constants = {}, {}
     for n, kind in itertools.product(range(model.num_exits), ('stage', 'exit')):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,46 +29,8 @@ from jax.extend import core as jax_core
 from branchy_jax.inference.rewriting import forms as fast
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.known import Constant, Known, Linear
+from branchy_jax.models.attached.program import bind
 from branchy_jax.types import Array
-
-
-def trace(function: Callable[..., Any], variables: Any, hidden: Any) -> tuple[jax_core.ClosedJaxpr, Any]:
-    """Traces ``function(variables, hidden)`` to a jaxpr without nested calls.
-
-    Args:
-        function: one segment.
-        variables: arrays or their shapes.
-        hidden: arrays or their shapes.
-
-    Returns:
-        The jaxpr, over the flattened arguments, and the tree structure of the result.
-    """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(variables, hidden)
-    specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
-    flat = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(*specs)
-    return flat, jax.tree.structure(shapes)
-
-
-def _inline(jaxpr: jax_core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Evaluates a jaxpr, stepping into calls that only group equations (jit, custom derivatives, remat)."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    for equation in jaxpr.eqns:
-        inputs = [v.val if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
-        inner = _call_body(equation)
-        outputs = fast.bind(equation, inputs) if inner is None else _inline(inner.jaxpr, inner.consts, inputs)
-        env.update(zip(equation.outvars, outputs, strict=True))
-    return [v.val if isinstance(v, jax_core.Literal) else env[v] for v in jaxpr.outvars]
-
-
-def _call_body(equation: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr | None:
-    name, params = equation.primitive.name, equation.params
-    if name in ('jit', 'pjit', 'closed_call', 'core_call'):
-        return params.get('jaxpr', params.get('call_jaxpr'))
-    if name in ('custom_jvp_call', 'custom_vjp_call'):
-        return params['call_jaxpr']
-    if name in ('checkpoint', 'remat', 'remat2'):
-        return jax_core.ClosedJaxpr(params['jaxpr'], ())
-    return None
 
 
 def run(
@@ -105,7 +67,7 @@ def run(
             outputs = [_absorb(equation, inputs) or _linear(equation, inputs, forms)]
             if outputs == [None]:
                 arrays = [emitted(x) for x in inputs]
-                outputs = fast.pooled_by_slices(equation, arrays, forms) or fast.bind(equation, arrays)
+                outputs = fast.pooled_by_slices(equation, arrays, forms) or bind(equation, arrays)
             elif uses[equation.outvars[0]] > 1:  # several look at it: nothing may be absorbed beyond this point
                 outputs = [emitted(outputs[0])]
         env.update(zip(equation.outvars, outputs, strict=True))
@@ -121,7 +83,7 @@ def _known_outputs(equation: jax_core.JaxprEqn, inputs: list[Any]) -> list[Known
     @functools.cache
     def outputs() -> list[Array]:
         with jax.ensure_compile_time_eval():
-            return fast.bind(equation, [x.value() if isinstance(x, Known) else x for x in inputs])
+            return bind(equation, [x.value() if isinstance(x, Known) else x for x in inputs])
 
     spread = {}
     if equation.primitive.name == 'broadcast_in_dim' and len(inputs) == 1:
