@@ -27,7 +27,7 @@ from branchy_jax.inference.steps import (
 )
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.sharding import AXIS, shard
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
 
 @struct.dataclass

@@ -40,6 +40,24 @@ class Head(nn.Module):
         return as_logits(where, apply_named(where, self.layers, activation, train=train))
 
 
+class DenseHead(nn.Module):
+    """A dense layer on the mean over all positions; for a dense prediction at every position, resized.
+
+    Attributes:
+        shape: of the logits of one input, ``(K,)`` or ``(…, K)``.
+    """
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, activation: Array) -> Array:
+        """Computes logits ``[B, …, K]``."""
+        *size, classes = self.shape
+        if not size:
+            return nn.Dense(classes)(activation.mean(tuple(range(1, activation.ndim - 1))))
+        return jax.image.resize(nn.Dense(classes)(activation), (activation.shape[0], *self.shape), 'bilinear')
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How activations lie between the stages, whatever the batch size.
@@ -376,13 +394,9 @@ def _default(place: str, activation: Any, output: Any) -> Layers:
         raise ValueError(f'exits[{place!r}]: the result of the network tells no number of classes; give a head')
     if len(jax.tree.leaves(activation)) != 1 or activation.ndim < 2:
         raise ValueError(f'exits[{place!r}]: the network computes several arrays there; give a head that takes them')
-    dense = nn.Dense(output.shape[-1], name='dense')
-    if output.ndim == 2:
-        return (lambda x: x.mean(tuple(range(1, x.ndim - 1))), dense)
-    if activation.ndim != output.ndim:
+    if output.ndim not in (2, activation.ndim):
         raise ValueError(f'exits[{place!r}]: makes {output.shape} of {activation.shape}; give a head that can')
-    size = output.shape[1:-1]
-    return (dense, lambda x: jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), 'bilinear'))
+    return DenseHead(output.shape[1:])
 
 
 def _head_name(place: str) -> str:
