@@ -190,7 +190,11 @@ def check_inputs(inputs: Any, image_shape: Any) -> None:
     Raises:
         ValueError: another structure, rank, size or kind of dtype; the message says what arrived and what to do.
     """
-    expected, structure = jax.tree.flatten_with_path(input_specs(image_shape, 1))
+    specs = input_specs(image_shape, 1)
+    if isinstance(specs, jax.ShapeDtypeStruct):
+        _check_input('images', inputs, specs)
+        return
+    expected, structure = jax.tree.flatten_with_path(specs)
     found, found_structure = jax.tree.flatten_with_path(inputs)
     if found_structure != structure:
         raise ValueError(f'images: expected a pytree {structure}, got {found_structure}')

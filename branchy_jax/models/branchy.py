@@ -15,6 +15,7 @@ from branchy_jax.models.compose import (
     is_routed,
     keep_what_is_read,
     module_names,
+    with_names,
 )
 from branchy_jax.types import Array, Variables, check_inputs
 
@@ -122,8 +123,8 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
     """Returns the same trunk with only some of its exits.
 
     Stages between two kept exits are joined; where stages are made of routes, as in a tree of branches, routes that led
-    only to exits no longer there are removed. Parameters of named modules keep their names, so the variables of
-    ``model`` serve the result as they are.
+    only to exits no longer there are removed. Parameters keep their names, so the variables of ``model`` serve
+    the result as they are.
 
     Args:
         model: the network to thin out.
@@ -141,8 +142,11 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
     if not isinstance(model, BranchyNet):
         return model.select(indices)
     starts = [0, *(index + 1 for index in indices[:-1])]
-    stages = tuple(tuple(model.stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))
-    exits = tuple(model.exits[index] for index in indices)
+    # Modules without a name of their own are named after their place, which is about to change.
+    named: dict[int, nn.Module] = {}
+    all_stages, all_exits = with_names(model.stages, 'stages', named), with_names(model.exits, 'exits', named)
+    stages = tuple(tuple(all_stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))
+    exits = tuple(all_exits[index] for index in indices)
     if is_routed((stages, exits)):
         stages, exits = keep_what_is_read(stages, exits)
     return model.clone(stages=stages, exits=exits)

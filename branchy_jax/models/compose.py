@@ -281,6 +281,23 @@ def module_names(layers: Layers, place: str) -> set[str]:
     return {layers.name or place} if isinstance(layers, nn.Module) else set()
 
 
+def with_names(layers: Layers, place: str, named: dict[int, nn.Module]) -> Layers:
+    """Gives modules without a name the one that their place gives them, so that they keep it elsewhere.
+
+    Args:
+        layers: of stages or of exits.
+        place: where they stand, such as ``stages``.
+        named: what was named so far, by identity: a module that stands in several places is named after the first.
+    """
+    if isinstance(layers, (tuple, list)):
+        return tuple(with_names(layer, f'{place}_{n}', named) for n, layer in enumerate(layers))
+    if isinstance(layers, Route):
+        return layers.replace(layers=with_names(layers.layers, f'{place}_layers', named))
+    if not isinstance(layers, nn.Module) or layers.name is not None:
+        return layers
+    return named.setdefault(id(layers), layers.clone(name=place))
+
+
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Returns the parameters of a function by name; none for builtins and ufuncs, which tell nothing of themselves."""
     try:

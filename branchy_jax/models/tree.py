@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from branchy_jax.costs import count_macs
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.models.compose import Layers, Route, keep_what_is_read
+from branchy_jax.models.compose import Layers, Route, keep_what_is_read, with_names
 from branchy_jax.types import Array
 
 _IMAGES = 'images'
@@ -66,8 +66,11 @@ def tree(branches: Mapping[str, Branch], *, image_shape: tuple[int, ...]) -> Bra
         BranchyNet, 2016, section III: branches may themselves branch.
     """
     paths = {name: _path(branches, name) for name in _checked(branches)}
+    named: dict[int, nn.Module] = {}
     branches = {
-        name: Branch(_with_names(branch.layers, name), branch.after, _with_names(branch.head, f'{name}_head'))
+        name: Branch(
+            with_names(branch.layers, name, named), branch.after, with_names(branch.head, f'{name}_head', named)
+        )
         for name, branch in branches.items()
     }
     exits = _by_cost(branches, paths, image_shape)
@@ -128,12 +131,6 @@ def _by_cost(
     with_heads = [name for name in branches if branches[name].head is not None]
     rank = {name: max(answer(step) for step in paths[name] if step in with_heads) for name in with_heads}
     return sorted(with_heads, key=lambda name: (rank[name], len(paths[name]), place[name]))
-
-
-def _with_names(layers: Layers | None, place: str) -> Layers | None:
-    if isinstance(layers, (tuple, list)):
-        return tuple(_with_names(layer, f'{place}_{n}') for n, layer in enumerate(layers))
-    return layers.clone(name=place) if isinstance(layers, nn.Module) and layers.name is None else layers
 
 
 def _as_they_are(images: Array) -> Array:
