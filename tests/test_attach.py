@@ -100,7 +100,7 @@ def encoder():
 
 
 def thresholds_between(model, variables, inputs):
-    """Thresholds between the uncertainties of two inputs, so that rounding decides nothing and some leave everywhere."""
+    """Thresholds between the uncertainties of two inputs: rounding decides nothing, some leave everywhere."""
     uncertainty = np.sort(bj.inference.exit_outputs(model, variables, inputs, batch_size=4).uncertainty[:-1], axis=1)
     middle = uncertainty.shape[1] // 2
     return uncertainty[:, middle - 1 : middle + 1].mean(1)

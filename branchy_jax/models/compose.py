@@ -99,6 +99,8 @@ def call_arguments(layer: Layer, inputs: int | None, *, train: bool) -> tuple[tu
         for name, value in mode_flags(train=train).items()
         if name in parameters and not isinstance(getattr(layer, name, None), bool)
     }
+    if isinstance(layer, nn.Sequential):  # would hand all on to its first layer
+        return (), {}
     if not flags and not _held_flags(layer, train=train):
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         return (), {'train': train} if anything else {}
@@ -112,17 +114,18 @@ def call_arguments(layer: Layer, inputs: int | None, *, train: bool) -> tuple[tu
 def in_mode(module: nn.Module, *, train: bool) -> nn.Module:
     """Returns an unbound module whose flags held as attributes, its own and its parts', say whether it trains."""
 
-    def inside(value: Any, *, unset: bool = False) -> Any:
-        if isinstance(value, nn.Module):
-            parts = {
-                field.name: inside(part, unset=unset or isinstance(value, nn.Sequential))
-                for field in dataclasses.fields(value)
-                if field.init and field.name not in ('parent', 'name')
-                and _holds_modules(part := getattr(value, field.name))
-            }  # fmt: skip
-            changed = {**_held_flags(value, train=train, unset=unset), **parts}
-            return value.clone(**changed) if changed else value
-        return tuple(inside(part, unset=unset) for part in value)
+    def inside(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(inside(part) for part in value)
+        if not isinstance(value, nn.Module):
+            return value
+        parts = {
+            field.name: inside(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.init and field.name != 'parent' and _holds_modules(getattr(value, field.name))
+        }
+        changed = {**_held_flags(value, train=train), **parts}
+        return value.clone(**changed) if changed else value
 
     return inside(module)
 
@@ -133,24 +136,16 @@ def _holds_modules(value: Any) -> bool:
     return isinstance(value, nn.Module)
 
 
-def _held_flags(layer: Layer, *, train: bool, unset: bool = False) -> dict[str, bool]:
+def _held_flags(layer: Layer, *, train: bool) -> dict[str, bool]:
     """Returns the flags that a module holds as attributes, with the values that they are to have.
 
     A BatchNorm or dropout that was built for evaluation is frozen for good: it stays so.
-
-    Args:
-        layer: maybe a module.
-        train: whether this is training.
-        unset: those too that are ``None``, because no call will say.
     """
     if not isinstance(layer, nn.Module):
         return {}
-    fields, kinds = {field.name for field in dataclasses.fields(layer)}, (bool, type(None)) if unset else bool
-    held = {
-        name: value
-        for name, value in mode_flags(train=train).items()
-        if name in fields and isinstance(getattr(layer, name), kinds)
-    }
+    fields = {field.name for field in dataclasses.fields(layer)}
+    flags = mode_flags(train=train).items()
+    held = {name: value for name, value in flags if name in fields and isinstance(getattr(layer, name), bool)}
     if isinstance(layer, (nn.BatchNorm, nn.Dropout)):
         return {name: value for name, value in held.items() if getattr(layer, name) is not True}
     return held

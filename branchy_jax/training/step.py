@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ def take_step(
         return weighted_exit_loss(exit_loss, exit_weights), (model_state, exit_loss, logits)
 
     gradients, (model_state, exit_loss, logits) = jax.grad(objective, has_aux=True)(state.params)
+    _check_statistics(state, model_state)
     updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
     found = {'loss': weighted_exit_loss(exit_loss, exit_weights), 'exit_loss': exit_loss}
     state = state.replace(
@@ -43,6 +45,18 @@ def take_step(
         opt_state=opt_state,
     )
     return state, {**found, **metrics(logits, batch.label)}
+
+
+def _check_statistics(state: TrainState, model_state: Any) -> None:
+    """Warns, when a step is traced, where it leaves all statistics of BatchNorm as they were."""
+    before, after = (jax.tree.leaves(tree.get('batch_stats', {})) for tree in (state.model_state, model_state))
+    if before and not state.frozen_trunk and all(a is b for a, b in zip(before, after, strict=True)):
+        warnings.warn(
+            'model: has statistics of BatchNorm, which this training step leaves as they are. If they are to be '
+            'learned, the network is told that it trains by none of the names train, training, is_train, is_training, '
+            'deterministic, inference, use_running_average: give the flag one of these',
+            stacklevel=2,
+        )
 
 
 @functools.partial(jax.jit, static_argnames=('loss', 'metrics'), donate_argnames='state')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,10 @@ class LinenNetwork:
         """Returns fresh variables."""
         positional, named = _call(type(self.module).__call__, self.module, inputs, train=False)
         parameters, dropout = jax.random.split(key)
-        return in_mode(self.module, train=False).init({'params': parameters, 'dropout': dropout}, *positional, **named)
+        with nn.intercept_methods(functools.partial(_tell_layers_of_sequences, train=False)):
+            return in_mode(self.module, train=False).init(
+                {'params': parameters, 'dropout': dropout}, *positional, **named
+            )
 
     def run(
         self,
@@ -86,7 +90,8 @@ class LinenNetwork:
 
         positional, named = _call(type(self.module).__call__, self.module, inputs, train=train)
         rngs = {} if key is None else {'dropout': key}
-        with nn.intercept_methods(keep):
+        tell = functools.partial(_tell_layers_of_sequences, train=train)
+        with nn.intercept_methods(tell), nn.intercept_methods(keep):
             output, updates = in_mode(self.module, train=train).apply(
                 variables, *positional, **named, rngs=rngs, mutable=[*mutable, _COLLECTION]
             )
@@ -96,6 +101,14 @@ class LinenNetwork:
     def trained(self, variables: Variables) -> Variables:
         """Returns the network's own variables as Flax takes them."""
         return variables
+
+
+def _tell_layers_of_sequences(call: Any, args: Any, kwargs: Any, context: Any, *, train: bool) -> Any:
+    """Tells each layer of a `flax.linen.Sequential`, which hands nothing on to it, whether it trains."""
+    if context.method_name == '__call__' and isinstance(context.module.parent, nn.Sequential):
+        flags, named = call_arguments(context.module, len(args), train=train)
+        return call(*args, *flags, **{**named, **kwargs})
+    return call(*args, **kwargs)
 
 
 class _Place(nnx.Intermediate):
