@@ -2,9 +2,10 @@
 
     python -m experiments.benchmark --network=b-resnet110 --workdir=runs/benchmark_resnet110
     python -m experiments.benchmark --training --workdir=runs/benchmark_training
+    python -m experiments.benchmark --attached --one_core --workdir=runs/benchmark_attached
 
 The second, on a CPU, times a training step of B-ResNet-110 and B-AlexNet as jax starts by itself and as the commands
-start it.
+start it. The third times exits attached to a network that is one module beside the same network composed of stages.
 
 Random weights unless given: time does not depend on them. Writes ``benchmark.json``, ``benchmark.md``,
 ``gain.png`` (gain against batch size), ``cost.png`` (milliseconds a batch against batch size) and ``follows.png`` (time
@@ -27,7 +28,7 @@ from experiments.pages import pictures
 from experiments.pages.tables import table
 from experiments.run import command
 from experiments.run.timing import keep_to_one_core
-from experiments.study import training_speed
+from experiments.study import attached, training_speed
 from experiments.study.cells import Cell, images_needed, measure_cell, peak_memory_mb, prepare
 
 _SHARES_BY_EXITS = {2: ['94/6', '70/30', '0/100', '100/0'], 3: ['100/0/0', '70/20/10', '40/30/30', '0/0/100']}
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--network', help='A branchy network: b-lenet, b-alexnet, b-resnet110.')
     what.add_argument('--training', action='store_true', help='Times training steps instead of executors.')
+    what.add_argument('--attached', action='store_true', help='Times exits on one module beside composed stages.')
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
     parser.add_argument('--weights', type=Path, help='Safetensors of the network; random weights without.')
     parser.add_argument('--batches', type=command.positives, help='Batch sizes, such as 1,32,256.')
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.one_core:
         keep_to_one_core()
+    if options.attached:
+        attached.write(options.workdir, command.provenance('benchmark'), passes=options.passes)
+        return
     model = bj.models.create(options.network)
     all_shares = _shares(options.shares, model.num_exits)
     on_cpu = jax.default_backend() == 'cpu'

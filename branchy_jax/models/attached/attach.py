@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from branchy_jax.models.attached.program import Cut, cut, ranks
+from branchy_jax.models.attached.program import Cut, cut, rank, trace, values_of
 from branchy_jax.models.attached.whole import LinenNetwork, NnxNetwork
 from branchy_jax.models.compose import Hidden, Layers, apply_named, as_logits
 from branchy_jax.types import Array, Variables, check_inputs, input_specs, num_rows
@@ -202,8 +203,9 @@ class Attached:
     def select(self, indices: Sequence[int]) -> Attached:
         """Returns the same network with some of its exits; `branchy_jax.models.select_exits` checks which."""
         heads = tuple(self.heads[n] for n in indices)
-        shapes = jax.eval_shape(self.init, jax.random.key(0), input_specs(self.image_shape, 2))
-        return _laid_out(self.network, heads, self._input, self._split(shapes))
+        shapes = jax.eval_shape(self.network.init, jax.random.key(0), input_specs(self.image_shape, 2))
+        draft = Attached(self.network, heads, self._input, Layout((), (), (), ()))
+        return _laid_out(draft, draft._traced(shapes, 2), draft._traced(shapes, 3))
 
     def side_head_names(self) -> frozenset[str]:
         """Returns the names of the parameters that the network itself does not have."""
@@ -224,6 +226,10 @@ class Attached:
         run = self.network.run(variables, inputs, [place for place, _ in self.heads[:-1]])
         return (*(run.at[place][0] for place, _ in self.heads[:-1]), run.output)
 
+    def _traced(self, shapes: Variables, size: int) -> Cut:
+        closed, structure = trace(self._activations, shapes, input_specs(self.image_shape, size))
+        return cut(closed, len(jax.tree.leaves(shapes)), values_of(closed, structure))
+
     def _split(self, variables: Variables) -> Variables:
         """Returns the network's own variables."""
         heads = {_head_name(place) for place, _ in self.heads}
@@ -240,7 +246,7 @@ class Attached:
         specs = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if (size, structure, specs) not in self._cuts:
             shapes = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*spec) for spec in specs])
-            self._cuts[size, structure, specs] = cut(self._activations, shapes, input_specs(self.image_shape, size))
+            self._cuts[size, structure, specs] = self._traced(shapes, size)
         found = self._cuts[size, structure, specs]
         if _fits(found, self._layout, size):
             return found
@@ -301,62 +307,64 @@ def attach(
     last = heads.pop(_ALTOGETHER, ())
     specs = input_specs(image_shape, 2)
     variables = jax.eval_shape(whole.init, jax.random.key(0), specs)
-    _check_places(whole, variables, specs, heads)
-    found = jax.eval_shape(lambda v, x: _results(whole, v, x, heads), variables, specs)
-    layers = {place: _default(place, found[0][place], found[1]) if own is None else own for place, own in heads.items()}
-    named = [(place, Head(layers[place], place)) for place in _in_order(whole, variables, specs, list(heads))]
-    named.append((_ALTOGETHER, Head(last, _ALTOGETHER)))
+    closed, result = trace(functools.partial(_everything, whole), variables, specs)
+    passed, output = values_of(closed, result)
+    passed = {place: passed[place] for place in sorted(passed, key=lambda place: rank(closed, passed[place]))}
+    _check_places(heads, passed)
+    at = {place: passed[place][0] for place in heads}
+    ordered = [place for place in passed if place in heads]
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), {**at, _ALTOGETHER: output})
+    own = {p: _default(p, shapes[p], shapes[_ALTOGETHER]) if heads[p] is None else heads[p] for p in ordered}
+    named = [(p, _checked(Head(layers, p), shapes[p])) for p, layers in {**own, _ALTOGETHER: last}.items()]
     taken = {_head_name(place) for place, _ in named} & {name for values in variables.values() for name in values}
     if taken:
         raise ValueError(f'network: already has a module {sorted(taken)[0]!r}, which is to be the name of a head')
-    model = _laid_out(whole, tuple(named), (structure, tuple(leaves)), variables)
-    jax.eval_shape(model.init, jax.random.key(0), specs)  # heads that do not fit say so now
-    return model
+    two = cut(closed, len(jax.tree.leaves(variables)), (*(at[place] for place in ordered), output))
+    draft = Attached(whole, tuple(named), (structure, tuple(leaves)), Layout((), (), (), ()))
+    return _laid_out(draft, two, draft._traced(variables, 3))
 
 
-def _results(network: LinenNetwork | NnxNetwork, variables: Variables, inputs: Any, places: Sequence[str]) -> Any:
-    run = network.run(variables, inputs, list(places))
-    return {place: run.at[place][0] for place in places}, run.output
+def _everything(network: LinenNetwork | NnxNetwork, variables: Variables, inputs: Any) -> Any:
+    """Returns the activations at all places that have nothing but arrays, and the result."""
+    run = network.run(variables, inputs, None)
+    at = {place: values for place, values in run.at.items() if place and _are_arrays(values)}
+    return at, run.output
 
 
-def _check_places(network: LinenNetwork | NnxNetwork, variables: Variables, inputs: Any, places: Sequence[str]) -> None:
-    passed: dict[str, int] = {}
+def _are_arrays(values: Any) -> bool:
+    return all(hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') for leaf in jax.tree.leaves(values))
 
-    def note(variables: Variables, inputs: Any) -> Any:
-        run = network.run(variables, inputs, None)
-        passed.update({place: len(values) for place, values in run.at.items() if place})
-        return run.output
 
-    jax.eval_shape(note, variables, inputs)
+def _check_places(places: Iterable[str], passed: Mapping[str, tuple[Any, ...]]) -> None:
     for place in places:
         if place not in passed:
             raise ValueError(f'exits: the network passes no {place!r}; it passes {", ".join(map(repr, passed))}')
-        if passed[place] > 1:
-            raise ValueError(f'exits: the network passes {place!r} {passed[place]} times; choose a place passed once')
+        if len(passed[place]) > 1:
+            raise ValueError(
+                f'exits: the network passes {place!r} {len(passed[place])} times; choose a place passed once'
+            )
 
 
-def _in_order(network: LinenNetwork | NnxNetwork, variables: Variables, inputs: Any, places: list[str]) -> list[str]:
-    """Returns places in the order of computation."""
-    found = ranks(lambda v, x: tuple(_results(network, v, x, places)[0].values()), variables, inputs)
-    return [places[n] for n in sorted(range(len(places)), key=found.__getitem__)]
+def _checked(head: Head, activation: Any) -> Head:
+    """Returns a head that takes what lies at its place; another says so now."""
+    jax.eval_shape(head.init, jax.random.key(0), activation)
+    return head
 
 
-def _laid_out(
-    network: LinenNetwork | NnxNetwork, heads: tuple[tuple[str, Head], ...], one: Any, variables: Variables
-) -> Attached:
-    """Finds out how activations lie between the stages, by tracing at two batch sizes."""
-    draft = Attached(network, heads, one, Layout((), (), (), ()))
-    two, three = (cut(draft._activations, variables, input_specs(draft.image_shape, size)) for size in (2, 3))
+def _laid_out(draft: Attached, two: Cut, three: Cut) -> Attached:
+    """Finds out how activations lie between the stages, from programs for two batch sizes."""
     axes, shapes, read = [], [], []
-    for (place, _), here, there, activation in zip(heads, two.carried, three.carried, two.activations, strict=False):
+    for (place, _), here, there, activation in zip(
+        draft.heads, two.carried, three.carried, two.activations, strict=False
+    ):
         if len(here) != len(there):
             raise ValueError(f'network: what it computes up to {place!r} depends on the batch size')
         axes.append(tuple(_batch_axis(place, a.aval.shape, b.aval.shape) for a, b in zip(here, there, strict=True)))
         shapes.append(tuple(_without(v.aval.shape, axis) for v, axis in zip(here, axes[-1], strict=True)))
-        missing = [v for v in jax.tree.leaves(activation) if v not in here]
-        if missing or not jax.tree.leaves(activation):
+        wanted = jax.tree.leaves(activation)
+        if not wanted or any(v not in here for v in wanted):
             raise ValueError(f'exits: what the network computes at {place!r} does not depend on its inputs')
-        read.append(tuple(here.index(v) for v in jax.tree.leaves(activation)))
+        read.append(tuple(here.index(v) for v in wanted))
     structures = tuple(jax.tree.structure(activation) for activation in two.activations)
     return dataclasses.replace(draft, _layout=Layout(tuple(axes), tuple(shapes), tuple(read), structures), _cuts={})
 
@@ -390,11 +398,10 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 def _default(place: str, activation: Any, output: Any) -> Layers:
     """Returns a head for what lies at a place: pooling and a dense layer, or a dense layer and resizing."""
-    if len(jax.tree.leaves(output)) != 1 or output.ndim < 2:
-        raise ValueError(f'exits[{place!r}]: the result of the network tells no number of classes; give a head')
-    if len(jax.tree.leaves(activation)) != 1 or activation.ndim < 2:
-        raise ValueError(f'exits[{place!r}]: the network computes several arrays there; give a head that takes them')
-    if output.ndim not in (2, activation.ndim):
+    for what, tree in (('the result of the network', output), ('what the network computes there', activation)):
+        if not isinstance(tree, jax.ShapeDtypeStruct) or len(tree.shape) < 2:
+            raise ValueError(f'exits[{place!r}]: {what} is not one array [B, …, C]; give a head that takes it')
+    if len(output.shape) not in (2, len(activation.shape)):
         raise ValueError(f'exits[{place!r}]: makes {output.shape} of {activation.shape}; give a head that can')
     return DenseHead(output.shape[1:])
 

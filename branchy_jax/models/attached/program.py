@@ -103,18 +103,21 @@ class Cut:
         return [_value(v, env) for v in (jax.tree.leaves(self.activations[-1]) if last else self.carried[n])]
 
 
-def cut(function: Callable[..., Any], variables: Any, inputs: Any) -> Cut:
-    """Cuts a network at what its exits read.
+def values_of(closed: jax_core.ClosedJaxpr, structure: Any) -> Any:
+    """Returns what a traced function returns, as a pytree of values of its program."""
+    return jax.tree.unflatten(structure, closed.jaxpr.outvars)
+
+
+def cut(closed: jax_core.ClosedJaxpr, count: int, activations: tuple[Any, ...]) -> Cut:
+    """Cuts a network's program at what its exits read.
 
     Args:
-        function: ``(variables, inputs) → activations``, one pytree for each exit in the order of computation; the last
-            is the network's result.
-        variables: arrays or their shapes.
-        inputs: arrays or their shapes.
+        closed: from `trace`.
+        count: leaves of the network's variables.
+        activations: what each exit reads, in the order of computation, as pytrees of values of the program; the last is
+            the network's result.
     """
-    closed, structure = trace(function, variables, inputs)
-    program, count = closed.jaxpr, len(jax.tree.leaves(variables))
-    activations = tuple(jax.tree.unflatten(structure, program.outvars))
+    program = closed.jaxpr
     producer = {out: n for n, equation in enumerate(program.eqns) for out in equation.outvars}
     dependent = set(program.invars[count:])
     for equation in program.eqns:
@@ -151,18 +154,10 @@ def cut(function: Callable[..., Any], variables: Any, inputs: Any) -> Cut:
     )
 
 
-def ranks(function: Callable[..., Any], variables: Any, inputs: Any) -> list[int]:
-    """Returns how far a network's program has come when each of the values that ``function`` returns is there.
-
-    Args:
-        function: ``(variables, inputs) → values``, a tuple of pytrees.
-        variables: arrays or their shapes.
-        inputs: arrays or their shapes.
-    """
-    closed, structure = trace(function, variables, inputs)
+def rank(closed: jax_core.ClosedJaxpr, values: Any) -> int:
+    """Returns how far a program has come when values of it, a pytree, are all there."""
     producer = {out: n for n, equation in enumerate(closed.jaxpr.eqns, 1) for out in equation.outvars}
-    values = jax.tree.unflatten(structure, closed.jaxpr.outvars)
-    return [max((producer.get(v, 0) for v in _variables(jax.tree.leaves(value))), default=0) for value in values]
+    return max((producer.get(v, 0) for v in _variables(jax.tree.leaves(values))), default=0)
 
 
 def _carried(
