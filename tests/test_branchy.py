@@ -117,3 +117,44 @@ def test_bad_images_are_refused(network, images, message):
         model.apply(variables, images)
     with pytest.raises(ValueError, match='images: '):
         model.init(jax.random.key(0), images)
+
+
+@pytest.fixture(scope='module')
+def unnamed_heads():
+    """A trunk with names, heads without: their parameters are named after their place."""
+    model = bj.BranchyNet(
+        stages=tuple((bj.models.layers.flatten, nn.Dense(6, name=f'layer{n}'), nn.relu) for n in range(3)),
+        exits=(nn.Dense(3), (nn.relu, nn.Dense(3)), nn.Dense(3)),
+        image_shape=IMAGE_SHAPE,
+    )
+    images = jax.random.normal(jax.random.key(0), (4, *IMAGE_SHAPE))
+    return model, model.init(jax.random.key(1), images), images
+
+
+def test_heads_without_names_keep_their_weights_when_exits_are_left_out(unnamed_heads):
+    model, variables, images = unnamed_heads
+    logits = model.apply(variables, images)
+    for kept in ([1, 2], [0, 2], [2]):
+        for ours, n in zip(select_exits(model, kept).apply(variables, images), kept, strict=True):
+            np.testing.assert_array_equal(ours, logits[n])
+    baseline = without_branches(model)
+    assert set(baseline.init(jax.random.key(2), images)['params']) == {'layer0', 'layer1', 'layer2', 'exits_2'}
+    trained = baseline.init(jax.random.key(3), images)
+    start, _ = bj.training.initialize_from_baseline(variables, trained)
+    np.testing.assert_array_equal(model.apply(start, images)[-1], baseline.apply(trained, images)[0])
+    np.testing.assert_array_equal(start['params']['exits_0']['kernel'], variables['params']['exits_0']['kernel'])
+
+
+def test_a_head_that_stands_twice_keeps_one_name(getkey):
+    head = nn.Dense(3)
+    model = bj.BranchyNet(stages=(nn.Dense(5), nn.Dense(5), nn.Dense(5)), exits=(head, nn.Dense(3), head))
+    variables = model.init(getkey(), jnp.ones((2, 4)))
+    for n, logits in zip((1, 2), select_exits(model, [1, 2]).apply(variables, jnp.ones((2, 4))), strict=True):
+        np.testing.assert_array_equal(logits, model.apply(variables, jnp.ones((2, 4)))[n])
+
+
+def test_networks_with_unnamed_heads_are_planned(unnamed_heads):
+    model, variables, images = unnamed_heads
+    planned = bj.inference.plan(model, variables, images, [0.5, 0.5], passes=1)
+    answer = bj.inference.dense(model)(variables, images, planned.policy)
+    np.testing.assert_array_equal(planned(images).exit_index, answer.exit_index)

@@ -41,7 +41,7 @@ class BranchyNet(nn.Module):
         ValueError: on construction, if there is not one exit per stage.
 
     Example:
-        >>> import jax
+        >>> import jax, jax.numpy as jnp
         >>> model = BranchyNet(
         ...     stages=(nn.Dense(16), (nn.relu, nn.Dense(16))),
         ...     exits=(nn.Dense(10), (nn.relu, nn.Dense(10))),

@@ -99,7 +99,7 @@ def call_arguments(layer: Layer, inputs: int | None, *, train: bool) -> tuple[tu
         for name, value in mode_flags(train=train).items()
         if name in parameters and not isinstance(getattr(layer, name, None), bool)
     }
-    if isinstance(layer, nn.Sequential):  # would hand all on to its first layer
+    if isinstance(layer, (nn.Sequential, nnx.Sequential)):  # would hand all on to its first layer
         return (), {}
     if not flags and not _held_flags(layer, train=train):
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from branchy_jax.models.attached.program import Cut, cut, rank, trace, values_of
+from branchy_jax.models.attached.program import Cut, cut, in_order, trace, values_of
 from branchy_jax.models.attached.whole import LinenNetwork, NnxNetwork
 from branchy_jax.models.compose import Hidden, Layers, apply_named, as_logits
 from branchy_jax.types import Array, Variables, check_inputs, input_specs, num_rows
@@ -309,7 +309,7 @@ def attach(
     variables = jax.eval_shape(whole.init, jax.random.key(0), specs)
     closed, result = trace(functools.partial(_everything, whole), variables, specs)
     passed, output = values_of(closed, result)
-    passed = {place: passed[place] for place in sorted(passed, key=lambda place: rank(closed, passed[place]))}
+    passed = {place: passed[place] for place in in_order(closed, passed)}
     _check_places(heads, passed)
     at = {place: passed[place][0] for place in heads}
     ordered = [place for place in passed if place in heads]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -154,10 +154,14 @@ def cut(closed: jax_core.ClosedJaxpr, count: int, activations: tuple[Any, ...]) 
     )
 
 
-def rank(closed: jax_core.ClosedJaxpr, values: Any) -> int:
-    """Returns how far a program has come when values of it, a pytree, are all there."""
+def in_order(closed: jax_core.ClosedJaxpr, values: Mapping[str, Any]) -> list[str]:
+    """Returns the names of values of a program, each a pytree, in the order in which the program has them."""
     producer = {out: n for n, equation in enumerate(closed.jaxpr.eqns, 1) for out in equation.outvars}
-    return max((producer.get(v, 0) for v in _variables(jax.tree.leaves(values))), default=0)
+    there = {
+        name: max((producer.get(v, 0) for v in _variables(jax.tree.leaves(value))), default=0)
+        for name, value in values.items()
+    }
+    return sorted(there, key=there.__getitem__)
 
 
 def _carried(
