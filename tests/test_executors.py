@@ -12,6 +12,7 @@ import pytest
 from conftest import CLASSES, IMAGE_SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
@@ -227,3 +228,36 @@ def test_one_compilation_per_stage_however_many_survive(network, on_host):
     assert len(survivors) > 5
     assert all(now == traced[-1] for now in traced[3 if on_host else 0 :])
     assert not on_host or set(traced[-1].values()) == {1}
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner, 'jaxpr') or hasattr(inner, 'eqns'):
+                    yield from _equations(getattr(inner, 'jaxpr', inner))
+
+
+@pytest.mark.parametrize('name', ['dense', 'sequential', 'loop', 'sharded', 'staged'])
+def test_no_program_writes_or_reads_behind_a_buffer(network, uncertainty, name):
+    """Compilers disagree about what happens there: IREE has put such a write into row 0."""
+    model, variables, images = network
+    mesh = bj.sharding.data_mesh(1)
+    run = {
+        'dense': dense, 'sequential': sequential, 'staged': staged,
+        'loop': functools.partial(compacted, chunk_size=5, on_host=False),
+        'sharded': functools.partial(bj.inference.sharded, mesh=mesh, chunk_size=5),
+    }[name](model)  # fmt: skip
+    policy = bj.ExitPolicy(bj.criteria.entropy, np.median(uncertainty['entropy'][:2], axis=1).astype(np.float32))
+    inputs = images[0] if name == 'staged' else images
+    modes = [
+        equation.params['mode']
+        for equation in _equations(jax.make_jaxpr(lambda *arguments: run(*arguments))(variables, inputs, policy).jaxpr)
+        if equation.primitive.name in ('gather', 'scatter', 'scatter-add')
+    ]
+    assert bool(modes) == (name in ('loop', 'sharded'))
+    assert set(modes) <= {jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS, jax.lax.GatherScatterMode.CLIP}
+    if name != 'sharded':  # which checkify does not know
+        checked = checkify.checkify(lambda *arguments: run(*arguments), errors=checkify.index_checks)
+        assert checked(variables, inputs, policy)[0].get() is None

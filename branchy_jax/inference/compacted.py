@@ -163,20 +163,21 @@ def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> E
             queue = _padded(queue, size, batch_size)
             done = run_chunks(step, variables, queue, policy, size)
             waiting = jnp.arange(len(queue.ids)) < queue.count
-            results = _zeros(done.prediction, batch_size) if results is None else results
+            # One row more, for what is to be dropped: compilers disagree about writes behind a buffer.
+            results = _zeros(done.prediction, batch_size + 1) if results is None else results
             results = _write(results, done.prediction, jnp.where(waiting & done.confident, queue.ids, batch_size))
             stays = waiting & ~done.confident
             rows = jnp.argsort(~stays, stable=True)
             ids = jnp.where(stays, queue.ids, batch_size)[rows]
             queue = Queue(hidden=done.hidden, carry=done.carry, rows=rows, ids=ids, count=stays.sum())
-        return results
+        return at_rows(results, slice(batch_size))
 
     return run
 
 
 def _write(results: ExitPrediction, found: ExitPrediction, ids: Array) -> ExitPrediction:
-    """Puts what was found in the places of the images it belongs to; id B is no image."""
-    return jax.tree.map(lambda target, values: target.at[ids].set(values, mode='drop'), results, found)
+    """Puts what was found in the places of the images it belongs to; id B, the last row, is no image."""
+    return jax.tree.map(lambda target, values: target.at[ids].set(values, mode='promise_in_bounds'), results, found)
 
 
 def _zeros(like: Any, length: int) -> Any:

@@ -234,8 +234,12 @@ class Dispatch:
         ordinal = jnp.cumsum(goes) - 1
         slot = (before + ordinal) % devices * slots + ordinal // devices
         nowhere = devices * slots
-        sent = jnp.full(nowhere, length).at[jnp.where(goes, slot, nowhere)].set(jnp.arange(length), mode='drop')
-        return cls(sent=sent, slot=jnp.where(goes, slot, 0), goes=goes, count=goes.sum())
+        sent = (
+            jnp.full(nowhere + 1, length)
+            .at[jnp.where(goes, slot, nowhere)]
+            .set(jnp.arange(length), mode='promise_in_bounds')
+        )
+        return cls(sent=sent[:nowhere], slot=jnp.where(goes, slot, 0), goes=goes, count=goes.sum())
 
     def send(self, tree: Any, *, fill: Any = None) -> Any:
         """Sends rows to where they are dispatched.
