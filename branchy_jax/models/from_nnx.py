@@ -21,7 +21,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], *, name: str | None = None
 
     Raises:
         ValueError: the module keeps state beside its parameters, such as BatchNorm's statistics or dropout's stream;
-            `flax.nnx.bridge.to_linen` wraps those.
+            `branchy_jax.models.attach` takes networks of those.
 
     Example:
         >>> import branchy_jax as bj, jax.numpy as jnp
@@ -40,7 +40,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], *, name: str | None = None
         if kinds:
             raise ValueError(
                 f'build: the module keeps state beside its parameters ({", ".join(kinds)}), which this form does not '
-                'carry; wrap it with flax.nnx.bridge.to_linen'
+                'carry; branchy_jax.models.attach takes whole networks of such modules'
             )
         return definition, nnx.to_pure_dict(parameters)
 

@@ -106,7 +106,7 @@ class Attached:
         """Of one input, as that of `branchy_jax.BranchyNet`."""
         return jax.tree.unflatten(*self._input)
 
-    def init(self, key: Array, inputs: Any, **_: Any) -> Variables:
+    def init(self, key: Array, inputs: Any) -> Variables:
         """Returns the network's variables, an NNX network's being the weights it came with, and fresh heads."""
         check_inputs(inputs, self.image_shape)
         keys = jax.random.split(key, self.num_exits + 1)
@@ -146,11 +146,16 @@ class Attached:
             Logits of N exits, or what the stage or head computes; with ``mutable`` in a pair with the updates.
 
         Raises:
-            ValueError: inputs of another shape or type than the network was attached with.
+            ValueError: inputs of another shape or type than the network was attached with, or stages in training.
         """
         if method is not None:
-            run = {'run_stage': self.run_stage, 'run_exit': self.run_exit}[method]
-            return run(variables, hidden, n)
+            runs = {'run_stage': self.run_stage, 'run_exit': self.run_exit}
+            if method not in runs or train or mutable is not False:
+                raise ValueError(
+                    f"method: got {method!r} with train={train}, mutable={mutable}; 'run_stage' and 'run_exit' run in "
+                    'evaluation mode'
+                )
+            return runs[method](variables, hidden, n)
         check_inputs(hidden, self.image_shape)
         collections = _names(mutable, variables)
         key = None if rngs is None else rngs.get('dropout')
