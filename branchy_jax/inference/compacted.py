@@ -133,14 +133,14 @@ class Queue:
     Attributes:
         hidden: what the stage before returned, ``[M, …]``.
         carry: what the criterion remembers, ``[M, …]``.
-        rows: ``[M]`` positions in ``hidden``, the waiting ones first.
+        rows: ``[M]`` positions in ``hidden``, the waiting ones first; ``None`` if they lie there in order.
         ids: ``[M]`` the images that those rows belong to; B, which is no image, behind the waiting ones.
         count: how many wait.
     """
 
     hidden: Any
     carry: Any
-    rows: Array
+    rows: Array | None
     ids: Array
     count: Array | int
 
@@ -156,7 +156,9 @@ def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> E
     def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
         batch_size = num_rows(images)
         everyone = jnp.arange(batch_size)
-        queue = Queue(hidden=images, carry=(), rows=everyone, ids=everyone, count=batch_size)
+        in_order = batch_size % min(chunk_sizes[0], batch_size) == 0  # whole chunks: nothing need be gathered
+        rows = None if in_order else everyone
+        queue = Queue(hidden=images, carry=(), rows=rows, ids=everyone, count=batch_size)
         results = None
         for step, chunk_size in zip(steps, chunk_sizes, strict=True):
             size = min(chunk_size, batch_size)
@@ -187,6 +189,8 @@ def _zeros(like: Any, length: int) -> Any:
 def _padded(queue: Queue, chunk_size: int, nobody: int) -> Queue:
     """Cuts or fills the queue to whole chunks that hold all images."""
     length = -(-nobody // chunk_size) * chunk_size
+    if queue.rows is None:
+        return queue
     fill = max(0, length - len(queue.rows))
     return queue.replace(
         rows=jnp.pad(queue.rows[:length], (0, fill)), ids=jnp.pad(queue.ids[:length], (0, fill), constant_values=nobody)
@@ -197,10 +201,12 @@ def run_chunks(step: StepFunction, variables: Variables, queue: Queue, policy: E
     """Runs a step on the waiting rows, chunk by chunk; rows behind them are not computed but for the last chunk's."""
 
     def run_chunk(start: Array | int) -> Step:
-        rows = lax.dynamic_slice_in_dim(queue.rows, start, chunk_size)
-        return step(variables, at_rows(queue.hidden, rows), at_rows(queue.carry, rows), policy)
+        here = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
+        waiting = (queue.hidden, queue.carry)
+        taken = jax.tree.map(here, waiting) if queue.rows is None else at_rows(waiting, here(queue.rows))
+        return step(variables, *taken, policy)
 
-    length = len(queue.rows)
+    length = len(queue.ids)
     if length == chunk_size and isinstance(queue.count, int):
         return run_chunk(0)
 
