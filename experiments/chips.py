@@ -143,8 +143,8 @@ def page(record: dict[str, Any]) -> str:
     return '\n\n'.join([
         '# What compilers for other chips make of the executors',
         f'`{record["command"]}`',
-        f'jax {record["jax"]}, compiled, not run: there is no such chip here. Batches of {_BATCH}, chunks of {_CHUNK} in '
-        '`compacted` without a host; `staged` takes one image. Conditionals that were turned into selects would be '
+        f'jax {record["jax"]}, compiled, not run: there is no such chip here. Batches of {_BATCH}, chunks of {_CHUNK} '
+        'in `compacted` without a host; `staged` takes one image. Conditionals that were turned into selects would be '
         'missing from their column; counts are of the whole program, bodies of loops and branches included.',
         table(_COLUMNS, rows) + '\n',
     ])  # fmt: skip
