@@ -181,6 +181,34 @@ def test_baseline_initialisation_reports_what_it_did(network):
         initialize_from_baseline(variables, {'params': {'other': jnp.zeros(3)}})
 
 
+def test_strict_initialisation_takes_a_whole_baseline_or_none(network):
+    model, variables, images = network
+    baseline = bj.models.without_branches(model)
+    trained = jax.tree.map(lambda x: x + 1, baseline.init(jax.random.key(9), images))
+    start, report = initialize_from_baseline(variables, trained, strict=True)
+    assert {path.split('/')[1] for path in report.fresh} == {'head1', 'head2'}
+    check_equal(start['params']['head3'], trained['params']['head3'])
+
+    def changed(module, **arrays):
+        return {**trained, 'params': {**trained['params'], module: {**trained['params'].get(module, {}), **arrays}}}
+
+    for bad, message in [
+        (changed('head9', kernel=jnp.zeros(2)), r'1 of its \d+ arrays found no place .*params/head9/kernel \(2,\)\)'),
+        (changed('layer2', kernel=jnp.zeros((8, 9))), r'params/layer2/kernel \(8, 9\) for \(8, 8\)'),
+        ({'params': trained['params']}, 'baseline: lacks batch_stats/norm1/mean, batch_stats/norm1/var, though'),
+    ]:
+        initialize_from_baseline(variables, bad)
+        with pytest.raises(ValueError, match=message):
+            initialize_from_baseline(variables, bad, strict=True)
+
+
+def test_baseline_of_another_precision_gets_the_network_s_own(network):
+    _, variables, _ = network
+    start, _ = initialize_from_baseline(variables, jax.tree.map(lambda x: (x + 1).astype(jnp.float16), variables))
+    assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype('float32')}
+    np.testing.assert_allclose(start['params']['layer2']['kernel'], variables['params']['layer2']['kernel'] + 1, 1e-3)
+
+
 def test_given_variables_survive_donation(network, batch, getkey):
     model, variables, _ = network
     mine = jax.tree.map(jnp.copy, variables)

@@ -7,8 +7,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
-from branchy_jax.models.compose import Hidden, Layers, apply_named, is_routed, keep_what_is_read, module_names
+from branchy_jax.models.compose import (
+    Hidden,
+    Layers,
+    apply_named,
+    held_modules,
+    is_routed,
+    keep_what_is_read,
+    module_names,
+    named_modules,
+)
 from branchy_jax.types import Array, Variables
 
 
@@ -150,8 +160,10 @@ def check_exits(argument: str, exits: Sequence[int], num_exits: int) -> tuple[in
         num_exits: N.
 
     Raises:
-        ValueError: not ascending, out of range, or without the last exit.
+        ValueError: no integers, not ascending, out of range, or without the last exit.
     """
+    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in exits):
+        raise ValueError(f'{argument}: got {list(exits)}; give the numbers of exits, which are integers')
     chosen = tuple(int(n) for n in exits)
     if list(chosen) != sorted(set(chosen)) or not chosen or chosen[0] < 0 or chosen[-1] != num_exits - 1:
         raise ValueError(
@@ -174,6 +186,8 @@ def without_branches(model: BranchyNet) -> BranchyNet:
 def side_head_names(model: BranchyNet) -> frozenset[str]:
     """Returns the top-level names of the parameters that belong to side branches alone: not to the baseline.
 
+    A module that the trunk holds as well is the trunk's, whatever it is named after.
+
     Example:
         >>> model = BranchyNet(stages=(nn.relu, nn.tanh), exits=(nn.Dense(4, name='early'), nn.Dense(4)))
         >>> sorted(side_head_names(model))
@@ -181,7 +195,16 @@ def side_head_names(model: BranchyNet) -> frozenset[str]:
     """
     stages = without_branches(model).stages if is_routed((model.stages, model.exits)) else model.stages
     trunk = module_names(stages, 'stages') | module_names(model.exits[-1], f'exits_{model.num_exits - 1}')
-    return frozenset((module_names(model.stages, 'stages') | module_names(model.exits[:-1], 'exits')) - trunk)
+    side = named_modules(model.stages, 'stages') + named_modules(model.exits[:-1], 'exits')
+    in_trunk = {id(module) for module in held_modules((stages, model.exits[-1]))}
+    # A module that stands in a stage or an exit itself keeps its parameters there, whoever else holds it.
+    elsewhere = {id(module) for _, module in (*side, *named_modules(model.exits[-1], 'exits'))}
+
+    def is_shared(module: nn.Module) -> bool:
+        first, *inner = (id(held) for held in held_modules(module))
+        return first in in_trunk or any(held in in_trunk - elsewhere for held in inner)
+
+    return frozenset({name for name, module in side if not is_shared(module)} - trunk)
 
 
 Layout = tuple[tuple[Layers, ...], tuple[Layers, ...]]
