@@ -194,7 +194,7 @@ def test_strict_initialisation_takes_a_whole_baseline_or_none(network):
 
     for bad, message in [
         (changed('head9', kernel=jnp.zeros(2)), r'1 of its \d+ arrays found no place .*params/head9/kernel \(2,\)\)'),
-        (changed('layer2', kernel=jnp.zeros((8, 9))), r'params/layer2/kernel \(8, 9\) for \(8, 8\)'),
+        (changed('layer2', kernel=jnp.zeros((8, 9))), r'params/layer2/kernel \(8, 9\)'),
         ({'params': trained['params']}, 'baseline: lacks batch_stats/norm1/mean, batch_stats/norm1/var, though'),
     ]:
         initialize_from_baseline(variables, bad)

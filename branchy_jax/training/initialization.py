@@ -68,18 +68,16 @@ def initialize_from_baseline(
         left=tuple(path for path in theirs if path not in taken),
     )
     if strict:
-        _check_complete(report, ours, theirs)
+        _check_complete(report, theirs)
     return traverse_util.unflatten_dict(merged, sep='/'), report
 
 
-def _check_complete(report: Initialization, ours: dict[str, Array], theirs: dict[str, Array]) -> None:
-    left = [
-        f'{path} {theirs[path].shape}' + (f' for {ours[path].shape}' if path in ours else '') for path in report.left
-    ]
-    if left:
+def _check_complete(report: Initialization, theirs: dict[str, Array]) -> None:
+    if report.left:
+        told = [f'{path} {theirs[path].shape}' for path in report.left[:3]]
         raise ValueError(
-            f'baseline: {len(left)} of its {len(theirs)} arrays found no place in the network ({", ".join(left[:3])}'
-            f"{', …' if left[3:] else ''}); name the trunk's layers alike in both and give them equal shapes"
+            f'baseline: {len(report.left)} of its {len(theirs)} arrays found no place of their name and shape in the '
+            f"network ({', '.join(told)}{', …' if report.left[3:] else ''}); name the trunk's layers alike in both"
         )
     begun = {_module_of(path) for path in report.taken}  # side heads are modules of which the baseline has nothing
     missing = [path for path in report.fresh if _module_of(path) in begun]
