@@ -37,6 +37,19 @@ def most_likely_class(logits: Array) -> Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def check_classes(logits: Array) -> None:
+    """Refuses one logit where probabilities of classes are compared: its softmax is 1, and every input would be sure.
+
+    Raises:
+        ValueError: K is below 2.
+    """
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f'logits: got shape {tuple(logits.shape)}, of which a softmax is sure whatever the input; give heads that '
+            'end in two classes or more, or a criterion of your own (criteria.from_logits)'
+        )
+
+
 class Criterion(ByValue, abc.ABC):
     """A measure of uncertainty that may look back at the exits before: a frozen pytree, compared by value.
 

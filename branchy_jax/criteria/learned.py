@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from branchy_jax.criteria.criterion import Carry, Criterion, check_exit_number, mean_over_pixels, value
+from branchy_jax.criteria.criterion import Carry, Criterion, check_classes, check_exit_number, mean_over_pixels, value
 from branchy_jax.types import Array
 
 _MOST_FEATURES = 10
@@ -245,6 +245,7 @@ def _log_odds(own: _Learned, features: Array) -> Array:
 
 def _features(logits: Array) -> Array:
     """Returns logarithms of the largest probabilities, descending, ``[…, F]`` with F at most ten."""
+    check_classes(logits)
     probability = jax.nn.softmax(logits.astype(jnp.float32))
     largest = jax.lax.top_k(probability, min(_MOST_FEATURES, logits.shape[-1]))[0]
     return jnp.log(largest + _SMALLEST_PROBABILITY)

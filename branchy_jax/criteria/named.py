@@ -13,6 +13,7 @@ from branchy_jax.criteria.criterion import (
     Carry,
     Criterion,
     Pool,
+    check_classes,
     check_exit_number,
     from_logits,
     is_confident,
@@ -36,10 +37,13 @@ def entropy_of_logits(logits: Array) -> Array:
     A probability of exactly 0 contributes 0.
 
     Args:
-        logits: ``[..., K]``.
+        logits: ``[..., K]`` with K at least 2.
 
     Returns:
         ``[...]`` float32 in ``[0, ln K]``.
+
+    Raises:
+        ValueError: K is 1.
 
     Example:
         >>> bool(jnp.allclose(entropy_of_logits(jnp.zeros(10)), jnp.log(10.0)))
@@ -60,10 +64,13 @@ def max_probability_of_logits(logits: Array) -> Array:
     r"""Computes one minus the largest probability, :math:`1 - \max_k \hat y_k`, as a sum of the others.
 
     Args:
-        logits: ``[..., K]``.
+        logits: ``[..., K]`` with K at least 2.
 
     Returns:
         ``[...]`` float32 in ``[0, 1 - 1/K]``, to full relative precision also near 0.
+
+    Raises:
+        ValueError: K is 1.
 
     Example:
         >>> float(max_probability_of_logits(jnp.zeros(4)))
@@ -82,6 +89,9 @@ def margin_of_logits(logits: Array) -> Array:
     Returns:
         ``[...]`` float32 in ``[0, 1]``, to full relative precision also near 0.
 
+    Raises:
+        ValueError: K is 1.
+
     Example:
         >>> float(margin_of_logits(jnp.zeros(4)))
         1.0
@@ -93,6 +103,7 @@ def margin_of_logits(logits: Array) -> Array:
 
 def _weights(logits: Array) -> tuple[Array, Array]:
     """Returns the softmax's numerators, the largest being 1, and the same with 0 in place of the largest."""
+    check_classes(logits)
     logits = logits.astype(jnp.float32)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     return weights, jnp.where(jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool), 0.0, weights)
@@ -116,6 +127,7 @@ class _Patience(Criterion):
         return jnp.full(logits.shape[:-1], -1, jnp.int32), jnp.zeros(logits.shape[:-1], jnp.float32)
 
     def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_classes(logits)
         before, count = carry
         label = most_likely_class(logits)
         agrees = (label == before) & ~jnp.isnan(logits).any(axis=-1)
@@ -145,6 +157,7 @@ class _Ensemble(Criterion):
         return jnp.full(logits.shape, -jnp.inf if self.kind == 'arithmetic' else 0.0, jnp.float32)
 
     def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_classes(logits)
         log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
         if self.kind == 'arithmetic':
             total = jnp.logaddexp(carry, log_probability)
