@@ -120,6 +120,16 @@ def test_exit_shares_predicted_are_those_realised(network, outputs):
         assert np.mean([int(a.label) == label for a, label in zip(answers, labels, strict=True)]) == point.accuracy
 
 
+@pytest.mark.parametrize('wrong', [-1, CLASSES])
+def test_labels_of_no_class_are_refused(network, wrong):
+    model, variables, images = network
+    data = bj.Batch(images, np.full(len(images), wrong))
+    with pytest.raises(ValueError, match=rf'labels: expected classes in \[0, 3\), got {wrong}'):
+        bj.inference.exit_table(model, variables, data)
+    answers = bj.inference.exit_table(model, variables, data, statistics=lambda logits, labels: logits, metric=max)
+    assert answers.statistics.shape == (3, len(images), CLASSES)  # statistics of one's own take any target
+
+
 def counting_network():
     """Notes each trace of its first stage."""
     traces = []

@@ -18,9 +18,9 @@ from branchy_jax.criteria.criterion import Criterion
 from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.sharding import replicate, replicated, shard
-from branchy_jax.thresholds import ExitTable, accuracy_statistics, mean_of_statistic
+from branchy_jax.thresholds import ExitTable, accuracy_statistics, iou_statistics, mean_of_statistic
 from branchy_jax.thresholds.statistics import Metric, Statistics
-from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variables, check_labels
 
 
 def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
@@ -158,8 +158,8 @@ def exit_table(
         `branchy_jax.thresholds.ExitTable`.
 
     Raises:
-        ValueError: no images, images that the network refuses, another number of labels than images, or labels of
-            another shape than its answers.
+        ValueError: no images, images that the network refuses, another number of labels than images, labels of
+            another shape than its answers, or, with the library's statistics, of classes that it does not have.
 
     Example:
         >>> import branchy_jax as bj
@@ -171,9 +171,11 @@ def exit_table(
     """
     if len(data.image) != len(data.label):
         raise ValueError(f'data: got {len(data.image)} images and {len(data.label)} labels; give one label per image')
-    if costs is None:
-        spec = jax.eval_shape(_as_pytree(prepare), jax.ShapeDtypeStruct((1, *data.image.shape[1:]), data.image.dtype))
-        costs = count_macs(model, spec.shape[1:])
+    image = jax.ShapeDtypeStruct((1, *data.image.shape[1:]), data.image.dtype)
+    image = jax.eval_shape(_as_pytree(prepare), image)
+    if statistics in (accuracy_statistics, iou_statistics):  # others may take any target
+        check_labels(data.label, jax.eval_shape(model.apply, variables, image)[-1].shape[-1])
+    costs = count_macs(model, image.shape[1:]) if costs is None else costs
     run = functools.partial(_statistics(model, mesh, statistics), criterion=criterion, prepare=_as_pytree(prepare))
     found, uncertainty = _in_batches(run, variables, data, batch_size, mesh)
     return ExitTable(

@@ -26,7 +26,9 @@ _MOST_BUILT = 128
 def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a builder of compiled functions: equal arguments give the function that is there.
 
-    What was built for arguments that cannot be hashed is not kept, nor more than 128 builds.
+    What was built for arguments that cannot be hashed is not kept, nor more than 128 builds: these keep their networks,
+    and what the functions in them close over, until others take their places or the builder's ``cache_clear`` is
+    called.
     """
     kept = functools.lru_cache(maxsize=_MOST_BUILT)(build)
 
@@ -38,6 +40,7 @@ def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
             return build(*arguments)
         return kept(*arguments)
 
+    built.cache_clear = kept.cache_clear
     return built
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -200,8 +199,8 @@ def held_modules(layers: Any) -> list[nn.Module]:
     return [layers, *held_modules([getattr(layers, name, None) for name in attributes])]
 
 
-@functools.cache
 def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Returns the names of a function's arguments. A cache would keep every function ever run, and what it holds."""
     try:
         return frozenset(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # builtins and some ufuncs tell nothing: they take the hidden value alone

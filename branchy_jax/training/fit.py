@@ -160,7 +160,8 @@ def fit(
     """
     _check_settings(data, batch_size, save_every, sharding.mesh_of(state))
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
-    if isinstance(data, Batch) and loss is cross_entropy_per_exit:  # another may take any target
+    known = getattr(loss, 'func', loss) is cross_entropy_per_exit  # with or without label smoothing
+    if isinstance(data, Batch) and known:  # another loss may take any target
         check_labels(data.label, _num_classes(state, data, prepare, key))
     scan = jax.default_backend() != 'cpu' if scan is None else scan
     take = _taker(state, data, exit_weights, scan=scan, prepare=prepare, loss=loss, metrics=metrics)
