@@ -474,12 +474,37 @@ def test_run_killed_by_the_system_resumes(tmp_path):
     check_equal(*(bj.checkpoint.load_weights(tmp_path / f'{name}.st')[0] for name in ('untouched', 'victim')))
 
 
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'epochs': -1}, 'epochs: got -1'), ({'epochs': float('nan')}, 'epochs: got nan'),
+        ({'batch_size': 0}, 'batch_size: got 0'), ({'batch_size': 2.5}, 'batch_size: got 2.5'),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(network, train, options, message):
+    model, variables, _ = network
+    with pytest.raises(ValueError, match=message):
+        train(create_train_state(model, variables, SGD), **{'epochs': 1, **options})
+
+
+def test_impossible_batches_and_learning_rates_are_refused(getkey):
+    with pytest.raises(ValueError, match='batch_size: got 0'):
+        bj.training.epoch_order(getkey(), 0, 8, 0)
+    for bad in (-1, float('nan')):
+        with pytest.raises(ValueError, match='learning_rate: got'):
+            bj.training.paper_adam(bad)
+    assert bj.training.paper_adam(optax.constant_schedule(0.1)).init is not None
+
+
 def test_labels_without_a_class_are_refused(network, train, small_data):
     model, variables, _ = network
     state = create_train_state(model, variables, SGD)
     bad = small_data.replace(label=small_data.label + 1)
     with pytest.raises(ValueError, match=r'labels: expected classes in \[0, 3\), got 1 to 3'):
         train(state, data=bad, epochs=1)
+    smoothed = functools.partial(bj.losses.cross_entropy_per_exit, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r'labels: expected classes in \[0, 3\), got 1 to 3'):
+        train(state, data=bad, epochs=1, loss=smoothed)
 
 
 def test_other_tasks_bring_their_loss_and_their_metrics(network, batch, getkey):

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from branchy_jax.costs import StageCosts, count_macs
 from branchy_jax.criteria import entropy
-from branchy_jax.criteria.criterion import Criterion
+from branchy_jax.criteria.criterion import Criterion, check_criterion
 from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.branchy import BranchyNet, check_model, naming_variables
 from branchy_jax.sharding import replicate, replicated, shard
 from branchy_jax.thresholds import ExitTable, accuracy_statistics, iou_statistics, mean_of_statistic
 from branchy_jax.thresholds.statistics import Metric, Statistics
@@ -109,7 +109,8 @@ def exit_outputs(
         `ExitOutputs` as NumPy arrays.
 
     Raises:
-        ValueError: no images, or images the network refuses.
+        ValueError: no images, images the network refuses, a name instead of a network or criterion, or variables of
+            another network.
 
     Example:
         >>> import branchy_jax as bj
@@ -118,6 +119,8 @@ def exit_outputs(
         >>> exit_outputs(model, variables, images, batch_size=2).logits.shape
         (2, 5, 10)
     """
+    check_model(model)
+    check_criterion(criterion, model.num_exits)
     run = functools.partial(_outputs(model, mesh), criterion=criterion, prepare=_as_pytree(prepare))
     return _in_batches(run, variables, images, batch_size, mesh)
 
@@ -159,7 +162,8 @@ def exit_table(
 
     Raises:
         ValueError: no images, images that the network refuses, another number of labels than images, labels of
-            another shape than its answers, or, with the library's statistics, of classes that it does not have.
+            another shape than its answers, or, with the library's statistics, of classes that it does not have; a
+            name instead of a network or criterion, or variables of another network.
 
     Example:
         >>> import branchy_jax as bj
@@ -169,12 +173,15 @@ def exit_table(
         >>> table.statistics.shape, table.screen().for_accuracy(0.0).policy.criterion.name
         ((2, 5, 1), 'entropy')
     """
+    check_model(model)
+    check_criterion(criterion, model.num_exits)
     if len(data.image) != len(data.label):
         raise ValueError(f'data: got {len(data.image)} images and {len(data.label)} labels; give one label per image')
     image = jax.ShapeDtypeStruct((1, *data.image.shape[1:]), data.image.dtype)
     image = jax.eval_shape(_as_pytree(prepare), image)
     if statistics in (accuracy_statistics, iou_statistics):  # others may take any target
-        check_labels(data.label, jax.eval_shape(model.apply, variables, image)[-1].shape[-1])
+        with naming_variables(variables):
+            check_labels(data.label, jax.eval_shape(model.apply, variables, image)[-1].shape[-1])
     costs = count_macs(model, image.shape[1:]) if costs is None else costs
     run = functools.partial(_statistics(model, mesh, statistics), criterion=criterion, prepare=_as_pytree(prepare))
     found, uncertainty = _in_batches(run, variables, data, batch_size, mesh)
@@ -234,8 +241,8 @@ def _in_batches(
     count = len(jax.tree.leaves(data)[0])
     if count == 0:
         raise ValueError('images: got none; at least one is needed')
-    if batch_size < 1:
-        raise ValueError(f'batch_size: got {batch_size}; expected at least 1')
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f'batch_size: got {batch_size}; expected an integer, at least 1')
     batch_size = min(batch_size, count)
     if mesh is not None:
         batch_size, variables = -(-batch_size // mesh.size) * mesh.size, replicate(mesh, variables)

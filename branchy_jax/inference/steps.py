@@ -13,7 +13,7 @@ from flax import struct
 
 from branchy_jax.criteria import as_policy, is_confident
 from branchy_jax.criteria.criterion import Carry
-from branchy_jax.models.branchy import BranchyNet, check_exits, check_images, run_segment
+from branchy_jax.models.branchy import BranchyNet, check_exits, check_images, check_model, run_segment
 from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
@@ -127,8 +127,9 @@ def asked_exits(model: BranchyNet, exits: Sequence[int] | None) -> tuple[int, ..
     """Returns the exits that an executor asks: all of them for ``None``.
 
     Raises:
-        ValueError: ``exits`` is not ascending, out of range or leaves out the last.
+        ValueError: ``exits`` is not ascending, out of range or leaves out the last; or no network.
     """
+    check_model(model)
     return tuple(range(model.num_exits)) if exits is None else check_exits('exits', exits, model.num_exits)
 
 

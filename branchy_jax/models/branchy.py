@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 
 from branchy_jax.models.compose import (
     Hidden,
@@ -119,8 +121,43 @@ def run_segment(model: BranchyNet, kind: str, n: int, variables: Variables, hidd
         n: its number from 0.
         variables: of the network.
         hidden: what the segment takes.
+
+    Raises:
+        ValueError: variables of another network, or its parameters alone.
     """
-    return model.apply(variables, hidden, n, method=f'run_{kind}')
+    with naming_variables(variables):
+        return model.apply(variables, hidden, n, method=f'run_{kind}')
+
+
+@contextlib.contextmanager
+def naming_variables(variables: Variables) -> Iterator[None]:
+    """Says, when a network is traced, that what it lacks is in the variables it was given.
+
+    Raises:
+        ValueError: no collections of variables, or not all that the network reads.
+    """
+    if not isinstance(variables, Mapping):
+        raise ValueError(f'variables: got {type(variables).__name__}; give what model.init returned or training left')
+    try:
+        yield
+    except (errors.ScopeCollectionNotFound, errors.ScopeParamNotFoundError, errors.ScopeVariableNotFoundError) as error:
+        raise ValueError(
+            f'variables: got the collections {sorted(variables)}, which are not those of this network: '
+            f"{str(error).split(' (http')[0]} Give what model.init returned, {{'params': …, 'batch_stats': …}}, whole; "
+            'not its parameters alone'
+        ) from error
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no network with exits.
+
+    Raises:
+        ValueError: a network's name, or something without exits.
+    """
+    if not hasattr(model, 'num_exits'):
+        raise ValueError(
+            f'model: got {model!r}; give a network with exits, such as branchy_jax.models.create makes from a name'
+        )
 
 
 def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
@@ -142,6 +179,7 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
         >>> select_exits(model, [1, 2]).num_exits
         2
     """
+    check_model(model)
     indices = check_exits('indices', indices, model.num_exits)
     starts = [0, *(index + 1 for index in indices[:-1])]
     stages = tuple(tuple(model.stages[a : b + 1]) for a, b in zip(starts, indices, strict=True))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.known import Constant, Known, ancestry, from_stored
 from branchy_jax.inference.rewriting.rewrite import run, trace
-from branchy_jax.models.branchy import BranchyNet, run_segment
+from branchy_jax.models.branchy import BranchyNet, check_model, run_segment
 from branchy_jax.types import Array, Variables
 
 # Measured inside LeNet, AlexNet and ResNet at batch 1: up to 200 pairs 1.1 to 4 times faster, from 256 on slower.
@@ -139,7 +139,7 @@ def optimize(
         1e-4 in float32.
 
     Raises:
-        ValueError: the network has no ``image_shape``.
+        ValueError: the network has no ``image_shape``, or these are not its variables.
 
     Example:
         >>> import branchy_jax as bj
@@ -150,6 +150,7 @@ def optimize(
         >>> bool(jnp.allclose(first, same, atol=1e-4))
         True
     """
+    check_model(model)
     forms = default_forms(dtype) if forms is None else forms
     if model.image_shape is None:
         raise ValueError('model: has no image_shape, which optimize needs to trace it; build it with image_shape=…')
