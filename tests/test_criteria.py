@@ -178,9 +178,26 @@ def test_criteria_refuse_exits_they_know_nothing_of():
         bj.criteria.replay(fitted, logits)
 
 
+@pytest.mark.parametrize(
+    'criterion',
+    [
+        bj.criteria.entropy, bj.criteria.margin, bj.criteria.max_probability, bj.criteria.patience,
+        bj.criteria.ensemble(), bj.criteria.ensemble('geometric'), bj.criteria.pixelwise([0.5, 0.5]),
+        bj.criteria.with_temperatures([1.0] * 3),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_nan_is_never_confident(criterion):
+    """One NaN among the logits of an answer makes its uncertainty NaN, which no threshold takes for sure."""
+    logits = jnp.zeros((3, 2, 2, 4)).at[:, 0, 1, 2].set(jnp.nan)
+    uncertainty = bj.criteria.replay(criterion, logits)[1]
+    np.testing.assert_array_equal(np.isnan(uncertainty), [[True, False]] * 3)
+    assert not is_confident(uncertainty[:, 0], jnp.full(3, jnp.inf)).any()
+
+
 def test_patience_takes_no_agreement_from_nan():
-    logits = jnp.full((3, 1, 4), jnp.nan)
-    assert bj.criteria.replay(bj.criteria.patience, logits)[1].ravel().tolist() == [0, 0, 0]
+    logits = jnp.zeros((3, 1, 4)).at[0].set(jnp.nan).at[1:, :, 0].set(1.0)  # NaN's argmax is class 0
+    assert bj.criteria.replay(bj.criteria.patience, logits)[1].ravel().tolist()[1:] == [0, -1]
 
 
 def test_unknown_ensembles_are_refused():

@@ -27,7 +27,8 @@ def is_confident(uncertainty: Array, threshold: Array) -> Array:
     """Decides whether an exit answers: ``uncertainty < threshold``, strictly.
 
     The one rule of the library; searches and planners that work on arrays follow it. ``-inf`` never
-    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit.
+    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit: no early
+    exit answers with NaN, and NaN in the last exit's uncertainty tells that the answer is worth nothing.
     """
     return uncertainty < threshold
 

@@ -109,6 +109,11 @@ def _weights(logits: Array) -> tuple[Array, Array]:
     return weights, jnp.where(jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool), 0.0, weights)
 
 
+def _unless_nan(uncertainty: Array, answer: Array) -> Array:
+    """Makes an uncertainty ``[B]`` that does not come from the logits' values NaN where an answer's logits are."""
+    return jnp.where(jnp.isnan(answer).any(axis=tuple(range(1, answer.ndim))), jnp.nan, uncertainty)
+
+
 entropy = from_logits(entropy_of_logits, name='entropy')
 """The paper's criterion: entropy of the exit's softmax, in nats."""
 
@@ -129,10 +134,10 @@ class _Patience(Criterion):
     def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
         check_classes(logits)
         before, count = carry
-        label = most_likely_class(logits)
-        agrees = (label == before) & ~jnp.isnan(logits).any(axis=-1)
-        count = jnp.where(agrees, count + 1, 0.0)
-        return logits, -mean_over_pixels(count), (label, count)
+        # NaN's argmax is some class: it is no label that a later exit could agree with.
+        label = jnp.where(jnp.isnan(logits).any(axis=-1), -1, most_likely_class(logits))
+        count = jnp.where((label == before) & (label >= 0), count + 1, 0.0)
+        return logits, _unless_nan(-mean_over_pixels(count), logits), (label, count)
 
 
 patience = _Patience()
@@ -271,7 +276,7 @@ class _Pixelwise(Criterion):
         if n < len(self.pixel_thresholds):
             answered = answered | is_confident(self.uncertainty_of(logits), self.pixel_thresholds[n])
         unsure = (~answered).reshape(len(logits), -1).mean(axis=-1)
-        return answer, unsure, (answer, answered)
+        return answer, _unless_nan(unsure, answer), (answer, answered)
 
 
 def pixelwise(pixel_thresholds: Array, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits) -> Criterion:

@@ -26,6 +26,10 @@ from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variable
 def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
     """Builds the oracle executor: runs all stages and heads on the whole batch and selects the first confident exit.
 
+    For finite images all executors agree with it on label and exit. Where NaN reaches the logits of every exit, the
+    last one answers and its uncertainty is NaN, in all executors. But a layer may drop NaN, as XLA's max pooling does
+    on a CPU, and ``optimize`` may then keep it: refuse images that are not finite before they get here.
+
     Args:
         model: a network with N exits.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf. With
