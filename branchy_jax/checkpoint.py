@@ -161,7 +161,7 @@ def save_weights(path: Path | str, variables: Variables, metadata: dict[str, str
     from safetensors.numpy import save_file
 
     flat = traverse_util.flatten_dict(dict(variables), sep='/')
-    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    arrays = {name: np.asarray(value, order='C') for name, value in flat.items()}
     write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
 
 

@@ -76,7 +76,8 @@ def mac_limit(costs: StageCosts, exit_fractions: Array) -> float:
 def count_macs(model: Any, image_shape: Any) -> StageCosts:
     """Counts the multiply-accumulates that one image needs in each stage and head of a `BranchyNet`.
 
-    Matrix products and convolutions count, zero padding included; pooling, normalisation and activations, which
+    Matrix products and convolutions count, zero padding included, but not the zeros that a transposed convolution puts
+    between and around its pixels; pooling, normalisation and activations, which
     multiply nothing by a weight matrix, do not.
 
     Args:
@@ -135,9 +136,7 @@ def _count_equation(equation: jax_core.JaxprEqn) -> int:
         left = equation.invars[0].aval.shape
         return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if name == 'conv_general_dilated':
-        kernel = equation.invars[1].aval.shape
-        out_features = kernel[params['dimension_numbers'].rhs_spec[0]]
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
+        return _convolution_macs(equation)
     if name == 'while':
         raise ValueError('function: its jaxpr holds a while_loop, whose trip count is unknown; count its body instead')
     if name == 'cond':
@@ -145,3 +144,25 @@ def _count_equation(equation: jax_core.JaxprEqn) -> int:
     inner = [value for value in params.values() if isinstance(value, (jax_core.Jaxpr, jax_core.ClosedJaxpr))]
     macs = sum(_count(value.jaxpr if isinstance(value, jax_core.ClosedJaxpr) else value) for value in inner)
     return macs * params['length'] if name == 'scan' else macs
+
+
+def _convolution_macs(equation: jax_core.JaxprEqn) -> int:
+    """Counts what each output multiplies: all taps of its window, padding included, but zeros put between pixels."""
+    params, numbers = equation.params, equation.params['dimension_numbers']
+    image, kernel, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    lengths, windows, counts = (
+        [shape[place] for place in spec[2:]]
+        for shape, spec in ((image, numbers.lhs_spec), (kernel, numbers.rhs_spec), (out, numbers.out_spec))
+    )
+    before = [low for low, _ in params['padding']]
+    spacing = (params['window_strides'], before, params['lhs_dilation'], params['rhs_dilation'])
+    taps = math.prod(map(_taps, lengths, windows, counts, *spacing))
+    return out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]] * taps
+
+
+def _taps(length: int, window: int, count: int, stride: int, padding: int, spacing: int, reach: int) -> int:
+    """Counts the taps of all windows along one axis; where pixels are spaced out, those that fall on a pixel."""
+    if spacing == 1:
+        return count * window
+    places = np.add.outer(np.arange(count) * stride - padding, np.arange(window) * reach)
+    return int(((places >= 0) & (places < length * spacing) & (places % spacing == 0)).sum())

@@ -88,7 +88,8 @@ class ExitPrediction:
         label: ``[B, …]`` int32, argmax of the answering exit, or what the criterion decides.
         exit_index: ``[B]`` int32 in ``[0, N)``, the exit that answered.
         logits: ``[B, …, K]`` of the answering exit.
-        uncertainty: ``[B]`` of the answering exit, in the unit of the criterion.
+        uncertainty: ``[B]`` of the answering exit, in the unit of the criterion. NaN where the logits are, as
+            images that are not finite make them: the label then means nothing.
     """
 
     label: Array

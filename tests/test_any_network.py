@@ -1,5 +1,9 @@
 """Networks that are not ours: misfits are named, functional forms and NNX, a transformer, an encoder–decoder."""
 
+import gc
+import importlib
+import weakref
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -252,3 +256,33 @@ def test_regression_end_to_end(getkey):
     found = bj.inference.compacted(model, chunk_size=64)(state.variables, inputs, chosen)
     np.testing.assert_allclose(found.label, expected.label, rtol=1e-5, atol=1e-6)
     assert found.label.dtype == jnp.float32
+
+
+class Large:
+    """Something that a layer closes over."""
+
+
+def network_around(kept):
+    """Returns a network with a layer that closes over ``kept``."""
+
+    def layer(x):
+        return x if kept is not None else -x
+
+    return bj.BranchyNet(stages=((layer, nn.Dense(3)), nn.relu), exits=(nn.Dense(3), nn.Dense(3)))
+
+
+@pytest.mark.parametrize('name', [None, 'dense', 'staged'])
+def test_what_a_layer_closes_over_is_freed_with_the_network(getkey, name):
+    kept, images = Large(), jnp.ones((2, 4))
+    freed, model = weakref.ref(kept), network_around(kept)
+    variables = model.init(getkey(), images)
+    if name is not None:
+        getattr(bj.inference, name)(model)(variables, images if name == 'dense' else images[0], [0.5])
+        builder = getattr(importlib.import_module(f'branchy_jax.inference.{name}'), f'_{name}')
+    del kept, model
+    if name is not None:  # equal networks compile once: the last 128 builds are kept
+        gc.collect()
+        assert freed() is not None
+        builder.cache_clear()
+    gc.collect()
+    assert freed() is None

@@ -95,6 +95,48 @@ def test_side_heads_are_told_from_the_trunk(network):
     assert side_head_names(bj.BranchyNet(stages=(nn.relu, nn.relu), exits=(shared, shared))) == set()
 
 
+class Around(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name='own')(self.inner(x))
+
+
+@pytest.mark.parametrize('exits_of', [
+    lambda head: (head, head),
+    lambda head: ((nn.relu, head), head),
+    lambda head: (head, Around(head)),
+    lambda head: (Around(head), Around(head)),
+    lambda head: (Around(head), head),
+    lambda head: (nn.Dense(2), head),
+], ids=['same', 'in a tuple', 'inside the last', 'inside both', 'inside the first', 'not shared'])  # fmt: skip
+def test_what_the_trunk_shares_with_a_side_head_is_the_trunk_s(exits_of):
+    """A change of what belongs to side heads leaves the last exit as it was, with unnamed modules too."""
+    model = bj.BranchyNet(stages=(nn.Dense(2), nn.relu), exits=exits_of(nn.Dense(2)))
+    variables, images = model.init(jax.random.key(0), np.ones((1, 3), np.float32)), np.ones((1, 3), np.float32)
+    names = side_head_names(model) & set(variables['params'])
+    moved = {
+        name: jax.tree.map(lambda x: x + 1, module) if name in names else module
+        for name, module in variables['params'].items()
+    }
+    before, after = model.apply(variables, images), model.apply({'params': moved}, images)
+    np.testing.assert_array_equal(before[-1], after[-1])
+    assert (before[0] != after[0]).any() == bool(names)
+
+
+def test_own_parameters_of_a_side_head_around_the_trunk_s_train():
+    head = nn.Dense(2)
+    assert side_head_names(bj.BranchyNet(stages=(nn.relu, nn.relu), exits=(Around(head), head))) == {'exits_0'}
+
+
+@pytest.mark.parametrize('indices', [[0.9, 2], [0, 2.0], ['0', 2], [False, 2]])
+def test_exits_that_are_no_integers_are_refused(network, indices):
+    with pytest.raises(ValueError, match='exits: got .*; give the numbers of exits, which are integers'):
+        bj.inference.dense(network[0], exits=indices)
+    assert select_exits(network[0], np.array([0, 2])).num_exits == 2
+
+
 def test_unequal_stages_and_exits_are_refused():
     with pytest.raises(ValueError, match='exits: .* got 2 stages and 1 exits'):
         bj.BranchyNet(stages=(nn.relu, nn.relu), exits=(nn.Dense(2),))

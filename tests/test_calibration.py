@@ -127,3 +127,12 @@ def test_fitting_refuses_what_does_not_fit(fit):
 def test_reliability_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match='confidence: expected'):
         reliability([0.5], [True, False])
+
+
+def test_impossible_settings_are_refused():
+    logits, labels = np.random.default_rng(0).normal(size=(2, 6, 3)), np.arange(6) % 3
+    for name, bad in (('width', 0), ('steps', 0), ('learning_rate', -1.0)):
+        with pytest.raises(ValueError, match=f'{name}: got {bad}'):
+            fit_learned(logits, labels, jax.random.key(0), **{name: bad})
+    with pytest.raises(ValueError, match='steps: got -1'):
+        fit_temperatures(logits, labels, steps=-1)

@@ -55,9 +55,11 @@ def test_half_written_checkpoint_is_passed_over(tmp_path, state):
 
 def test_weights_round_trip(tmp_path, state):
     variables = {'params': {'conv': {'kernel': state['weights'].T}}, 'batch_stats': {'mean': jnp.ones(3, jnp.bfloat16)}}
+    variables['params'].update(scale=jnp.float32(3), nothing=jnp.zeros((0, 2)))
     checkpoint.save_weights(tmp_path / 'new' / 'w.safetensors', variables, {'network': 'b-lenet'})
     found, metadata = checkpoint.load_weights(tmp_path / 'new' / 'w.safetensors')
     check_same(found, variables)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, variables)
     assert metadata == {'network': 'b-lenet'}
 
 

@@ -75,3 +75,18 @@ def test_grouped_convolution_counts_its_own_channels():
         x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=4
     )
     assert macs_of(depthwise, x) == 8 * 8 * 4 * 9
+
+
+@pytest.mark.parametrize('padding', ['SAME', 'VALID', ((0, 3), (2, 1))])
+@pytest.mark.parametrize('strides', [(2, 2), (3, 2)])
+@pytest.mark.parametrize('kernel', [(2, 2), (3, 4)])
+def test_transposed_convolution_counts_what_its_pixels_give(kernel, strides, padding):
+    """By brute force: with ones for pixels and weights, the sum of the outputs is how many products are not zero."""
+    x, ones = jnp.ones((2, 4, 5, 3)), jnp.ones((*kernel, 3, 6))
+
+    def transposed(x):
+        return lax.conv_transpose(x, ones, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+    assert macs_of(transposed, x) == transposed(x).sum()
+    if padding == 'VALID':  # every pixel meets every tap once
+        assert macs_of(transposed, x) == x.size * ones.size // 3

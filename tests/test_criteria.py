@@ -81,6 +81,25 @@ def test_is_confident_is_strict(uncertainty, threshold, expected):
     assert bool(is_confident(jnp.float32(uncertainty), jnp.float32(threshold))) is expected
 
 
+@pytest.mark.parametrize(
+    'criterion',
+    [
+        bj.criteria.entropy, bj.criteria.margin, bj.criteria.max_probability, bj.criteria.patience,
+        bj.criteria.ensemble(), bj.criteria.ensemble('geometric'), bj.criteria.pixelwise([0.5]),
+        bj.criteria.with_temperatures([1.0, 1.0]),
+    ],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize('shape', [(4, 1), (4, 2, 2, 1)], ids=['images', 'pixels'])
+def test_heads_with_one_logit_are_refused(criterion, shape):
+    """The softmax of one logit is 1: all would leave at the first exit, whatever they are."""
+    logits = jnp.zeros(shape)
+    with pytest.raises(ValueError, match='logits: got shape .*give heads that end in two classes'):
+        jax.jit(lambda logits: criterion.update(logits, criterion.init(logits), 0)[1])(logits)
+    own = from_logits(lambda logits: jnp.abs(logits[..., 0]), name='own', decide=lambda logits: logits[..., 0])
+    assert own.update(logits, (), 0)[1].shape == (4,)
+
+
 def test_own_criterion_keeps_name_and_logits():
     criterion = from_logits(lambda logits: 1 - jax.nn.softmax(logits).max(-1), name='max probability')
     logits = jnp.array([[0.0, jnp.log(3.0)]])
@@ -159,9 +178,26 @@ def test_criteria_refuse_exits_they_know_nothing_of():
         bj.criteria.replay(fitted, logits)
 
 
+@pytest.mark.parametrize(
+    'criterion',
+    [
+        bj.criteria.entropy, bj.criteria.margin, bj.criteria.max_probability, bj.criteria.patience,
+        bj.criteria.ensemble(), bj.criteria.ensemble('geometric'), bj.criteria.pixelwise([0.5, 0.5]),
+        bj.criteria.with_temperatures([1.0] * 3),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_nan_is_never_confident(criterion):
+    """One NaN among the logits of an answer makes its uncertainty NaN, which no threshold takes for sure."""
+    logits = jnp.zeros((3, 2, 2, 4)).at[:, 0, 1, 2].set(jnp.nan)
+    uncertainty = bj.criteria.replay(criterion, logits)[1]
+    np.testing.assert_array_equal(np.isnan(uncertainty), [[True, False]] * 3)
+    assert not is_confident(uncertainty[:, 0], jnp.full(3, jnp.inf)).any()
+
+
 def test_patience_takes_no_agreement_from_nan():
-    logits = jnp.full((3, 1, 4), jnp.nan)
-    assert bj.criteria.replay(bj.criteria.patience, logits)[1].ravel().tolist() == [0, 0, 0]
+    logits = jnp.zeros((3, 1, 4)).at[0].set(jnp.nan).at[1:, :, 0].set(1.0)  # NaN's argmax is class 0
+    assert bj.criteria.replay(bj.criteria.patience, logits)[1].ravel().tolist()[1:] == [0, -1]
 
 
 def test_unknown_ensembles_are_refused():

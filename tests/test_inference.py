@@ -120,6 +120,16 @@ def test_exit_shares_predicted_are_those_realised(network, outputs):
         assert np.mean([int(a.label) == label for a, label in zip(answers, labels, strict=True)]) == point.accuracy
 
 
+@pytest.mark.parametrize('wrong', [-1, CLASSES])
+def test_labels_of_no_class_are_refused(network, wrong):
+    model, variables, images = network
+    data = bj.Batch(images, np.full(len(images), wrong))
+    with pytest.raises(ValueError, match=rf'labels: expected classes in \[0, 3\), got {wrong}'):
+        bj.inference.exit_table(model, variables, data)
+    answers = bj.inference.exit_table(model, variables, data, statistics=lambda logits, labels: logits, metric=max)
+    assert answers.statistics.shape == (3, len(images), CLASSES)  # statistics of one's own take any target
+
+
 def counting_network():
     """Notes each trace of its first stage."""
     traces = []
@@ -242,6 +252,45 @@ def test_bad_images_are_refused(network, build):
         exit_outputs(model, variables, images[:0])
     with pytest.raises(ValueError, match='batch_size: got 0'):
         exit_outputs(model, variables, images, batch_size=0)
+
+
+DOORS = {
+    'dense': lambda model, variables, images: dense(model)(variables, images, [0.1, 0.1]),
+    'staged': lambda model, variables, images: staged(model)(variables, images[0], [0.1, 0.1]),
+    'compacted': lambda model, variables, images: bj.inference.compacted(model, chunk_size=8)(
+        variables, images, [0.1, 0.1]
+    ),
+    'stream': lambda model, variables, images: list(
+        bj.inference.stream(model, chunk_size=8)(variables, [images], [0.1, 0.1])
+    ),
+    'exit_outputs': lambda model, variables, images: exit_outputs(model, variables, images),
+    'exit_table': lambda model, variables, images: bj.inference.exit_table(
+        model, variables, bj.Batch(images, np.zeros(len(images), int))
+    ),
+    'plan': lambda model, variables, images: bj.inference.plan(model, variables, images, [0.1, 0.1]),
+    'optimize': lambda model, variables, images: bj.inference.optimize(model, variables),
+    'create_train_state': lambda model, variables, images: bj.training.create_train_state(model, variables),
+}
+
+
+@pytest.mark.parametrize('enter', DOORS.values(), ids=DOORS)
+def test_what_is_no_network_or_no_variables_is_refused(network, enter):
+    model, variables, images = network
+    with pytest.raises(ValueError, match="model: got 'b-lenet'; give a network"):
+        enter('b-lenet', variables, images)
+    for bad in (variables['params'], {}, None):
+        with pytest.raises(ValueError, match='variables: got .*[Gg]ive what model.init returned'):
+            enter(model, bad, images)
+
+
+def test_criteria_by_name_and_odd_batch_sizes_are_refused(network):
+    model, variables, images = network
+    data = bj.Batch(images, np.zeros(len(images), int))
+    for answer, inputs in ((exit_outputs, images), (bj.inference.exit_table, data)):
+        with pytest.raises(ValueError, match="criterion: got 'entropy'"):
+            answer(model, variables, inputs, criterion='entropy')
+        with pytest.raises(ValueError, match='batch_size: got 2.5; expected an integer'):
+            answer(model, variables, inputs, batch_size=2.5)
 
 
 def test_nan_threshold_under_jit_never_exits(network):

@@ -1,5 +1,6 @@
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,6 +133,70 @@ def test_arithmetic_with_weights(getkey, operation):
         check_same(model, with_statistics(model.init(getkey(), images), getkey()), images)
     finally:
         jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+COMBINATIONS = {
+    'tile': lambda y, w: jnp.concatenate([jnp.tile(w[:, :1], (y.shape[0], 1, 1)), y], axis=1),
+    'repeat': lambda y, w: jnp.concatenate([y, jnp.repeat(w, y.shape[0], axis=0)], axis=1),
+    'broadcast': lambda y, w: jnp.concatenate([y, jnp.broadcast_to(w, y.shape) * 2 + 1], axis=1),
+    'stack': lambda y, w: jnp.concatenate([y, *[jnp.stack([w[0]] * y.shape[0])] * 2], axis=1),
+    'queries': lambda y, w: jax.nn.softmax(jnp.tile(w, (y.shape[0], 1, 1)) @ y.swapaxes(1, 2)) @ y,
+    'divide': lambda y, w: y / y.shape[0],
+    'scale': lambda y, w: y * w * y.shape[0] + w / y.shape[0],
+    'arange': lambda y, w: y + w * jnp.arange(y.shape[0])[:, None, None],
+    'constant': lambda y, w: y + w * np.arange(y.shape[0], dtype=np.float32)[:, None, None],
+    'scalars': lambda y, w: y + w * np.float32(y.shape[0]) + w * jnp.float32(y.shape[0]) * y.sum(),
+    'batch': lambda y, w: y * w.sum() + y.mean() * w,
+}
+
+
+def network_that_combines(combine):
+    """Applies ``combine(y [B, 2, 4], w [1, 2, 4])`` to what a small network and a parameter hold."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param('w', nn.initializers.normal(), (1, 2, 4))
+            return combine(nn.Dense(4)(nn.relu(nn.Dense(4)(x))), w)
+
+    return bj.BranchyNet(stages=(Layer(),), exits=(nn.Dense(3),), image_shape=(2, 4))
+
+
+@pytest.mark.parametrize('embed', [True, False], ids=['embedded', 'beside'])
+@pytest.mark.parametrize('combine', COMBINATIONS.values(), ids=COMBINATIONS)
+def test_what_depends_on_the_batch_size_is_computed_anew(getkey, combine, embed):
+    """Class tokens, learned queries and arithmetic on B: nothing of the batch that was traced may be kept."""
+
+    model = network_that_combines(combine)
+    images = jax.random.normal(getkey(), (7, 2, 4))
+    variables = with_statistics(jax.jit(model.init)(getkey(), images), getkey())
+    fast_model, fast_variables = optimize(model, variables, forms=ALL_FORMS, embed=embed)
+    for batch in (1, 2, 3, 7):
+        (expected,) = jax.jit(model.apply)(variables, images[:batch])
+        (found,) = jax.jit(fast_model.apply)(fast_variables, images[:batch])
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    with jax.disable_jit():  # values of the input are then no tracers, and must not pass for known
+        np.testing.assert_allclose(fast_model.apply(fast_variables, images)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_class_token_is_repeated_for_any_number_of_images(getkey):
+    model = network_that_combines(lambda y, w: jnp.concatenate([y, jnp.tile(w, (y.shape[0], 1, 1)) / y.shape[0]], 1))
+    images = jax.random.normal(getkey(), (5, 2, 4))
+    variables = with_statistics(model.init(getkey(), images), getkey())
+    fast_model, fast_variables = optimize(model, variables, embed=False)
+    (count,) = jax.export.symbolic_shape('count')
+    program = jax.export.export(jax.jit(lambda images: fast_model.apply(fast_variables, images)[0]))(
+        jax.ShapeDtypeStruct((count, 2, 4), jnp.float32)
+    )
+    np.testing.assert_allclose(program.call(images), model.apply(variables, images)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_batch_size_that_needs_other_weights_is_refused(getkey):
+    model = network_that_combines(lambda y, w: y * w if len(y) > 3 else y)
+    images = jax.random.normal(getkey(), (5, 2, 4))
+    fast_model, fast_variables = optimize(model, model.init(getkey(), images), embed=False)
+    with pytest.raises(ValueError, match='images: a batch of this size needs weights'):
+        fast_model.apply(fast_variables, images)
 
 
 def test_result_runs_in_every_executor_at_any_batch_size(getkey):

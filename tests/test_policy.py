@@ -70,6 +70,21 @@ def run(executor, model, variables, images, policy):
     return np.array([answer.label, answer.exit_index])
 
 
+@pytest.mark.parametrize('executor', ['dense', 'staged', 'sequential', 'loop', 'host', 'stream'])
+@pytest.mark.parametrize('name', ['entropy', 'patience', 'geometric ensemble'])
+def test_images_that_are_not_finite_are_answered_last(network, name, executor):
+    """Here NaN reaches the logits: the last exit answers, uncertainty says NaN, and other images are none the worse."""
+    model, variables, images = network
+    odd = images.at[3, 1, 2, 0].set(jnp.nan).at[12].set(jnp.inf).at[20, 0, 0, 0].set(-jnp.inf)
+    policy = bj.ExitPolicy(CRITERIA[name], jnp.array([-0.5 if name == 'patience' else 1.0, jnp.inf]))
+    expected, found = run(executor, model, variables, images, policy), run(executor, model, variables, odd, policy)
+    finite = np.isfinite(odd).all(axis=(1, 2, 3))
+    assert found[1, ~finite].tolist() == [2, 2, 2]
+    np.testing.assert_array_equal(found[:, finite], expected[:, finite])
+    uncertainty = inference.dense(model)(variables, odd, policy).uncertainty
+    np.testing.assert_array_equal(np.isnan(uncertainty), ~finite)
+
+
 def built(executor, model):
     compacted = functools.partial(inference.compacted, model, chunk_size=5)
     return {

@@ -181,6 +181,34 @@ def test_baseline_initialisation_reports_what_it_did(network):
         initialize_from_baseline(variables, {'params': {'other': jnp.zeros(3)}})
 
 
+def test_strict_initialisation_takes_a_whole_baseline_or_none(network):
+    model, variables, images = network
+    baseline = bj.models.without_branches(model)
+    trained = jax.tree.map(lambda x: x + 1, baseline.init(jax.random.key(9), images))
+    start, report = initialize_from_baseline(variables, trained, strict=True)
+    assert {path.split('/')[1] for path in report.fresh} == {'head1', 'head2'}
+    check_equal(start['params']['head3'], trained['params']['head3'])
+
+    def changed(module, **arrays):
+        return {**trained, 'params': {**trained['params'], module: {**trained['params'].get(module, {}), **arrays}}}
+
+    for bad, message in [
+        (changed('head9', kernel=jnp.zeros(2)), r'1 of its \d+ arrays found no place .*params/head9/kernel \(2,\)\)'),
+        (changed('layer2', kernel=jnp.zeros((8, 9))), r'params/layer2/kernel \(8, 9\)'),
+        ({'params': trained['params']}, 'baseline: lacks batch_stats/norm1/mean, batch_stats/norm1/var, though'),
+    ]:
+        initialize_from_baseline(variables, bad)
+        with pytest.raises(ValueError, match=message):
+            initialize_from_baseline(variables, bad, strict=True)
+
+
+def test_baseline_of_another_precision_gets_the_network_s_own(network):
+    _, variables, _ = network
+    start, _ = initialize_from_baseline(variables, jax.tree.map(lambda x: (x + 1).astype(jnp.float16), variables))
+    assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype('float32')}
+    np.testing.assert_allclose(start['params']['layer2']['kernel'], variables['params']['layer2']['kernel'] + 1, 1e-3)
+
+
 def test_given_variables_survive_donation(network, batch, getkey):
     model, variables, _ = network
     mine = jax.tree.map(jnp.copy, variables)
@@ -446,12 +474,37 @@ def test_run_killed_by_the_system_resumes(tmp_path):
     check_equal(*(bj.checkpoint.load_weights(tmp_path / f'{name}.st')[0] for name in ('untouched', 'victim')))
 
 
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'epochs': -1}, 'epochs: got -1'), ({'epochs': float('nan')}, 'epochs: got nan'),
+        ({'batch_size': 0}, 'batch_size: got 0'), ({'batch_size': 2.5}, 'batch_size: got 2.5'),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(network, train, options, message):
+    model, variables, _ = network
+    with pytest.raises(ValueError, match=message):
+        train(create_train_state(model, variables, SGD), **{'epochs': 1, **options})
+
+
+def test_impossible_batches_and_learning_rates_are_refused(getkey):
+    with pytest.raises(ValueError, match='batch_size: got 0'):
+        bj.training.epoch_order(getkey(), 0, 8, 0)
+    for bad in (-1, float('nan')):
+        with pytest.raises(ValueError, match='learning_rate: got'):
+            bj.training.paper_adam(bad)
+    assert bj.training.paper_adam(optax.constant_schedule(0.1)).init is not None
+
+
 def test_labels_without_a_class_are_refused(network, train, small_data):
     model, variables, _ = network
     state = create_train_state(model, variables, SGD)
     bad = small_data.replace(label=small_data.label + 1)
     with pytest.raises(ValueError, match=r'labels: expected classes in \[0, 3\), got 1 to 3'):
         train(state, data=bad, epochs=1)
+    smoothed = functools.partial(bj.losses.cross_entropy_per_exit, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r'labels: expected classes in \[0, 3\), got 1 to 3'):
+        train(state, data=bad, epochs=1, loss=smoothed)
 
 
 def test_other_tasks_bring_their_loss_and_their_metrics(network, batch, getkey):

@@ -27,7 +27,8 @@ def is_confident(uncertainty: Array, threshold: Array) -> Array:
     """Decides whether an exit answers: ``uncertainty < threshold``, strictly.
 
     The one rule of the library; searches and planners that work on arrays follow it. ``-inf`` never
-    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit.
+    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit: no early
+    exit answers with NaN, and NaN in the last exit's uncertainty tells that the answer is worth nothing.
     """
     return uncertainty < threshold
 
@@ -35,6 +36,19 @@ def is_confident(uncertainty: Array, threshold: Array) -> Array:
 def most_likely_class(logits: Array) -> Array:
     """Returns the label of logits ``[B, …, K]``: their argmax ``[B, …]`` int32."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def check_classes(logits: Array) -> None:
+    """Refuses one logit where probabilities of classes are compared: its softmax is 1, and every input would be sure.
+
+    Raises:
+        ValueError: K is below 2.
+    """
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f'logits: got shape {tuple(logits.shape)}, of which a softmax is sure whatever the input; give heads that '
+            'end in two classes or more, or a criterion of your own (criteria.from_logits)'
+        )
 
 
 class Criterion(ByValue, abc.ABC):

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from branchy_jax.criteria.criterion import Carry, Criterion, check_exit_number, mean_over_pixels, value
+from branchy_jax.criteria.criterion import Carry, Criterion, check_classes, check_exit_number, mean_over_pixels, value
 from branchy_jax.types import Array
 
 _MOST_FEATURES = 10
@@ -40,7 +40,7 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         ``[N]`` float32 within a thousandth and a thousand, for `with_temperatures`.
 
     Raises:
-        ValueError: arrays whose shapes do not agree, or labels out of range.
+        ValueError: arrays whose shapes do not agree, labels or settings out of range.
 
     Example:
         >>> logits = np.log([[[0.99, 0.01]] * 4])   # 99 % sure, right three times of four
@@ -52,6 +52,8 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
     """
     logits, labels = _checked(logits, labels)
+    if steps < 0:
+        raise ValueError(f'steps: got {steps}; give a number from 0 up')
     exits = len(logits)
 
     def loss(log_temperature: Array) -> Array:
@@ -205,13 +207,16 @@ def fit_learned(
         A `Criterion` whose uncertainty is the predicted probability of being wrong.
 
     Raises:
-        ValueError: arrays whose shapes do not agree, or labels out of range.
+        ValueError: arrays whose shapes do not agree, labels or settings out of range.
 
     References:
         BranchyNet, 2016, section V: "meta-recognition", proposed there. Zhang et al., Predicting failures of vision
         systems, 2014.
     """
     logits, labels = _checked(logits, labels)
+    for name, given in (('width', width), ('steps', steps), ('learning_rate', learning_rate)):
+        if not given > 0:
+            raise ValueError(f'{name}: got {given}; give a positive number')
     features = _features(logits)
     right = (logits.argmax(axis=-1) == labels[None]).astype(jnp.float32)
     exits, _, count = features.shape
@@ -245,6 +250,7 @@ def _log_odds(own: _Learned, features: Array) -> Array:
 
 def _features(logits: Array) -> Array:
     """Returns logarithms of the largest probabilities, descending, ``[…, F]`` with F at most ten."""
+    check_classes(logits)
     probability = jax.nn.softmax(logits.astype(jnp.float32))
     largest = jax.lax.top_k(probability, min(_MOST_FEATURES, logits.shape[-1]))[0]
     return jnp.log(largest + _SMALLEST_PROBABILITY)

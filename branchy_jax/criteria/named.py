@@ -13,6 +13,7 @@ from branchy_jax.criteria.criterion import (
     Carry,
     Criterion,
     Pool,
+    check_classes,
     check_exit_number,
     from_logits,
     is_confident,
@@ -36,10 +37,13 @@ def entropy_of_logits(logits: Array) -> Array:
     A probability of exactly 0 contributes 0.
 
     Args:
-        logits: ``[..., K]``.
+        logits: ``[..., K]`` with K at least 2.
 
     Returns:
         ``[...]`` float32 in ``[0, ln K]``.
+
+    Raises:
+        ValueError: K is 1.
 
     Example:
         >>> bool(jnp.allclose(entropy_of_logits(jnp.zeros(10)), jnp.log(10.0)))
@@ -60,10 +64,13 @@ def max_probability_of_logits(logits: Array) -> Array:
     r"""Computes one minus the largest probability, :math:`1 - \max_k \hat y_k`, as a sum of the others.
 
     Args:
-        logits: ``[..., K]``.
+        logits: ``[..., K]`` with K at least 2.
 
     Returns:
         ``[...]`` float32 in ``[0, 1 - 1/K]``, to full relative precision also near 0.
+
+    Raises:
+        ValueError: K is 1.
 
     Example:
         >>> float(max_probability_of_logits(jnp.zeros(4)))
@@ -82,6 +89,9 @@ def margin_of_logits(logits: Array) -> Array:
     Returns:
         ``[...]`` float32 in ``[0, 1]``, to full relative precision also near 0.
 
+    Raises:
+        ValueError: K is 1.
+
     Example:
         >>> float(margin_of_logits(jnp.zeros(4)))
         1.0
@@ -93,9 +103,15 @@ def margin_of_logits(logits: Array) -> Array:
 
 def _weights(logits: Array) -> tuple[Array, Array]:
     """Returns the softmax's numerators, the largest being 1, and the same with 0 in place of the largest."""
+    check_classes(logits)
     logits = logits.astype(jnp.float32)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     return weights, jnp.where(jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool), 0.0, weights)
+
+
+def _unless_nan(uncertainty: Array, answer: Array) -> Array:
+    """Makes an uncertainty ``[B]`` that does not come from the logits' values NaN where an answer's logits are."""
+    return jnp.where(jnp.isnan(answer).any(axis=tuple(range(1, answer.ndim))), jnp.nan, uncertainty)
 
 
 entropy = from_logits(entropy_of_logits, name='entropy')
@@ -116,11 +132,12 @@ class _Patience(Criterion):
         return jnp.full(logits.shape[:-1], -1, jnp.int32), jnp.zeros(logits.shape[:-1], jnp.float32)
 
     def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_classes(logits)
         before, count = carry
-        label = most_likely_class(logits)
-        agrees = (label == before) & ~jnp.isnan(logits).any(axis=-1)
-        count = jnp.where(agrees, count + 1, 0.0)
-        return logits, -mean_over_pixels(count), (label, count)
+        # NaN's argmax is some class: it is no label that a later exit could agree with.
+        label = jnp.where(jnp.isnan(logits).any(axis=-1), -1, most_likely_class(logits))
+        count = jnp.where((label == before) & (label >= 0), count + 1, 0.0)
+        return logits, _unless_nan(-mean_over_pixels(count), logits), (label, count)
 
 
 patience = _Patience()
@@ -145,6 +162,7 @@ class _Ensemble(Criterion):
         return jnp.full(logits.shape, -jnp.inf if self.kind == 'arithmetic' else 0.0, jnp.float32)
 
     def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_classes(logits)
         log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
         if self.kind == 'arithmetic':
             total = jnp.logaddexp(carry, log_probability)
@@ -258,7 +276,7 @@ class _Pixelwise(Criterion):
         if n < len(self.pixel_thresholds):
             answered = answered | is_confident(self.uncertainty_of(logits), self.pixel_thresholds[n])
         unsure = (~answered).reshape(len(logits), -1).mean(axis=-1)
-        return answer, unsure, (answer, answered)
+        return answer, _unless_nan(unsure, answer), (answer, answered)
 
 
 def pixelwise(pixel_thresholds: Array, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits) -> Criterion:

@@ -14,17 +14,29 @@ from jax.sharding import Mesh
 
 from branchy_jax.costs import StageCosts, count_macs
 from branchy_jax.criteria import entropy
-from branchy_jax.criteria.criterion import Criterion
+from branchy_jax.criteria.criterion import Criterion, check_criterion
 from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.branchy import BranchyNet, check_model, naming_variables
 from branchy_jax.sharding import replicate, replicated, shard
-from branchy_jax.thresholds import ExitTable, accuracy_statistics, mean_of_statistic
+from branchy_jax.thresholds import ExitTable, accuracy_statistics, iou_statistics, mean_of_statistic
 from branchy_jax.thresholds.statistics import Metric, Statistics
-from branchy_jax.types import Array, Batch, ExitPolicy, ExitPrediction, Variables, num_rows
+from branchy_jax.types import (
+    Array,
+    Batch,
+    ExitPolicy,
+    ExitPrediction,
+    Variables,
+    check_labels,
+    num_rows,
+)
 
 
 def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
     """Builds the oracle executor: runs all stages and heads on the whole batch and selects the first confident exit.
+
+    For finite images all executors agree with it on label and exit. Where NaN reaches the logits of every exit, the
+    last one answers and its uncertainty is NaN, in all executors. But a layer may drop NaN, as XLA's max pooling does
+    on a CPU, and ``optimize`` may then keep it: refuse images that are not finite before they get here.
 
     Args:
         model: a network with N exits.
@@ -109,7 +121,8 @@ def exit_outputs(
         `ExitOutputs` as NumPy arrays.
 
     Raises:
-        ValueError: no images, or images the network refuses.
+        ValueError: no images, images the network refuses, a name instead of a network or criterion, or variables of
+            another network.
 
     Example:
         >>> import branchy_jax as bj
@@ -118,6 +131,8 @@ def exit_outputs(
         >>> exit_outputs(model, variables, images, batch_size=2).logits.shape
         (2, 5, 10)
     """
+    check_model(model)
+    check_criterion(criterion, model.num_exits)
     run = functools.partial(_outputs(model, mesh), criterion=criterion, prepare=_as_pytree(prepare))
     return _in_batches(run, variables, images, batch_size, mesh)
 
@@ -158,8 +173,9 @@ def exit_table(
         `branchy_jax.thresholds.ExitTable`.
 
     Raises:
-        ValueError: no images, images that the network refuses, another number of labels than images, or labels of
-            another shape than its answers.
+        ValueError: no images, images that the network refuses, another number of labels than images, labels of
+            another shape than its answers, or, with the library's statistics, of classes that it does not have; a
+            name instead of a network or criterion, or variables of another network.
 
     Example:
         >>> import branchy_jax as bj
@@ -169,13 +185,18 @@ def exit_table(
         >>> table.statistics.shape, table.screen().for_accuracy(0.0).policy.criterion.name
         ((2, 5, 1), 'entropy')
     """
+    check_model(model)
+    check_criterion(criterion, model.num_exits)
     if num_rows(data.image) != len(data.label):
         raise ValueError(
             f'data: got {num_rows(data.image)} images and {len(data.label)} labels; give one label per image'
         )
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), data.image)
+    fed = jax.eval_shape(_as_pytree(prepare), one)
+    if statistics in (accuracy_statistics, iou_statistics):  # others may take any target
+        with naming_variables(variables):
+            check_labels(data.label, jax.eval_shape(model.apply, variables, fed)[-1].shape[-1])
     if costs is None:
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), data.image)
-        fed = jax.eval_shape(_as_pytree(prepare), one)
         costs = count_macs(model, jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype), fed))
     run = functools.partial(_statistics(model, mesh, statistics), criterion=criterion, prepare=_as_pytree(prepare))
     found, uncertainty = _in_batches(run, variables, data, batch_size, mesh)
@@ -235,8 +256,8 @@ def _in_batches(
     count = num_rows(data)
     if count == 0:
         raise ValueError('images: got none; at least one is needed')
-    if batch_size < 1:
-        raise ValueError(f'batch_size: got {batch_size}; expected at least 1')
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f'batch_size: got {batch_size}; expected an integer, at least 1')
     batch_size = min(batch_size, count)
     if mesh is not None:
         batch_size, variables = -(-batch_size // mesh.size) * mesh.size, replicate(mesh, variables)

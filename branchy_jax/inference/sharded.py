@@ -66,7 +66,11 @@ class Sharded:
         return self._run(variables, images, policy)
 
     def balance(self, variables: Variables, images: Array, policy: Any) -> Balance:
-        """Runs the same program and reports where survivors were found, and how they were dispatched."""
+        """Runs the same program and reports where survivors were found, and how they were dispatched.
+
+        Raises:
+            ValueError: no images, or what the executor itself refuses.
+        """
         return jax.tree.map(np.asarray, self._with_balance(variables, images, self._check(policy))[1])
 
 
@@ -165,7 +169,12 @@ def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes:
         prediction, balance = spmd(variables, spread(images, mesh), policy, np.int32(count))
         return at_rows(prediction, slice(count)), balance
 
-    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), run, policy_checker(model.num_exits))
+    def with_balance(variables: Variables, images: Array, policy: ExitPolicy) -> tuple[ExitPrediction, Balance]:
+        if len(images) == 0:
+            raise ValueError('images: got none, which no device waits for; at least one is needed')
+        return run(variables, images, policy)
+
+    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), with_balance, policy_checker(model.num_exits))
 
 
 def _answer(

@@ -72,7 +72,7 @@ def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[t
     steps = build_steps(model, asked)
 
     # Taking a policy apart at every call would cost a small network 4 % of its time at batch 1: its leaves are taken.
-    @functools.cache
+    @functools.lru_cache
     def of_structure(structure: Any) -> Executor:
         @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
         def run(variables: Variables, image: Array, *leaves: Array) -> ExitPrediction:

@@ -13,7 +13,7 @@ from flax import struct
 
 from branchy_jax.criteria import as_policy, is_confident
 from branchy_jax.criteria.criterion import Carry
-from branchy_jax.models.branchy import BranchyNet, check_exits, run_segment
+from branchy_jax.models.branchy import BranchyNet, check_exits, check_model, run_segment
 from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, check_inputs, num_rows
 
@@ -26,7 +26,9 @@ _MOST_BUILT = 128
 def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a builder of compiled functions: equal arguments give the function that is there.
 
-    What was built for arguments that cannot be hashed is not kept, nor more than 128 builds.
+    What was built for arguments that cannot be hashed is not kept, nor more than 128 builds: these keep their networks,
+    and what the functions in them close over, until others take their places or the builder's ``cache_clear`` is
+    called.
     """
     kept = functools.lru_cache(maxsize=_MOST_BUILT)(build)
 
@@ -38,6 +40,7 @@ def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
             return build(*arguments)
         return kept(*arguments)
 
+    built.cache_clear = kept.cache_clear
     return built
 
 
@@ -124,8 +127,9 @@ def asked_exits(model: BranchyNet, exits: Sequence[int] | None) -> tuple[int, ..
     """Returns the exits that an executor asks: all of them for ``None``.
 
     Raises:
-        ValueError: ``exits`` is not ascending, out of range or leaves out the last.
+        ValueError: ``exits`` is not ascending, out of range or leaves out the last; or no network.
     """
+    check_model(model)
     return tuple(range(model.num_exits)) if exits is None else check_exits('exits', exits, model.num_exits)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
+from flax import errors
 
 from branchy_jax.models.compose import (
     Hidden,
     Layers,
     apply_named,
     as_logits,
+    held_modules,
     is_routed,
     keep_what_is_read,
     module_names,
+    named_modules,
     with_names,
 )
 from branchy_jax.types import Array, Variables, check_inputs
@@ -115,8 +120,43 @@ def run_segment(model: BranchyNet, kind: str, n: int, variables: Variables, hidd
         n: its number from 0.
         variables: of the network.
         hidden: what the segment takes.
+
+    Raises:
+        ValueError: variables of another network, or its parameters alone.
     """
-    return model.apply(variables, hidden, n, method=f'run_{kind}')
+    with naming_variables(variables):
+        return model.apply(variables, hidden, n, method=f'run_{kind}')
+
+
+@contextlib.contextmanager
+def naming_variables(variables: Variables) -> Iterator[None]:
+    """Says, when a network is traced, that what it lacks is in the variables it was given.
+
+    Raises:
+        ValueError: no collections of variables, or not all that the network reads.
+    """
+    if not isinstance(variables, Mapping):
+        raise ValueError(f'variables: got {type(variables).__name__}; give what model.init returned or training left')
+    try:
+        yield
+    except (errors.ScopeCollectionNotFound, errors.ScopeParamNotFoundError, errors.ScopeVariableNotFoundError) as error:
+        raise ValueError(
+            f'variables: got the collections {sorted(variables)}, which are not those of this network: '
+            f"{str(error).split(' (http')[0]} Give what model.init returned, {{'params': …, 'batch_stats': …}}, whole; "
+            'not its parameters alone'
+        ) from error
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no network with exits.
+
+    Raises:
+        ValueError: a network's name, or something without exits.
+    """
+    if not hasattr(model, 'num_exits'):
+        raise ValueError(
+            f'model: got {model!r}; give a network with exits, such as branchy_jax.models.create makes from a name'
+        )
 
 
 def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
@@ -138,6 +178,7 @@ def select_exits(model: BranchyNet, indices: Sequence[int]) -> BranchyNet:
         >>> select_exits(model, [1, 2]).num_exits
         2
     """
+    check_model(model)
     indices = check_exits('indices', indices, model.num_exits)
     if not isinstance(model, BranchyNet):
         return model.select(indices)
@@ -161,8 +202,10 @@ def check_exits(argument: str, exits: Sequence[int], num_exits: int) -> tuple[in
         num_exits: N.
 
     Raises:
-        ValueError: not ascending, out of range, or without the last exit.
+        ValueError: no integers, not ascending, out of range, or without the last exit.
     """
+    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in exits):
+        raise ValueError(f'{argument}: got {list(exits)}; give the numbers of exits, which are integers')
     chosen = tuple(int(n) for n in exits)
     if list(chosen) != sorted(set(chosen)) or not chosen or chosen[0] < 0 or chosen[-1] != num_exits - 1:
         raise ValueError(
@@ -185,6 +228,8 @@ def without_branches(model: BranchyNet) -> BranchyNet:
 def side_head_names(model: BranchyNet) -> frozenset[str]:
     """Returns the top-level names of the parameters that belong to side branches alone: not to the baseline.
 
+    A module that the trunk holds as well is the trunk's, whatever it is named after.
+
     Example:
         >>> model = BranchyNet(stages=(nn.relu, nn.tanh), exits=(nn.Dense(4, name='early'), nn.Dense(4)))
         >>> sorted(side_head_names(model))
@@ -194,7 +239,16 @@ def side_head_names(model: BranchyNet) -> frozenset[str]:
         return model.side_head_names()
     stages = without_branches(model).stages if is_routed((model.stages, model.exits)) else model.stages
     trunk = module_names(stages, 'stages') | module_names(model.exits[-1], f'exits_{model.num_exits - 1}')
-    return frozenset((module_names(model.stages, 'stages') | module_names(model.exits[:-1], 'exits')) - trunk)
+    side = named_modules(model.stages, 'stages') + named_modules(model.exits[:-1], 'exits')
+    in_trunk = {id(module) for module in held_modules((stages, model.exits[-1]))}
+    # A module that stands in a stage or an exit itself keeps its parameters there, whoever else holds it.
+    elsewhere = {id(module) for _, module in (*side, *named_modules(model.exits[-1], 'exits'))}
+
+    def is_shared(module: nn.Module) -> bool:
+        first, *inner = (id(held) for held in held_modules(module))
+        return first in in_trunk or any(held in in_trunk - elsewhere for held in inner)
+
+    return frozenset({name for name, module in side if not is_shared(module)} - trunk)
 
 
 Layout = tuple[tuple[Layers, ...], tuple[Layers, ...]]

@@ -269,11 +269,28 @@ def module_names(layers: Layers, place: str) -> set[str]:
         layers: of stages or of exits.
         place: where they stand, such as ``stages``: what modules without a name of their own are named after.
     """
+    return {name for name, _ in named_modules(layers, place)}
+
+
+def named_modules(layers: Layers, place: str) -> list[tuple[str, nn.Module]]:
+    """Returns the modules among some layers, each with its name as in `module_names`."""
     if isinstance(layers, (tuple, list)):
-        return set().union(*(module_names(layer, f'{place}_{n}') for n, layer in enumerate(layers)))
+        return [found for n, layer in enumerate(layers) for found in named_modules(layer, f'{place}_{n}')]
     if isinstance(layers, Route):
-        return module_names(layers.layers, f'{place}_layers')
-    return {layers.name or place} if isinstance(layers, nn.Module) else set()
+        return named_modules(layers.layers, f'{place}_layers')
+    return [(layers.name or place, layers)] if isinstance(layers, nn.Module) else []
+
+
+def held_modules(layers: Any) -> list[nn.Module]:
+    """Returns the modules among some layers, and those that these were given as attributes, however deep."""
+    if isinstance(layers, (tuple, list)):
+        return [module for layer in layers for module in held_modules(layer)]
+    if isinstance(layers, Route):
+        return held_modules(layers.layers)
+    if not isinstance(layers, nn.Module):
+        return []
+    attributes = [field.name for field in dataclasses.fields(layers) if field.name != 'parent']
+    return [layers, *held_modules([getattr(layers, name, None) for name in attributes])]
 
 
 def with_names(layers: Layers, place: str, named: dict[int, nn.Module]) -> Layers:

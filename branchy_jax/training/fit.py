@@ -54,13 +54,20 @@ def epoch_order(key: Array, epoch: int, num_examples: int, batch_size: int) -> A
         ``[steps, batch_size]`` integers.
 
     Raises:
-        ValueError: the training set does not fill one batch.
+        ValueError: the training set does not fill one batch, or no batch size.
     """
+    _check_batch_size(batch_size, num_examples)
     steps = num_examples // batch_size
-    if steps < 1:
-        raise ValueError(f'batch_size: got {batch_size}, but there are only {num_examples} training examples')
     order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
     return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def _check_batch_size(batch_size: int, num_examples: int) -> None:
+    if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= num_examples:
+        raise ValueError(
+            f'batch_size: got {batch_size}, but there are only {num_examples} training examples; give an integer of '
+            'at least 1 and at most that'
+        )
 
 
 def _step_keys(key: Array, epoch: int, steps: int) -> Array:
@@ -154,13 +161,14 @@ def fit(
         The trained state.
 
     Raises:
-        ValueError: a batch size that the devices cannot share or the training set does not fill; labels that the
-            network has no class for; a directory that another process trains in, or whose checkpoint is unreadable or
-            of another network, optimiser or recipe.
+        ValueError: epochs below 0; a batch size that the devices cannot share or the training set does not fill; labels
+            that the network has no class for; a directory that another process trains in, or whose checkpoint is
+            unreadable or of another network, optimiser or recipe.
     """
-    _check_settings(data, batch_size, save_every, sharding.mesh_of(state))
+    _check_settings(data, epochs, batch_size, save_every, sharding.mesh_of(state))
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
-    if isinstance(data, Batch) and loss is cross_entropy_per_exit:  # another may take any target
+    known = getattr(loss, 'func', loss) is cross_entropy_per_exit  # with or without label smoothing
+    if isinstance(data, Batch) and known:  # another loss may take any target
         check_labels(data.label, _num_classes(state, data, prepare, key))
     scan = jax.default_backend() != 'cpu' if scan is None else scan
     take = _taker(state, data, exit_weights, scan=scan, prepare=prepare, loss=loss, metrics=metrics)
@@ -192,13 +200,16 @@ def fit(
     return state
 
 
-def _check_settings(data: Batch | Stream, batch_size: int, save_every: int | None, mesh: Mesh | None) -> None:
+def _check_settings(
+    data: Batch | Stream, epochs: float, batch_size: int, save_every: int | None, mesh: Mesh | None
+) -> None:
     if isinstance(data, Batch) and num_rows(data.image) != len(data.label):
         raise ValueError(
             f'data: got {num_rows(data.image)} images and {len(data.label)} labels; give one label per image'
         )
-    if not 1 <= batch_size <= len(data):
-        raise ValueError(f'batch_size: got {batch_size}, but there are only {len(data)} training examples')
+    _check_batch_size(batch_size, len(data))
+    if not 0 <= epochs < float('inf'):
+        raise ValueError(f'epochs: got {epochs}; give a number from 0 up, of all epochs')
     if mesh is not None:
         sharding.check_divisible('batch_size', batch_size, mesh)
     if save_every is not None and save_every < 1:

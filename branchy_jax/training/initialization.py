@@ -9,7 +9,7 @@ from flax import struct, traverse_util
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.compose import flatten_layers
 from branchy_jax.models.layers import ResidualBlock
-from branchy_jax.types import Variables
+from branchy_jax.types import Array, Variables
 
 
 @struct.dataclass
@@ -27,18 +27,21 @@ class Initialization:
     left: tuple[str, ...] = struct.field(pytree_node=False)
 
 
-def initialize_from_baseline(variables: Variables, baseline: Variables) -> tuple[Variables, Initialization]:
+def initialize_from_baseline(
+    variables: Variables, baseline: Variables, *, strict: bool = False
+) -> tuple[Variables, Initialization]:
     """Copies the trained baseline's arrays into a branchy network, matched by name and shape.
 
     Args:
-        variables: of the branchy network, freshly initialised.
+        variables: of the branchy network, freshly initialised; taken arrays get the dtypes of its own.
         baseline: of the trained one-exit network.
+        strict: refuses a baseline of which anything found no place, or that lacks part of a module it has.
 
     Returns:
         The variables to start from, and what was taken, what stayed fresh, and what was left.
 
     Raises:
-        ValueError: nothing at all matched; the two are not the same trunk.
+        ValueError: nothing at all matched, the two are not the same trunk; or what ``strict`` refuses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,13 +61,35 @@ def initialize_from_baseline(variables: Variables, baseline: Variables) -> tuple
             f'baseline: none of its {len(theirs)} arrays ({", ".join(list(theirs)[:3])}, …) has the name and shape '
             f"of one of the network ({', '.join(list(ours)[:3])}, …); name the trunk's layers alike in both"
         )
-    merged = {path: theirs[path] if path in taken else ours[path] for path in ours}
+    merged = {path: jnp.asarray(theirs[path], ours[path].dtype) if path in taken else ours[path] for path in ours}
     report = Initialization(
         taken=tuple(taken),
         fresh=tuple(path for path in ours if path not in taken),
         left=tuple(path for path in theirs if path not in taken),
     )
+    if strict:
+        _check_complete(report, theirs)
     return traverse_util.unflatten_dict(merged, sep='/'), report
+
+
+def _check_complete(report: Initialization, theirs: dict[str, Array]) -> None:
+    if report.left:
+        told = [f'{path} {theirs[path].shape}' for path in report.left[:3]]
+        raise ValueError(
+            f'baseline: {len(report.left)} of its {len(theirs)} arrays found no place of their name and shape in the '
+            f"network ({', '.join(told)}{', …' if report.left[3:] else ''}); name the trunk's layers alike in both"
+        )
+    begun = {_module_of(path) for path in report.taken}  # side heads are modules of which the baseline has nothing
+    missing = [path for path in report.fresh if _module_of(path) in begun]
+    if missing:
+        raise ValueError(
+            f'baseline: lacks {", ".join(missing[:3])}{", …" if missing[3:] else ""}, though it has other arrays of '
+            'the same modules; give all of its variables, batch_stats included'
+        )
+
+
+def _module_of(path: str) -> str:
+    return path.split('/')[1]
 
 
 def initialize_from_shallower(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from branchy_jax.models.branchy import BranchyNet, side_head_names
+from branchy_jax.models.branchy import BranchyNet, check_model, side_head_names
 from branchy_jax.types import Array, Variables
 
 
@@ -57,7 +58,12 @@ def paper_adam(learning_rate: float | optax.Schedule = 1e-3) -> optax.GradientTr
     """Returns Adam as in the paper: step size 0.001, β1 0.99, β2 0.999 (BranchyNet, 2016, section IV).
 
     Two with equal learning rates are equal: a step compiles once for both.
+
+    Raises:
+        ValueError: a learning rate below 0, or NaN.
     """
+    if not callable(learning_rate) and not isinstance(learning_rate, jax.core.Tracer) and not learning_rate >= 0:
+        raise ValueError(f'learning_rate: got {learning_rate}; give a number from 0 up, or a schedule of optax')
     return optax.GradientTransformation(*(_PaperAdam(learning_rate, name) for name in ('init', 'update')))
 
 
@@ -77,6 +83,9 @@ def create_train_state(
         frozen_trunk: trains the side heads only. All stages and the last exit keep their parameters, and their
             BatchNorm and dropout stay in evaluation mode.
 
+    Raises:
+        ValueError: a name instead of a network, or no variables with ``params``.
+
     Example:
         >>> import branchy_jax as bj
         >>> model = bj.models.create('b-lenet')
@@ -84,6 +93,10 @@ def create_train_state(
         >>> int(create_train_state(model, variables).step)
         0
     """
+    check_model(model)
+    if not isinstance(variables, Mapping) or 'params' not in variables:
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"variables: got {got}; give what model.init returned, {{'params': …, …}}, not params alone")
     optimizer = paper_adam() if optimizer is None else optimizer
     collections = jax.tree.map(jnp.array, dict(variables))
     params = collections.pop('params')

@@ -20,7 +20,7 @@ from branchy_jax.inference.planning.segment_times import SegmentTimes, segment_t
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.steps import Executor, at_rows
 from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.models.branchy import BranchyNet, check_model
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
 _MOST_IMAGES_IN_A_RACE = 128
@@ -130,6 +130,7 @@ def plan(
         >>> planned(images).label.shape
         (8,)
     """
+    check_model(model)
     policy = as_policy(policy, model.num_exits)
     criterion, thresholds = policy.criterion, np.asarray(policy.thresholds)
     images, count = jax.tree.map(np.asarray, images), num_rows(images)

@@ -61,7 +61,7 @@ def has_few_channels(equation: jax_core.JaxprEqn, most_pairs: int) -> bool:
 
 def as_banded_product(_: Any, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:
     """Emits a convolution as a product of windows with a banded matrix."""
-    band = kernel.map(functools.partial(band_matrix, stride=params['window_strides'][1]))
+    band = kernel.map(band_matrix, stride=params['window_strides'][1])
     return multiply_band(
         left, constant(band), kernel_shape=kernel.shape, strides=params['window_strides'], padding=params['padding'],
         precision=params['precision'],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import hashlib
+import itertools
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,36 +14,94 @@ import jax.numpy as jnp
 
 from branchy_jax.types import Array
 
+_NUMBERS = itertools.count()
+
 
 class Known:
     """A value that depends on variables alone, computed when first asked for and then kept.
 
     Attributes:
+        function: of the arrays of ``inputs``.
+        inputs: the known values that it is computed from; none for a variable.
         shape: of the value.
         dtype: of the value.
+        key: equal for values that come about alike: by the same operations, on the same shapes, from the same
+            variables. So it tells at one batch size what was computed at another.
         source: for a broadcast, the known value that was spread, so that no batch-sized constant is stored.
         dimensions: for a broadcast, the axes of ``source`` in this value.
     """
 
     def __init__(
         self,
-        compute: Callable[[], Array],
-        shape: tuple[int, ...],
-        dtype: Any,
+        function: Callable[..., Array],
+        inputs: tuple[Known, ...],
+        spec: Any,
+        *description: Any,
         source: Known | None = None,
         dimensions: tuple[int, ...] = (),
     ) -> None:
-        self.shape, self.dtype, self.source, self.dimensions = shape, dtype, source, dimensions
-        self.value = functools.cache(compute)
+        self.function, self.inputs, self.shape, self.dtype = function, inputs, spec.shape, spec.dtype
+        self.key = _key_of(description, [known.key for known in inputs], self.shape, self.dtype)
+        self.source, self.dimensions = source, dimensions
 
-    def map(self, function: Callable[[Array], Array], *others: Known) -> Known:
-        """Returns the known result of a function of known values."""
-        spec = jax.eval_shape(function, *(jax.ShapeDtypeStruct(k.shape, k.dtype) for k in (self, *others)))
-        return Known(lambda: function(self.value(), *(k.value() for k in others)), spec.shape, spec.dtype)
+    @functools.cached_property
+    def value(self) -> Array:
+        """The array itself."""
+        with jax.ensure_compile_time_eval():
+            return self.function(*(known.value for known in self.inputs))
+
+    def map(self, function: Callable[..., Array], *others: Known, **options: Any) -> Known:
+        """Returns the known result of a function of known values.
+
+        Args:
+            function: which its name tells from others: no lambda.
+            *others: known values that it takes besides.
+            **options: of the function.
+        """
+        inputs = (self, *others)
+        spec = _result_of(function, tuple(options.items()), *((known.shape, known.dtype) for known in inputs))
+        return Known(functools.partial(function, **options), inputs, spec, function.__name__, options)
+
+
+@functools.lru_cache(maxsize=1024)  # the blocks of a deep network are alike, and tracing is most of the work
+def _result_of(function: Callable[..., Array], options: tuple[tuple[str, Any], ...], *inputs: Any) -> Any:
+    run = functools.partial(function, **dict(options))
+    return jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs))
+
+
+def _key_of(*parts: Any) -> str:
+    text = repr(parts)
+    if ' at 0x' in text:  # something that shows no value of its own, such as a function: like nothing else
+        text += f' {next(_NUMBERS)}'
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 Constant = Callable[[Known], Array]
 """Hands out a known value inside the rewritten program: records it when optimising, replays it afterwards."""
+
+
+def ancestry(values: Iterable[Known], enough: Container[str] = ()) -> dict[str, Known]:
+    """Returns values and all that they are computed from, by their keys; nothing behind keys that are ``enough``."""
+    found: dict[str, Known] = {}
+    waiting = list(values)
+    while waiting:
+        known = waiting.pop()
+        if known.key not in found:
+            found[known.key] = known
+            waiting.extend(() if known.key in enough else known.inputs)
+    return found
+
+
+def from_stored(stored: Mapping[str, Array]) -> Constant:
+    """Returns what hands out stored values, and computes the others from these inside the program."""
+    given = dict(stored)
+
+    def constant(known: Known) -> Array:
+        if known.key not in given:
+            given[known.key] = known.function(*map(constant, known.inputs))
+        return given[known.key]
+
+    return constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +128,7 @@ class Linear:
         """Returns the same with every feature multiplied."""
         axes = [1] * len(self.kernel.shape)
         axes[self.feature_axis] = self.features
-        kernel = self.kernel.map(lambda k, s: k * s.reshape(axes), scale)
+        kernel = self.kernel.map(_multiply_features, scale, axes=tuple(axes))
         shift = None if self.shift is None else self.shift.map(jnp.multiply, scale)
         return dataclasses.replace(self, kernel=kernel, shift=shift)
 
@@ -82,3 +142,7 @@ class Linear:
         if self.shift is None:
             return product
         return product + jnp.expand_dims(constant(self.shift).astype(product.dtype), range(product.ndim - 1))
+
+
+def _multiply_features(kernel: Array, scale: Array, *, axes: tuple[int, ...]) -> Array:
+    return kernel * scale.reshape(axes)

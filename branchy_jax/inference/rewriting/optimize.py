@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from branchy_jax.inference.rewriting.forms import Forms
-from branchy_jax.inference.rewriting.known import Constant, Known
+from branchy_jax.inference.rewriting.known import Constant, Known, ancestry, from_stored
 from branchy_jax.inference.rewriting.rewrite import run
 from branchy_jax.models.attached.program import trace
-from branchy_jax.models.branchy import BranchyNet, run_segment
+from branchy_jax.models.branchy import BranchyNet, check_model, run_segment
 from branchy_jax.types import Array, Variables, input_specs
 
 # Measured inside LeNet, AlexNet and ResNet at batch 1: up to 200 pairs 1.1 to 4 times faster, from 256 on slower.
@@ -24,6 +24,10 @@ _MOST_CHANNEL_PAIRS_ON_CPU = 200
 # Each argument of a compiled program costs about a microsecond on a CPU, which batch 1 feels; compiling large constants
 # costs memory and time.
 _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
+
+# What is computed alike at the last two does not depend on the batch size; a batch of one image is often traced
+# otherwise, since its arrays need no spreading.
+_TRACED_BATCH_SIZES = (1, 2, 3)
 
 
 def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
@@ -47,7 +51,7 @@ class Segment:
     function: Callable[[Variables, Any], Any]
     shapes: Any
     forms: Forms
-    embedded: Sequence[Array] | None = None
+    embedded: Mapping[str, Array] | None = None
 
     def evaluate(self, known: Any, hidden: Any, constant: Constant) -> Any:
         """Runs the rewritten program with variables known and ``constant`` handing out what it needs of them."""
@@ -55,23 +59,39 @@ class Segment:
         leaves = run(jaxpr, jax.tree.leaves(known), jax.tree.leaves(hidden), constant, self.forms)
         return jax.tree.unflatten(structure, leaves)
 
-    def constants(self, variables: Variables, hidden: Any) -> list[Array]:
-        """Computes what the rewritten program needs of the variables, in the order it asks."""
+    def constants(self, variables: Variables, hidden: Sequence[Any]) -> dict[str, Array]:
+        """Computes what the rewritten program needs of the variables, by the keys it asks for.
+
+        That is all that a single image needs, and of what other batch sizes need the values that do not depend on the
+        size, and what the others are computed from.
+
+        Args:
+            variables: of the network.
+            hidden: at each of the batch sizes that are traced.
+        """
+        alone, *batches = (self._asked(variables, one) for one in hidden)
+        alike = frozenset.intersection(*(frozenset(ancestry(asked)) for asked in batches))
+        origins = ancestry(itertools.chain(*batches), enough=alike).items()
+        kept = {known.key: known for known in alone} | {k: v for k, v in origins if k in alike or not v.inputs}
+        return {key: known.value for key, known in kept.items()}
+
+    def _asked(self, variables: Variables, hidden: Any) -> list[Known]:
         asked: list[Known] = []
 
         def record(known: Known) -> Array:
             asked.append(known)
             return jnp.zeros(known.shape, known.dtype)
 
-        known = jax.tree.map(lambda x: Known(lambda: x, x.shape, x.dtype), variables)
+        known = self._known(lambda n: lambda: jax.tree.leaves(variables)[n])
         jax.eval_shape(lambda hidden: self.evaluate(known, hidden, record), hidden)
-        return [value.value() for value in asked]
+        return asked
 
-    def replay(self, constants: Sequence[Array], hidden: Any) -> Any:
+    def replay(self, constants: Mapping[str, Array], hidden: Any) -> Any:
         """Runs the rewritten program on constants computed before."""
-        known = jax.tree.map(lambda spec: Known(_unavailable, spec.shape, spec.dtype), self.shapes)
-        in_order = iter(constants)
-        return self.evaluate(known, hidden, lambda asked: next(in_order))
+        return self.evaluate(self._known(lambda n: _unavailable), hidden, from_stored(constants))
+
+    def _known(self, function: Callable[[int], Callable[[], Array]]) -> list[Known]:
+        return [Known(function(n), (), spec, 'variable', n) for n, spec in enumerate(jax.tree.leaves(self.shapes))]
 
 
 class RewrittenLayer(nn.Module):
@@ -79,21 +99,21 @@ class RewrittenLayer(nn.Module):
 
     Attributes:
         segment: what to run.
-        constants: their shapes.
+        constants: their keys and shapes.
     """
 
     segment: Segment
-    constants: tuple[jax.ShapeDtypeStruct, ...]
+    constants: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
 
     @nn.compact
     def __call__(self, hidden: Any) -> Any:
         """Runs the rewritten segment."""
         if self.segment.embedded is not None:
             return self.segment.replay(self.segment.embedded, hidden)
-        values = [
-            self.param(f'constant{n}', lambda key, spec=spec: jnp.zeros(spec.shape, spec.dtype))
-            for n, spec in enumerate(self.constants)
-        ]
+        values = {
+            name: self.param(f'constant{n}', lambda key, spec=spec: jnp.zeros(spec.shape, spec.dtype))
+            for n, (name, spec) in enumerate(self.constants)
+        }
         return self.segment.replay(values, hidden)
 
 
@@ -102,9 +122,10 @@ def optimize(
 ) -> tuple[BranchyNet, Variables]:
     """Rewrites a trained network for inference, exactly up to rounding.
 
-    Everything that depends on variables alone is computed now. BatchNorms and biases are folded into the convolutions
-    and matrix products before them. On a CPU, convolutions with few channels become products with a banded matrix,
-    and max pooling becomes maxima of slices. Works on any network, since it works on the jaxpr.
+    Everything that depends on variables alone is computed now; what depends on the batch size too, at each. BatchNorms
+    and biases are folded into the convolutions and matrix products before them. On a CPU, convolutions with few
+    channels become products with a banded matrix, and max pooling becomes maxima of slices. Works on any network, since
+    it works on the jaxpr.
 
     Args:
         model: a network with N exits.
@@ -119,7 +140,7 @@ def optimize(
         1e-4 in float32.
 
     Raises:
-        ValueError: the network has no ``image_shape``.
+        ValueError: the network has no ``image_shape``, or these are not its variables.
 
     Example:
         >>> import branchy_jax as bj
@@ -130,19 +151,20 @@ def optimize(
         >>> bool(jnp.allclose(first, same, atol=1e-4))
         True
     """
+    check_model(model)
     forms = default_forms(dtype) if forms is None else forms
     if model.image_shape is None:
         raise ValueError('model: has no image_shape, which optimize needs to trace it; build it with image_shape=…')
-    hidden = input_specs(model.image_shape, 2)
+    hidden = [input_specs(model.image_shape, size) for size in _TRACED_BATCH_SIZES]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     segments, constants = {}, {}
     for n, kind in itertools.product(range(model.num_exits), ('stage', 'exit')):
         segment = Segment(functools.partial(run_segment, model, kind, n), shapes, forms)
         segments[kind, n], constants[kind, n] = segment, segment.constants(variables, hidden)
         if kind == 'stage':
-            hidden = jax.eval_shape(segment.function, variables, hidden)
+            hidden = [jax.eval_shape(segment.function, variables, one) for one in hidden]
     if embed is None:
-        total = sum(value.nbytes for value in itertools.chain(*constants.values()))
+        total = sum(value.nbytes for value in itertools.chain(*(values.values() for values in constants.values())))
         embed = jax.default_backend() == 'cpu' and total <= _MOST_EMBEDDED_BYTES_ON_CPU
     layers = {place: _layer(segments[place], constants[place], place, embed=embed) for place in segments}
     rewritten = BranchyNet(
@@ -153,17 +175,17 @@ def optimize(
     if embed:
         return rewritten, {}
     params = {
-        _name(place): {f'constant{i}': value for i, value in enumerate(values)}
+        _name(place): {f'constant{i}': value for i, value in enumerate(values.values())}
         for place, values in constants.items()
         if values
     }
     return rewritten, {'params': params}
 
 
-def _layer(segment: Segment, constants: list[Array], place: tuple[str, int], *, embed: bool) -> RewrittenLayer:
+def _layer(segment: Segment, constants: dict[str, Array], place: tuple[str, int], *, embed: bool) -> RewrittenLayer:
     if embed:
         segment = dataclasses.replace(segment, embedded=constants)
-    specs = tuple(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in constants)
+    specs = tuple((key, jax.ShapeDtypeStruct(value.shape, value.dtype)) for key, value in constants.items())
     return RewrittenLayer(segment, specs, name=_name(place))
 
 
@@ -173,4 +195,7 @@ def _name(place: tuple[str, int]) -> str:
 
 
 def _unavailable() -> Array:
-    raise AssertionError('a rewritten segment asked for a weight that it was to have stored')
+    raise ValueError(
+        'images: a batch of this size needs weights that batches of 1, 2 and 3 images, for which the network was '
+        'rewritten, do not; run the network as it was before optimize'
+    )

@@ -9,8 +9,9 @@ segment. What depends on the input is emitted again, with these changes:
 - a convolution with few channels becomes one matrix product, a max pooling becomes maxima of slices, and a matrix
   product takes its weights transposed, where the backend runs these faster.
 
-Constants are asked for in an order that depends on the program's structure only, not on the batch size. So a rewritten
-segment retraces the original at whatever batch size it meets, and takes its constants from a list.
+A rewritten segment retraces the original at whatever batch size it meets, and finds its constants by how they come
+about (`Known.key`). What depends on the batch size as well, such as a class token repeated for every image, comes about
+otherwise at each: it is computed inside the program, from what does not.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def run(
         return _spread(value, constant) if isinstance(value, Known) else value
 
     for equation in program.eqns:
-        inputs = [v.val if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
+        inputs = [_literal(v) if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
         if any(isinstance(x, Known) for x in inputs) and all(_is_still(x) for x in inputs):
             outputs = _known_outputs(equation, inputs)
         else:
@@ -74,22 +75,31 @@ def run(
     return [v.val if isinstance(v, jax_core.Literal) else emitted(env[v]) for v in program.outvars]
 
 
+def _literal(variable: jax_core.Literal) -> np.ndarray:
+    """Returns a number in the program as a NumPy scalar, which nothing that is computed from the input ever is."""
+    return np.asarray(variable.val, variable.aval.dtype)
+
+
 def _is_still(value: Any) -> bool:
-    """Whether a value is the same for every input of the network and needs no batch size."""
-    return isinstance(value, Known) or (np.ndim(value) == 0 and not isinstance(value, (jax.core.Tracer, Linear)))
+    """Whether a value is the same for every input of the network."""
+    return isinstance(value, (Known, np.ndarray)) and (isinstance(value, Known) or value.ndim == 0)
 
 
 def _known_outputs(equation: jax_core.JaxprEqn, inputs: list[Any]) -> list[Known]:
-    @functools.cache
-    def outputs() -> list[Array]:
-        with jax.ensure_compile_time_eval():
-            return bind(equation, [x.value() if isinstance(x, Known) else x for x in inputs])
+    known = tuple(x for x in inputs if isinstance(x, Known))
+    literals = [None if isinstance(x, Known) else x.tobytes() for x in inputs]
+
+    def output(*arrays: Array, n: int) -> Array:
+        given = iter(arrays)
+        return bind(equation, [next(given) if isinstance(x, Known) else x for x in inputs])[n]
 
     spread = {}
     if equation.primitive.name == 'broadcast_in_dim' and len(inputs) == 1:
         spread = {'source': inputs[0], 'dimensions': equation.params['broadcast_dimensions']}
+    description = (equation.primitive.name, equation.params, literals)
     return [
-        Known(lambda n=n: outputs()[n], v.aval.shape, v.aval.dtype, **spread) for n, v in enumerate(equation.outvars)
+        Known(functools.partial(output, n=n), known, v.aval, *description, n, **spread)
+        for n, v in enumerate(equation.outvars)
     ]
 
 
@@ -102,19 +112,28 @@ def _spread(value: Known, constant: Constant) -> Array:
 def _feature_vector(value: Any, features: int) -> Known | None:
     """Returns ``[features]`` if a known value of any rank varies along its last axis alone, else ``None``."""
     if not isinstance(value, Known):
-        if np.ndim(value) == 0 and not isinstance(value, (jax.core.Tracer, Linear)):
-            return Known(lambda: jnp.full(features, value), (features,), jnp.result_type(value))
+        if _is_still(value):
+            spec = jax.ShapeDtypeStruct((features,), value.dtype)
+            return Known(functools.partial(jnp.full, features, value), (), spec, 'number', value.tobytes())
         return None
     if value.source is None:
         if value.shape == () or int(np.prod(value.shape)) == features == value.shape[-1]:
-            return value.map(lambda v: jnp.broadcast_to(v.reshape(-1), (features,)))
+            return value.map(_flat_features, features=features)
         return None
     last = len(value.shape) - 1
     moved = [axis for axis, size in enumerate(value.source.shape) if size > 1 and value.dimensions[axis] != last]
     if moved or value.shape[-1] != features:
         return None
     inner = _feature_vector(value.source, features if np.prod(value.source.shape, dtype=int) == features else 1)
-    return None if inner is None else inner.map(lambda v: jnp.broadcast_to(v, (features,)))
+    return inner if inner is None or inner.shape == (features,) else inner.map(_flat_features, features=features)
+
+
+def _flat_features(values: Array, *, features: int) -> Array:
+    return jnp.broadcast_to(values.reshape(-1), (features,))
+
+
+def _reciprocal(values: Array) -> Array:
+    return 1 / values
 
 
 def _absorb(equation: jax_core.JaxprEqn, inputs: list[Any]) -> Linear | None:
@@ -131,7 +150,7 @@ def _absorb(equation: jax_core.JaxprEqn, inputs: list[Any]) -> Linear | None:
     if vector is None:
         return None
     if name in ('mul', 'div'):
-        return left.scaled(vector if name == 'mul' else vector.map(lambda v: 1 / v))
+        return left.scaled(vector if name == 'mul' else vector.map(_reciprocal))
     return left.shifted(vector if name != 'sub' else vector.map(jnp.negative))
 
 
@@ -162,7 +181,7 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
     def emit_here(kernel: Known, constant: Constant) -> Array:
         value = left.result(constant) if isinstance(left, Linear) else left
         if forms.dtype is not None:
-            value, kernel = value.astype(forms.dtype), kernel.map(lambda k: k.astype(forms.dtype))
+            value, kernel = value.astype(forms.dtype), kernel.map(lax.convert_element_type, new_dtype=forms.dtype)
         return emit(equation.primitive, params, value, kernel, constant).astype(aval.dtype)
 
     return Linear(emit_here, kernel, feature_axis, kernel.shape[feature_axis], None, aval)
