@@ -17,13 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before jax starts: its libraries look for chips, and wait for a metadata server, unless told what to be. Programs are
-# only compiled for the chip: what runs, runs on the CPU.
-os.environ.update({
-    'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-    'TPU_WORKER_HOSTNAMES': 'localhost', 'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
-})  # fmt: skip
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
     parser.add_argument('--networks', default=','.join(_NETWORKS), help='Some of them, separated by commas.')
     options = parser.parse_args(arguments)
+    _as_if_there()
     path, networks = options.workdir / 'chips.json', options.networks.split(',')
     programs = read_json(path)['programs'] if path.exists() else []
     programs = [p for p in programs if (p['platform'], p['network']) not in {(options.platform, n) for n in networks}]
@@ -70,6 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record = {'command': command.provenance('chips')['command'], 'jax': jax.__version__, 'programs': programs}
             write_json(path, record)
             write_text(options.workdir / 'chips.md', page(record))
+
+
+def _as_if_there() -> None:
+    """Tells the libraries of chips what to be: they would look for one, and wait for a metadata server."""
+    os.environ.update({
+        'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
+        'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
+    })  # fmt: skip
+    jax.config.update('jax_platforms', 'cpu')  # programs are only compiled for the chip
 
 
 def _devices(platform: str) -> Sequence[Any]:
