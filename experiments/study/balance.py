@@ -1,6 +1,6 @@
 """How survivors are dealt out over simulated devices when all hard digits come first.
 
-    TFDS_DATA_DIR=DIR python -m experiments.balance --num_devices=8
+    TFDS_DATA_DIR=DIR python -m experiments.study.balance --num_devices=8
 
 Simulated devices share the cores of one CPU: this shows the balance and that answers stay the same, not a speed.
 """
