@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
 from branchy_jax.checkpoint import write_atomically
 from branchy_jax.criteria import as_policy
 from branchy_jax.criteria.criterion import Criterion
-from branchy_jax.export.onnx_graph import Scope, Value, Weights, known
-from branchy_jax.export.onnx_primitives import Unsupported, translate
+from branchy_jax.export.onnx_graph import AnySize, Scope, Spec, Value, Weights, known
+from branchy_jax.export.onnx_primitives import TRACED_BATCH, Unsupported, translate
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.models.attached.program import trace
@@ -87,8 +84,7 @@ def save_onnx(
     network = optimize(model, variables, forms=Forms(), embed=False)
     network = network[0], jax.tree.map(np.asarray, network[1])
     graph = Scope(Weights(), any_size=_input_names(model)[0] if batch else '')
-    size = jax.export.symbolic_shape('batch')[0] if batch else 1
-    inputs, hidden = _add_inputs(graph, model, normalization, size)
+    inputs, hidden = _add_inputs(graph, model, normalization, AnySize() if batch else 1)
     steps = _Steps(model, variables, network, policy.criterion)
     if batch:
         steps.every_exit(graph, hidden)
@@ -158,18 +154,28 @@ class _Steps:
 
     def _add(self, graph: Scope, place: str, function: Callable[..., Any], own: Any, *arguments: Any) -> Any:
         """Traces ``function(own, *arguments)``, or without ``own`` if that is ``()``, and translates it."""
+
         def flat(weights: Any, arguments: Any) -> Any:
             return function(*arguments) if own == () else function(weights, *arguments)
 
-        specs = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), (own, arguments))
-        jaxpr, structure = trace(flat, *specs)
+        def traced(size: int) -> Any:
+            return trace(flat, *jax.tree.map(lambda value: _sized(value, size), (own, arguments)))
+
+        jaxpr, structure = traced(TRACED_BATCH)
+        larger = traced(TRACED_BATCH + 1)[0] if graph.any_size else None
         values = [v if isinstance(v, Value) else known(v) for v in jax.tree.leaves((own, arguments))]
         try:
-            return jax.tree.unflatten(structure, translate(graph, jaxpr, values))
+            return jax.tree.unflatten(structure, translate(graph, jaxpr, values, larger))
         except Unsupported as error:
             raise Unsupported(
                 error.primitive, f'model: {place} computes {error.primitive!r}, which has no ONNX form here: {error}'
             ) from error
+
+
+def _sized(value: Any, batch: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a value for some number of images."""
+    shape = [size.times * batch if isinstance(size, AnySize) else size for size in value.shape]
+    return jax.ShapeDtypeStruct(shape, value.dtype)
 
 
 def _check(path: Path, model: BranchyNet, normalization: Normalization | None) -> None:
@@ -199,7 +205,8 @@ def _add_inputs(
     graph: Scope, model: BranchyNet, normalization: Normalization | None, size: Any
 ) -> tuple[list[Value], Any]:
     """Returns the file's inputs, and what the first stage takes."""
-    specs, structure = jax.tree.flatten(input_specs(model.image_shape, size))
+    specs, structure = jax.tree.flatten(input_specs(model.image_shape, 1))
+    specs = [Spec((size, *spec.shape[1:]), spec.dtype) for spec in specs]
     dtypes = [spec.dtype if normalization is None else np.uint8 for spec in specs]
     names = _input_names(model)
     inputs = [graph.plain(name, spec.shape, dtype) for name, spec, dtype in zip(names, specs, dtypes, strict=True)]

@@ -18,7 +18,31 @@ from typing import Any
 import numpy as np
 
 Size = Any
-"""Of an axis: an int, or the symbol of an axis of any size."""
+"""Of an axis: an int, or `AnySize`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnySize:
+    """The size of an axis that grows with the batch.
+
+    Attributes:
+        times: its length for one image.
+    """
+
+    times: int = 1
+
+    def __mul__(self, count: int) -> AnySize:
+        return AnySize(self.times * count)
+
+    __rmul__ = __mul__
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape and type of a value of the program."""
+
+    shape: tuple[Size, ...]
+    dtype: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,8 +216,8 @@ class Scope:
         sizes = [value.shape[axis] for axis in value.order]
         if all(is_size(size) for size in sizes):
             return self.integers(sizes)
-        if not self.any_size or is_size(sizes[0]) or not all(is_size(size) for size in sizes[1:]):
-            raise ValueError(f'a value of shape {value.shape} is repeated along another axis of any size than the first')
+        if not self.any_size or sizes[0] != AnySize() or not all(is_size(size) for size in sizes[1:]):
+            raise ValueError(f'it repeats a value to {value.shape}, whose axis of any size is not the first')
         shape = self.node('Shape', self.any_size, start=0, end=1)
         return self.node('Concat', shape, self.integers(sizes[1:]), axis=0) if sizes[1:] else shape
 
@@ -203,7 +227,7 @@ class Scope:
             return name
         unknown = [axis for axis, size in enumerate(target) if not is_size(size)]
         if len(unknown) > 1:
-            raise ValueError(f'a reshape to {tuple(target)} has several axes of any size')
+            raise ValueError(f'it reshapes to {tuple(target)}, which has several axes of any size')
         sizes = tuple(int(size) if is_size(size) else -1 for size in target)
         key = (name, 'reshaped', sizes)
         found = self._found(key)
