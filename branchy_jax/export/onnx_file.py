@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -43,8 +44,8 @@ def save_onnx(
     """Exports a trained network as one ONNX file whose conditionals skip what an exit makes superfluous.
 
     The file takes ``image`` ``[1, H, W, C]``, a batch of one, and returns ``label`` ``[1]``, ``exit_index`` ``[1]``,
-    ``logits`` ``[1, K]`` and ``uncertainty`` ``[1]``. Each stage after the first lies in the else branch of an ``If`` on
-    the exit before it, so that it does not run for an image that has left. Thresholds are the scalar initialisers
+    ``logits`` ``[1, K]`` and ``uncertainty`` ``[1]``. Each stage after the first lies in the else branch of an ``If``
+    on the exit before it, so that it does not run for an image that has left. Thresholds are the scalar initialisers
     ``threshold_1``, ``threshold_2``, …: change them in the file, and nothing need be exported again. All numbers are
     float32, all weights lie in the outermost graph. The file's metadata tells the criterion, the thresholds and the
     normalisation.
@@ -214,11 +215,14 @@ def _add_inputs(
         return inputs, jax.tree.unflatten(structure, inputs)
     graph.prefix = 'normalization/'
     mean, deviation = (np.asarray(value, np.float64) for value in (normalization.mean, normalization.deviation))
-    scale, shift = (np.asarray(value, np.float32) for value in (1 / (255 * deviation), -mean / deviation))
-    pixels = graph.node('Cast', names[0], to=np.dtype(np.float32))
-    scaled = graph.node('Mul', pixels, graph.constant(scale))
-    hidden = graph.plain(graph.node('Add', scaled, graph.constant(shift)), specs[0].shape, np.float32)
-    return inputs, jax.tree.unflatten(structure, [hidden])
+    # Channels first, since a value per channel that lies last is slow to broadcast.
+    order = (0, 3, 1, 2)
+    hidden = dataclasses.replace(inputs[0], name=graph.read(inputs[0], order), order=order, dtype=np.dtype(np.float32))
+    name = graph.node('Cast', hidden.name, to=hidden.dtype)
+    for op, values in (('Mul', 1 / (255 * deviation)), ('Add', -mean / deviation)):
+        values = np.asarray(values, np.float32)
+        name = graph.node(op, name, graph.constant(values.reshape(-1, 1, 1) if values.size > 1 else values.reshape(())))
+    return inputs, jax.tree.unflatten(structure, [dataclasses.replace(hidden, name=name)])
 
 
 def _layer_of(primitive: str, model: BranchyNet, variables: Variables, kind: str, n: int) -> str:

@@ -151,8 +151,13 @@ class Scope:
         self._made: dict[Any, str] = {}
 
     def node(self, op: str, *inputs: str, outputs: Sequence[str] = (), count: int = 1, **attributes: Any) -> str:
-        """Adds a node and returns the name of its first output."""
+        """Adds a node and returns the name of its first output; a node that is there already is not added again."""
+        key = (op, inputs, count, str(sorted(attributes.items()))) if not outputs else None
+        if key is not None and (found := self._found(key)) is not None:
+            return found
         name = self.weights.fresh(self.prefix, op)
+        if key is not None:
+            self._made[key] = name
         made = tuple(outputs) or tuple(name if n == 0 else f'{name}_{n}' for n in range(count))
         self.nodes.append(Node(op, inputs, made, name, attributes))
         return made[0]
@@ -187,15 +192,10 @@ class Scope:
             value = dataclasses.replace(value, name=name, flattened=None)
         if value.order == order:
             return value.name
-        key = (value.name, order)
-        if (found := self._found(key)) is not None:
-            return found
         target = [value.held[axis] for axis in order]
         if _long(value.held, value.order) == _long(value.held, order):  # only axes of one element move
-            self._made[key] = self.reshape(value.name, value.in_file, target)
-        else:
-            self._made[key] = self.node('Transpose', value.name, perm=[value.order.index(axis) for axis in order])
-        return self._made[key]
+            return self.reshape(value.name, value.in_file, target)
+        return self.node('Transpose', value.name, perm=[value.order.index(axis) for axis in order])
 
     def _found(self, key: Any) -> str | None:
         if key in self._made:
@@ -229,11 +229,7 @@ class Scope:
         if len(unknown) > 1:
             raise ValueError(f'it reshapes to {tuple(target)}, which has several axes of any size')
         sizes = tuple(int(size) if is_size(size) else -1 for size in target)
-        key = (name, 'reshaped', sizes)
-        found = self._found(key)
-        if found is None:
-            found = self._made[key] = self.node('Reshape', name, self.integers(sizes))
-        return found
+        return self.node('Reshape', name, self.integers(sizes))
 
     def made(self, like: Value, name: str, dtype: Any = None) -> Value:
         """Returns the value of a new node that lies as another value does."""

@@ -181,6 +181,13 @@ def _unchanged(scope: Scope, params: Params, inputs: list[Value], spec: Spec) ->
     return inputs[0]
 
 
+def _quotient(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> Value:
+    x, divisor = inputs
+    if divisor.is_known and (divisor.array == 1).all() and x.held == tuple(spec.shape):  # the mean of one
+        return x
+    return _elementwise(scope, 'Div', inputs, spec)
+
+
 def _maximum(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> Value:
     for one, other in (inputs, inputs[::-1]):
         if other.is_known and not other.array.any() and one.dtype == np.float32 and one.held == one.shape:
@@ -355,6 +362,8 @@ def _reduce(op: str) -> Handler:
     def handler(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> Value:
         (name, x), axes = _placed(scope, inputs[0]), params['axes']
         places = sorted(x.order.index(axis) for axis in axes)
+        if all(x.shape[axis] == 1 for axis in axes):
+            return scope.plain(scope.reshape(scope.read(x), x.held, spec.shape), spec.shape, spec.dtype)
         if op == 'ReduceSum':  # the only one that takes its axes as an input in this opset
             return _without(x, axes, scope.node(op, name, scope.integers(places), keepdims=0), spec.dtype)
         return _without(x, axes, scope.node(op, name, axes=places, keepdims=0), spec.dtype)
@@ -464,7 +473,7 @@ def _product(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> V
 
 _TABLE: dict[str, Handler] = {
     **{name: _simple(op) for name, op in {
-        'abs': 'Abs', 'add': 'Add', 'add_any': 'Add', 'ceil': 'Ceil', 'cos': 'Cos', 'div': 'Div', 'eq': 'Equal',
+        'abs': 'Abs', 'add': 'Add', 'add_any': 'Add', 'ceil': 'Ceil', 'cos': 'Cos', 'eq': 'Equal',
         'erf': 'Erf', 'exp': 'Exp', 'floor': 'Floor', 'ge': 'GreaterOrEqual', 'gt': 'Greater', 'le': 'LessOrEqual',
         'log': 'Log', 'logistic': 'Sigmoid', 'lt': 'Less', 'min': 'Min', 'mul': 'Mul', 'neg': 'Neg', 'pow': 'Pow',
         'sign': 'Sign', 'sin': 'Sin', 'sqrt': 'Sqrt', 'sub': 'Sub', 'tanh': 'Tanh',
@@ -481,6 +490,7 @@ _TABLE: dict[str, Handler] = {
     'concatenate': _concatenate,
     'conv_general_dilated': _convolution,
     'convert_element_type': _cast,
+    'div': _quotient,
     'dot_general': _product,
     'erfc': _composed(_unary('Erf'), _with_number('Sub', 1, first=True)),
     'exp2': _composed(_with_number('Pow', 2, first=True)),
