@@ -26,7 +26,7 @@ ALLOWED = {
     'plots': GROUND | {'thresholds', 'report'},
 }
 ON_USE = {
-    'flatbuffers', 'grain', 'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors', 'pynvml',
+    'flatbuffers', 'grain', 'onnx', 'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors', 'pynvml',
     'zeus',
 }  # fmt: skip
 EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}

@@ -16,7 +16,7 @@ from jax.extend import core as jax_core
 from branchy_jax.checkpoint import write_atomically
 from branchy_jax.criteria import as_policy
 from branchy_jax.criteria.criterion import Criterion
-from branchy_jax.export.onnx_graph import AnySize, Scope, Spec, Value, Weights, known
+from branchy_jax.export.onnx_graph import AnySize, Names, Scope, Spec, Value, known
 from branchy_jax.export.onnx_primitives import TRACED_BATCH, Unsupported, translate
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.optimize import optimize
@@ -47,7 +47,7 @@ def save_onnx(
     ``logits`` ``[1, K]`` and ``uncertainty`` ``[1]``. Each stage after the first lies in the else branch of an ``If``
     on the exit before it, so that it does not run for an image that has left. Thresholds are the scalar initialisers
     ``threshold_1``, ``threshold_2``, …: change them in the file, and nothing need be exported again. All numbers are
-    float32, all weights lie in the outermost graph. The file's metadata tells the criterion, the thresholds and the
+    float32. The file's metadata tells the criterion, the thresholds and the
     normalisation.
 
     The network is rewritten as `branchy_jax.inference.optimize` does, in the portable forms, and then translated
@@ -81,21 +81,18 @@ def save_onnx(
         >>> onnx.save(file, path)
     """
     path, policy = Path(path), as_policy(thresholds, model.num_exits)
-    _check(path, model, normalization)
+    _check(path, model, variables, normalization)
     network = optimize(model, variables, forms=Forms(), embed=False)
     network = network[0], jax.tree.map(np.asarray, network[1])
-    graph = Scope(Weights(), any_size=_input_names(model)[0] if batch else '')
+    graph = Scope(Names(), any_size=_input_names(model)[0] if batch else '')
     inputs, hidden = _add_inputs(graph, model, normalization, AnySize() if batch else 1)
     steps = _Steps(model, variables, network, policy.criterion)
     if batch:
         steps.every_exit(graph, hidden)
     else:
         for n, threshold in enumerate(np.asarray(policy.thresholds)):
-            graph.weights.arrays[f'threshold_{n + 1}'] = np.array(threshold, np.float32)
+            graph.arrays[f'threshold_{n + 1}'] = np.array(threshold, np.float32)
         steps.from_exit(graph, 0, hidden, ())
-    total = sum(array.nbytes for array in graph.weights.arrays.values())
-    if total > _MOST_BYTES:
-        raise ValueError(f'variables: {total:,} bytes of weights do not fit into one ONNX file, which holds 2 GiB')
     told = {} if batch else {'criterion': policy.criterion.name, 'thresholds': _texts(policy)}
     _write(path, graph, inputs, {**told, 'normalization': _told(normalization)})
 
@@ -133,10 +130,10 @@ class _Steps:
             graph.outputs = list(zip(_ANSWER, found, strict=True))
             return
         confident = graph.node('Less', graph.read(uncertainty), f'threshold_{n + 1}')
-        leaves, goes_on = Scope(graph.weights, graph), Scope(graph.weights, graph)
+        leaves, goes_on = Scope(graph.names, graph), Scope(graph.names, graph)
         leaves.outputs = list(zip(_ANSWER, found, strict=True))
         self.from_exit(goes_on, n + 1, hidden, carry)
-        names = [graph.weights.fresh(f'exit_{n + 1}/', name) for name in _ANSWER]
+        names = [graph.names.fresh(f'exit_{n + 1}/', name) for name in _ANSWER]
         graph.node('If', confident, outputs=names, then_branch=leaves, else_branch=goes_on)
         graph.outputs = [
             (name, graph.plain(made, value.shape, value.dtype))
@@ -179,7 +176,7 @@ def _sized(value: Any, batch: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, value.dtype)
 
 
-def _check(path: Path, model: BranchyNet, normalization: Normalization | None) -> None:
+def _check(path: Path, model: BranchyNet, variables: Variables, normalization: Normalization | None) -> None:
     try:
         import onnx  # noqa: F401 - what the file is written with
     except ImportError as error:
@@ -188,6 +185,9 @@ def _check(path: Path, model: BranchyNet, normalization: Normalization | None) -
         raise ValueError(f'path: {path} is a folder; give the name of a file, such as {path / "network.onnx"}')
     if model.image_shape is None:
         raise ValueError('model: has no image_shape, which the file needs; build it with image_shape=…')
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    if total > _MOST_BYTES:
+        raise ValueError(f'variables: {total:,} bytes of weights do not fit into one ONNX file, which holds 2 GiB')
     specs = jax.tree.leaves(input_specs(model.image_shape, 1))
     if normalization is None:
         return
@@ -261,12 +261,10 @@ def _told(normalization: Normalization | None) -> str:
 def _write(path: Path, graph: Scope, inputs: list[Value], metadata: dict[str, str]) -> None:
     """Makes the file's content of a graph, checks it and writes it."""
     import onnx
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
-    made = _graph(graph, 'network', inputs)
-    made.initializer.extend(numpy_helper.from_array(array, name) for name, array in graph.weights.arrays.items())
     content = helper.make_model(
-        made,
+        _graph(graph, 'network', inputs),
         opset_imports=[helper.make_opsetid('', OPSET)],
         ir_version=_IR_VERSION,
         producer_name='branchy_jax',
@@ -281,12 +279,12 @@ def _write(path: Path, graph: Scope, inputs: list[Value], metadata: dict[str, st
 
 def _graph(scope: Scope, name: str, inputs: list[Value]) -> Any:
     """Returns a graph as onnx holds it."""
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
     outputs = []
     for output, value in scope.outputs:
         inner = scope.outer is not None
-        unique = scope.weights.fresh(f'{name}/', output) if inner else output
+        unique = scope.names.fresh(f'{name}/', output) if inner else output
         scope.prefix = f'{name}/'
         scope.node('Identity', scope.read(scope.full(value)), outputs=[unique])
         outputs.append(_array(unique, value))
@@ -294,7 +292,8 @@ def _graph(scope: Scope, name: str, inputs: list[Value]) -> Any:
     for node in scope.nodes:
         attributes = {key: _attribute(value, f'{node.name}/{key}') for key, value in node.attributes.items()}
         nodes.append(helper.make_node(node.op, node.inputs, node.outputs, name=node.name, **attributes))
-    return helper.make_graph(nodes, name, [_array(value.name, value) for value in inputs], outputs)
+    arrays = [numpy_helper.from_array(array, name) for name, array in scope.arrays.items()]
+    return helper.make_graph(nodes, name, [_array(value.name, value) for value in inputs], outputs, arrays)
 
 
 def _attribute(value: Any, name: str) -> Any:
