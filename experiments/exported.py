@@ -5,6 +5,9 @@
 Makes a virtual environment with jax, numpy and flatbuffers alone, and lets `experiments/run_exported.py` answer 1,000
 test digits there, by each program of the folder. Then the staged program and `branchy_jax.inference.staged` take turns
 in one process on one core. Takes two minutes; needs a package index.
+
+With ``--onnx`` instead: B-LeNet and B-ResNet-110 as published, B-AlexNet and B-ViT with random weights, each as one
+ONNX file, answer in an environment of onnxruntime and numpy alone, and are timed against the files of their baselines.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ import branchy_jax as bj
 from experiments import run_exported
 from experiments.run import command
 from experiments.run.timing import on_device, one_core, staged
+from experiments.study import onnx_files
 
+ONNX_NETWORKS = (*onnx_files.PUBLISHED, *onnx_files.RANDOM)
 _NEEDED = ('jax', 'jaxlib', 'numpy', 'flatbuffers')
 
 
@@ -34,7 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--workdir', type=Path, required=True, help='For the exported network and the environment.')
     parser.add_argument('--images', type=command.positive, default=1000, help='Test digits.')
     parser.add_argument('--passes', type=command.positive, default=30, help='Interleaved passes over the digits.')
+    parser.add_argument('--onnx', action='store_true', help='ONNX files instead of the folder of StableHLO.')
+    parser.add_argument('--networks', nargs='+', choices=ONNX_NETWORKS, default=ONNX_NETWORKS, help='With --onnx.')
     options = parser.parse_args(arguments)
+    if options.onnx:
+        python = _fresh_environment(options.workdir / 'environment', ('numpy', 'onnxruntime'))
+        for name in options.networks:
+            exported = onnx_files.load(name, options.images)
+            print(onnx_files.compare(exported, options.workdir / name, python, passes=options.passes), flush=True)
+        print(command.describe_device())
+        return
     workdir, folder = options.workdir, options.workdir / 'b-lenet'
     weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
     point = weights.operating_points[0]
@@ -61,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(process.submit(_time, str(folder), digits, options.passes).result())
 
 
-def _fresh_environment(place: Path) -> Path:
+def _fresh_environment(place: Path, needed: Sequence[str] = _NEEDED) -> Path:
     """Makes an environment of the packages that the reader needs, in the versions that are installed here."""
     shutil.rmtree(place, ignore_errors=True)
     venv.create(place, with_pip=True)
     python = place / 'bin' / 'python'
-    pinned = [f'{name}=={importlib.metadata.version(name)}' for name in _NEEDED]
+    pinned = [f'{name}=={importlib.metadata.version(name)}' for name in needed]
     subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *pinned], check=True)
     found = subprocess.run([python, '-m', 'pip', 'list', '--format=freeze'], check=True, capture_output=True, text=True)
     print('fresh environment:', ', '.join(sorted(found.stdout.split())))
-    for package in ('branchy_jax', 'flax'):
+    for package in {'branchy_jax', 'flax', 'jax'} - set(needed):
         missing = subprocess.run([python, '-c', f'import {package}'], cwd=place, capture_output=True, check=False)
         if missing.returncode == 0:
             sys.exit(f'{package} is in {place}, which was to be without it')

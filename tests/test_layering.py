@@ -26,8 +26,8 @@ ALLOWED = {
     'plots': GROUND | {'thresholds', 'report'},
 }
 ON_USE = {
-    'flatbuffers', 'grain', 'tensorflow_datasets', 'mlxtend', 'orbax', 'matplotlib', 'rich', 'safetensors', 'pynvml',
-    'zeus',
+    'flatbuffers', 'grain', 'mlxtend', 'onnx', 'onnxruntime', 'orbax', 'matplotlib', 'pynvml', 'rich', 'safetensors',
+    'tensorflow_datasets', 'zeus',
 }  # fmt: skip
 EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}
 MAY_TOO = {'data': {'absl'}}  # grain reads flags that absl is to have parsed
