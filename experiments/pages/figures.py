@@ -19,7 +19,7 @@ from experiments.study.verdicts import DEPTHS, depth_name, interval
 # The run that stands for a network comes first; the others have rows of their own.
 PLACES = {
     'b-lenet': ('lenet_mnist_tuned', 'lenet_mnist'),
-    'b-alexnet': ('alexnet_cifar10_tuned', 'alexnet_cifar10', 'alexnet_cifar10_brief'),
+    'b-alexnet': ('alexnet_cifar10', 'alexnet_cifar10_tuned', 'alexnet_cifar10_brief'),
     'b-resnet110': ('resnet110_cifar10_tuned', 'resnet110_cifar10'),
 }
 NOT_RUN = 'not run'
