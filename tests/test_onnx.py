@@ -102,7 +102,6 @@ def test_file_is_dense(convolutional, policy, saved):
     [
         bj.criteria.margin,
         bj.criteria.max_probability,
-        bj.criteria.patience,
         bj.criteria.ensemble(),
         bj.criteria.ensemble('geometric'),
         bj.criteria.with_temperatures([2.0, 1.5, 1.0]),
@@ -116,8 +115,6 @@ def test_criteria_are_part_of_the_file(convolutional, criterion, tmp_path):
         logits = jnp.stack(jax.jit(model.apply)(variables, images))
         criterion = bj.criteria.fit_learned(logits, np.arange(20) % 5, jax.random.key(0), steps=3)
     policy = policy_of(convolutional, criterion)
-    if criterion is bj.criteria.patience:
-        policy = policy.replace(thresholds=jnp.array([-0.5, -0.5]))
     bj.export.save_onnx(tmp_path / 'file.onnx', model, variables, thresholds=policy)
     expected = bj.inference.dense(model)(variables, images, policy)
     assert len(set(expected.exit_index.tolist())) > 1
@@ -297,3 +294,11 @@ def test_activations_are_laid_out_anew_only_where_they_enter():
         bj.export.save_onnx('unused.onnx', model, variables, thresholds=[])
     assert made['Transpose'] == 1
     assert (made['Conv'], made['Gemm'], made['Flatten']) == (2, 1, 1)
+
+
+def test_a_criterion_that_counts_the_batch_is_refused(convolutional, tmp_path):
+    model, variables, _ = convolutional
+    policy = policy_of(convolutional, bj.criteria.patience)
+    with pytest.raises(ValueError, match="criterion 'patience' computes"):
+        bj.export.save_onnx(tmp_path / 'file.onnx', model, variables, thresholds=policy)
+    assert not (tmp_path / 'file.onnx').exists()
