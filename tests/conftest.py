@@ -19,6 +19,23 @@ IMAGE_SHAPE = (4, 4, 1)
 CLASSES = 3
 
 
+def equations(jaxpr):
+    """Yields every equation of a jaxpr, those of nested ones too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner, 'jaxpr') or hasattr(inner, 'eqns'):
+                    yield from equations(getattr(inner, 'jaxpr', inner))
+
+
+def thresholds_between(model, variables, inputs):
+    """Thresholds between the uncertainties of two inputs: rounding decides nothing, some leave everywhere."""
+    uncertainty = np.sort(bj.inference.exit_outputs(model, variables, inputs, batch_size=4).uncertainty[:-1], axis=1)
+    middle = uncertainty.shape[1] // 2
+    return uncertainty[:, middle - 1 : middle + 1].mean(1)
+
+
 @pytest.fixture
 def getkey():
     """Hands out a new PRNG key at every call."""

@@ -1,4 +1,4 @@
-"""Exits on whole networks: Linen and NNX modules left as they are, cut where exits leave them."""
+"""Exits on whole networks: modules left as they are, cut where exits leave them."""
 
 import functools
 
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from conftest import equations, thresholds_between
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend import core as jax_core
 
 import branchy_jax as bj
 from branchy_jax.models import attach, select_exits, without_branches
@@ -99,13 +98,6 @@ def encoder():
     return network, model, model.init(jax.random.key(1), inputs), inputs
 
 
-def thresholds_between(model, variables, inputs):
-    """Thresholds between the uncertainties of two inputs: rounding decides nothing, some leave everywhere."""
-    uncertainty = np.sort(bj.inference.exit_outputs(model, variables, inputs, batch_size=4).uncertainty[:-1], axis=1)
-    middle = uncertainty.shape[1] // 2
-    return uncertainty[:, middle - 1 : middle + 1].mean(1)
-
-
 @pytest.mark.parametrize('name', ['resnet', 'encoder'])
 def test_every_executor_answers_as_the_oracle(name, request):
     network, model, variables, inputs = request.getfixturevalue(name)
@@ -132,6 +124,10 @@ def test_every_executor_answers_as_the_oracle(name, request):
         assert (answer.exit_index == oracle.exit_index).all()
         assert (answer.label == oracle.label).all()
         np.testing.assert_allclose(answer.logits, oracle.logits, atol=1e-4)
+    planned = bj.inference.plan(model, variables, inputs, policy, batch_size=1, skip_heads=False, passes=1)
+    one = planned(jax.tree.map(lambda x: x[:1], inputs))
+    assert one.exit_index == oracle.exit_index[:1]
+    assert one.label == oracle.label[:1]
 
 
 def test_plan_stream_and_mesh_take_dictionaries(encoder):
@@ -176,16 +172,6 @@ def test_composed_networks_take_dictionaries_too(getkey):
         bj.inference.dense(model)(variables, inputs['image'], policy)
     with pytest.raises(ValueError, match='all lead with B'):
         bj.inference.dense(model)(variables, {**inputs, 'kind': inputs['kind'][:2]}, policy)
-
-
-def equations(jaxpr):
-    """Yields every equation of a jaxpr, those of nested ones too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                if isinstance(inner, (jax_core.ClosedJaxpr, jax_core.Jaxpr)):
-                    yield from equations(getattr(inner, 'jaxpr', inner))
 
 
 def count(primitive, function, *arguments):
@@ -396,77 +382,6 @@ def test_a_dense_prediction_gets_a_dense_head(getkey):
     assert early.shape == late.shape == (2, 8, 8, 3)
     answer = bj.inference.dense(model)(variables, images, [jnp.inf])
     np.testing.assert_allclose(answer.logits, early, atol=1e-6)
-
-
-class NnxBlock(nnx.Module):
-    """A residual block with everything that keeps state."""
-
-    def __init__(self, width, rngs):
-        self.linear = nnx.Linear(width, width, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        """Adds to what comes in."""
-        return x + nnx.relu(self.dropout(self.norm(self.linear(x))))
-
-
-class NnxNetwork(nnx.Module):
-    """A network in Flax's newer form."""
-
-    def __init__(self, rngs):
-        self.stem = nnx.Linear(3, 8, rngs=rngs)
-        self.blocks = nnx.List([NnxBlock(8, rngs) for _ in range(3)])
-        self.head = nnx.Linear(8, 4, rngs=rngs)
-
-    def __call__(self, x):
-        """Returns logits."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def test_nnx_networks_keep_their_weights_and_take_them_back(getkey):
-    network, images = NnxNetwork(nnx.Rngs(0)), jax.random.normal(getkey(), (6, 3))
-    network.train()
-    network(images)  # statistics that are not those of any batch to come
-    model = attach(network, ['blocks/0', 'blocks/1'], inputs=images)
-    variables = model.init(getkey(), images)
-    network.eval()
-    np.testing.assert_allclose(model.apply(variables, images)[-1], network(images), atol=1e-6)
-    policy = thresholds_between(model, variables, images)
-    oracle = bj.inference.dense(model)(variables, images, policy)
-    answer = bj.inference.compacted(model, chunk_size=2)(variables, images, policy)
-    assert (answer.exit_index == oracle.exit_index).all()
-    assert len(set(np.asarray(oracle.exit_index))) > 1
-    state = bj.training.create_train_state(model, variables, optax.sgd(0.1))
-    state, _ = bj.training.train_step(state, bj.Batch(images, jnp.arange(6) % 4), jnp.ones(3), getkey())
-    mean = variables['batch_stats']['blocks']['0']['norm']['mean']
-    inside = network.blocks[0].linear(network.stem(images)).mean(0)
-    np.testing.assert_allclose(
-        state.model_state['batch_stats']['blocks']['0']['norm']['mean'], 0.99 * mean + 0.01 * inside, atol=1e-5
-    )
-    nnx.update(network, model.trained(state.variables))
-    network.eval()
-    np.testing.assert_allclose(model.apply(state.variables, images)[-1], network(images), atol=1e-6)
-    with pytest.raises(ValueError, match=r"no 'blocks/9'; it passes .*'blocks/0'"):
-        attach(network, ['blocks/9'], inputs=images)
-    with pytest.raises(ValueError, match='variables: have no params/'):
-        model.apply({'params': {}}, images)
-
-
-def test_nnx_dropout_drops_by_the_key(getkey):
-    network, images = NnxNetwork(nnx.Rngs(0)), jax.random.normal(getkey(), (6, 3))
-    model = attach(network, ['blocks/0'], inputs=images)
-    variables = model.init(getkey(), images)
-
-    def logits(key):
-        rngs = {'dropout': jax.random.key(key)}
-        return model.apply(variables, images, train=True, rngs=rngs, mutable=['batch_stats'])[0][-1]
-
-    np.testing.assert_array_equal(logits(1), logits(1))
-    assert (logits(1) != logits(2)).any()
 
 
 def test_attached_networks_are_exported(encoder, resnet, tmp_path):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CLASSES, IMAGE_SHAPE
+from conftest import CLASSES, IMAGE_SHAPE, equations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
@@ -230,15 +230,6 @@ def test_one_compilation_per_stage_however_many_survive(network, on_host):
     assert not on_host or set(traced[-1].values()) == {1}
 
 
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                if hasattr(inner, 'jaxpr') or hasattr(inner, 'eqns'):
-                    yield from _equations(getattr(inner, 'jaxpr', inner))
-
-
 @pytest.mark.parametrize('name', ['dense', 'sequential', 'loop', 'sharded', 'staged'])
 def test_no_program_writes_or_reads_behind_a_buffer(network, uncertainty, name):
     """Compilers disagree about what happens there: IREE has put such a write into row 0."""
@@ -253,7 +244,7 @@ def test_no_program_writes_or_reads_behind_a_buffer(network, uncertainty, name):
     inputs = images[0] if name == 'staged' else images
     modes = [
         equation.params['mode']
-        for equation in _equations(jax.make_jaxpr(lambda *arguments: run(*arguments))(variables, inputs, policy).jaxpr)
+        for equation in equations(jax.make_jaxpr(lambda *arguments: run(*arguments))(variables, inputs, policy).jaxpr)
         if equation.primitive.name in ('gather', 'scatter', 'scatter-add')
     ]
     assert bool(modes) == (name in ('loop', 'sharded'))

@@ -17,7 +17,7 @@ from branchy_jax.checkpoint import write_atomically
 from branchy_jax.criteria import as_policy
 from branchy_jax.criteria.criterion import Criterion
 from branchy_jax.export.onnx_graph import AnySize, Names, Scope, Spec, Value, known
-from branchy_jax.export.onnx_primitives import TRACED_BATCH, Unsupported, translate
+from branchy_jax.export.onnx_translation import TRACED_BATCH, Unsupported, translate
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.models.attached.program import trace

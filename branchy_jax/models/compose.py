@@ -122,18 +122,12 @@ def in_mode(module: nn.Module, *, train: bool) -> nn.Module:
         parts = {
             field.name: inside(getattr(value, field.name))
             for field in dataclasses.fields(value)
-            if field.init and field.name != 'parent' and _holds_modules(getattr(value, field.name))
+            if field.init and field.name != 'parent' and held_modules(getattr(value, field.name))
         }
         changed = {**_held_flags(value, train=train), **parts}
         return value.clone(**changed) if changed else value
 
     return inside(module)
-
-
-def _holds_modules(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_holds_modules(part) for part in value)
-    return isinstance(value, nn.Module)
 
 
 def _held_flags(layer: Layer, *, train: bool) -> dict[str, bool]:
