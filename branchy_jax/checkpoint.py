@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from branchy_jax.types import Variables
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows has none; folders are not locked there

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jax.extend import core as jax_core
 
-from branchy_jax.types import Array, input_specs
+from branchy_jax.types import Array, input_specs, spec_of
 
 
 @struct.dataclass
@@ -133,8 +133,8 @@ def _count_equation(equation: jax_core.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general':
         (contracted, _), _ = params['dimension_numbers']
-        left = equation.invars[0].aval.shape
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        left = spec_of(equation.invars[0]).shape
+        return math.prod(spec_of(equation.outvars[0]).shape) * math.prod(left[axis] for axis in contracted)
     if name == 'conv_general_dilated':
         return _convolution_macs(equation)
     if name == 'while':
@@ -149,7 +149,7 @@ def _count_equation(equation: jax_core.JaxprEqn) -> int:
 def _convolution_macs(equation: jax_core.JaxprEqn) -> int:
     """Counts what each output multiplies: all taps of its window, padding included, but zeros put between pixels."""
     params, numbers = equation.params, equation.params['dimension_numbers']
-    image, kernel, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    image, kernel, out = (spec_of(v).shape for v in (*equation.invars, *equation.outvars))
     lengths, windows, counts = (
         [shape[place] for place in spec[2:]]
         for shape, spec in ((image, numbers.lhs_spec), (kernel, numbers.rhs_spec), (out, numbers.out_spec))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from branchy_jax.types import Array, check_labels
 Loss = Callable[[tuple[Array, ...], Array], Array]
 """``(logits of N exits, targets) → losses [N]``."""
 
-MetricsOf = Callable[[tuple[Array, ...], Array], dict[str, Array]]
+MetricsOf = Callable[[tuple[Array, ...], Array], Mapping[str, Array]]
 """``(logits of N exits, targets) → figures by name``, each scalar or [N]: what to look at while training."""
 
 Teachers = Callable[[tuple[Array, ...]], tuple[Array, ...]]
@@ -112,7 +114,7 @@ class _WeightedSum:
     terms: tuple[tuple[float, Loss], ...]
 
     def __call__(self, logits: tuple[Array, ...], targets: Array) -> Array:
-        return sum(factor * term(logits, targets) for factor, term in self.terms)
+        return functools.reduce(operator.add, (factor * term(logits, targets) for factor, term in self.terms))
 
 
 def weighted_sum(*terms: tuple[float, Loss]) -> Loss:

@@ -224,7 +224,8 @@ def _run(
 
 def _update_period(meter: Meter, clock: Callable[[], float], sleep: Callable[[float], None]) -> float:
     """Returns the longest time between two updates of a meter."""
-    start, last, moments = clock(), meter.read(), []
+    start, last = clock(), meter.read()
+    moments: list[float] = []
     while len(moments) <= _UPDATES_TO_WATCH:
         if clock() - start > _LONGEST_WAIT:
             raise ValueError(f'meter: {meter.name} moved {len(moments)} times in {_LONGEST_WAIT} s; it cannot be used')

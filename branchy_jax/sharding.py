@@ -131,7 +131,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     """Returns the mesh that the arrays of a pytree lie on; ``None`` if they lie on a single device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, 'sharding', None)
-        if isinstance(sharding, NamedSharding) and AXIS in sharding.mesh.shape:
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and AXIS in sharding.mesh.shape:
             return sharding.mesh
     return None
 

@@ -12,8 +12,7 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +22,32 @@ from flax import core, struct
 if TYPE_CHECKING:
     from branchy_jax.criteria import Criterion
 
-Array = jax.Array
+Array = jax.Array | np.ndarray
+"""What computes with JAX takes NumPy's arrays as well, and returns JAX's."""
 Variables = Any
 """Flax variable collections: ``{'params': …, 'batch_stats': …}``."""
 
 
-class ByValue:
+class Replaceable:
+    """A frozen pytree; declares the method that `flax.struct.dataclass` adds unseen by type checkers."""
+
+    if TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> Self:
+            """Returns a copy with other values."""
+            ...
+
+
+class ByValue(Replaceable):
     """Equality and hash of a frozen pytree by its kind and the values of its leaves; two NaN are alike."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        (ours, structure), (theirs, their_structure) = jax.tree.flatten(self), jax.tree.flatten(other)
-        return structure == their_structure and all(
-            np.array_equal(a, b, equal_nan=True) for a, b in zip(ours, theirs, strict=True)
+        structure: Any = jax.tree.structure(self)
+        return structure == jax.tree.structure(other) and all(
+            np.array_equal(ours, theirs, equal_nan=True)
+            for ours, theirs in zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
         )
 
     def __hash__(self) -> int:
@@ -44,7 +55,7 @@ class ByValue:
 
 
 @struct.dataclass
-class Batch:
+class Batch(Replaceable):
     """Images with their labels, or inputs with their targets.
 
     Attributes:
@@ -98,7 +109,7 @@ class ExitPrediction:
     uncertainty: Array
 
 
-@functools.partial(struct.dataclass, eq=False)
+@struct.dataclass(eq=False)
 class ExitPolicy(ByValue):
     """Says when an input leaves: at the first exit whose uncertainty is below its threshold, else at the last.
 
@@ -120,7 +131,7 @@ class ExitPolicy(ByValue):
     thresholds: Array
 
 
-@functools.partial(struct.dataclass, eq=False)
+@struct.dataclass(eq=False)
 class OperatingPoint(ByValue):
     """A policy, and what it gave on the data it was chosen on. Goes straight into an executor.
 
@@ -142,6 +153,11 @@ class OperatingPoint(ByValue):
     def thresholds(self) -> Array:
         """``[N - 1]`` of the policy."""
         return self.policy.thresholds
+
+
+def spec_of(variable: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of what a variable of a jaxpr stands for."""
+    return variable.aval
 
 
 def num_rows(tree: Any) -> int:
@@ -199,11 +215,11 @@ def check_inputs(inputs: Any, image_shape: Any) -> None:
     if isinstance(specs, jax.ShapeDtypeStruct):
         _check_input('images', inputs, specs)
         return
-    expected, structure = jax.tree.flatten_with_path(specs)
-    found, found_structure = jax.tree.flatten_with_path(inputs)
-    if found_structure != structure:
-        raise ValueError(f'images: expected a pytree {structure}, got {found_structure}')
-    for (path, spec), (_, value) in zip(expected, found, strict=True):
+    structure: Any = jax.tree.structure(specs)
+    found: Any = jax.tree.structure(inputs)
+    if found != structure:
+        raise ValueError(f'images: expected a pytree {structure}, got {found}')
+    for (path, spec), value in zip(jax.tree.leaves_with_path(specs), jax.tree.leaves(inputs), strict=True):
         _check_input(f'images{jax.tree_util.keystr(path)}', value, spec)
     num_rows(inputs)
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax.numpy as jnp
 from flax import struct
 
 from branchy_jax.types import Array, ByValue
 
+Kind = TypeVar('Kind')
 Carry = Any
 """What a criterion remembers from exit to exit: any pytree whose leaves lead with B."""
 
 Pool = Callable[[Array], Array]
 """``uncertainty [B, …] → [B]``; an uncertainty that is ``[B]`` already stays as it is."""
 
-value = functools.partial(struct.dataclass, eq=False, repr=False)
-"""The decorator of criteria: a frozen pytree; `Criterion` compares values."""
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(struct.field,))
+def value(kind: type[Kind]) -> type[Kind]:
+    """Makes a class of criteria a frozen pytree; `Criterion` compares values."""
+    return struct.dataclass(kind, eq=False, repr=False)
 
 
 def is_confident(uncertainty: Array, threshold: Array) -> Array:
@@ -61,13 +64,22 @@ class Criterion(ByValue, abc.ABC):
 
     Attributes:
         name: how reports refer to it.
-        num_exits: N of the networks that it has learned something for; ``None`` fits any.
     """
 
-    num_exits: int | None = None
+    if TYPE_CHECKING:  # an attribute of some kinds, a property of others
+
+        @property
+        def name(self) -> str:
+            """How reports refer to it."""
+            ...
 
     def __repr__(self) -> str:
         return f'<criterion {self.name}>'
+
+    @property
+    def num_exits(self) -> int | None:
+        """N of the networks that it has learned something for; ``None`` fits any."""
+        return None
 
     def init(self, logits: Array) -> Carry:
         """Returns what is remembered before the first exit, given its logits ``[B, …, K]``."""
@@ -106,7 +118,8 @@ class _FromLogits(Criterion):
     uncertainty_of: Callable[[Array], Array] = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False)
     pool: Pool = struct.field(pytree_node=False, default=mean_over_pixels)
-    decide: Callable[[Array], Array] = struct.field(pytree_node=False, default=most_likely_class)
+    # A field in place of the method:
+    decide: Callable[[Array], Array] = struct.field(pytree_node=False, default=most_likely_class)  # type: ignore[assignment]
 
     def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
         return logits, self.pool(self.uncertainty_of(logits)), carry

@@ -141,9 +141,11 @@ def _decode(record: Any, arrays: dict[str, Array]) -> Any:
         return record
     if 'array' in record:
         return jnp.asarray(arrays[record['array']])
-    name = record.get('kind', record.get('function'))
+    name = record['kind'] if 'kind' in record else record['function']
     named = (getattr(room, name, None) for room in _ROOMS)
-    found = next((value for value in named if getattr(value, '__module__', '').startswith(__package__)), None)
+    found = next(
+        (value for value in named if getattr(value, '__module__', '').startswith('branchy_jax.criteria')), None
+    )
     if found is None or isinstance(found, type) != ('kind' in record):
         raise KeyError(name)
     if 'function' in record:

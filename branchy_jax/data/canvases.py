@@ -6,7 +6,7 @@ import chex
 import numpy as np
 
 from branchy_jax.data.dataset import Dataset, fit_normalization
-from branchy_jax.types import Batch
+from branchy_jax.types import Array, Batch
 
 _INK = 96
 """Pixels at least this bright belong to a digit; fainter ones are the blur of its edge."""
@@ -86,9 +86,9 @@ def _canvas(
     return image, mask
 
 
-def _paint(generator: np.random.Generator, image: np.ndarray, piece: np.ndarray) -> tuple[slice, slice]:
+def _paint(generator: np.random.Generator, image: np.ndarray, piece: Array) -> tuple[slice, slice]:
     """Lays a piece anywhere on the image, the brighter pixel showing, and returns where."""
     corner = [generator.integers(0, whole - part + 1) for whole, part in zip(image.shape, piece.shape, strict=True)]
-    place = tuple(slice(start, start + length) for start, length in zip(corner, piece.shape, strict=True))
-    image[place] = np.maximum(image[place], piece)
-    return place
+    row, column = (slice(start, start + length) for start, length in zip(corner, piece.shape, strict=True))
+    image[row, column] = np.maximum(image[row, column], piece)
+    return row, column

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from branchy_jax.data.tfds import BLOCK, OnDisk
-from branchy_jax.types import Batch, Normalization
+from branchy_jax.types import Array, Batch, Normalization
 
 Arrays = dict[str, np.ndarray]
 """``x_train``, ``y_train``, ``x_test``, ``y_test``, as Keras names them."""
@@ -67,10 +67,10 @@ def stratified_split(labels: np.ndarray, *, fraction: float, seed: int) -> tuple
         taken = round(fraction * len(members))
         second.append(members[:taken])
         first.append(members[taken:])
-    return tuple(generator.permutation(np.concatenate(part)) for part in (first, second))
+    return generator.permutation(np.concatenate(first)), generator.permutation(np.concatenate(second))
 
 
-def fit_normalization(images: np.ndarray) -> Normalization:
+def fit_normalization(images: Array) -> Normalization:
     """Computes mean and standard deviation per channel of images scaled to [0, 1].
 
     Args:
@@ -89,8 +89,10 @@ def fit_normalization(images: np.ndarray) -> Normalization:
     return normalization_of(images[start : start + BLOCK] for start in range(0, len(images), BLOCK))
 
 
-def normalization_of(blocks: Iterable[np.ndarray]) -> Normalization:
+def normalization_of(blocks: Iterable[Array]) -> Normalization:
     """Computes what `fit_normalization` does of images that come block by block: sums of integers, hence exact."""
+    total: Any
+    square: Any
     total, square, count = 0, 0, 0
     for images in blocks:
         chex.assert_rank(images, 4)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -102,15 +103,18 @@ def load_dataset(
     if in_memory and (workers, prefetch) != (0, _PREFETCH):
         raise ValueError(f'workers, prefetch: got {workers} and {prefetch} for data in memory; pass in_memory=False')
     folder = Path(os.environ.get('BRANCHY_JAX_CACHE', Path.home() / '.cache/branchy_jax') if cache is None else cache)
-    split = {'fraction': validation_fraction, 'seed': seed}
+    split: dict[str, Any] = {'fraction': validation_fraction, 'seed': seed}
     if name == 'mnist5k' or name.endswith('.npz') or name.split('/')[0] == _CANVASES:
         _refuse_settings_of_tfds(name, in_memory=in_memory, image_size=image_size, transform=transform)
         if name == 'mnist5k':
             return _in_memory(name, _cached_arrays(folder / 'mnist5k.npz', read_mnist5k), task, **split)
         if name.endswith('.npz'):
             return _in_memory(name, check_arrays(read_arrays(Path(name)), name), task, **split)
-        options = {'validation_fraction': validation_fraction, 'seed': seed, 'cache': cache, 'download': download}
-        return digit_canvases(load_dataset(name[len(_CANVASES) + 1 :] or 'mnist5k', **options), seed=seed)
+        digits = load_dataset(
+            name[len(_CANVASES) + 1 :] or 'mnist5k',
+            validation_fraction=validation_fraction, seed=seed, cache=cache, download=download,
+        )  # fmt: skip
+        return digit_canvases(digits, seed=seed)
     prepared = find_prepared(name, task=task, download=download)
     decoding = Decoding(prepared.image_key, prepared.label_key, image_size=image_size, transform=transform)
     if in_memory:

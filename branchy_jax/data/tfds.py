@@ -146,7 +146,7 @@ class _Steps:
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         batch = self._examples.read(self._order[step])
-        return batch.image, batch.label
+        return np.asarray(batch.image), np.asarray(batch.label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,5 +291,6 @@ def _resized(pixels: np.ndarray, size: tuple[int, int] | None, *, smooth: bool =
 
     grey = pixels.ndim == 3 and pixels.shape[-1] == 1
     image = Image.fromarray(pixels[..., 0] if grey else pixels)
-    image = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST))
-    return image[..., None] if grey else image
+    resampling = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+    resized = np.asarray(image.resize((size[1], size[0]), resampling))
+    return resized[..., None] if grey else resized

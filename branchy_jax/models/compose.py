@@ -224,7 +224,8 @@ def keep_what_is_read(
         exits: heads, each a route that reads one activation.
     """
     flat = [flatten_layers(stage) for stage in stages]
-    live, kept = set(), []
+    live: set[str | None] = set()
+    kept = []
     for routes, head in zip(reversed(flat), reversed(exits), strict=True):  # backwards: what is read later is live
         live = live | set(head.reads)
         stage = []
@@ -233,7 +234,8 @@ def keep_what_is_read(
                 stage.append((route, frozenset(live)))
                 live = live - {route.target} | set(route.reads)
         kept.append(stage[::-1])
-    held, result = set(), []
+    held: set[str | None] = set()
+    result = []
     for stage in reversed(kept):
         routes = []
         for route, live_after in stage:
@@ -298,7 +300,7 @@ def with_names(layers: Layers, place: str, named: dict[int, nn.Module]) -> Layer
     if isinstance(layers, (tuple, list)):
         return tuple(with_names(layer, f'{place}_{n}', named) for n, layer in enumerate(layers))
     if isinstance(layers, Route):
-        return layers.replace(layers=with_names(layers.layers, f'{place}_layers', named))
+        return dataclasses.replace(layers, layers=with_names(layers.layers, f'{place}_layers', named))
     if not isinstance(layers, nn.Module) or layers.name is not None:
         return layers
     return named.setdefault(id(layers), layers.clone(name=place))

@@ -33,8 +33,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], *, name: str | None = None
         [(2, 3), (2, 3)]
     """
 
-    def split(key: Array) -> tuple[nnx.GraphDef, Any]:
-        definition, parameters, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+    def split(key: jax.Array) -> tuple[nnx.GraphDef, Any]:
+        definition, *states = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+        parameters, rest = states
         variables = jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
         kinds = sorted({type(variable).__name__ for variable in variables})
         if kinds:
@@ -47,7 +48,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], *, name: str | None = None
     definition, shapes = nnx.eval_shape(lambda: split(jax.random.key(0)))
     structure, names = jax.tree.structure(shapes), _names(shapes)
 
-    def initialize(key: Array) -> dict[str, Array]:
+    def initialize(key: Any) -> dict[str, Array]:
         return dict(zip(names, jax.tree.leaves(split(key)[1]), strict=True))
 
     def function(parameters: dict[str, Array], hidden: Hidden) -> Hidden:

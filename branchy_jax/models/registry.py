@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 from branchy_jax.models.alexnet import b_alexnet
@@ -13,7 +14,13 @@ from branchy_jax.models.resnet import b_resnet
 from branchy_jax.models.unet import b_unet
 from branchy_jax.models.vit import b_vit
 
-_BUILDERS = {'lenet': b_lenet, 'alexnet': b_alexnet, 'resnet': b_resnet, 'unet': b_unet, 'vit': b_vit}
+_BUILDERS: dict[str, Callable[..., BranchyNet]] = {
+    'lenet': b_lenet,
+    'alexnet': b_alexnet,
+    'resnet': b_resnet,
+    'unet': b_unet,
+    'vit': b_vit,
+}
 
 
 def names() -> tuple[str, ...]:

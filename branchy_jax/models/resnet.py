@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def b_resnet(
     dense = functools.partial(nn.Dense, dtype=dtype)
     block = functools.partial(ResidualBlock, dtype=dtype, convolution=convolution)
 
-    def normalized_conv(name: str, features: int, **options: object) -> tuple[Layers, ...]:
+    def normalized_conv(name: str, features: int, **options: Any) -> tuple[Layers, ...]:
         norm = nn.BatchNorm(momentum=0.9, dtype=dtype, name=f'{name}_norm')
         return conv(features, (3, 3), name=name, **options), norm, nn.relu
 

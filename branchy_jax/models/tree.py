@@ -74,15 +74,16 @@ def tree(branches: Mapping[str, Branch], *, image_shape: tuple[int, ...]) -> Bra
         for name, branch in branches.items()
     }
     exits = _by_cost(branches, paths, image_shape)
-    computed, stages = set(), []
+    computed: set[str] = set()
+    stages: list[tuple[Route, ...]] = []
     for name in exits:
         new = [step for step in paths[name] if step not in computed]
         stages.append(tuple(_route(branches, step) for step in new))
         computed.update(new)
     stages[0] = (Route(_as_they_are, None, _IMAGES), *stages[0])
     heads = tuple(Route(branches[name].head, name) for name in exits)
-    stages, heads = keep_what_is_read(tuple(stages), heads)
-    return BranchyNet(stages=stages, exits=heads, image_shape=tuple(image_shape))
+    kept, heads = keep_what_is_read(tuple(stages), heads)
+    return BranchyNet(stages=kept, exits=heads, image_shape=tuple(image_shape))
 
 
 def _checked(branches: Mapping[str, Branch]) -> Mapping[str, Branch]:
@@ -118,7 +119,7 @@ def _by_cost(
 ) -> list[str]:
     """Returns the branches with heads by the cost of their answer, none before one that it grows on."""
     order = sorted(branches, key=lambda name: len(paths[name]))  # parents first
-    stages = [(_route(branches, name),) for name in order]
+    stages: list[tuple[Route, ...]] = [(_route(branches, name),) for name in order]
     stages[0] = (Route(_as_they_are, None, _IMAGES), *stages[0])
     heads = [_no_head if branches[name].head is None else Route(branches[name].head, name) for name in order]
     costs = count_macs(BranchyNet(stages=tuple(stages), exits=tuple(heads)), image_shape)

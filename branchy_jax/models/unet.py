@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -115,11 +116,10 @@ class AddLevels(nn.Module):
     @nn.compact
     def __call__(self, levels: tuple[Array, ...]) -> Array:
         """Maps arrays ``[B, H / 2^i, W / 2^i, C_i]``, the first being the finest, to ``[B, H, W, features]``."""
-        total = 0.0
-        for n, level in enumerate(levels):
-            projected = nn.Conv(self.features, (1, 1), dtype=self.dtype, name=f'level{n}')(level)
-            total = total + _enlarge(projected, levels[0].shape)
-        return total
+        projected = [
+            nn.Conv(self.features, (1, 1), dtype=self.dtype, name=f'level{n}')(level) for n, level in enumerate(levels)
+        ]
+        return functools.reduce(operator.add, (_enlarge(level, levels[0].shape) for level in projected))
 
 
 def _halve(x: Array) -> Array:

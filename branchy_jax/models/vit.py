@@ -74,7 +74,7 @@ def b_vit(
     ]
     embedding = PatchEmbedding(patch_size=patch_size, width=width, dtype=dtype, name='embedding')
     cuts = [0, *exits_after, depth]
-    stages = [tuple(blocks[start:end]) for start, end in itertools.pairwise(cuts)]
+    stages: list[Layers] = [tuple(blocks[start:end]) for start, end in itertools.pairwise(cuts)]
     stages[0] = (embedding, *stages[0])
 
     def head(name: str) -> Layers:

@@ -7,8 +7,6 @@ state after, and work under `jax.jit` and `jax.vmap`.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,7 @@ from branchy_jax.types import Array, ByValue, ExitPolicy
 _FEWEST_EXPECTED = 5.0  # Cochran's rule: below it, the answers of an exit scatter too unevenly for a chi-squared
 
 
-@functools.partial(struct.dataclass, eq=False)
+@struct.dataclass(eq=False)
 class Controller(ByValue):
     """Where the thresholds stand, and what holds them there. Goes straight into an executor.
 
@@ -179,7 +177,7 @@ def path_by_shares(table: ExitTable, *, size: int = 101) -> np.ndarray:
     return path
 
 
-@functools.partial(struct.dataclass, eq=False)
+@struct.dataclass(eq=False)
 class Monitor(ByValue):
     """Which exits answer lately, against how it should be.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from flax import struct
@@ -19,7 +20,7 @@ from branchy_jax.thresholds.table import ExitTable, checked_arrays
 from branchy_jax.types import Array, ByValue, ExitPolicy
 
 
-@functools.partial(struct.dataclass, eq=False)
+@struct.dataclass(eq=False)
 class Guarantee(ByValue):
     """A policy and what is promised of it. Goes straight into an executor.
 
@@ -43,7 +44,7 @@ class Guarantee(ByValue):
     statement: str = struct.field(pytree_node=False)
 
     @property
-    def thresholds(self) -> np.ndarray:
+    def thresholds(self) -> Array:
         """``[N - 1]`` of the policy."""
         return self.policy.thresholds
 
@@ -136,7 +137,7 @@ def losses_along(path: Array, table: ExitTable, losses: Array) -> tuple[np.ndarr
     return losses[exits, np.arange(losses.shape[1])], exits
 
 
-def last_passed(passes: Array) -> int:
+def last_passed(passes: Sequence[bool] | np.ndarray) -> int:
     """Fixed-sequence testing: returns the last setting before the first that fails; −1 if the first fails already.
 
     Example:
@@ -147,7 +148,7 @@ def last_passed(passes: Array) -> int:
     return int(len(passes) if passes.all() else passes.argmin()) - 1
 
 
-PValue = Callable[[np.ndarray, float], np.ndarray]
+PValue = Callable[..., np.ndarray]
 """``(losses […, M], epsilon) → p-values […]`` for the hypothesis that the risk is above epsilon.
 
 Valid for any number of inputs; losses lie in [0, 1] and are independent draws.
@@ -293,17 +294,20 @@ def learn_then_test(
     if method not in METHODS:
         raise ValueError(f'method: got {method!r}; choose from {", ".join(map(repr, METHODS))}')
     losses = _checked_risk(losses, table, epsilon, delta)
-    several = [paths] if getattr(paths, 'ndim', 0) == 2 else list(paths)
-    if not several:
+    given: list[Any] = [paths] if getattr(paths, 'ndim', 0) == 2 else list(paths)
+    if not given:
         raise ValueError('paths: got none; give one from threshold_path, or several')
-    several = [_checked_path(path, table, 'paths') for path in several]
+    several = [_checked_path(path, table, 'paths') for path in given]
     level = delta / len(several)
-    p_value = functools.partial(METHODS[method], delta=level) if method == 'betting' else METHODS[method]
+    p_value: PValue = functools.partial(METHODS[method], delta=level) if method == 'betting' else METHODS[method]
     found = []
     for path in several:
         on_path, exits = losses_along(path, table, losses)
         index = last_passed(
-            [_never(setting) or p_value(loss, epsilon) <= level for setting, loss in zip(path, on_path, strict=True)]
+            [
+                _never(setting) or bool(p_value(loss, epsilon) <= level)
+                for setting, loss in zip(path, on_path, strict=True)
+            ]
         )
         found.append(_guarantee(path, index, on_path, exits, table))
     best = min(found, key=lambda guarantee: float(guarantee.exit_fractions @ table.costs.to_exit))

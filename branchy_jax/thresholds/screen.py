@@ -7,8 +7,6 @@ gives every setting of the grid together: O(M + V^(N-1)) instead of O(M V^(N-1))
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 from flax import struct
 
@@ -18,7 +16,7 @@ from branchy_jax.types import Array, ByValue, ExitPolicy, OperatingPoint
 _MOST_SETTINGS = 100_000
 
 
-@functools.partial(struct.dataclass, eq=False)
+@struct.dataclass(eq=False)
 class Screen(ByValue):
     """Every setting that was tried, and what it gave: points to choose from, or a curve of accuracy against cost.
 

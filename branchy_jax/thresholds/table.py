@@ -6,7 +6,6 @@ for one of another criterion, nor one found on validation data for one measured 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +31,7 @@ from branchy_jax.thresholds.statistics import Metric, Statistics, accuracy_stati
 from branchy_jax.types import Array, ByValue, ExitPolicy, OperatingPoint
 
 
-@functools.partial(struct.dataclass, eq=False, kw_only=True)
+@struct.dataclass(eq=False, kw_only=True)
 class ExitTable(ByValue):
     """What N exits said of M inputs, what that is worth, and what it costs.
 
@@ -337,8 +336,8 @@ class ExitTable(ByValue):
         _check_same(found_on.criterion, self.criterion, 'found_on')
         found_on = found_on.replace(costs=self.costs)
         ends = self.costs.to_exit[0], self.costs.to_exit[-1]
-        budgets = np.linspace(*ends, 20) if budgets is None else budgets
-        return self.evaluate(np.array([found_on.for_budget(budget).thresholds for budget in budgets]))
+        spread = np.linspace(*ends, 20) if budgets is None else budgets
+        return self.evaluate(np.array([found_on.for_budget(float(budget)).thresholds for budget in spread]))
 
     def _screen_of(self, thresholds: np.ndarray, sums: np.ndarray, fractions: np.ndarray) -> Screen:
         accuracy, cost = np.asarray(self.metric(sums, len(self))), fractions @ self.costs.to_exit

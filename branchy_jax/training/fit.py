@@ -239,7 +239,8 @@ def _taker(
 
     def one_by_one(state: TrainState, order: Array, keys: Array, place: int) -> Taken:
         order = np.asarray(order)
-        if in_memory:
+        arguments: Iterator[tuple[Any, ...]]
+        if isinstance(data, Batch):
             step, arguments = _jitted_step_on_rows, ((data, rows) for rows in order[place:])
         else:
             own = np.split(order, jax.process_count(), axis=1)[jax.process_index()]  # this process's share of a batch
@@ -285,7 +286,7 @@ def _saver(
 
 
 def _num_classes(state: TrainState, data: Batch, prepare: Prepare, key: Array) -> int:
-    def logits(variables: Variables, data: Batch) -> Array:
+    def logits(variables: Variables, data: Batch) -> Any:
         return state.model.apply(variables, prepare(key, data).image)[-1]
 
     return jax.eval_shape(logits, state.variables, jax.tree.map(lambda values: values[:1], data)).shape[-1]

@@ -154,5 +154,5 @@ def _blocks_by_features(stage: nn.Module) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for layer in flatten_layers(stage):
         if isinstance(layer, ResidualBlock):
-            found.setdefault(layer.features, []).append(layer.name)
+            found.setdefault(layer.features, []).append(str(layer.name))
     return found

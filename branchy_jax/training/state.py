@@ -12,11 +12,11 @@ import optax
 from flax import struct
 
 from branchy_jax.models.branchy import BranchyNet, check_model, side_head_names
-from branchy_jax.types import Array, Variables
+from branchy_jax.types import Array, Replaceable, Variables
 
 
 @struct.dataclass
-class TrainState:
+class TrainState(Replaceable):
     """Everything that training changes, and the static things it needs.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,12 +14,12 @@ from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy
 from branchy_jax.training.state import TrainState
 from branchy_jax.types import Array, Batch
 
-Metrics = dict[str, Array]
+Metrics = Mapping[str, Array]
 """``loss`` scalar, ``exit_loss`` [N], and other figures, by default ``exit_accuracy`` [N]."""
 
 
 def take_step(
-    state: TrainState, batch: Batch, exit_weights: Array, key: Array, *, loss: Loss, metrics: MetricsOf
+    state: TrainState, batch: Batch, exit_weights: Array, key: jax.Array, *, loss: Loss, metrics: MetricsOf
 ) -> tuple[TrainState, Metrics]:
     """Does what `train_step` does, for callers that jit more than one step."""
 
@@ -64,7 +65,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     exit_weights: Array,
-    key: Array,
+    key: jax.Array,
     *,
     loss: Loss = cross_entropy_per_exit,
     metrics: MetricsOf = accuracy_per_exit,

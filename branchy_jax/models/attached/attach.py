@@ -155,11 +155,11 @@ class Attached:
                     f"method: got {method!r} with train={train}, mutable={mutable}; 'run_stage' and 'run_exit' run in "
                     'evaluation mode'
                 )
-            return runs[method](variables, hidden, n)
+            return runs[method](variables, hidden, 0 if n is None else n)
         check_inputs(hidden, self.image_shape)
         collections = _names(mutable, variables)
         key = None if rngs is None else rngs.get('dropout')
-        keys = [None] * (self.num_exits + 1) if key is None else jax.random.split(key, self.num_exits + 1)
+        keys: Any = [None] * (self.num_exits + 1) if key is None else jax.random.split(key, self.num_exits + 1)
         own, places = self._split(variables), [place for place, _ in self.heads[:-1]]
         run = self.network.run(own, hidden, places, train=train and not frozen_trunk, key=keys[0], mutable=collections)
         updates = {name: {**variables.get(name, {}), **run.updates.get(name, {})} for name in collections}
@@ -171,7 +171,7 @@ class Attached:
                 self._of_head(variables, place),
                 activation,
                 train=learns,
-                rngs={} if keys[n + 1] is None else {'dropout': keys[n + 1]},
+                rngs=None if key is None else {'dropout': keys[n + 1]},
                 mutable=collections,
             )
             logits.append(found)
@@ -203,7 +203,8 @@ class Attached:
             leaves = [jnp.moveaxis(hidden[place], 0, axes[place]) for place in read]
             hidden = jax.tree.unflatten(self._layout.structures[n], leaves)
         place, head = self.heads[n]
-        return head.apply(self._of_head(variables, place), hidden)
+        logits: Any = head.apply(self._of_head(variables, place), hidden)
+        return logits
 
     def select(self, indices: Sequence[int]) -> Attached:
         """Returns the same network with some of its exits; `branchy_jax.models.select_exits` checks which."""

@@ -135,7 +135,8 @@ def cut(closed: jax_core.ClosedJaxpr, count: int, activations: tuple[Any, ...]) 
                 waiting.extend(v for v in _variables(program.eqns[n].invars) if follow(v))
         return found
 
-    done, own = set(), []
+    done: set[int] = set()
+    own: list[set[int]] = []
     for activation in activations:
         own.append(needed(jax.tree.leaves(activation), done, follow=dependent.__contains__))
         done |= own[-1]

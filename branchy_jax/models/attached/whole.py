@@ -59,7 +59,7 @@ class LinenNetwork:
         places: Sequence[str] | None,
         *,
         train: bool = False,
-        key: Array | None = None,
+        key: jax.Array | None = None,
         mutable: Sequence[str] = (),
     ) -> Run:
         """Runs the network once.
@@ -154,7 +154,7 @@ class NnxNetwork:
         places: Sequence[str] | None,
         *,
         train: bool = False,
-        key: Array | None = None,
+        key: jax.Array | None = None,
         mutable: Sequence[str] = (),
     ) -> Run:
         """Runs the network once, as `LinenNetwork.run` does."""
@@ -213,8 +213,7 @@ def _call(function: Any, module: Any, inputs: Any, *, train: bool) -> tuple[tupl
     """Returns the arguments of a call: a tuple of inputs one by one, a dictionary by name where its keys are names."""
     names = set(parameters_of(function)) - set(mode_flags(train=train))
     if isinstance(inputs, dict) and set(inputs) <= names:
-        _, flags = call_arguments(module, None, train=train)
-        return (), {**inputs, **flags}
+        return (), {**inputs, **call_arguments(module, None, train=train)[1]}
     given = inputs if isinstance(inputs, tuple) and not hasattr(inputs, '_fields') else (inputs,)
     flags, named = call_arguments(module, len(given), train=train)
     return (*given, *flags), named
