@@ -13,6 +13,7 @@ from branchy_jax.models.lenet import b_lenet as b_lenet
 from branchy_jax.models.pretrained import Pretrained as Pretrained
 from branchy_jax.models.pretrained import load_pretrained as load_pretrained
 from branchy_jax.models.pretrained import pretrained_names as pretrained_names
+from branchy_jax.models.pretrained import save_pretrained as save_pretrained
 from branchy_jax.models.registry import create as create
 from branchy_jax.models.registry import names as names
 from branchy_jax.models.resnet import b_resnet as b_resnet
@@ -24,5 +25,6 @@ from branchy_jax.models.vit import b_vit as b_vit
 __all__ = [
     'Branch', 'Functional', 'Pretrained', 'Route', 'attach', 'b_alexnet', 'b_lenet', 'b_resnet', 'b_unet', 'b_vit',
     'banded_convolution', 'create', 'from_nnx', 'layers', 'load_pretrained', 'names', 'pretrained_names',
+    'save_pretrained',
     'select_exits', 'tree', 'without_branches',
 ]  # fmt: skip

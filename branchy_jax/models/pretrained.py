@@ -1,7 +1,8 @@
-"""Trained networks that ship with the package, with the settings they were published at."""
+"""Trained networks with the settings they run at: in the package, in a folder, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -14,13 +15,14 @@ import numpy as np
 from flax import struct
 
 from branchy_jax import criteria
-from branchy_jax.checkpoint import load_weights, save_weights
+from branchy_jax.checkpoint import load_weights, save_weights, write_atomically
 from branchy_jax.criteria.policy import decode_policy, encode_policy
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.registry import create
 from branchy_jax.types import Array, ExitPolicy, Normalization, OperatingPoint, Variables
 
 _FORMAT = '1'
+_FILE = 'model.safetensors'
 
 
 @struct.dataclass
@@ -52,15 +54,19 @@ def pretrained_names() -> tuple[tuple[str, str], ...]:
     return tuple(tuple(name.removesuffix('.safetensors').rsplit('@', 1)) for name in files)
 
 
-def load_pretrained(network: str, *, dataset: str) -> Pretrained:
-    """Loads weights that ship with the package.
+def load_pretrained(network: Path | str, *, dataset: str | None = None, revision: str | None = None) -> Pretrained:
+    """Loads weights that ship with the package, lie in a folder, or are on the Hugging Face hub.
+
+    What comes from the hub is checked against the SHA-256 that the hub tells.
 
     Args:
-        network: such as ``'b-lenet'``.
-        dataset: that it was trained on, such as ``'mnist'``.
+        network: such as ``'b-lenet'``; without ``dataset`` a folder that `save_pretrained` wrote, or ``'owner/name'``
+            of a repository on the hub (``pip install 'branchy_jax[hub]'``).
+        dataset: that it was trained on, such as ``'mnist'``: the weights in the package.
+        revision: of the repository: a branch, tag or commit; its newest by default.
 
     Raises:
-        ValueError: there are no such weights; the message lists what there is.
+        ValueError: there are no such weights (the message lists what there is), or they are not what the hub says.
 
     Example:
         >>> weights = load_pretrained('b-lenet', dataset='mnist')
@@ -68,9 +74,16 @@ def load_pretrained(network: str, *, dataset: str) -> Pretrained:
         >>> [logits.shape for logits in weights.model.apply(weights.variables, weights.normalize(images))]
         [(1, 10), (1, 10)]
     """
+    if dataset is None and Path(network).is_dir():
+        return read_pretrained(Path(network) / _FILE)
+    if dataset is None and str(network).count('/') == 1:
+        return read_pretrained(_from_hub(str(network), revision))
     if (network, dataset) not in pretrained_names():
         known = ', '.join(f'{name!r} on {data!r}' for name, data in pretrained_names())
-        raise ValueError(f'network: no weights of {network!r} on {dataset!r}; there are {known}')
+        raise ValueError(
+            f'network: no weights of {str(network)!r} on {dataset!r}; there are {known}, any folder that '
+            "save_pretrained wrote, and 'owner/name' on the hub"
+        )
     with resources.as_file(_folder() / f'{network}@{dataset}.safetensors') as path:
         return read_pretrained(path)
 
@@ -103,6 +116,96 @@ def read_pretrained(path: Path | str) -> Pretrained:
         operating_points=points,
         card=card,
     )
+
+
+def save_pretrained(
+    folder: Path | str,
+    network: str,
+    variables: Variables,
+    *,
+    normalization: Normalization,
+    operating_points: Sequence[OperatingPoint],
+    options: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a trained network of the library, with all that it needs to run, as a folder that a hub takes as it is.
+
+    The folder holds ``model.safetensors`` and ``README.md``. To share it:
+    ``huggingface_hub.upload_folder(repo_id='owner/name', folder_path=folder)``.
+
+    Args:
+        folder: is made if missing; what it holds under these names is replaced.
+        network: name for `create`.
+        variables: its weights.
+        normalization: that it was trained with.
+        operating_points: the first is the one to report.
+        options: for `create`.
+        card: data set, licence, recipe, …: whatever JSON holds.
+
+    Raises:
+        ValueError: no operating point, or weights that are not those of the network.
+
+    Example:
+        >>> import tempfile
+        >>> weights = load_pretrained('b-lenet', dataset='mnist')
+        >>> folder = tempfile.mkdtemp()
+        >>> save_pretrained(folder, 'b-lenet', weights.variables, normalization=weights.normalization,
+        ...                 operating_points=weights.operating_points, card={'dataset': 'mnist'})
+        >>> load_pretrained(folder).operating_points == weights.operating_points
+        True
+    """
+    options, card = dict(options or {}), dict(card or {})
+    model = create(network, **options)
+    if not operating_points:
+        raise ValueError('operating_points: got none; give at least one, as ExitTable.screen().knee() finds it')
+    if model.image_shape is None:
+        raise ValueError(f"options: {network!r} needs an 'image_shape' here")
+    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.image_shape)))
+    if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
+        raise ValueError(f'variables: are not those of {network!r} with {options}; give options as to create')
+    stored = {**options, 'image_shape': list(model.image_shape)}
+    if 'dtype' in stored:
+        stored['dtype'] = str(jnp.dtype(stored['dtype']))
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    write_pretrained(path / _FILE, network, stored, variables, normalization, operating_points, card)
+    write_atomically(path / 'README.md', lambda temporary: temporary.write_text(_readme(network, card)))
+
+
+def _readme(network: str, card: Mapping[str, Any]) -> str:
+    told = '\n'.join(f'- {name}: {value}' for name, value in card.items())
+    licence = f'license: {str(card["licence"]).lower()}\n' if 'licence' in card else ''
+    return f"""---
+library_name: branchy_jax
+{licence}---
+# {network}
+
+{told}
+
+```python
+import branchy_jax as bj
+weights = bj.models.load_pretrained('owner/name')  # this repository, or the folder
+answer = bj.inference.staged(weights.model)(
+    weights.variables, weights.normalize(image), weights.operating_points[0]
+)
+```
+"""
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(f"network: {repository!r} on the hub needs pip install 'branchy_jax[hub]'") from error
+    told = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+    stored = next((file for file in told.siblings or () if file.rfilename == _FILE), None)
+    if stored is None or stored.lfs is None:
+        raise ValueError(f'network: {repository!r} on the hub has no {_FILE} with a checksum; save_pretrained makes it')
+    path = Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=told.sha))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != stored.lfs.sha256:
+        raise ValueError(f'network: {_FILE} of {repository!r} has SHA-256 {found}, the hub says {stored.lfs.sha256}')
+    return path
 
 
 def write_pretrained(

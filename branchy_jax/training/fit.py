@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,6 +121,7 @@ def fit(
     save_every: int | None = None,
     on_step: Callable[[int, int, int, Metrics], None] | None = None,
     on_epoch: Callable[[int, TrainState, Metrics], None] | None = None,
+    on_metrics: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> TrainState:
     """Trains on from ``state.step``, or from the checkpoint in ``directory``, until ``epochs`` epochs are done.
 
@@ -156,6 +157,11 @@ def fit(
             averages, where it is scanned.
         on_epoch: called as ``on_epoch(epochs done, state, metrics)`` after every whole epoch, with the average of the
             epoch's steps, after a resume of those since.
+        on_metrics: called as ``on_metrics(steps done, scalars)`` at the end of every epoch, also of a part of one, with
+            the same averages as numbers by name: ``loss``, ``exit_loss/1``, ``exit_accuracy/1``, …. Writers of the
+            field fit as they are or in one line: clu's ``writer.write_scalars``; for Weights & Biases
+            ``lambda step, scalars: wandb.log(dict(scalars), step=step)``; for TensorBoard a loop over
+            ``scalars.items()`` that calls ``writer.add_scalar(name, value, step)``.
 
     Returns:
         The trained state.
@@ -195,9 +201,24 @@ def fit(
                 save(done, state)
                 if on_step is not None:
                     on_step(epoch, done - epoch * steps, steps, found)
+            if on_epoch is None and on_metrics is None:
+                continue
+            averages = jax.tree.map(lambda *parts: jnp.stack(parts).mean(0), *history)
             if on_epoch is not None and stop == steps:
-                on_epoch(epoch + 1, state, jax.tree.map(lambda *parts: jnp.stack(parts).mean(0), *history))
+                on_epoch(epoch + 1, state, averages)
+            if on_metrics is not None:
+                on_metrics(done, _scalars(averages))
     return state
+
+
+def _scalars(metrics: Metrics) -> dict[str, float]:
+    """Returns metrics as numbers; those of N exits are numbered from 1."""
+    found = {}
+    for name, values in metrics.items():
+        numbers = np.asarray(values)
+        several = {f'{name}/{n}': float(number) for n, number in enumerate(numbers.ravel(), 1)}
+        found.update(several if numbers.ndim else {name: float(numbers)})
+    return found
 
 
 def _check_settings(
