@@ -24,10 +24,11 @@ ALLOWED = {
     'export': GROUND | {'models', 'inference'},
     'report': GROUND,
     'plots': GROUND | {'thresholds', 'report'},
+    'command': GROUND | {'data', 'models', 'losses', 'training', 'thresholds', 'inference', 'export', 'report'},
 }
 ON_USE = {
-    'flatbuffers', 'grain', 'mlxtend', 'onnx', 'onnxruntime', 'orbax', 'matplotlib', 'pynvml', 'rich', 'safetensors',
-    'tensorflow_datasets', 'zeus',
+    'flatbuffers', 'grain', 'huggingface_hub', 'mlxtend', 'onnx', 'onnxruntime', 'orbax', 'matplotlib', 'pynvml',
+    'rich', 'safetensors', 'tensorflow_datasets', 'zeus',
 }  # fmt: skip
 EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}
 MAY_TOO = {'data': {'absl'}}  # grain reads flags that absl is to have parsed
@@ -81,7 +82,7 @@ def test_root_is_kept_clean():
     if listed.returncode:
         pytest.skip('not a git checkout')
     tracked = {name.split('/')[0] for name in listed.stdout.splitlines()}
-    assert tracked - {'docs', 'CONTRIBUTING.md', '.github'} == {
+    assert tracked - {'docs', 'CONTRIBUTING.md', 'CITATION.cff', '.github', '.pre-commit-config.yaml'} == {
         'branchy_jax', 'experiments', 'tests', 'setup.cfg', 'requirements.txt', 'pyproject.toml', 'README.md',
         'LICENSE', 'CHANGELOG.md', '.ci', '.gitignore',
     }  # fmt: skip

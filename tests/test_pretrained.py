@@ -1,6 +1,10 @@
 """Published weights: what is written is what is read, and what ships does what its card says."""
 
+import functools
+import hashlib
 import os
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +70,77 @@ def test_truncated_files_are_refused(written, tmp_path):
 def test_unknown_weights_are_refused_with_the_known():
     with pytest.raises(ValueError, match=r"no weights of 'b-lenet' on 'cats'; there are .*'b-lenet' on 'mnist'"):
         bj.models.load_pretrained('b-lenet', dataset='cats')
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    _, _, variables, points = written
+    normalization = bj.Normalization(mean=jnp.array([0.5]), deviation=jnp.array([0.25]))
+    bj.models.save_pretrained(
+        tmp_path / 'mine', 'b-lenet', variables, normalization=normalization, operating_points=points,
+        options={'num_classes': 4, 'image_shape': (12, 12, 1)}, card={'licence': 'MIT', 'dataset': 'squares'},
+    )  # fmt: skip
+    return tmp_path / 'mine'
+
+
+def test_a_folder_is_saved_and_loaded(written, folder):
+    _, model, variables, points = written
+    for found in (bj.models.load_pretrained(folder), bj.models.load_pretrained(str(folder))):
+        assert (found.model, found.operating_points) == (model, tuple(points))
+        jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+    assert 'license: mit' in (folder / 'README.md').read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ['README.md', 'model.safetensors']
+
+
+def test_weights_of_another_network_are_not_saved(written, tmp_path):
+    _, _, variables, points = written
+    normalization = bj.Normalization(mean=jnp.array([0.5]), deviation=jnp.array([0.25]))
+    save = functools.partial(
+        bj.models.save_pretrained, tmp_path / 'new', 'b-lenet', variables, normalization=normalization
+    )
+    with pytest.raises(ValueError, match="variables: are not those of 'b-lenet' with"):
+        save(operating_points=points)
+    with pytest.raises(ValueError, match='operating_points: got none'):
+        save(operating_points=[])
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('told', ['right', 'wrong', 'nothing'])
+def test_what_comes_from_a_hub_is_checked(written, folder, monkeypatch, told):
+    """The hub is a stand-in that serves the folder; what it tells of the file is or is not the truth."""
+    right = hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+    lfs = {
+        'right': types.SimpleNamespace(sha256=right),
+        'wrong': types.SimpleNamespace(sha256=64 * '0'),
+        'nothing': None,
+    }
+    asked = []
+
+    class HfApi:
+        def model_info(self, repository, *, revision, files_metadata):
+            asked.append((repository, revision, files_metadata))
+            siblings = [types.SimpleNamespace(rfilename='model.safetensors', lfs=lfs)]
+            return types.SimpleNamespace(sha='c0ffee', siblings=siblings)
+
+    def hf_hub_download(repository, name, *, revision):
+        asked.append((repository, name, revision))
+        return str(folder / name)
+
+    hub = types.SimpleNamespace(HfApi=HfApi, hf_hub_download=hf_hub_download)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
+    if told != 'right':
+        with pytest.raises(ValueError, match='SHA-256' if told == 'wrong' else 'with a checksum'):
+            bj.models.load_pretrained('someone/squares', revision='v1')
+        return
+    assert bj.models.load_pretrained('someone/squares', revision='v1').operating_points == tuple(written[3])
+    # The commit that the checksum was told of is the one that is fetched.
+    assert asked == [('someone/squares', 'v1', True), ('someone/squares', 'model.safetensors', 'c0ffee')]
+
+
+def test_a_hub_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(ValueError, match=r"pip install 'branchy_jax\[hub\]'"):
+        bj.models.load_pretrained('someone/squares')
 
 
 @pytest.mark.parametrize(('network', 'dataset'), bj.models.pretrained_names())

@@ -111,6 +111,22 @@ def test_training_learns_and_state_counts(network, train):
     assert int(state.step) == 12 * 5
 
 
+def test_metrics_go_to_any_writer_as_numbers(network, train):
+    model, variables, _ = network
+    written, averages = [], []
+    train(
+        create_train_state(model, variables, SGD), epochs=1.4,
+        on_metrics=lambda step, scalars: written.append((step, scalars)),
+        on_epoch=lambda epoch, state, metrics: averages.append(metrics),
+    )  # fmt: skip
+    assert [step for step, _ in written] == [5, 7]  # the part of an epoch at the end, too
+    for name, values in averages[0].items():
+        for n, value in enumerate(np.atleast_1d(values), 1):
+            assert written[0][1][name if np.ndim(values) == 0 else f'{name}/{n}'] == float(value)
+    assert {type(value) for _, scalars in written for value in scalars.values()} == {float}
+    assert {'loss', 'exit_loss/1', 'exit_loss/3', 'exit_accuracy/3'} <= set(written[0][1])
+
+
 def test_scanned_epochs_are_epochs_step_by_step(network, train, small_data, getkey):
     model, variables, _ = network
     calls = []
