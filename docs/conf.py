@@ -16,7 +16,6 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.ext.autodoc import ClassDocumenter
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 from sphinx.util.nodes import make_refnode
@@ -45,6 +44,7 @@ myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath', 'substitution'
 myst_heading_anchors = 3
 nb_execution_mode = 'off'  # build.sh --execute turns it on
 nb_execution_timeout = 300
+nb_execution_in_temp = True
 
 # Single backticks in docstrings name things: those of the library are linked, those of others shown as code.
 default_role = 'py:obj'
@@ -137,7 +137,7 @@ def described_where_defined(
         for path in sorted(folder.glob('*.py')):
             told = ModuleAnalyzer.for_module(f'{room}.{path.stem}').find_attr_docs().get(('', own))
             if told:
-                lines[:] = app.emit_firstresult('guide-docstring', told) or told
+                lines[:] = told
 
 
 def readable_signature(
@@ -164,4 +164,3 @@ def setup(app: Sphinx) -> None:
     app.connect('missing-reference', public_entry)
     app.connect('autodoc-process-docstring', described_where_defined, priority=100)
     app.connect('autodoc-process-signature', readable_signature)
-    ClassDocumenter.add_directive_header  # noqa: B018
