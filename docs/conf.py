@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,14 @@ def table_of_networks() -> str:
 myst_substitutions = {'table_of_networks': table_of_networks()}
 
 
+_NOT_LINKED = (nodes.title, nodes.reference, addnodes.pending_xref)
+
+
+def _ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
+    while (node := node.parent) is not None:
+        yield node
+
+
 class LinkCode(SphinxTransform):
     """Makes links of inline code that names something public, ``bj.…``; one that does not exist fails the build."""
 
@@ -103,7 +112,7 @@ class LinkCode(SphinxTransform):
         """Looks at every literal of a page."""
         for literal in list(self.document.findall(nodes.literal)):
             found = re.fullmatch(r'bj((?:\.\w+)+)(\(.*\))?', literal.astext())
-            if found is None or isinstance(literal.parent, (nodes.title, nodes.reference, addnodes.pending_xref)):
+            if found is None or any(isinstance(node, _NOT_LINKED) for node in _ancestors(literal)):
                 continue
             link = addnodes.pending_xref(
                 '', refdomain='py', reftype='obj', reftarget=f'branchy_jax{found[1]}', refexplicit=True, refwarn=True,
