@@ -1,0 +1,175 @@
+"""How Sphinx builds the guide: Markdown pages, notebooks, and API pages made from the library's docstrings.
+
+Three things here are our own, each a few lines: inline code such as ``bj.inference.plan`` in a page becomes a link to
+its entry, formulas become MathML, which browsers show without a script from elsewhere, and the table of networks is
+laid out from the stored reports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.transforms import SphinxTransform
+from sphinx.util.nodes import make_refnode
+
+import branchy_jax as bj
+from branchy_jax.report import markdown_table, read_json
+
+RESULTS = Path(__file__).parents[1] / 'experiments' / 'results'
+
+project = 'branchy_jax'
+release = bj.__version__
+language = 'en'
+extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton', 'myst_nb']
+exclude_patterns = ['_build', '.venv', 'requirements.txt']
+
+html_theme = 'furo'
+html_title = 'branchy_jax'
+html_static_path = ['_static']
+html_css_files = ['guide.css']
+html_show_sphinx = False
+html_copy_source = False
+html_math_renderer = 'mathml'
+pygments_style = 'friendly'
+
+myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath', 'substitution']
+myst_heading_anchors = 3
+nb_execution_mode = 'off'  # build.sh --execute turns it on
+nb_execution_timeout = 300
+nb_execution_in_temp = True
+
+# Single backticks in docstrings name things: those of the library are linked, those of others shown as code.
+default_role = 'py:obj'
+nitpicky = True
+nitpick_ignore_regex = [
+    ('py:.*', r'(?!branchy_jax\.).*'),
+    ('py:.*', r'branchy_jax\..*\.(types|criterion|steps|pipeline|attached|compose|candidates|forms|state|fit|step)\..*'),
+]
+add_module_names = False
+autodoc_default_options = {
+    'members': True,
+    'member-order': 'bysource',
+    'special-members': '__call__',
+    'exclude-members': 'replace, parent, name, scope',
+}
+autodoc_preserve_defaults = True
+autodoc_typehints_format = 'short'
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 70
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+toc_object_entries_show_parents = 'hide'
+
+
+def table_of_networks() -> str:
+    """Returns the table of the paper's three networks as the stored runs reported them."""
+    columns = ['network', 'test accuracy %', 'ms per image', 'gain', '95 % of it', 'gain over plain', 'leave first']
+    cells = []
+    for run in ('lenet_mnist', 'alexnet_cifar10', 'resnet110_cifar10_tuned'):
+        report = read_json(RESULTS / run / 'report.json')
+        for row in report['rows']:
+            leaves = len(row['exit_fractions']) > 1
+            cells.append([
+                f'{row["network"]}, {report["dataset"]}',
+                f'{100 * row["test_accuracy"]:.2f}',
+                f'{row["latency_ms"]:.3f}',
+                f'{row["gain"]:.2f}',
+                f'{row["gain_low"]:.2f} to {row["gain_high"]:.2f}' if leaves else '–',
+                f'{row["gain_plain"]:.2f}',
+                f'{100 * row["exit_fractions"][0]:.1f} %' if leaves else '–',
+            ])  # fmt: skip
+    return markdown_table(columns, cells)
+
+
+myst_substitutions = {'table_of_networks': table_of_networks()}
+
+
+_NOT_LINKED = (nodes.title, nodes.reference, addnodes.pending_xref)
+
+
+def _ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
+    while (node := node.parent) is not None:
+        yield node
+
+
+class LinkCode(SphinxTransform):
+    """Makes links of inline code that names something public, ``bj.…``; one that does not exist fails the build."""
+
+    default_priority = 400
+
+    def apply(self, **_: Any) -> None:
+        """Looks at every literal of a page."""
+        for literal in list(self.document.findall(nodes.literal)):
+            found = re.fullmatch(r'bj((?:\.\w+)+)(\(.*\))?', literal.astext())
+            if found is None or any(isinstance(node, _NOT_LINKED) for node in _ancestors(literal)):
+                continue
+            link = addnodes.pending_xref(
+                '', refdomain='py', reftype='obj', reftarget=f'branchy_jax{found[1]}', refexplicit=True, refwarn=True,
+                refdoc=self.env.docname,
+            )  # fmt: skip
+            literal.replace_self(link)
+            link += literal
+
+
+def public_entry(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Element) -> nodes.Element | None:
+    """Finds the entry of a name that stands alone in a docstring, or goes by the file that defines it."""
+    if node.get('refdomain') != 'py':
+        return None
+    entries, name = env.get_domain('py').objects, node['reftarget'].rsplit('.', 1)[-1]
+    places = sorted(place for place in entries if place.rsplit('.', 1)[-1] == name and place.count('.') <= 2)
+    if not places or not re.fullmatch(r'(branchy_jax\..*\.)?\w+', node['reftarget']):
+        return None
+    entry = entries[places[0]]
+    return make_refnode(app.builder, node['refdoc'], entry.docname, entry.node_id, content, places[0])
+
+
+def described_where_defined(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:  # fmt: skip
+    """Gives a value that a room passes on the description that stands below it in the file that defines it."""
+    if what != 'data':
+        return
+    room, own = name.rsplit('.', 1)
+    if room in ('branchy_jax.criteria', 'branchy_jax.export', 'branchy_jax.inference'):
+        folder = Path(importlib.import_module(room).__file__).parent
+        for path in sorted(folder.glob('*.py')):
+            told = ModuleAnalyzer.for_module(f'{room}.{path.stem}').find_attr_docs().get(('', own))
+            if told:
+                lines[:] = told
+
+
+def readable_signature(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Leaves out what Flax adds to every module's constructor."""
+    if what == 'class' and signature:
+        signature = re.sub(r', parent: .*\)$', ')', signature)
+    return signature, returns
+
+
+def as_mathml(translator: Any, node: nodes.Element) -> None:
+    """Writes a formula as MathML."""
+    block = isinstance(node, nodes.math_block)
+    text = tex2mathml(node.astext(), as_block=block)
+    translator.body.append(f'<div class="math">{text}</div>' if block else text)
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Registers the above."""
+    app.add_transform(LinkCode)
+    app.add_html_math_renderer('mathml', (as_mathml, None), (as_mathml, None))
+    app.connect('missing-reference', public_entry)
+    app.connect('autodoc-process-docstring', described_where_defined, priority=100)
+    app.connect('autodoc-process-signature', readable_signature)
