@@ -2,6 +2,13 @@
 
 import itertools
 
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked wherever a test runs through them. An integer is a float, as PEP 484 has it.
+check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))
+install_import_hook(['branchy_jax.criteria.named', 'branchy_jax.thresholds.screen'], 'conftest.check_types')
+
 import flax.linen as nn
 import jax
 import numpy as np

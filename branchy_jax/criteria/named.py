@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float, Float32
+from numpy.typing import ArrayLike
 
 from branchy_jax.criteria.criterion import (
     Carry,
@@ -24,7 +26,7 @@ from branchy_jax.criteria.criterion import (
 from branchy_jax.types import Array
 
 
-def entropy_of_logits(logits: Array) -> Array:
+def entropy_of_logits(logits: Float[Array, '*inputs K']) -> Float32[Array, '*inputs']:
     r"""Computes the entropy of the softmax, in nats.
 
     .. math:: e = -\sum_k \hat y_k \ln \hat y_k, \quad \hat y = \operatorname{softmax}(z)
@@ -60,7 +62,7 @@ def entropy_of_logits(logits: Array) -> Array:
     return jnp.log1p(others) - expected
 
 
-def max_probability_of_logits(logits: Array) -> Array:
+def max_probability_of_logits(logits: Float[Array, '*inputs K']) -> Float32[Array, '*inputs']:
     r"""Computes one minus the largest probability, :math:`1 - \max_k \hat y_k`, as a sum of the others.
 
     Args:
@@ -80,7 +82,7 @@ def max_probability_of_logits(logits: Array) -> Array:
     return others / (1 + others)
 
 
-def margin_of_logits(logits: Array) -> Array:
+def margin_of_logits(logits: Float[Array, '*inputs K']) -> Float32[Array, '*inputs']:
     r"""Computes one minus the margin between the two largest probabilities, :math:`1 - (\hat y_{(1)} - \hat y_{(2)})`.
 
     Args:
@@ -101,7 +103,9 @@ def margin_of_logits(logits: Array) -> Array:
     return (total + others.max(axis=-1)) / (1 + total)
 
 
-def _weights(logits: Array) -> tuple[Array, Array]:
+def _weights(
+    logits: Float[Array, '*inputs K'],
+) -> tuple[Float32[Array, '*inputs K'], Float32[Array, '*inputs K']]:
     """Returns the softmax's numerators, the largest being 1, and the same with 0 in place of the largest."""
     check_classes(logits)
     logits = logits.astype(jnp.float32)
@@ -109,7 +113,7 @@ def _weights(logits: Array) -> tuple[Array, Array]:
     return weights, jnp.where(jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool), 0.0, weights)
 
 
-def _unless_nan(uncertainty: Array, answer: Array) -> Array:
+def _unless_nan(uncertainty: Float[Array, B], answer: Float[Array, 'B *inputs K']) -> Float[Array, B]:
     """Makes an uncertainty ``[B]`` that does not come from the logits' values NaN where an answer's logits are."""
     return jnp.where(jnp.isnan(answer).any(axis=tuple(range(1, answer.ndim))), jnp.nan, uncertainty)
 
@@ -231,7 +235,7 @@ class _Calibrated(Criterion):
         return self.criterion.decide(logits)
 
 
-def with_temperatures(temperatures: Array, criterion: Criterion = entropy) -> Criterion:
+def with_temperatures(temperatures: ArrayLike, criterion: Criterion = entropy) -> Criterion:
     """Builds a criterion on calibrated logits: those of exit n divided by its temperature.
 
     Args:
@@ -279,7 +283,9 @@ class _Pixelwise(Criterion):
         return answer, _unless_nan(unsure, answer), (answer, answered)
 
 
-def pixelwise(pixel_thresholds: Array, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits) -> Criterion:
+def pixelwise(
+    pixel_thresholds: ArrayLike, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits
+) -> Criterion:
     r"""Builds the criterion that lets each pixel answer at the first exit where it is confident.
 
     The answer of exit n is a mosaic: every pixel shows the logits of the exit that it left at, pixels that are still
@@ -316,7 +322,7 @@ def pixelwise(pixel_thresholds: Array, *, uncertainty_of: Callable[[Array], Arra
 
 
 def pixel_exits(
-    logits: Array, pixel_thresholds: Array, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits
+    logits: Array, pixel_thresholds: ArrayLike, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits
 ) -> Array:
     """Tells which exit answers each pixel if no image leaves early.
 

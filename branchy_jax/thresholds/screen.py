@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 from flax import struct
+from jaxtyping import Float, Float32, Int, Shaped
+from numpy.typing import ArrayLike
 
 from branchy_jax.criteria import Criterion, is_confident
-from branchy_jax.types import Array, ByValue, ExitPolicy, OperatingPoint
+from branchy_jax.types import ByValue, ExitPolicy, OperatingPoint
 
 _MOST_SETTINGS = 100_000
 
@@ -46,7 +48,7 @@ class Screen(ByValue):
     def __len__(self) -> int:
         return len(self.cost)
 
-    def point(self, index: int) -> OperatingPoint:
+    def point(self, index: int | np.integer) -> OperatingPoint:
         """Returns one setting as an `OperatingPoint`, with its criterion and its split."""
         return OperatingPoint(
             policy=ExitPolicy(self.criterion, self.thresholds[index]),
@@ -118,7 +120,7 @@ class Screen(ByValue):
         return frontier.point(len(height) - 1 - int(np.argmax(height[::-1])))
 
 
-def answering_exits(uncertainty: Array, thresholds: Array) -> np.ndarray:
+def answering_exits(uncertainty: ArrayLike, thresholds: ArrayLike) -> Int[np.ndarray, 'M']:
     """Returns which exit answers each input: the first that is confident, else the last.
 
     Args:
@@ -142,7 +144,7 @@ def answering_exits(uncertainty: Array, thresholds: Array) -> np.ndarray:
     return np.concatenate([confident, np.ones((1, uncertainty.shape[1]), bool)]).argmax(axis=0)
 
 
-def quantile_grid(uncertainty: Array, *, size: int = 100) -> np.ndarray:
+def quantile_grid(uncertainty: ArrayLike, *, size: int = 100) -> Float32[np.ndarray, 'side_exits {size}']:
     """Proposes candidate thresholds at evenly spaced quantiles of each exit's uncertainties.
 
     Candidates lie midway between neighbouring values, so that an uncertainty that differs in its last bit on another
@@ -169,7 +171,7 @@ def quantile_grid(uncertainty: Array, *, size: int = 100) -> np.ndarray:
     return np.array(candidates, np.float32).reshape(-1, size)
 
 
-def _candidates(values: np.ndarray, size: int) -> np.ndarray:
+def _candidates(values: Float32[np.ndarray, 'M'], size: int) -> Float32[np.ndarray, '{size}']:
     distinct = np.unique(values[np.isfinite(values)]).astype(np.float32)
     middles = np.unique(midway(distinct[:-1], distinct[1:]))
     if len(middles) > size - 2:
@@ -180,7 +182,7 @@ def _candidates(values: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([[-np.inf], inner, [np.inf]]).astype(np.float32)
 
 
-def midway(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+def midway(lower: np.ndarray | np.floating, upper: np.ndarray | np.floating) -> Float32[np.ndarray, '*shape']:
     """Returns float32 thresholds under which ``lower`` leaves and ``upper`` stays, midway where float32 has a middle.
 
     Args:
@@ -207,7 +209,7 @@ def grid_size(exits: int) -> int:
     return size
 
 
-def checked_grid(grid: Array, exits: int) -> np.ndarray:
+def checked_grid(grid: ArrayLike, exits: int) -> Float32[np.ndarray, '{exits}-1 V']:
     """Returns candidates ``[N - 1, V]`` as float32.
 
     Raises:
@@ -221,7 +223,7 @@ def checked_grid(grid: Array, exits: int) -> np.ndarray:
     return grid
 
 
-def as_matrix(uncertainty: Array) -> np.ndarray:
+def as_matrix(uncertainty: ArrayLike) -> Float32[np.ndarray, 'N M']:
     """Returns uncertainties ``[N, M]`` as float32.
 
     Raises:
@@ -233,7 +235,11 @@ def as_matrix(uncertainty: Array) -> np.ndarray:
     return uncertainty
 
 
-def outcomes(uncertainty: np.ndarray, statistics: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def outcomes(
+    uncertainty: Float32[np.ndarray, 'N M'],
+    statistics: Shaped[np.ndarray, 'N M S'],
+    grid: Float32[np.ndarray, 'side_exits V'],
+) -> tuple[Float[np.ndarray, '*settings N'], Float[np.ndarray, '*settings S']]:
     """Counts what every setting of a grid gives.
 
     Args:
@@ -248,7 +254,8 @@ def outcomes(uncertainty: np.ndarray, statistics: np.ndarray, grid: np.ndarray) 
     width = grid.shape[1]
     # Input b exits at exit n under candidate v (strictly: uncertainty < grid[n, v]) iff bin[n, b] <= v.
     # NaN sorts last: such an input exits under no candidate.
-    bins = np.stack([np.searchsorted(grid[n], uncertainty[n], side='right') for n in range(exits - 1)] or [[]])
+    bins = np.array([np.searchsorted(grid[n], uncertainty[n], side='right') for n in range(exits - 1)], int)
+    bins = bins.reshape(exits - 1, inputs)
     counts = np.zeros((width,) * (exits - 1) + (exits,))
     sums = np.zeros((width,) * (exits - 1) + statistics.shape[2:])
     for n in range(exits):
@@ -260,7 +267,9 @@ def outcomes(uncertainty: np.ndarray, statistics: np.ndarray, grid: np.ndarray) 
     return counts, sums
 
 
-def _leaving(passed: np.ndarray, own: np.ndarray | None, values: np.ndarray, width: int) -> np.ndarray:
+def _leaving(
+    passed: Shaped[np.ndarray, 'n M'], own: Int[np.ndarray, 'M'] | None, values: Float[np.ndarray, 'M S'], width: int
+) -> Float[np.ndarray, '*settings S']:
     """Sums ``values [M, S]`` of the inputs that pass the exits before and leave at this one, per setting.
 
     Args:
