@@ -186,7 +186,7 @@ def test_outputs_of_batches_that_come_are_those_in_memory(getkey):
         assert told.pop() == (11, None)
     exit_outputs(model, variables, images, batch_size=4, on_progress=lambda *done: told.append(done))
     assert told[-3:] == [(4, 11), (8, 11), (11, 11)]
-    without = exit_outputs(model, variables, list(parts(images, [4])), keep_logits=False)
+    without = exit_outputs(model, variables, parts(images, [4]), keep_logits=False)
     assert without.logits is None
     np.testing.assert_allclose(without.uncertainty, expected.uncertainty, rtol=1e-5, atol=1e-6)
 
@@ -217,8 +217,8 @@ def test_a_supply_that_fails_is_heard(network):
     with pytest.raises(OSError, match='the disk is gone'):
         exit_outputs(model, variables, failing())
     for bad, message in (
-        (iter([]), 'images: got none'), (5, 'images: got int'), ([images[:4], images[:4, :2]], 'are to be alike'),
-        ([images[:4, :2]], 'images: expected'),
+        (iter([]), 'images: got none'), (5, 'images: expected arrays'), ([images[:4, :2]], 'images: expected'),
+        ([images[:4], images[:4, :2]], 'are to be alike'),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             exit_outputs(model, variables, bad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -139,7 +139,8 @@ def exit_outputs(
         model: a network with N exits.
         variables: of ``model``.
         images: ``[M, H, W, C]`` as ``prepare`` takes them; may stay on the host. Or an iterable of such batches, of any
-            sizes, which is read once; what it raises is raised here.
+            sizes, which is read once; what it raises is raised here. (A tuple or list of arrays is one input of a
+            network without ``image_shape``, which may take such.)
         criterion: how unsure an exit is.
         batch_size: images per dispatch, at most as many as the first batch has; the last batch is padded.
         prepare: normalisation of stored images, applied inside jit; ``None`` takes them as they are.
@@ -228,7 +229,9 @@ def exit_table(
     check_model(model)
     check_criterion(criterion, model.num_exits)
     supplied = not isinstance(data, Batch)
-    batches = _iterated('data', data) if supplied else iter([data])
+    if supplied and not isinstance(data, Iterable):
+        raise ValueError(f'data: got {type(data).__name__}; give a branchy_jax.Batch, or an iterable of them')
+    batches = iter(data if supplied else [data])
     first = next(batches, None)
     if first is None:
         raise ValueError('data: got no batches; at least one is needed')
@@ -256,7 +259,7 @@ def exit_table(
 def _check_labelled(batch: Batch, num_classes: int | None) -> Batch:
     """Returns a batch that has one label for each image, each of one of the classes, if their number is given."""
     if not isinstance(batch, Batch):
-        raise ValueError(f'data: got {type(batch).__name__}; give a branchy_jax.Batch, or an iterable that yields them')
+        raise ValueError(f'data: got {type(batch).__name__}; give a branchy_jax.Batch, or an iterable of them')
     if num_rows(batch.image) != len(batch.label):
         raise ValueError(
             f'data: got {num_rows(batch.image)} images and {len(batch.label)} labels; give one label per image'
@@ -311,19 +314,13 @@ def _as_pytree(prepare: Callable[[Array], Array] | None) -> Callable[[Array], Ar
 
 
 def _is_supply(images: Any, image_shape: Any) -> bool:
-    """Tells an iterable of batches from one batch, which may be a pytree of arrays, and a tuple or list of them."""
-    if not all(hasattr(leaf, 'shape') for leaf in jax.tree.leaves(images)):
-        return True
-    if image_shape is None or not isinstance(images, (tuple, list)):
+    """Tells an iterable of batches from one batch, which may be a pytree of arrays, a tuple or list among them."""
+    if hasattr(images, 'shape') or isinstance(images, Mapping):
         return False
-    return jax.tree.structure(images) != jax.tree.structure(input_specs(image_shape, 1))
-
-
-def _iterated(argument: str, supply: Any) -> Iterator[Any]:
-    try:
-        return iter(supply)
-    except TypeError as error:
-        raise ValueError(f'{argument}: got {type(supply).__name__}; give arrays, or an iterable of batches') from error
+    if isinstance(images, (tuple, list)):
+        one = None if image_shape is None else jax.tree.structure(input_specs(image_shape, 1))
+        return one is not None and jax.tree.structure(images) != one
+    return isinstance(images, Iterable)
 
 
 def _in_batches(
@@ -341,7 +338,7 @@ def _in_batches(
         raise ValueError(f'batch_size: got {batch_size}; expected an integer, at least 1')
     variables = variables if mesh is None else replicate(mesh, variables)
     total, done, results = None if supplied else num_rows(data), 0, []
-    batches = (jax.tree.map(np.asarray, batch) for batch in _iterated('images', data)) if supplied else iter([data])
+    batches = (jax.tree.map(np.asarray, batch) for batch in data) if supplied else iter([data])
     for batch, count in _of_one_size(batches, batch_size, mesh):
         found = run(variables, batch if mesh is None else shard(mesh, batch))
         results.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:, :count], found))
