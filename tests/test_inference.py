@@ -168,6 +168,62 @@ def test_exit_outputs_compile_once_and_lose_nothing(network, getkey):
     np.testing.assert_allclose(found.uncertainty, entropy_of_logits(expected), rtol=1e-5, atol=1e-6)
 
 
+def parts(images, cuts):
+    """Yields the rows between cuts, an empty batch where two are alike."""
+    yield from np.split(np.asarray(images), cuts)
+
+
+def test_outputs_of_batches_that_come_are_those_in_memory(getkey):
+    model, traces = counting_network()
+    images = jax.random.normal(getkey(), (11, *IMAGE_SHAPE))
+    variables = model.init(getkey(), images)
+    expected, told = exit_outputs(model, variables, images), []
+    for cuts in ([4, 8], [4, 4, 9], [5, 6]):  # a last one that is smaller, an empty one, smaller and larger ones
+        traces.clear()
+        found = exit_outputs(model, variables, parts(images, cuts), on_progress=lambda *done: told.append(done))
+        assert len(traces) <= 1
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+        assert told.pop() == (11, None)
+    exit_outputs(model, variables, images, batch_size=4, on_progress=lambda *done: told.append(done))
+    assert told[-3:] == [(4, 11), (8, 11), (11, 11)]
+    without = exit_outputs(model, variables, parts(images, [4]), keep_logits=False)
+    assert without.logits is None
+    np.testing.assert_allclose(without.uncertainty, expected.uncertainty, rtol=1e-5, atol=1e-6)
+
+
+def test_table_of_batches_that_come_is_that_in_memory(network):
+    model, variables, images = network
+    data = bj.Batch(np.asarray(images), np.arange(24) % CLASSES)
+    expected = bj.inference.exit_table(model, variables, data)
+    batches = (jax.tree.map(lambda leaf, rows=rows: leaf[rows], data) for rows in np.split(np.arange(24), [10, 20]))
+    found = bj.inference.exit_table(model, variables, batches)
+    np.testing.assert_array_equal(found.statistics, expected.statistics)
+    np.testing.assert_allclose(found.uncertainty, expected.uncertainty, rtol=1e-5, atol=1e-6)
+    wrong = data.replace(label=np.full(24, CLASSES))
+    with pytest.raises(ValueError, match=r'labels: expected classes in \[0, 3\), got 3'):
+        bj.inference.exit_table(model, variables, iter([data, wrong]))
+    for bad, message in (([], 'data: got no batches'), ([images], 'data: got ArrayImpl'), (5, 'data: got int')):
+        with pytest.raises(ValueError, match=message):
+            bj.inference.exit_table(model, variables, bad)
+
+
+def test_a_supply_that_fails_is_heard(network):
+    model, variables, images = network
+
+    def failing():
+        yield images[:4]
+        raise OSError('the disk is gone')
+
+    with pytest.raises(OSError, match='the disk is gone'):
+        exit_outputs(model, variables, failing())
+    for bad, message in (
+        (iter([]), 'images: got none'), (5, 'images: expected arrays'), ([images[:4, :2]], 'images: expected'),
+        ([images[:4], images[:4, :2]], 'are to be alike'),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            exit_outputs(model, variables, bad)
+
+
 def products_by_depth(jaxpr, depth=0):
     """How many matrix products lie under how many conditionals."""
     for equation in jaxpr.eqns:

@@ -1,6 +1,7 @@
 """The planner: forecasts against brute force, choices that keep their promise, plans that equal `dense`."""
 
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,13 @@ from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes, dense, exit_outputs, plan, segment_times
-from branchy_jax.inference.planning.candidates import Candidate, build_candidates
-from branchy_jax.inference.planning.forecast import Forecast, forecast
-from branchy_jax.inference.planning.plan import _batches, _choice
+from branchy_jax.inference.planning import plan as plan_room
+from branchy_jax.inference.planning import race as race_room
+from branchy_jax.inference.planning.candidates import Candidate, Way, ways_to_race
+from branchy_jax.inference.planning.forecast import forecast
+from branchy_jax.inference.planning.plan import _batches
+from branchy_jax.inference.planning.progress import Progress
+from branchy_jax.inference.planning.race import choose, race
 from branchy_jax.measure import Ratio
 
 
@@ -122,26 +127,47 @@ def thresholds_at(uncertainty, quantiles):
     return np.array([q if np.isinf(q) else np.quantile(uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32)
 
 
+def names_of(ways):
+    return [way.name.split(',')[0].split(' of')[0] for way, _ in ways]
+
+
 @pytest.mark.parametrize('batch_size', [1, 24])
 def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size):
     model, variables, images = network
-    thresholds, forecasts = thresholds_at(uncertainty, (0.7, 0.5)), [
-        Forecast(exits=(0, 1, 2), chunk_sizes=(8, 5, 3), ms=1.0), Forecast(exits=(1, 2), chunk_sizes=(8, 5), ms=2.0)
-    ]  # fmt: skip
-    plain = (model, variables)
-    candidates = build_candidates(plain, plain, forecasts, batch_size, skip=True)
-    names = [candidate.name.split(',')[0].split(' of')[0] for candidate in candidates]
-    assert names[:3] == ['baseline', 'last exit', 'last exit']
-    assert set(names[3:]) == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
-    for candidate in candidates:
-        if not candidate.is_baseline:
-            as_if = np.where(np.isin([0, 1], candidate.exits), thresholds, -np.inf)
-            expected = dense(model)(variables, images[:batch_size], as_if)
-            check_same(candidate.run(candidate.variables, images[:batch_size], thresholds), expected)
-    np.testing.assert_allclose(
-        candidates[0].run(candidates[0].variables, images, None)[0], model.apply(variables, images)[-1], rtol=1e-5,
-        atol=1e-6,
-    )  # fmt: skip
+    thresholds = thresholds_at(uncertainty, (0.7, 0.5))
+    times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
+    confident = uncertainty[:2] < thresholds[:, None]
+    ways, otherwise = ways_to_race(times, confident, batch_size, batch_size, skip=True)
+    names = names_of(ways)
+    assert names[0] == 'baseline'
+    assert set(names[1:]) == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
+    assert [way.name for way, _ in otherwise] == ['last exit, optimized', 'last exit']
+    for way, _ in (*ways, *otherwise):
+        run = way.build(model, batch_size)
+        if way.kind == 'baseline':
+            expected = model.apply(variables, images)[-1]
+            np.testing.assert_allclose(run(variables, images, None)[0], expected, rtol=1e-5, atol=1e-6)
+            continue
+        as_if = np.where(np.isin([0, 1], way.exits), thresholds, -np.inf)
+        expected = dense(model)(variables, images[:batch_size], as_if)
+        check_same(run(variables, images[:batch_size], thresholds), expected)
+
+
+def test_what_cannot_win_is_not_compiled():
+    """Of a heavy network only the host's way; without branches only where the forecast is close to it."""
+    confident = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
+    light, heavy = linear_times([0.1, 0.1, 0.1], [0, 0, 0]), linear_times([10, 10, 10], [0, 0, 0])
+    assert set(names_of(ways_to_race(light, confident, 16, 16, skip=True)[0])) == {
+        'baseline', 'sequential', 'compacted'
+    }  # fmt: skip
+    raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=True)
+    assert [way.on_host for way, _ in raced] == [False, True, True]
+    assert names_of(otherwise) == ['last exit', 'last exit']
+    raced, otherwise = ways_to_race(heavy, confident & False, 16, 16, skip=True)
+    assert names_of(raced)[-1] == 'last exit'
+    assert len(otherwise) == 1
+    raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=False)
+    assert names_of(otherwise) == ['dense']
 
 
 @pytest.mark.parametrize(
@@ -195,10 +221,8 @@ def test_plan_refuses_impossible_settings(network, options, message):
 
 
 def raced(name, low, median, high, *, exits=(0, 2), finalist=True):
-    return Candidate(
-        name, exits, None, None, is_baseline=name == 'pace', measured_ms=1.0, slowdown=Ratio(median, low, high),
-        finalist=finalist,
-    )  # fmt: skip
+    way = Way(name, 'baseline' if name == 'pace' else 'dense', exits)
+    return Candidate(way, measured_ms=1.0, slowdown=Ratio(median, low, high), finalist=finalist)
 
 
 PACE = raced('pace', 1, 1, 1, exits=(2,))
@@ -216,12 +240,12 @@ WITHOUT = raced('without', 0.9, 1.0, 1.1, exits=(2,))
 )
 def test_what_does_not_beat_the_baseline_for_certain_loses(others, chosen):
     candidates = [PACE, WITHOUT, *others]
-    assert _choice(candidates, 3).name == chosen
+    assert choose(candidates, 3).name == chosen
 
 
 def test_where_the_network_without_branches_is_no_choice_the_fastest_wins():
     candidates = [PACE, raced('a', 0.8, 0.95, 1.1), raced('b', 1.2, 1.3, 1.4)]
-    assert _choice(candidates, 3).name == 'a'
+    assert choose(candidates, 3).name == 'a'
 
 
 def test_race_batches_hold_the_shares_of_all_images():
@@ -234,3 +258,87 @@ def test_race_batches_hold_the_shares_of_all_images():
     assert abs((drawn >= 900).mean() - 0.1) < 0.02
     assert isinstance(_batches(images, confident, 1000)[0], jax.Array)
     assert len(_batches(jnp.asarray(images), confident, 1000)) == 1
+
+
+def run_race(seconds, *, otherwise=None, budget=None, passes=6):
+    """Races ways that sleep; returns the candidates by name, who was built, and what was told."""
+    built, told = [], []
+
+    def build(way):
+        built.append(way.name)
+        return lambda variables, batch, policy: time.sleep((seconds | (otherwise or {}))[way.name]), None
+
+    def ways(names):
+        return [
+            (Way(n, 'baseline' if n == 'pace' else 'dense', (2,) if n == 'without' else (0, 2)), 1.0) for n in names
+        ]
+
+    progress = Progress(lambda text, share: told.append((text, share)), budget)
+    found = race(ways(seconds), ways(otherwise or {}), build, [None], None, passes=passes, progress=progress)
+    return {candidate.name: candidate for candidate in found}, built, told
+
+
+PACE_SECONDS = 0.02
+
+
+def test_the_network_without_branches_is_compiled_only_where_it_may_be_needed():
+    slow, fast = {'pace': PACE_SECONDS, 'a': PACE_SECONDS * 1.2}, {'pace': PACE_SECONDS, 'a': PACE_SECONDS / 4}
+    _, built, _ = run_race(fast, otherwise={'without': PACE_SECONDS})
+    assert built == ['pace', 'a']
+    found, built, _ = run_race(slow, otherwise={'without': PACE_SECONDS})
+    assert built == ['pace', 'a', 'without']
+    assert found['without'].finalist
+    assert choose(list(found.values()), 3).name == 'without'
+
+
+def test_a_clear_race_is_short_and_losers_leave_in_the_heat(monkeypatch):
+    passes = []
+    timed = race_room.interleaved_passes
+
+    def note(functions, **options):
+        passes.append((len(functions), options['passes']))
+        return timed(functions, **options)
+
+    monkeypatch.setattr(race_room, 'interleaved_passes', note)
+    found, _, told = run_race({'pace': PACE_SECONDS, 'a': PACE_SECONDS / 8, 'b': PACE_SECONDS * 2}, passes=12)
+    assert passes == [(3, 3), (2, 6)]
+    assert [found[name].finalist for name in ('pace', 'a', 'b')] == [True, True, False]
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert shares[-1] <= 1
+    assert told[0][0] == 'racing: pace'
+
+
+def test_a_budget_that_is_spent_leaves_one_choice():
+    found, built, _ = run_race({'pace': PACE_SECONDS, 'a': PACE_SECONDS / 4, 'b': PACE_SECONDS / 8}, budget=0.0)
+    assert built == ['pace', 'a']
+    assert choose(list(found.values()), 3).name == 'a'
+
+
+def test_plan_tells_what_it_does_and_keeps_to_its_budget(network, uncertainty):
+    model, variables, images = network
+    told = []
+    planned = plan(
+        model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), budget_seconds=0.0,
+        on_progress=lambda text, share: told.append((text, share)),
+    )  # fmt: skip
+    texts, shares = zip(*told, strict=True)
+    assert texts[:2] == ('rewriting the network', 'stages and heads at 24 images')
+    assert texts[-1] == f'chosen: {planned.executor}'
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert list(shares) == sorted(shares)
+    assert planned.times.batch_sizes.tolist() == [24]
+    check_same(planned(images), dense(model)(variables, images, planned.policy))
+
+
+def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, uncertainty, monkeypatch):
+    model, variables, images = network
+    first = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), passes=1)
+    for name in ('optimize', 'segment_times'):
+        monkeypatch.setattr(plan_room, name, None)  # nobody calls these
+    second = plan(model, variables, images, thresholds_at(uncertainty, (0.5, 0.5)), passes=1, earlier=first)
+    assert second.times is first.times
+    check_same(second(images), dense(model)(variables, images, second.policy))
+    for other in ((model.clone(image_shape=None), variables), (model, jax.tree.map(jnp.copy, variables))):
+        with pytest.raises(ValueError, match='earlier: is a plan of another network or other weights'):
+            plan(*other, images, [0.0, 0.0], earlier=first)

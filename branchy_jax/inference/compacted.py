@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
 from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
+from branchy_jax.inference.staged import sequential_program
 from branchy_jax.inference.steps import (
     Executor,
     Step,
@@ -23,6 +25,7 @@ from branchy_jax.inference.steps import (
     check_chunk_sizes,
     compiled_once,
     guarded,
+    zeros,
 )
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
@@ -35,6 +38,7 @@ def compacted(
     exits: Sequence[int] | None = None,
     on_host: bool | None = None,
     workers: int = 1,
+    max_batch: int | None = None,
 ) -> Executor:
     """Builds the batch executor: each stage runs on chunks of the images that no exit before it was sure of.
 
@@ -56,6 +60,10 @@ def compacted(
         on_host: whether the host drives; by default on a CPU.
         workers: chunks that the host runs at the same time, in threads. Two gain where one chunk leaves cores idle.
             Threads do not see context managers of the caller such as `jax.default_matmul_precision`.
+        max_batch: compiles for batches of this size and of a few smaller ones, one image as `staged` runs it, and
+            answers batches of any size with those, in pieces where they are larger. What fills up a piece is no image:
+            it never keeps a stage busy. An `AnyBatch`, whose ``warm_up`` compiles all. By default a new size compiles
+            what it needs.
 
     Returns:
         ``(variables, images [B, H, W, C], policy) → ExitPrediction`` in the order of the images. Raises ValueError on a
@@ -63,7 +71,7 @@ def compacted(
 
     Raises:
         ValueError: a chunk size below 1, not one chunk size per exit asked, ``workers`` without a host to drive them,
-            or impossible ``exits``.
+            or impossible ``exits`` or ``max_batch``.
 
     Example:
         >>> import branchy_jax as bj
@@ -77,19 +85,46 @@ def compacted(
     on_host = jax.default_backend() == 'cpu' if on_host is None else on_host
     if workers < 1 or (workers > 1 and not on_host):
         raise ValueError(f'workers: got {workers} with on_host={on_host}; give at least 1, more only with on_host=True')
-    return _compacted(model, asked, chunk_sizes, on_host, workers)
+    if max_batch is None:
+        return _compacted(model, asked, chunk_sizes, on_host, workers)
+    return _compacted_of_any_batch(model, asked, chunk_sizes, on_host, workers, sizes_up_to(max_batch))
 
 
 @compiled_once
 def _compacted(
     model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int
 ) -> Executor:
-    steps = build_steps(model, asked)
-    loops = jax.jit(_build_loops(steps, chunk_sizes))
-    if not on_host:
-        return guarded(loops, model)
-    run = _build_host_driven(jitted_steps(model, asked), chunk_sizes, workers)
+    loops, run = _programs(model, asked, chunk_sizes, on_host, workers)
     return guarded(run, model, traceable=loops)
+
+
+@compiled_once
+def _compacted_of_any_batch(
+    model: BranchyNet,
+    asked: tuple[int, ...],
+    chunk_sizes: tuple[int, ...],
+    on_host: bool,
+    workers: int,
+    sizes: tuple[int, ...],
+) -> AnyBatch:
+    loops, several = _programs(model, asked, chunk_sizes, on_host, workers)
+    alone = sequential_program(model, asked)
+
+    def run(variables: Variables, images: Array, policy: ExitPolicy, count: np.int32) -> ExitPrediction:
+        if num_rows(images) == 1:
+            return alone(variables, images, policy)
+        return several(variables, images, policy, count)
+
+    return any_batch(run, several, model, sizes, traceable=loops)
+
+
+@compiled_once
+def _programs(
+    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int
+) -> tuple[Callable[..., ExitPrediction], Callable[..., ExitPrediction]]:
+    """Returns the program of loops, and what runs in its place; each takes a count of images after the policy."""
+    loops = jax.jit(_build_loops(build_steps(model, asked), chunk_sizes))
+    return loops, _build_host_driven(jitted_steps(model, asked), chunk_sizes, workers) if on_host else loops
 
 
 @compiled_once
@@ -101,16 +136,17 @@ def jitted_steps(model: BranchyNet, asked: tuple[int, ...]) -> tuple[StepFunctio
 def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int], workers: int) -> Executor:
     submit = submitter(workers)
 
-    def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
+    def run(variables: Variables, images: Array, policy: ExitPolicy, count: np.int32 | None = None) -> ExitPrediction:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, images, policy))):
             raise ValueError(
                 'compacted: the host drives this one, so it cannot run under jit, vmap or grad; call it outside, or '
                 'build it with on_host=False'
             )
-        count = num_rows(images)
-        sizes = [min(size, count) for size in chunk_sizes]
+        length = num_rows(images)
+        count = length if count is None else int(count)
+        sizes = [min(size, length) for size in chunk_sizes]
         pipeline = Pipeline(steps, variables, policy, sizes, workers=workers, submit=submit)
-        pipeline.add(np.arange(count), jax.tree.map(np.asarray, images))
+        pipeline.add(np.arange(count), at_rows(jax.tree.map(np.asarray, images), slice(count)))
         return _in_order(count, pipeline.run(flush=True))
 
     return run
@@ -123,7 +159,7 @@ def _in_order(count: int, found: Iterable[Answers]) -> ExitPrediction:
             results = jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), answers.prediction)
         for target, values in zip(jax.tree.leaves(results), jax.tree.leaves(answers.prediction), strict=True):
             target[answers.ids] = values
-    return jax.tree.map(jnp.asarray, results)
+    return jax.tree.map(jax.device_put, results)  # jnp.asarray would compile at every new shape
 
 
 @struct.dataclass
@@ -153,20 +189,20 @@ def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> E
         chunk_sizes: one per step.
     """
 
-    def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
+    def run(variables: Variables, images: Array, policy: ExitPolicy, count: Array | None = None) -> ExitPrediction:
         batch_size = num_rows(images)
         everyone = jnp.arange(batch_size)
         in_order = batch_size % min(chunk_sizes[0], batch_size) == 0  # whole chunks: nothing need be gathered
         rows = None if in_order else everyone
-        queue = Queue(hidden=images, carry=(), rows=rows, ids=everyone, count=batch_size)
+        queue = Queue(hidden=images, carry=(), rows=rows, ids=everyone, count=batch_size if count is None else count)
         results = None
         for step, chunk_size in zip(steps, chunk_sizes, strict=True):
             size = min(chunk_size, batch_size)
             queue = _padded(queue, size, batch_size)
-            done = run_chunks(step, variables, queue, policy, size)
+            done = run_chunks(step, variables, queue, policy, size, somebody=results is None)
             waiting = jnp.arange(len(queue.ids)) < queue.count
             # One row more, for what is to be dropped: compilers disagree about writes behind a buffer.
-            results = _zeros(done.prediction, batch_size + 1) if results is None else results
+            results = zeros(done.prediction, batch_size + 1) if results is None else results
             results = _write(results, done.prediction, jnp.where(waiting & done.confident, queue.ids, batch_size))
             stays = waiting & ~done.confident
             rows = jnp.argsort(~stays, stable=True)
@@ -182,10 +218,6 @@ def _write(results: ExitPrediction, found: ExitPrediction, ids: Array) -> ExitPr
     return jax.tree.map(lambda target, values: target.at[ids].set(values, mode='promise_in_bounds'), results, found)
 
 
-def _zeros(like: Any, length: int) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros((length, *x.shape[1:]), x.dtype), like)
-
-
 def _padded(queue: Queue, chunk_size: int, nobody: int) -> Queue:
     """Cuts or fills the queue to whole chunks that hold all images."""
     length = -(-nobody // chunk_size) * chunk_size
@@ -197,8 +229,25 @@ def _padded(queue: Queue, chunk_size: int, nobody: int) -> Queue:
     )
 
 
-def run_chunks(step: StepFunction, variables: Variables, queue: Queue, policy: ExitPolicy, chunk_size: int) -> Step:
-    """Runs a step on the waiting rows, chunk by chunk; rows behind them are not computed but for the last chunk's."""
+def run_chunks(
+    step: StepFunction,
+    variables: Variables,
+    queue: Queue,
+    policy: ExitPolicy,
+    chunk_size: int,
+    *,
+    somebody: bool = False,
+) -> Step:
+    """Runs a step on the waiting rows, chunk by chunk; rows behind them are not computed but for the last chunk's.
+
+    Args:
+        step: from `build_steps`.
+        variables: of the network.
+        queue: the rows, in whole chunks.
+        policy: when an image leaves.
+        chunk_size: how many the step takes at once.
+        somebody: whether at least one row is known to wait: a single chunk then needs no loop.
+    """
 
     def run_chunk(start: Array | int) -> Step:
         here = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
@@ -207,7 +256,7 @@ def run_chunks(step: StepFunction, variables: Variables, queue: Queue, policy: E
         return step(variables, *taken, policy)
 
     length = len(queue.ids)
-    if length == chunk_size and isinstance(queue.count, int):
+    if length == chunk_size and somebody:
         return run_chunk(0)
 
     def body(state: tuple[Array, Step]) -> tuple[Array, Step]:
@@ -215,5 +264,5 @@ def run_chunks(step: StepFunction, variables: Variables, queue: Queue, policy: E
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return start + chunk_size, jax.tree.map(put, done, run_chunk(start))
 
-    nothing = _zeros(jax.eval_shape(run_chunk, 0), length)
+    nothing = zeros(jax.eval_shape(run_chunk, 0), length)
     return lax.while_loop(lambda state: state[0] < queue.count, body, (jnp.int32(0), nothing))[1]

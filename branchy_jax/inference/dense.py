@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from branchy_jax.costs import StageCosts, count_macs
 from branchy_jax.criteria import entropy
 from branchy_jax.criteria.criterion import Criterion, check_criterion
+from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
 from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
 from branchy_jax.models.branchy import BranchyNet, check_model, naming_variables
 from branchy_jax.sharding import replicate, replicated, shard
@@ -27,11 +29,15 @@ from branchy_jax.types import (
     ExitPrediction,
     Variables,
     check_labels,
+    input_specs,
     num_rows,
 )
 
+OnProgress = Callable[[int, int | None], None]
+"""``(images done, of how many)``."""
 
-def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
+
+def dense(model: BranchyNet, *, exits: Sequence[int] | None = None, max_batch: int | None = None) -> Executor:
     """Builds the oracle executor: runs all stages and heads on the whole batch and selects the first confident exit.
 
     For finite images all executors agree with it on label and exit. Where NaN reaches the logits of every exit, the
@@ -42,6 +48,9 @@ def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
         model: a network with N exits.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf. With
             ``[N - 1]`` this is the network without its branches.
+        max_batch: compiles at this size and at a few smaller ones, and answers batches of any size with those, in
+            pieces where they are larger; an `AnyBatch`, whose ``warm_up`` compiles them all. By default every new size
+            compiles.
 
     Returns:
         ``(variables, images [B, H, W, C], policy) → ExitPrediction``; a bare array of thresholds ``[N - 1]`` is a
@@ -49,7 +58,7 @@ def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
         that does not fit, NaN, or bad images.
 
     Raises:
-        ValueError: impossible ``exits``.
+        ValueError: impossible ``exits`` or ``max_batch``.
 
     Example:
         >>> import branchy_jax as bj
@@ -61,11 +70,24 @@ def dense(model: BranchyNet, *, exits: Sequence[int] | None = None) -> Executor:
     References:
         BranchyNet, 2016, Figure 2.
     """
-    return _dense(model, asked_exits(model, exits))
+    asked = asked_exits(model, exits)
+    return _dense(model, asked) if max_batch is None else _dense_of_any_batch(model, asked, sizes_up_to(max_batch))
 
 
 @compiled_once
 def _dense(model: BranchyNet, asked: tuple[int, ...]) -> Executor:
+    return guarded(dense_program(model, asked), model)
+
+
+@compiled_once
+def _dense_of_any_batch(model: BranchyNet, asked: tuple[int, ...], sizes: tuple[int, ...]) -> AnyBatch:
+    program = dense_program(model, asked)
+    return any_batch(lambda variables, images, policy, _: program(variables, images, policy), program, model, sizes)
+
+
+@compiled_once
+def dense_program(model: BranchyNet, asked: tuple[int, ...]) -> Executor:
+    """Returns the jitted program of `dense`, without a door."""
     steps = build_steps(model, asked)
 
     @jax.jit
@@ -76,7 +98,7 @@ def _dense(model: BranchyNet, asked: tuple[int, ...]) -> Executor:
             chosen = jax.tree.map(functools.partial(_select, step.confident), step.prediction, chosen)
         return chosen
 
-    return guarded(run, model)
+    return run
 
 
 def _select(mask: Array, yes: Array, no: Array) -> Array:
@@ -88,41 +110,51 @@ class ExitOutputs:
     """Every exit's answer to every input.
 
     Attributes:
-        logits: ``[N, M, …, K]`` answer logits, as the criterion gives them.
+        logits: ``[N, M, …, K]`` answer logits, as the criterion gives them; ``None`` if they were not to be kept.
         uncertainty: ``[N, M]``.
     """
 
-    logits: np.ndarray
+    logits: np.ndarray | None
     uncertainty: np.ndarray
 
 
 def exit_outputs(
     model: BranchyNet,
     variables: Variables,
-    images: Array,
+    images: Array | Iterable[Array],
     *,
     criterion: Criterion = entropy,
     batch_size: int = 256,
     prepare: Callable[[Array], Array] | None = None,
     mesh: Mesh | None = None,
+    keep_logits: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> ExitOutputs:
     """Runs all exits over a data set, batch by batch, with one compilation.
+
+    What does not fit into memory comes as an iterable of batches, such as a generator or a grain loader. The logits of
+    every pixel would not fit either: leave them out, or let `exit_table` keep statistics.
 
     Args:
         model: a network with N exits.
         variables: of ``model``.
-        images: ``[M, H, W, C]`` as ``prepare`` takes them; may stay on the host.
+        images: ``[M, H, W, C]`` as ``prepare`` takes them; may stay on the host. Or an iterable of such batches, of any
+            sizes, which is read once; what it raises is raised here. (A tuple or list of arrays is one input of a
+            network without ``image_shape``, which may take such.)
         criterion: how unsure an exit is.
-        batch_size: images per dispatch; the last batch is padded.
+        batch_size: images per dispatch, at most as many as the first batch has; the last batch is padded.
         prepare: normalisation of stored images, applied inside jit; ``None`` takes them as they are.
         mesh: the devices that share every batch; each process gets all answers.
+        keep_logits: whether to keep the logits, too, not the uncertainties alone.
+        on_progress: called after every dispatch with the number of images done, and of how many, ``None`` if nobody
+            knows.
 
     Returns:
         `ExitOutputs` as NumPy arrays.
 
     Raises:
-        ValueError: no images, images the network refuses, a name instead of a network or criterion, or variables of
-            another network.
+        ValueError: no images, images the network refuses, batches that are not alike, a name instead of a network or
+            criterion, or variables of another network.
 
     Example:
         >>> import branchy_jax as bj
@@ -133,14 +165,20 @@ def exit_outputs(
     """
     check_model(model)
     check_criterion(criterion, model.num_exits)
-    run = functools.partial(_outputs(model, mesh), criterion=criterion, prepare=_as_pytree(prepare))
-    return _in_batches(run, variables, images, batch_size, mesh)
+    answer = functools.partial(_outputs(model, mesh), criterion=criterion, prepare=_as_pytree(prepare))
+
+    def run(variables: Variables, batch: Array) -> ExitOutputs:
+        outputs = answer(variables, batch)
+        return outputs if keep_logits else outputs.replace(logits=None)
+
+    supplied = _is_supply(images, model.image_shape)
+    return _in_batches(run, variables, images, batch_size, mesh, supplied=supplied, on_progress=on_progress)
 
 
 def exit_table(
     model: BranchyNet,
     variables: Variables,
-    data: Batch,
+    data: Batch | Iterable[Batch],
     *,
     criterion: Criterion = entropy,
     statistics: Statistics = accuracy_statistics,
@@ -150,6 +188,7 @@ def exit_table(
     batch_size: int = 256,
     prepare: Callable[[Array], Array] | None = None,
     mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ExitTable:
     """Runs all exits over a labelled data set and keeps what choosing a policy needs, not the logits.
 
@@ -158,16 +197,18 @@ def exit_table(
     Args:
         model: a network with N exits.
         variables: of ``model``.
-        data: images as ``prepare`` takes them, with their labels; may stay on the host.
+        data: images as ``prepare`` takes them, with their labels; may stay on the host. Or an iterable of such batches,
+            of any sizes, which is read once; what it raises is raised here.
         criterion: how unsure an exit is.
         statistics: ``(answer logits [N, B, …, K], labels [B, …]) → [N, B, S]``, such as
             `branchy_jax.thresholds.iou_statistics`; applied inside jit.
         metric: turns summed statistics into the figure to maximise.
         costs: per stage and head; by default the multiply-accumulates of ``model``.
         split: name of the data.
-        batch_size: images per dispatch; the last batch is padded.
+        batch_size: images per dispatch, at most as many as the first batch has; the last batch is padded.
         prepare: normalisation of stored images, applied inside jit; ``None`` takes them as they are.
         mesh: devices to share the batches out to.
+        on_progress: as for `exit_outputs`.
 
     Returns:
         `branchy_jax.thresholds.ExitTable`.
@@ -187,22 +228,45 @@ def exit_table(
     """
     check_model(model)
     check_criterion(criterion, model.num_exits)
-    if num_rows(data.image) != len(data.label):
-        raise ValueError(
-            f'data: got {num_rows(data.image)} images and {len(data.label)} labels; give one label per image'
-        )
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), data.image)
+    supplied = not isinstance(data, Batch)
+    if supplied and not isinstance(data, Iterable):
+        raise ValueError(f'data: got {type(data).__name__}; give a branchy_jax.Batch, or an iterable of them')
+    batches = iter(data if supplied else [data])
+    first = next(batches, None)
+    if first is None:
+        raise ValueError('data: got no batches; at least one is needed')
+    check = functools.partial(_check_labelled, num_classes=None)
+    check(first)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), first.image)
     fed = jax.eval_shape(_as_pytree(prepare), one)
     if statistics in (accuracy_statistics, iou_statistics):  # others may take any target
         with naming_variables(variables):
-            check_labels(data.label, jax.eval_shape(model.apply, variables, fed)[-1].shape[-1])
+            num_classes = jax.eval_shape(model.apply, variables, fed)[-1].shape[-1]
+        check = functools.partial(_check_labelled, num_classes=num_classes)
     if costs is None:
         costs = count_macs(model, jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype), fed))
     run = functools.partial(_statistics(model, mesh, statistics), criterion=criterion, prepare=_as_pytree(prepare))
-    found, uncertainty = _in_batches(run, variables, data, batch_size, mesh)
+    checked = (check(batch) for batch in itertools.chain([first], batches))
+    found, uncertainty = _in_batches(
+        run, variables, checked if supplied else next(checked), batch_size, mesh, supplied=supplied,
+        on_progress=on_progress,
+    )  # fmt: skip
     return ExitTable(
         uncertainty=uncertainty, statistics=found, costs=costs, criterion=criterion, metric=metric, split=split
     )
+
+
+def _check_labelled(batch: Batch, num_classes: int | None) -> Batch:
+    """Returns a batch that has one label for each image, each of one of the classes, if their number is given."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f'data: got {type(batch).__name__}; give a branchy_jax.Batch, or an iterable of them')
+    if num_rows(batch.image) != len(batch.label):
+        raise ValueError(
+            f'data: got {num_rows(batch.image)} images and {len(batch.label)} labels; give one label per image'
+        )
+    if num_classes is not None:
+        check_labels(batch.label, num_classes)
+    return batch
 
 
 @compiled_once
@@ -249,21 +313,59 @@ def _as_pytree(prepare: Callable[[Array], Array] | None) -> Callable[[Array], Ar
     return jax.tree_util.Partial(prepare)
 
 
+def _is_supply(images: Any, image_shape: Any) -> bool:
+    """Tells an iterable of batches from one batch, which may be a pytree of arrays, a tuple or list among them."""
+    if hasattr(images, 'shape') or isinstance(images, Mapping):
+        return False
+    if isinstance(images, (tuple, list)):
+        one = None if image_shape is None else jax.tree.structure(input_specs(image_shape, 1))
+        return one is not None and jax.tree.structure(images) != one
+    return isinstance(images, Iterable)
+
+
 def _in_batches(
-    run: Callable[[Variables, Any], Any], variables: Variables, data: Any, batch_size: int, mesh: Mesh | None
+    run: Callable[[Variables, Any], Any],
+    variables: Variables,
+    data: Any,
+    batch_size: int,
+    mesh: Mesh | None,
+    *,
+    supplied: bool,
+    on_progress: OnProgress | None,
 ) -> Any:
-    """Runs over rows of ``data`` in batches of one size; what comes back has the rows on axis 1."""
-    count = num_rows(data)
-    if count == 0:
-        raise ValueError('images: got none; at least one is needed')
-    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+    """Runs over rows of ``data``, or of all it yields, in batches of one size; results have the rows on axis 1."""
+    if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f'batch_size: got {batch_size}; expected an integer, at least 1')
-    batch_size = min(batch_size, count)
-    if mesh is not None:
-        batch_size, variables = -(-batch_size // mesh.size) * mesh.size, replicate(mesh, variables)
-    batches = []
-    for start in range(0, count, batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = at_rows(data, rows)
-        batches.append(jax.tree.map(np.asarray, run(variables, batch if mesh is None else shard(mesh, batch))))
-    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :count], *batches)
+    variables = variables if mesh is None else replicate(mesh, variables)
+    total, done, results = None if supplied else num_rows(data), 0, []
+    batches = (jax.tree.map(np.asarray, batch) for batch in data) if supplied else iter([data])
+    for batch, count in _of_one_size(batches, batch_size, mesh):
+        found = run(variables, batch if mesh is None else shard(mesh, batch))
+        results.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:, :count], found))
+        done += count
+        if on_progress is not None:
+            on_progress(done, total)
+    if not results:
+        raise ValueError('images: got none; at least one is needed')
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *results)
+
+
+def _of_one_size(batches: Iterator[Any], batch_size: int, mesh: Mesh | None) -> Iterator[tuple[Any, int]]:
+    """Cuts and fills up batches to the size of the first: yields one, and how many of its rows are data."""
+    size, first = 0, None
+    for batch in batches:
+        count = num_rows(batch)
+        if not count:
+            continue
+        kind = jax.tree.map(lambda leaf: (np.shape(leaf)[1:], str(leaf.dtype)), batch)
+        if first is None:
+            size, first = min(batch_size, count), kind
+            size = size if mesh is None else -(-size // mesh.size) * mesh.size
+        if kind != first:
+            raise ValueError(f'images: all batches are to be alike; the first held {first}, another one {kind}')
+        for start in range(0, count, size):
+            if count == size:
+                yield batch, count
+                break
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            yield at_rows(batch, rows), min(size, count - start)

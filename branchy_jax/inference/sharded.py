@@ -13,6 +13,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from branchy_jax.inference.any_batch import Counted
 from branchy_jax.inference.compacted import Queue, run_chunks
 from branchy_jax.inference.steps import (
     Executor,
@@ -55,11 +56,16 @@ class Balance:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sharded:
-    """An executor over many devices, which can tell how well it used them."""
+    """An executor over many devices, which can tell how well it used them.
+
+    Attributes:
+        counted: the same without a door, for batches of which only the first rows are images.
+    """
 
     _run: Executor = dataclasses.field(repr=False)
     _with_balance: Callable[..., tuple[ExitPrediction, Balance]] = dataclasses.field(repr=False)
     _check: Callable[[Any], ExitPolicy] = dataclasses.field(repr=False)
+    counted: Counted = dataclasses.field(repr=False)
 
     def __call__(self, variables: Variables, images: Array, policy: Any) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``, as `dense` would."""
@@ -164,17 +170,24 @@ def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes:
         )
     )
 
-    def run(variables: Variables, images: Array, policy: ExitPolicy) -> tuple[ExitPrediction, Balance]:
-        count = num_rows(images)
-        prediction, balance = spmd(variables, spread(images, mesh), policy, np.int32(count))
-        return at_rows(prediction, slice(count)), balance
+    def run(
+        variables: Variables, images: Array, policy: ExitPolicy, count: np.int32 | None = None
+    ) -> tuple[ExitPrediction, Balance]:
+        length = num_rows(images)
+        prediction, balance = spmd(
+            variables, spread(images, mesh), policy, np.int32(length if count is None else count)
+        )
+        return at_rows(prediction, slice(length)), balance
+
+    def answer(*arguments: Any) -> ExitPrediction:
+        return run(*arguments)[0]
 
     def with_balance(variables: Variables, images: Array, policy: ExitPolicy) -> tuple[ExitPrediction, Balance]:
         if len(images) == 0:
             raise ValueError('images: got none, which no device waits for; at least one is needed')
         return run(variables, images, policy)
 
-    return Sharded(guarded(lambda *arguments: run(*arguments)[0], model), with_balance, policy_checker(model.num_exits))
+    return Sharded(guarded(answer, model), with_balance, policy_checker(model.num_exits), answer)
 
 
 def _answer(

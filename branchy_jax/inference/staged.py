@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from branchy_jax.criteria.criterion import Carry
+from branchy_jax.inference.any_batch import AnyBatch, any_batch, check_max_batch
 from branchy_jax.inference.steps import (
     Executor,
     StepFunction,
@@ -19,6 +21,7 @@ from branchy_jax.inference.steps import (
     compiled_once,
     guarded,
     policy_checker,
+    zeros,
 )
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.compose import Hidden
@@ -97,7 +100,11 @@ def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[t
 
 
 def sequential(
-    model: BranchyNet, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
+    model: BranchyNet,
+    *,
+    exits: Sequence[int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
+    max_batch: int | None = None,
 ) -> Executor:
     """Builds the executor for a stream of single images in one program: a loop whose body is `staged`.
 
@@ -108,13 +115,15 @@ def sequential(
         model: a network with N exits.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU.
+        max_batch: compiles a loop for up to so many images, and one image alone, and answers batches of any size with
+            those, in pieces where they are larger; an `AnyBatch`. By default every new size compiles.
 
     Returns:
         ``(variables, images [B, H, W, C], policy) → ExitPrediction``. Raises ValueError on a policy that does not fit,
         NaN, or bad images.
 
     Raises:
-        ValueError: impossible ``exits``.
+        ValueError: impossible ``exits`` or ``max_batch``.
 
     Example:
         >>> import branchy_jax as bj, jax.numpy as jnp
@@ -123,24 +132,60 @@ def sequential(
         >>> sequential(model)(variables, images, [float('inf')]).exit_index.tolist()
         [0, 0, 0]
     """
-    return _sequential(model, asked_exits(model, exits), _in_order(compiler_options))
+    asked, options = asked_exits(model, exits), _in_order(compiler_options)
+    if max_batch is None:
+        return _sequential(model, asked, options)
+    check_max_batch(max_batch)
+    return _sequential_of_any_batch(model, asked, options, int(max_batch))
 
 
 @compiled_once
 def _sequential(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...]) -> Executor:
+    return guarded(sequential_program(model, asked, compiler_options), model)
+
+
+@compiled_once
+def sequential_program(
+    model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...] = ()
+) -> Callable[..., ExitPrediction]:
+    """Returns ``(variables, images, policy, count=None) → ExitPrediction``: of the first ``count`` images."""
     steps = build_steps(model, asked)
 
     @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
-    def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
-        if num_rows(images) == 1:
-            return _answer(steps, variables, images, (), policy)
-
+    def run(variables: Variables, images: Array, policy: ExitPolicy, count: Array | None = None) -> ExitPrediction:
         def answer(image: Array) -> ExitPrediction:
-            return at_rows(_answer(steps, variables, jax.tree.map(lambda leaf: leaf[None], image), (), policy), 0)
+            return _answer(steps, variables, image, (), policy)
 
-        return lax.map(answer, images)
+        def answer_next(n: Array | int, found: ExitPrediction) -> ExitPrediction:
+            image = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, n), images)
+            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=n, axis=0)
+            return jax.tree.map(put, found, answer(image))
 
-    return guarded(run, model)
+        length = num_rows(images)
+        if length == 1:
+            return answer(images)
+        if count is None:
+            return lax.map(lambda image: at_rows(answer(jax.tree.map(lambda leaf: leaf[None], image)), 0), images)
+        nothing = zeros(jax.eval_shape(answer, at_rows(images, slice(1))), length)
+        return lax.fori_loop(0, count, answer_next, nothing)
+
+    return run
+
+
+@compiled_once
+def _sequential_of_any_batch(
+    model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...], max_batch: int
+) -> AnyBatch:
+    program = sequential_program(model, asked, compiler_options)
+
+    def run(variables: Variables, images: Array, policy: ExitPolicy, count: np.int32) -> ExitPrediction:
+        if num_rows(images) == 1:
+            return program(variables, images, policy)
+        if count == 1:
+            return program(variables, jax.tree.map(lambda leaf: np.asarray(leaf)[:1], images), policy)
+        return program(variables, images, policy, count)
+
+    return any_batch(run, program, model, (max_batch,))
 
 
 def _check_image(image: Any, alone: Any, image_shape: Any) -> None:

@@ -183,3 +183,8 @@ def run_steps(steps: Sequence[StepFunction], variables: Variables, images: Array
 def at_rows(tree: Any, rows: Any) -> Any:
     """Returns rows of every leaf."""
     return jax.tree.map(lambda values: values[rows], tree)
+
+
+def zeros(like: Any, length: int) -> Any:
+    """Returns arrays like these, of zeros, with so many rows."""
+    return jax.tree.map(lambda x: jnp.zeros((length, *x.shape[1:]), x.dtype), like)

@@ -1,26 +1,114 @@
-"""Who runs in the planner's race."""
+"""Ways to run a network, and what the planner found out about them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
 from branchy_jax.inference.compacted import compacted
-from branchy_jax.inference.dense import dense
-from branchy_jax.inference.planning.forecast import Forecast
+from branchy_jax.inference.dense import dense, dense_program
+from branchy_jax.inference.planning.forecast import Forecast, forecast
+from branchy_jax.inference.planning.segment_times import SegmentTimes
 from branchy_jax.inference.sharded import on_mesh, sharded
-from branchy_jax.inference.staged import sequential
-from branchy_jax.inference.steps import Executor
+from branchy_jax.inference.staged import sequential, sequential_program
+from branchy_jax.inference.steps import Executor, compiled_once
 from branchy_jax.measure import Ratio
 from branchy_jax.models.branchy import BranchyNet, without_branches
-from branchy_jax.sharding import replicate
-from branchy_jax.types import Array, Variables
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
-Network = tuple[BranchyNet, Variables]
+# The second forecast races if it comes as close to the best, the network without branches if this close.
+_WORTH_A_RACE = 1.15
+_NEARLY_AS_FAST = 1.25
+# Of eight images. In none of the plans in experiments/results did a loop inside one program, or one image after
+# another, win on a CPU where they take longer; and such networks take longest to compile.
+_HEAVY_MS = 25.0
+
+_KINDS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """An executor and its settings: the choice that a plan makes, and keeps in a file.
+
+    Attributes:
+        name: what tables call it.
+        kind: ``'dense'``, ``'sequential'``, ``'compacted'``, ``'sharded'``, or ``'baseline'``, the plain jitted network
+            without branches, which only sets the pace.
+        exits: the exits that it asks.
+        optimized: whether it runs the network as `optimize` rewrites it.
+        chunk_sizes: of `compacted` and `sharded`, one for each exit asked.
+        on_host: of `compacted`.
+        workers: of `compacted`.
+    """
+
+    name: str
+    kind: str
+    exits: tuple[int, ...]
+    optimized: bool = True
+    chunk_sizes: tuple[int, ...] = ()
+    on_host: bool = False
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f'kind: got {self.kind!r}; known are {", ".join(_KINDS)}')
+
+    def build(self, network: BranchyNet, batch_size: int, mesh: Mesh | None = None) -> AnyBatch | Executor:
+        """Builds the executor for batches of any size, in pieces of ``batch_size`` where they are larger.
+
+        Args:
+            network: plain or rewritten, as ``optimized`` says.
+            batch_size: that it is planned for.
+            mesh: the devices that share every batch.
+        """
+        if mesh is not None:
+            return self._build_on(mesh, network, batch_size)
+        options = {'exits': self.exits, 'max_batch': batch_size}
+        if self.kind == 'baseline':
+            return baseline(network)
+        if self.kind == 'sequential':
+            return sequential(network, **options)
+        if self.kind == 'compacted':
+            return compacted(
+                network, chunk_size=self.chunk_sizes, on_host=self.on_host, workers=self.workers, **options
+            )
+        return _dense_but_for_single_images(network, self.exits, batch_size)
+
+    def _build_on(self, mesh: Mesh, network: BranchyNet, batch_size: int) -> AnyBatch | Executor:
+        if self.kind == 'baseline':
+            return on_mesh(baseline(network), mesh)
+        size = -(-batch_size // mesh.size) * mesh.size
+        if self.kind == 'sharded':
+            run = sharded(network, mesh=mesh, chunk_size=self.chunk_sizes, exits=self.exits)
+            return any_batch(run.counted, run.counted, network, (size,))
+        run = on_mesh(dense(network, exits=self.exits), mesh)
+        return any_batch(lambda variables, images, policy, _: run(variables, images, policy), run, network, (size,))
+
+
+Prediction = tuple[Way, float]
+"""A way, and the milliseconds predicted for a batch; NaN where nothing predicts them."""
+
+
+@compiled_once
+def baseline(network: BranchyNet) -> Executor:
+    """Builds the plain jitted network without branches, which every plan is compared with."""
+    run = jax.jit(without_branches(network).apply)
+    return lambda variables, images, _: run(variables, images)
+
+
+def _dense_but_for_single_images(network: BranchyNet, exits: tuple[int, ...], batch_size: int) -> AnyBatch:
+    """Builds `dense` that runs single images as `staged` does: an exit that does not pay in a batch may pay for one."""
+    together, alone = dense_program(network, exits), sequential_program(network, exits)
+
+    def run(variables: Variables, images: Array, policy: ExitPolicy, _: np.int32) -> ExitPrediction:
+        return (alone if num_rows(images) == 1 else together)(variables, images, policy)
+
+    return any_batch(run, together, network, sizes_up_to(batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,83 +116,82 @@ class Candidate:
     """A way to run a network, and what was found out about it: one line of a plan's table.
 
     Attributes:
-        name: of the executor and its setting.
-        exits: the exits that it asks.
-        run: the executor.
-        variables: its weights.
-        is_baseline: the plain jitted network without branches, which only sets the pace.
+        way: the executor and its setting.
         predicted_ms: for a batch; NaN where nothing predicts it.
         measured_ms: for a batch; NaN before the race.
         slowdown: its time ÷ the plain baseline's, from paired passes.
         finalist: whether it came into the final race; else the figures are of the few passes of the heat.
     """
 
-    name: str
-    exits: tuple[int, ...]
-    run: Executor | None = dataclasses.field(repr=False, compare=False)
-    variables: Variables = dataclasses.field(repr=False, compare=False)
-    is_baseline: bool = False
+    way: Way
     predicted_ms: float = float('nan')
     measured_ms: float = float('nan')
     slowdown: Ratio | None = None
     finalist: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of the executor and its setting."""
+        return self.way.name
 
-def build_candidates(
-    plain: Network,
-    fast: Network,
-    forecasts: Sequence[Forecast],
-    batch_size: int,
-    *,
-    skip: bool,
-    mesh: Mesh | None = None,
-) -> list[Candidate]:
-    """Returns the plain jitted network without branches, then everything that might beat it.
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exits that it asks."""
+        return self.way.exits
+
+
+def ways_to_race(
+    times: SegmentTimes, confident: np.ndarray, batch_size: int, share: int, *, skip: bool, mesh: Mesh | None = None
+) -> tuple[list[Prediction], list[Prediction]]:
+    """Returns what is to race, the baseline first, and what else if nothing of it is clearly faster than that.
 
     Args:
-        plain: the network as it is.
-        fast: the network as rewritten.
-        forecasts: exits and chunk sizes, of one device, to race with.
+        times: of stages and heads.
+        confident: ``[N - 1, M]`` which side exit is sure of which image.
         batch_size: B.
+        share: of one device.
         skip: whether heads may be left out, so that the network without branches is a choice.
         mesh: the devices that share every batch.
     """
-    if mesh is not None:
-        plain, fast = ((model, replicate(mesh, variables)) for model, variables in (plain, fast))
-    (network, weights), (fast_network, fast_weights) = plain, fast
-    last, everyone = (network.num_exits - 1,), tuple(range(network.num_exits))
-    baseline = jax.jit(without_branches(network).apply)
-
-    def pace(variables: Variables, images: Array, _: Any) -> Any:
-        return baseline(variables, images)
-
-    def spread(run: Executor) -> Executor:
-        return run if mesh is None else on_mesh(run, mesh)
-
-    found = [Candidate('baseline', last, spread(pace), weights, is_baseline=True)]
+    num_exits, heavy = len(confident) + 1, is_heavy(times)
+    last, everyone, rates = (num_exits - 1,), tuple(range(num_exits)), times.per_image(share)
+    best, *others = forecast(times, confident, share, may_skip=skip)
+    close = [other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms and not heavy]
+    found = [(Way('baseline', 'baseline', last, optimized=False), float('nan'))]
+    found += [(way, option.ms) for option in (best, *close) for way in _ways(option, batch_size, mesh, heavy=heavy)]
     if skip:
-        found.append(Candidate('last exit', last, spread(dense(network, exits=last)), weights))
-    name, exits = ('last exit, optimized', last) if skip else ('dense', everyone)
-    found.append(Candidate(name, exits, spread(dense(fast_network, exits=exits)), fast_weights))
-    for forecast in forecasts:
-        for name, run, predicted in _ways(fast_network, forecast, batch_size, mesh):
-            found.append(Candidate(name, forecast.exits, run, fast_weights, predicted_ms=predicted))
-    return found
+        ms = float(rates.trunk) * share
+        otherwise = [(Way('last exit, optimized', 'dense', last), ms)]
+        plain = [(Way('last exit', 'dense', last, optimized=False), float('nan'))]
+    else:
+        ms, plain = float(rates.stages.sum() + rates.exits.sum()) * share, []
+        otherwise = [(Way('dense', 'dense', everyone), ms)]
+    if ms < _NEARLY_AS_FAST * best.ms:
+        return [*found, *otherwise], plain
+    return found, [*otherwise, *plain]
 
 
-def _ways(
-    network: BranchyNet, forecast: Forecast, batch_size: int, mesh: Mesh | None
-) -> Iterator[tuple[str, Executor, float]]:
-    """Yields the executors that a forecast is for: name, executor, and the time of a batch as far as it is known."""
+def is_heavy(times: SegmentTimes) -> bool:
+    """Tells a network of which eight images take so long that starting a chunk costs nothing in comparison."""
+    rates = times.per_image(8)
+    return 8 * float(rates.stages.sum() + rates.exits.sum()) > _HEAVY_MS
+
+
+def _ways(forecast: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool) -> Iterator[Way]:
+    """Yields the executors that a forecast is for, the likeliest first."""
     exits, sizes = forecast.exits, '/'.join(map(str, forecast.chunk_sizes))
-    chunks = {'chunk_size': forecast.chunk_sizes, 'exits': exits}
+    on_cpu = jax.default_backend() == 'cpu'
     if mesh is not None:
-        yield f'sharded × {mesh.size}, {sizes}', sharded(network, mesh=mesh, **chunks), forecast.ms
-    elif batch_size > 1:
-        yield 'sequential', sequential(network, exits=exits), float('nan')
-        yield f'compacted, loop of {sizes}', compacted(network, on_host=False, **chunks), forecast.ms
-        for workers in (1, 2) if jax.default_backend() == 'cpu' else ():
-            run = compacted(network, on_host=True, workers=workers, **chunks)
-            yield f'compacted, host × {workers}, {sizes}', run, forecast.ms
-    elif len(exits) > 1:
-        yield 'staged', sequential(network, exits=exits), forecast.ms
+        yield Way(f'sharded × {mesh.size}, {sizes}', 'sharded', exits, chunk_sizes=forecast.chunk_sizes)
+    elif batch_size == 1:
+        if len(exits) > 1:
+            yield Way('staged', 'sequential', exits)
+    else:
+        for workers in (1, 2) if on_cpu else ():
+            yield Way(
+                f'compacted, host × {workers}, {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes,
+                on_host=True, workers=workers,
+            )  # fmt: skip
+        if not (on_cpu and heavy):
+            yield Way(f'compacted, loop of {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes)
+            yield Way('sequential', 'sequential', exits)

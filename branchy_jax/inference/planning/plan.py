@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,46 +13,62 @@ import numpy as np
 from jax.sharding import Mesh
 
 from branchy_jax.criteria import as_policy, is_confident
+from branchy_jax.inference.any_batch import AnyBatch
 from branchy_jax.inference.dense import exit_outputs
-from branchy_jax.inference.planning.candidates import Candidate, build_candidates
-from branchy_jax.inference.planning.forecast import forecast
-from branchy_jax.inference.planning.segment_times import SegmentTimes, segment_times
+from branchy_jax.inference.planning.candidates import Candidate, Way, is_heavy, ways_to_race
+from branchy_jax.inference.planning.file import Kept, inputs_of, read_plan, write_plan
+from branchy_jax.inference.planning.progress import OnProgress, Progress
+from branchy_jax.inference.planning.race import Runner, choose, race
+from branchy_jax.inference.planning.segment_times import SegmentTimes, segment_times, segment_uncertainty
 from branchy_jax.inference.rewriting.optimize import optimize
-from branchy_jax.inference.steps import Executor, at_rows
-from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
+from branchy_jax.inference.steps import at_rows
 from branchy_jax.models.branchy import BranchyNet, check_model
+from branchy_jax.sharding import replicate
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
 _MOST_IMAGES_IN_A_RACE = 128
-_HEAT_PASSES = 3
-_OUT_OF_THE_RACE = 1.25
-_CLEARLY_FASTER = 0.8
-_WORTH_A_RACE = 1.15
+# Stages and heads are timed at the planned size and at those of these that are at most half of it.
+_SMALLER_SIZES = (64, 8, 1)
+
+Network = tuple[BranchyNet, Variables]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The executor that was fastest here, bound to its weights and policy: call it with images.
 
-    It may be driven by the host (its name then says so), and cannot be traced.
+    Batches of any size are answered, those above ``batch_size`` in pieces, and a single image as `staged` would; after
+    `warm_up` none of them compiles anything. It may be driven by the host (its name then says so), and cannot be
+    traced. Threads may share it.
 
     Attributes:
-        executor: its name.
+        way: the executor and its settings.
         policy: as it applies it: the threshold is −inf where a head is skipped because it costs more than it saves.
-        exits: the exits it asks.
-        batch_size: that it was planned for; others work too.
+        batch_size: that it was planned for.
         candidates: what was tried, predicted and measured, fastest first.
         times: of stages and heads alone.
     """
 
-    executor: str
+    way: Way
     policy: ExitPolicy
-    exits: tuple[int, ...]
     batch_size: int
     candidates: tuple[Candidate, ...]
     times: SegmentTimes
-    _run: Executor = dataclasses.field(repr=False)
+    _run: AnyBatch = dataclasses.field(repr=False)
     _variables: Variables = dataclasses.field(repr=False)
+    _networks: tuple[Network, Network] = dataclasses.field(repr=False)
+    _inputs: Any = dataclasses.field(repr=False)
+    _devices: int = dataclasses.field(repr=False, default=1)
+
+    @property
+    def executor(self) -> str:
+        """Its name."""
+        return self.way.name
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exits it asks."""
+        return self.way.exits
 
     @property
     def thresholds(self) -> Array:
@@ -63,10 +79,53 @@ class Plan:
         """Answers ``images [B, H, W, C]``."""
         return self._run(self._variables, images, self.policy)
 
+    def warm_up(self) -> None:
+        """Compiles all that batches of any size will need, of images of the dtype that it was planned on."""
+        images = jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), self._inputs)
+        self._run.warm_up(self._variables, images, self.policy)
+
+    def save(self, path: Path | str) -> None:
+        """Writes the choice and the measurements as JSON, atomically: no weights and no code.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            ValueError: a criterion that holds a function which is not one of `branchy_jax.criteria`.
+        """
+        kept = Kept(
+            self.way, self.policy, self.batch_size, tuple(jax.tree.leaves(self._inputs)), self.candidates, self.times
+        )
+        write_plan(path, kept, *self._networks[0], self._devices)
+
+    @classmethod
+    def load(cls, path: Path | str, model: BranchyNet, variables: Variables, *, mesh: Mesh | None = None) -> Plan:
+        """Reads what `save` wrote, and builds the executor without measuring anything.
+
+        Args:
+            path: the file.
+            model: the network that was planned for.
+            variables: of ``model``; they may have been trained on since.
+            mesh: the devices that share every batch, as many as it was planned for.
+
+        Raises:
+            ValueError: the file is missing or damaged, or its plan is of another device, other versions or another
+                network; the message says which.
+        """
+        check_model(model)
+        devices = 1 if mesh is None else mesh.size
+        kept, plain = read_plan(path, model, variables, devices), (model, variables)
+        networks = plain, _rewritten(plain) if kept.way.optimized else plain
+        run, bound = _build(kept.way, networks, kept.batch_size, mesh)
+        return cls(
+            kept.way, kept.policy, kept.batch_size, kept.candidates, kept.times, _run=run, _variables=bound,
+            _networks=networks, _inputs=inputs_of(model, kept.inputs), _devices=devices,
+        )  # fmt: skip
+
     def __str__(self) -> str:
         lines = [f'{"":2}{"executor":34}{"exits asked":16}{"predicted ms":>14}{"measured ms":>14}   time ÷ baseline']
         for candidate in self.candidates:
-            chosen = '> ' if (candidate.name, candidate.exits) == (self.executor, self.exits) else '  '
+            chosen = '> ' if candidate.way == self.way else '  '
             predicted = '' if np.isnan(candidate.predicted_ms) else f'{candidate.predicted_ms:.3f}'
             exits = ', '.join(str(n + 1) for n in candidate.exits)
             ratio = candidate.slowdown
@@ -87,14 +146,19 @@ def plan(
     batch_size: int | None = None,
     skip_heads: bool = True,
     times: SegmentTimes | None = None,
+    earlier: Plan | None = None,
     passes: int = 12,
     mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
+    budget_seconds: float | None = None,
 ) -> Plan:
     """Finds the fastest way to run a network under a policy on this device, by measuring.
 
     Rewrites the network (`optimize`), measures its stages and heads, and forecasts for every choice of exits and
     chunk sizes what a batch will cost; a head that costs more than it saves is skipped. The best forecast in each
-    executor, the second if it is close, and the network without branches then race on the images given, interleaved.
+    executor, and the second if it is close, then race on the images given, interleaved, against the plain jitted
+    baseline; so does the network without branches, unless one of them is clearly faster (by a fifth). Where compiling
+    takes long, only those race that have ever won there.
     The fastest of those that beat the plain jitted baseline for certain (95 %) is chosen; if none does, the network
     without branches in its faster form. So on images distributed like those given the plan is not slower than the
     baseline, but for noise.
@@ -110,17 +174,22 @@ def plan(
         batch_size: of the calls to come, at most M; all of ``images`` at once by default.
         skip_heads: whether heads may be left out; not where a guarantee holds for exactly these thresholds.
         times: of the same network from an earlier plan's ``times``, to save measuring.
-        passes: of the final race; fewer than 6 make "for certain" less than 95 %.
+        earlier: a plan of the same network and weights for other thresholds or another batch size: its rewriting, its
+            times and whatever it compiled serve again.
+        passes: of the final race, at most; fewer than 6 make "for certain" less than 95 %.
         mesh: the devices that share every batch (`branchy_jax.sharding.data_mesh`); one device by default. Chunk sizes
             are then of one device, and `sharded` runs in place of `compacted`.
+        on_progress: called with what is being measured, and the share done, which is an estimate.
+        budget_seconds: after which the best so far is taken. What cannot be left out is done still: rewriting, one
+            measurement, and a short race of the best forecast against the baseline.
 
     Returns:
         A `Plan`: call it with images ``[B, H, W, C]``, print it for the table. It equals `dense` at its policy, up
         to the rounding of `optimize`.
 
     Raises:
-        ValueError: a policy that does not fit, bad images, a batch size outside [1, M], no passes, or times of another
-            network.
+        ValueError: a policy that does not fit, bad images, a batch size outside [1, M], no passes, or times or a plan
+            of another network.
 
     Example:
         >>> import branchy_jax as bj
@@ -131,47 +200,89 @@ def plan(
         (8,)
     """
     check_model(model)
-    policy = as_policy(policy, model.num_exits)
-    criterion, thresholds = policy.criterion, np.asarray(policy.thresholds)
+    policy, plain = as_policy(policy, model.num_exits), (model, variables)
     images, count = jax.tree.map(np.asarray, images), num_rows(images)
     batch_size = count if batch_size is None else batch_size
-    _check(model, count, batch_size, times, passes)
-    share = batch_size if mesh is None else -(-batch_size // mesh.size)  # of one device, survivors being dealt evenly
-    fast = (model, variables) if model.image_shape is None else optimize(model, variables)
-    outputs = exit_outputs(*fast, images, criterion=criterion, batch_size=min(count, 256))
-    confident = is_confident(outputs.uncertainty[:-1], thresholds[:, None])
-    remembered = criterion.init(jnp.asarray(outputs.logits[0, :1]))
-    skip = skip_heads and not jax.tree.leaves(remembered)
-    if times is None:
-        sizes = [max(1, share // 4**power) for power in range(4)]
-        times = segment_times(*fast, images, batch_sizes=sizes, criterion=criterion)
-    best, *others = forecast(times, confident, share, may_skip=skip)
-    forecasts = [best, *(other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms)]
-    candidates = build_candidates((model, variables), fast, forecasts, batch_size, skip=skip, mesh=mesh)
-    raced = _race(candidates, _batches(images, confident, batch_size), policy, passes)
-    chosen = _choice(raced, model.num_exits)
+    _check(plain, count, batch_size, times, earlier, passes)
+    progress, share = Progress(on_progress, budget_seconds), batch_size if mesh is None else -(-batch_size // mesh.size)
+    progress.tell('rewriting the network')
+    networks = plain, _rewritten(plain) if earlier is None else earlier._networks[1]
+    times = earlier.times if times is None and earlier is not None else times
+    times = _measured(networks[1], images, share, policy, progress) if times is None else times
+    progress.tell('running all images')
+    uncertainty, remembers = _uncertainty(networks[1], images, share, policy)
+    thresholds = np.asarray(policy.thresholds)
+    confident, skip = is_confident(uncertainty[:-1], thresholds[:, None]), skip_heads and not remembers
+    build = functools.cache(functools.partial(_build, networks=networks, batch_size=batch_size, mesh=mesh))
+    raced = race(
+        *ways_to_race(times, confident, batch_size, share, skip=skip, mesh=mesh), build,
+        _batches(images, confident, batch_size), jax.tree.map(jnp.asarray, policy), passes=passes, progress=progress,
+    )  # fmt: skip
+    chosen = choose(raced, model.num_exits)
+    progress.done(f'chosen: {chosen.name}')
     applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf)
-    in_order = sorted(raced, key=lambda candidate: candidate.slowdown.median)
+    run, bound = build(chosen.way)
     return Plan(
-        executor=chosen.name,
+        way=chosen.way,
         policy=policy.replace(thresholds=jnp.asarray(applied, jnp.float32)),
-        exits=chosen.exits,
         batch_size=batch_size,
-        # Without what would keep the programs of the losers in memory.
-        candidates=tuple(dataclasses.replace(candidate, run=None, variables=None) for candidate in in_order),
+        candidates=tuple(sorted(raced, key=lambda candidate: candidate.slowdown.median)),
         times=times,
-        _run=chosen.run,
-        _variables=chosen.variables,
+        _run=run,
+        _variables=bound,
+        _networks=networks,
+        _inputs=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), images),
+        _devices=1 if mesh is None else mesh.size,
     )
 
 
-def _check(model: BranchyNet, count: int, batch_size: int, times: SegmentTimes | None, passes: int) -> None:
+def _check(
+    plain: Network, count: int, batch_size: int, times: SegmentTimes | None, earlier: Plan | None, passes: int
+) -> None:
+    model, variables = plain
     if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= count:
         raise ValueError(f'batch_size: got {batch_size} with {count} images; give 1 to the number of images')
     if passes < 1:
         raise ValueError(f'passes: got {passes}; give at least 1')
     if times is not None and times.stages.shape[1] != model.num_exits:
         raise ValueError(f'times: are of a network with {times.stages.shape[1]} exits, this one has {model.num_exits}')
+    if earlier is not None:
+        theirs, weights = earlier._networks[0]
+        same = jax.tree.structure(weights) == jax.tree.structure(variables) and all(
+            a is b for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(variables), strict=True)
+        )
+        if theirs != model or not same:
+            raise ValueError('earlier: is a plan of another network or other weights; leave it out')
+
+
+def _rewritten(plain: Network) -> Network:
+    return plain if plain[0].image_shape is None else optimize(*plain)
+
+
+def _build(way: Way, networks: tuple[Network, Network], batch_size: int, mesh: Mesh | None) -> Runner:
+    """Builds a way for one of the networks, plain and rewritten."""
+    model, variables = networks[1 if way.optimized else 0]
+    return way.build(model, batch_size, mesh), variables if mesh is None else replicate(mesh, variables)
+
+
+def _measured(fast: Network, images: Any, share: int, policy: ExitPolicy, progress: Progress) -> SegmentTimes:
+    """Times stages and heads, the largest size first, until time is up."""
+    found: list[SegmentTimes] = []
+    for size in (share, *(size for size in _SMALLER_SIZES if 2 * size <= share)):
+        if found and (progress.is_over or (size == 1 and is_heavy(found[0]))):
+            break
+        progress.tell(f'stages and heads at {size} images')
+        found.insert(0, segment_times(*fast, images, batch_sizes=[size], criterion=policy.criterion))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def _uncertainty(fast: Network, images: Any, share: int, policy: ExitPolicy) -> tuple[np.ndarray, bool]:
+    """Returns ``[N, M]`` how unsure exits are of the images, and whether the criterion remembers earlier exits."""
+    found = segment_uncertainty(*fast, images, share, criterion=policy.criterion)
+    if found is not None:
+        return found, False
+    outputs = exit_outputs(*fast, images, criterion=policy.criterion, batch_size=min(num_rows(images), 256))
+    return outputs.uncertainty, True
 
 
 def _batches(images: Any, confident: np.ndarray, batch_size: int) -> list[Array]:
@@ -187,40 +298,3 @@ def _batches(images: Any, confident: np.ndarray, batch_size: int) -> list[Array]
         jax.block_until_ready(jax.tree.map(jnp.asarray, at_rows(images, part)))
         for part in rows.reshape(count, batch_size)
     ]
-
-
-def _race(
-    candidates: Sequence[Candidate], batches: Sequence[Array], policy: ExitPolicy, passes: int
-) -> list[Candidate]:
-    """Times all candidates a little, the promising ones and the baseline well."""
-    policy = jax.tree.map(jnp.asarray, policy)
-
-    def answer(candidate: Candidate, batch: Array) -> ExitPrediction:
-        return candidate.run(candidate.variables, batch, policy)
-
-    functions = {n: one_by_one(functools.partial(answer, way), batches) for n, way in enumerate(candidates)}
-    (baseline,) = (n for n, candidate in enumerate(candidates) if candidate.is_baseline)
-    heat = interleaved_passes(functions, passes=_HEAT_PASSES, warmup=1)
-    fastest = min(np.median(heat[n]) for n in heat if n != baseline)
-    promising = {n for n in heat if n == baseline or np.median(heat[n]) < _OUT_OF_THE_RACE * fastest}
-    # The network without branches comes along where it may yet be needed, because nothing clearly beats the baseline.
-    close = fastest > _CLEARLY_FASTER * np.median(heat[baseline])
-    finalists = promising | {n for n, candidate in enumerate(candidates) if close and len(candidate.exits) == 1}
-    final = interleaved_passes({n: functions[n] for n in finalists}, passes=passes, warmup=0)
-    found = []
-    for n, candidate in enumerate(candidates):
-        seconds = final if n in finalists else heat
-        ms, slowdown = float(np.median(seconds[n])) / len(batches) * 1e3, paired_ratio(seconds[n], seconds[baseline])
-        found.append(dataclasses.replace(candidate, measured_ms=ms, slowdown=slowdown, finalist=n in finalists))
-    return found
-
-
-def _choice(raced: Sequence[Candidate], num_exits: int) -> Candidate:
-    """Returns the fastest finalist that beats the baseline for certain; if none does, the best without branches.
-
-    Where the network without branches answers otherwise and is no candidate, the fastest wins.
-    """
-    eligible = [candidate for candidate in raced if candidate.finalist and not candidate.is_baseline]
-    certain = [candidate for candidate in eligible if candidate.slowdown.high < 1]
-    without = [candidate for candidate in eligible if candidate.exits == (num_exits - 1,)]
-    return min(certain or without or eligible, key=lambda candidate: candidate.slowdown.median)

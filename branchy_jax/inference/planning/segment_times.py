@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -75,13 +77,54 @@ def segment_functions(
         ``('stage' or 'exit', n, batch_size)`` to a function of no arguments.
     """
     rows, functions = np.arange(batch_size) % num_rows(images), {}
-    hidden = jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)[rows]), images)
+    hidden = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[rows]), images)
+    _compile(model, variables, hidden, criterion)
     for n in range(model.num_exits):
         stage, head = _segment(model, 'stage', n), _segment(model, 'exit', n)
         functions['stage', n, batch_size] = functools.partial(stage, variables, hidden)
         hidden = stage(variables, hidden)
         functions['exit', n, batch_size] = functools.partial(head, variables, hidden, criterion)
     return functions
+
+
+def _compile(model: BranchyNet, variables: Variables, hidden: Hidden, criterion: Criterion) -> None:
+    """Compiles all stages and heads, several at once: tracing holds the interpreter, XLA does not."""
+    traced = []
+    for n in range(model.num_exits):
+        traced.append(_segment(model, 'stage', n).lower(variables, hidden))
+        hidden = traced[-1].out_info
+        traced.append(_segment(model, 'exit', n).lower(variables, hidden, criterion))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda one: one.compile(), traced))
+
+
+def segment_uncertainty(
+    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion
+) -> np.ndarray | None:
+    """Runs stages and heads over images with the programs that `segment_functions` times: nothing more is compiled.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        images: ``[M, …]``.
+        batch_size: of every call.
+        criterion: how unsure an exit is.
+
+    Returns:
+        ``[N, M]``, or ``None`` if the criterion remembers earlier exits, of which these programs know nothing.
+    """
+    found, count = [], num_rows(images)
+    for start in range(0, count, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        hidden, of_exits = jax.tree.map(lambda leaf, rows=rows: jax.device_put(np.asarray(leaf)[rows]), images), []
+        for n in range(model.num_exits):
+            hidden = _segment(model, 'stage', n)(variables, hidden)
+            _, uncertainty, carry = _segment(model, 'exit', n)(variables, hidden, criterion)
+            if jax.tree.leaves(carry):
+                return None
+            of_exits.append(uncertainty)
+        found.append(np.stack([np.asarray(one) for one in of_exits]))
+    return np.concatenate(found, axis=1)[:, :count]
 
 
 @compiled_once
