@@ -84,7 +84,9 @@ def load(folder: Path | str, name: str) -> Network:
     weights, names = [held[key] for key in program['weights']], [output['name'] for output in program['outputs']]
 
     def run(*inputs: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(names, map(np.asarray, main(*weights, *inputs)), strict=True))
+        made = main(*weights, *inputs)
+        arrays = [made] if len(names) == 1 else made  # a single result comes back bare
+        return dict(zip(names, map(np.asarray, arrays), strict=True))
 
     thresholds = np.array([float(value) for value in manifest['thresholds']], np.float32)
     return Network(manifest, program, run, thresholds, compile_s)
