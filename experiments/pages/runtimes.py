@@ -9,7 +9,7 @@ from experiments.pages.tables import percent, table
 
 _ANSWERS = {'network': '{network}', 'weights': '{weights}'}
 _DIFFERENCES = {
-    'images': '{images}', 'differ': '{differ}', 'of them at ties': '{ties}', 'exits %': '{shown_shares}',
+    'images': '{images}', 'differ': '{differ}', 'differ at ties': '{ties}', 'exits %': '{shown_shares}',
 }  # fmt: skip
 
 
