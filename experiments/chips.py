@@ -54,14 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     programs = read_json(path)['programs'] if path.exists() else []
     programs = [p for p in programs if (p['platform'], p['network']) not in {(options.platform, n) for n in networks}]
     place = NamedSharding(Mesh(np.array(_devices(options.platform)[:1]), ('chip',)), PartitionSpec())
+    made_by = {'command': command.provenance('chips')['command'], 'jax': jax.__version__}
     for name in networks:
         for executor, run, arguments_of in _executors(name, place):
             programs.append({
                 'platform': options.platform, 'network': name, 'executor': executor,
-                **compiled(run, arguments_of, options.platform),
+                **compiled(run, arguments_of, options.platform), **made_by,
             })  # fmt: skip
             print(programs[-1], flush=True)
-            record = {'command': command.provenance('chips')['command'], 'jax': jax.__version__, 'programs': programs}
+            programs.sort(key=lambda program: (program['platform'] != 'tpu', _NETWORKS.index(program['network'])))
+            record = {'programs': programs}
             write_json(path, record)
             write_text(options.workdir / 'chips.md', page(record))
 
@@ -106,22 +108,32 @@ def compiled(run: Any, arguments: tuple[Any, ...], platform: str) -> dict[str, A
     start = time.perf_counter()
     traced = jax.jit(lambda *given: run(*given)).trace(*arguments)
     program = traced.lower(lowering_platforms=(platform,)).compile()
-    text = program.as_text()
+    return {
+        **counts(program.as_text()),
+        'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
+        'compile_s': time.perf_counter() - start,
+    }
+
+
+def counts(text: str) -> dict[str, Any]:
+    """Counts what a compiled program holds, bodies of its loops and branches included.
+
+    Args:
+        text: in HLO.
+    """
     calls = collections.Counter(re.findall(r' custom-call\(.*?custom_call_target="([^"]+)"', text))
 
-    def count(operation: str) -> int:
-        return len(re.findall(rf' {operation}\(', text))
+    def count(*operations: str) -> int:
+        return sum(len(re.findall(rf' {operation}\(', text)) for operation in operations)
 
     return {
         'conditionals': count('conditional'),
         'loops': count('while'),
         'fusions': count('fusion'),
-        'copies': count('copy') + count('copy-start'),
+        'copies': count('copy', 'copy-start'),
         'custom_calls': dict(calls),
-        'host_transfers': sum(count(name) for name in ('infeed', 'outfeed', 'send', 'recv'))
+        'host_transfers': count('infeed', 'outfeed', 'send', 'recv')
         + sum(number for target, number in calls.items() if _HOST.search(target)),
-        'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
-        'compile_s': time.perf_counter() - start,
     }
 
 
@@ -145,10 +157,10 @@ def page(record: dict[str, Any]) -> str:
     ]
     return '\n\n'.join([
         '# What compilers for other chips make of the executors',
-        f'`{record["command"]}`',
-        f'jax {record["jax"]}, compiled, not run: there is no such chip here. Batches of {_BATCH}, chunks of {_CHUNK} '
-        'in `compacted` without a host; `staged` takes one image. Conditionals that were turned into selects would be '
-        'missing from their column; counts are of the whole program, bodies of loops and branches included.',
+        '\n'.join(dict.fromkeys(f'- `{program["command"]}`, jax {program["jax"]}' for program in record['programs'])),
+        f'Compiled, not run: there is no such chip here. Batches of {_BATCH}, chunks of {_CHUNK} in `compacted` '
+        'without a host; `staged` takes one image. Conditionals that were turned into selects would be missing from '
+        'their column; counts are of the whole program, bodies of loops and branches included.',
         table(_COLUMNS, rows) + '\n',
     ])  # fmt: skip
 

@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import os
+import re
 
 import flax.linen as nn
 import jax
@@ -138,17 +139,24 @@ def graphs(graph):
                 yield from graphs(attribute.g)
 
 
-def test_each_stage_lies_in_the_branch_of_the_exit_before_it(saved):
+def exits_of(names):
+    """The numbers of the exits that nodes serve."""
+    found = [re.match(r'(?:stage|exit|criterion)_(\d+)/', name) for name in names]
+    return {int(match[1]) for match in found if match}
+
+
+def test_each_stage_lies_in_the_branch_of_the_exit_before_it(saved, policy):
     file = onnx.load(saved)
     conditionals = [[n.name for n in graph.node if n.op_type == 'If'] for graph in graphs(file.graph)]
     assert [len(names) for names in conditionals if names] == [1, 1]
     for graph in graphs(file.graph):
-        stages = {node.name.split('/')[0] for node in graph.node if node.name.startswith('stage_')}
-        assert len(stages) <= 1, 'each stage has a graph of its own'
+        assert len(exits_of(node.name for node in graph.node)) <= 1, 'each stage, head and criterion is where it serves'
     names = [a.name for graph in graphs(file.graph) for a in graph.initializer]
     assert len(names) == len(set(names))
     assert {'Transpose', 'BatchNormalization'} & {n.op_type for n in file.graph.node} <= {'Transpose'}
-    assert json.loads({p.key: p.value for p in file.metadata_props}['thresholds'])
+    told = {p.key: p.value for p in file.metadata_props}
+    assert [float(text) for text in json.loads(told['thresholds'])] == np.asarray(policy.thresholds).tolist()
+    assert (told['criterion'], told['normalization'].split(':')[0]) == ('entropy', 'none')
 
 
 def test_skipped_nodes_do_not_run(convolutional, policy, saved, tmp_path):
@@ -158,8 +166,8 @@ def test_skipped_nodes_do_not_run(convolutional, policy, saved, tmp_path):
         profiled = session(saved, enable_profiling=True, profile_file_prefix=str(tmp_path / f'exit{n}'))
         profiled.run(None, {'image': np.asarray(images)[leaves == n][:1]})
         with open(profiled.end_profiling()) as file:
-            ran = {event['name'].split('/')[0] for event in json.load(file) if event['cat'] == 'Node'}
-        assert {name for name in ran if name.startswith('criterion_')} == {f'criterion_{m + 1}' for m in range(n + 1)}
+            ran = [event['name'] for event in json.load(file) if event['cat'] == 'Node']
+        assert exits_of(ran) == set(range(1, n + 2))
 
 
 def test_thresholds_are_changed_in_the_file(convolutional, saved, tmp_path):
@@ -207,6 +215,33 @@ def test_lenet_is_dense(tmp_path):
     expected = bj.inference.dense(model)(variables, images, thresholds)
     assert sorted(expected.exit_index.tolist()) == [0, 1]
     check(answers(tmp_path / 'file.onnx', images), expected)
+
+
+def test_an_uncertainty_at_the_threshold_or_nan_goes_on(tmp_path):
+    model = bj.BranchyNet(stages=((), ()), exits=((), ()), image_shape=(3,))
+    logits = np.array([[0, -np.inf, -np.inf], [np.nan, 0, 0], [5, 0, 0]], np.float32)
+    for threshold, exits in ((0.0, [1, 1, 1]), (1e-6, [0, 1, 1]), (1.0, [0, 1, 0]), (np.inf, [0, 1, 0])):
+        bj.export.save_onnx(tmp_path / 'file.onnx', model, {}, thresholds=[threshold])
+        assert answers(tmp_path / 'file.onnx', logits).exit_index.tolist() == exits
+        assert bj.inference.dense(model)({}, logits, [threshold]).exit_index.tolist() == exits
+
+
+def test_padding_lies_on_the_side_where_it_was(tmp_path):
+    layers = (
+        lambda x: nn.max_pool(x, (2, 2), (1, 1), padding='SAME'),
+        lambda x: nn.max_pool(x, (3, 2), (2, 1), padding=((2, 0), (0, 1))),
+        lambda x: nn.avg_pool(x, (2, 2), (1, 1), padding='SAME'),
+        lambda x: nn.avg_pool(x, (2, 3), (1, 2), padding=((1, 0), (0, 2)), count_include_pad=False),
+        nn.Conv(2, (2, 3), padding=((1, 0), (0, 2)), kernel_dilation=(2, 1)),
+    )
+    heads = tuple((layer, bj.models.layers.flatten, nn.Dense(3)) for layer in layers)
+    model = bj.BranchyNet(stages=((),) * 5, exits=heads, image_shape=(5, 4, 2))
+    images = np.asarray(jax.random.normal(jax.random.key(0), (3, 5, 4, 2)))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    bj.export.save_onnx(tmp_path / 'file.onnx', model, variables, thresholds=np.zeros(4), batch=True)
+    found = session(tmp_path / 'file.onnx').run(None, {'image': images})
+    for logits, expected in zip(found, jax.jit(model.apply)(variables, images), strict=True):
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 class Sorted(nn.Module):
@@ -274,6 +309,13 @@ def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='No space left'):
         bj.export.save_onnx(path, *small(), thresholds=[])
     assert (path.read_bytes(), len(list(tmp_path.iterdir()))) == (b'before', 1)
+
+
+def test_only_what_the_checker_accepts_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, 'OPSET', 1)  # long before most operators
+    with pytest.raises(onnx.checker.ValidationError):
+        bj.export.save_onnx(tmp_path / 'network.onnx', *small(), thresholds=[])
+    assert not list(tmp_path.iterdir())
 
 
 def test_activations_are_laid_out_anew_only_where_they_enter():

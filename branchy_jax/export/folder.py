@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +19,16 @@ import numpy as np
 
 from branchy_jax.checkpoint import save_weights
 from branchy_jax.criteria import as_policy
-from branchy_jax.export.programs import PLATFORMS, Program, batch_program, part_programs, rewrite, staged_program
+from branchy_jax.export.programs import (
+    PLATFORMS,
+    Program,
+    Rewritten,
+    batch_program,
+    part_programs,
+    plain_text,
+    rewrite,
+    staged_program,
+)
 from branchy_jax.inference.steps import check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Normalization, Variables, input_specs
@@ -48,6 +58,9 @@ def save(
     - ``staged``: one image, with N − 1 conditionals, so that later stages run only if needed;
     - ``batch``: a batch of fixed size, whose later stages run on survivors only;
     - ``stage 1``, ``exit 1``, …: every stage and head alone, for any number of images, to run in different places;
+    - beside each of them an ``.mlir``, the same program as text for compilers other than XLA: plain StableHLO in the
+      portable form, for one platform, stages and heads for one image. ``experiments/study/run_iree.py`` runs it with
+      IREE, without jax;
     - ``manifest.json``: input, normalisation, thresholds, exits, the bytes that each cut would send per image,
       versions, and the SHA-256 of every file and of itself.
 
@@ -93,7 +106,12 @@ def save(
     chunk_sizes = check_chunk_sizes(chunk_size, model.num_exits)
     network = rewrite(model, variables, platforms)
     parts, cuts = part_programs(network, criterion)
-    programs = [staged_program(network, criterion), batch_program(network, criterion, batch_size, chunk_sizes), *parts]
+
+    def programs(network: Rewritten) -> list[Program]:
+        whole = [staged_program(network, criterion), batch_program(network, criterion, batch_size, chunk_sizes)]
+        return [*whole, *parts]
+
+    in_text = zip(programs(network), programs(dataclasses.replace(network, on_cpu=None)), strict=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
     try:
@@ -107,7 +125,10 @@ def save(
             'exits': names,
             # JSON has no infinity: thresholds that always or never let leave become text.
             'thresholds': [str(x) if math.isinf(x) else x for x in np.asarray(policy.thresholds).tolist()],
-            'programs': {program.name: _write(temporary, program, platforms) for program in programs},
+            'programs': {
+                program.name: {**_write(temporary, program, platforms), 'text': _write_text(temporary, portable)}
+                for program, portable in in_text
+            },
             'cuts': cuts,
             'weights': None,
         }
@@ -159,6 +180,16 @@ def _write(folder: Path, program: Program, platforms: Sequence[str]) -> dict[str
         'inputs': [_array(name, spec) for name, spec in program.inputs.items()],
         'outputs': [_array(name, spec) for name, spec in zip(program.outputs, exported.out_avals, strict=True)],
     }
+
+
+def _write_text(folder: Path, program: Program) -> dict[str, Any] | None:
+    """Writes a program as text; ``None`` where it has none."""
+    text = plain_text(program)
+    if text is None:
+        return None
+    path = folder / f'{program.name.replace(" ", "_")}.mlir'
+    path.write_text(text)
+    return _described(path)
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import jax.export
 import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
 
 from branchy_jax.criteria.criterion import Criterion
 from branchy_jax.inference.compacted import compacted
@@ -28,6 +30,7 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 _MOST_EMBEDDED_BYTES = 2**24
 _ANSWER = ('label', 'exit_index', 'logits', 'uncertainty')
+_MORE_THAN_STABLEHLO = ('stablehlo.custom_call', 'stablehlo.infeed', 'stablehlo.outfeed', 'stablehlo.send')
 
 Weights = dict[str, Array]
 """Name to array, as stored beside the programs; empty where they are constants of the programs."""
@@ -149,6 +152,34 @@ def part_programs(network: Rewritten, criterion: Criterion) -> tuple[list[Progra
     return programs, cuts
 
 
+def plain_text(program: Program) -> str | None:
+    """Lowers a program for one platform and prints it, without source locations and notes that only JAX reads.
+
+    The module is ``@network``, its function ``@main``. That takes the weights in the order of their names, then the
+    inputs. A program for any number of images becomes one for a single image: other compilers want fixed shapes.
+
+    Args:
+        program: in forms that suit every platform; which one it will run on is up to who compiles the text.
+
+    Returns:
+        The text; ``None`` if the program asks for more than StableHLO, such as a function of its process.
+    """
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.weights)
+    lower = jax.export.export(jax.jit(program.function, keep_unused=True), platforms=['cpu'])
+    exported = lower(weights, *map(_of_one_image, program.inputs.values()))
+    with mlir.make_ir_context():
+        module = ir.Module.parse(exported.mlir_module())
+        notes = module.operation.attributes
+        for name in [name for name in notes if '.' in name]:
+            del notes[name]
+        notes['sym_name'] = ir.StringAttr.get('network')
+        for function in module.body.operations:
+            for name in {'arg_attrs', 'res_attrs'} & set(function.attributes):
+                del function.attributes[name]
+        text = module.operation.get_asm(enable_debug_info=False)
+    return None if any(operation in text for operation in _MORE_THAN_STABLEHLO) else text
+
+
 def _part(
     network: Rewritten, name: str, run: Callable[..., Any], example: dict[str, Any], outputs: tuple[str, ...]
 ) -> Program:
@@ -192,6 +223,11 @@ def _run_exit(model: BranchyNet, criterion: Criterion, n: int, variables: Variab
     logits = run_segment(model, 'exit', n, variables, hidden)
     answer, uncertainty, carry = criterion.update(logits, criterion.init(logits) if n == 0 else carry, n)
     return criterion.decide(answer), answer, uncertainty, carry
+
+
+def _of_one_image(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    shape = tuple(size if isinstance(size, int) else 1 for size in spec.shape)
+    return jax.ShapeDtypeStruct(shape, spec.dtype)
 
 
 def _named(name: str, tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -35,14 +36,14 @@ def answer(session: ort.InferenceSession, images: np.ndarray) -> dict[str, np.nd
     return {name: np.concatenate(values) for name, values in zip(names, zip(*found, strict=True), strict=True)}
 
 
-def stages_run(path: Path, image: np.ndarray) -> list[str]:
-    """Returns the criteria that were asked for one image, as ONNX Runtime's profile tells: one per exit reached."""
+def exits_asked(path: Path, image: np.ndarray) -> int:
+    """Returns up to which exit any node ran for one image, as ONNX Runtime's profile tells by the names of nodes."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_file(path, enable_profiling=True, profile_file_prefix=os.path.join(folder, 'profile'))
         session.run(None, {'image': image})
         events = json.loads(Path(session.end_profiling()).read_text())
-    ran = {event['name'].split('/')[0] for event in events if event.get('cat') == 'Node'}
-    return sorted(name for name in ran if name.startswith('criterion_'))
+    ran = [re.match(r'(?:stage|exit|criterion)_(\d+)/', event['name']) for event in events if event['cat'] == 'Node']
+    return max(int(found[1]) for found in ran if found)
 
 
 def times(paths: list[Path], images: np.ndarray, passes: int) -> np.ndarray:
@@ -77,17 +78,15 @@ def main() -> None:
     }
     exits = found['exit_index']
     told['shares'] = [float((exits == n).mean()) for n in range(int(exits.max()) + 1)]
-    wrong = [n for n in set(exits.tolist())
-             if len(stages_run(options.file, images[exits == n][:1])) != n + 1]  # fmt: skip
-    told['exits where more ran than should'] = len(wrong)
+    asked = {n: exits_asked(options.file, images[exits == n][:1]) for n in sorted(set(exits.tolist()))}
+    told['exits_asked'] = asked
     if options.against is not None:
         if hasattr(os, 'sched_setaffinity'):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         seconds = times([options.against, options.file], images, options.passes)
-        told['ms'] = np.median(seconds, axis=0).round(5).tolist()
-        told['gain'] = round(float(np.median(seconds[:, 0] / seconds[:, 1])), 3)
+        told['ms of each pass'] = seconds.tolist()
     print(json.dumps(told))
-    if told['differ'] or wrong:
+    if told['differ'] or any(count != n + 1 for n, count in asked.items()):
         raise SystemExit(1)
 
 
