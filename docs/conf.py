@@ -1,7 +1,7 @@
 """How Sphinx builds the guide: Markdown pages, notebooks, API pages made from docstrings.
 
-Three things are our own, each a few lines: inline code such as ``bj.inference.plan`` becomes
-a link to its entry, formulas become MathML, which browsers show without a script from
+Three things are our own, each a few lines: inline code such as ``bj.inference.plan`` is
+made a link to its entry, formulas become MathML, which browsers show without a script from
 elsewhere, and the table of networks is laid out from the stored reports.
 """
 
@@ -85,7 +85,7 @@ def table_of_networks() -> str:
                 f'{100 * row["test_accuracy"]:.2f}',
                 f'{row["latency_ms"]:.3f}',
                 f'{row["gain"]:.2f}',
-                f'{row["gain_low"]:.2f} to {row["gain_high"]:.2f}' if leaves else '–',
+                f'{row["gain_low"]:.2f}\u2009–\u2009{row["gain_high"]:.2f}' if leaves else '–',
                 f'{row["gain_plain"]:.2f}',
                 f'{100 * row["exit_fractions"][0]:.1f} %' if leaves else '–',
             ])  # fmt: skip
@@ -104,7 +104,7 @@ def _ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 class LinkCode(SphinxTransform):
-    """Links inline code that names what is public, ``bj.…``; a wrong name fails the build."""
+    """Links inline code that names what is public, ``bj.…``; a wrong name fails a build."""
 
     default_priority = 400
 
@@ -175,7 +175,7 @@ def readable_signature(
     """Leaves out what Flax adds to the constructor of every module."""
     if what == 'class' and signature:
         signature = re.sub(r', parent: .*\)$', ')', signature)
-    return signature, back
+    return signature, returns
 
 
 def as_mathml(translator: Any, node: nodes.Element) -> None:
