@@ -1,8 +1,8 @@
-"""How Sphinx builds the guide: Markdown pages, notebooks, and API pages made from the library's docstrings.
+"""How Sphinx builds the guide: Markdown pages, notebooks, API pages made from docstrings.
 
-Three things here are our own, each a few lines: inline code such as ``bj.inference.plan`` in a page becomes a link to
-its entry, formulas become MathML, which browsers show without a script from elsewhere, and the table of networks is
-laid out from the stored reports.
+Three things are our own, each a few lines: inline code such as ``bj.inference.plan`` is
+made a link to its entry, formulas become MathML, which browsers show without a script from
+elsewhere, and the table of networks is laid out from the stored reports.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import branchy_jax as bj
+from branchy_jax.report import markdown_table, read_json
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
@@ -20,9 +22,6 @@ from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 from sphinx.util.nodes import make_refnode
-
-import branchy_jax as bj
-from branchy_jax.report import markdown_table, read_json
 
 RESULTS = Path(__file__).parents[1] / 'experiments' / 'results'
 
@@ -47,12 +46,12 @@ nb_execution_mode = 'off'  # build.sh --execute turns it on
 nb_execution_timeout = 300
 nb_execution_in_temp = True
 
-# Single backticks in docstrings name things: those of the library are linked, those of others shown as code.
+# Single backticks in docstrings name things. Ours must exist, and are linked.
 default_role = 'py:obj'
 nitpicky = True
 nitpick_ignore_regex = [
     ('py:.*', r'(?!branchy_jax\.).*'),
-    ('py:.*', r'branchy_jax\..*\.(types|criterion|steps|pipeline|attached|compose|candidates|forms|state|fit|step)\..*'),
+    ('py:class', r'branchy_jax\..*'),  # annotations name types that are not public
 ]
 add_module_names = False
 autodoc_default_options = {
@@ -74,7 +73,8 @@ toc_object_entries_show_parents = 'hide'
 
 def table_of_networks() -> str:
     """Returns the table of the paper's three networks as the stored runs reported them."""
-    columns = ['network', 'test accuracy %', 'ms per image', 'gain', '95 % of it', 'gain over plain', 'leave first']
+    columns = ['network', 'test accuracy %', 'ms per image', 'gain', '95 % of it']
+    columns += ['gain over plain', 'leave first']
     cells = []
     for run in ('lenet_mnist', 'alexnet_cifar10', 'resnet110_cifar10_tuned'):
         report = read_json(RESULTS / run / 'report.json')
@@ -85,7 +85,7 @@ def table_of_networks() -> str:
                 f'{100 * row["test_accuracy"]:.2f}',
                 f'{row["latency_ms"]:.3f}',
                 f'{row["gain"]:.2f}',
-                f'{row["gain_low"]:.2f} to {row["gain_high"]:.2f}' if leaves else '–',
+                f'{row["gain_low"]:.2f}\u2009–\u2009{row["gain_high"]:.2f}' if leaves else '–',
                 f'{row["gain_plain"]:.2f}',
                 f'{100 * row["exit_fractions"][0]:.1f} %' if leaves else '–',
             ])  # fmt: skip
@@ -95,7 +95,7 @@ def table_of_networks() -> str:
 myst_substitutions = {'table_of_networks': table_of_networks()}
 
 
-_NOT_LINKED = (nodes.title, nodes.reference, addnodes.pending_xref)
+_NOT_LINKED = nodes.title | nodes.reference | addnodes.pending_xref
 
 
 def _ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
@@ -104,55 +104,75 @@ def _ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 class LinkCode(SphinxTransform):
-    """Makes links of inline code that names something public, ``bj.…``; one that does not exist fails the build."""
+    """Links inline code that names what is public, ``bj.…``; a wrong name fails a build."""
 
     default_priority = 400
 
     def apply(self, **_: Any) -> None:
         """Looks at every literal of a page."""
+        if self.env.docname == 'about/changelog':  # names what there was, too
+            return
         for literal in list(self.document.findall(nodes.literal)):
             found = re.fullmatch(r'bj((?:\.\w+)+)(\(.*\))?', literal.astext())
-            if found is None or any(isinstance(node, _NOT_LINKED) for node in _ancestors(literal)):
+            if found is None or any(
+                isinstance(node, _NOT_LINKED) for node in _ancestors(literal)
+            ):
                 continue
             link = addnodes.pending_xref(
-                '', refdomain='py', reftype='obj', reftarget=f'branchy_jax{found[1]}', refexplicit=True, refwarn=True,
+                '',
+                refdomain='py',
+                reftype='obj',
+                reftarget=f'branchy_jax{found[1]}',
+                refexplicit=True,
+                refwarn=True,
                 refdoc=self.env.docname,
-            )  # fmt: skip
+            )
             literal.replace_self(link)
             link += literal
 
 
-def public_entry(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Element) -> nodes.Element | None:
-    """Finds the entry of a name that stands alone in a docstring, or goes by the file that defines it."""
+def public_entry(
+    app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Element
+) -> nodes.Element | None:
+    """Finds the entry of a name that stands alone, or goes by the file that defines it."""
     if node.get('refdomain') != 'py':
         return None
     entries, name = env.get_domain('py').objects, node['reftarget'].rsplit('.', 1)[-1]
-    places = sorted(place for place in entries if place.rsplit('.', 1)[-1] == name and place.count('.') <= 2)
+    named = (place for place in entries if place.rsplit('.', 1)[-1] == name)
+    places = sorted(place for place in named if place.count('.') <= 2)
     if not places or not re.fullmatch(r'(branchy_jax\..*\.)?\w+', node['reftarget']):
         return None
     entry = entries[places[0]]
-    return make_refnode(app.builder, node['refdoc'], entry.docname, entry.node_id, content, places[0])
+    return make_refnode(
+        app.builder, node['refdoc'], entry.docname, entry.node_id, content, places[0]
+    )
 
 
 def described_where_defined(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
-) -> None:  # fmt: skip
-    """Gives a value that a room passes on the description that stands below it in the file that defines it."""
-    if what != 'data':
+) -> None:
+    """Gives a value the description that stands below it in the file that defines it."""
+    room, _, own = name.rpartition('.')
+    file = Path(importlib.import_module(room).__file__) if what == 'data' else None
+    if file is None or file.stem != '__init__':
         return
-    room, own = name.rsplit('.', 1)
-    if room in ('branchy_jax.criteria', 'branchy_jax.export', 'branchy_jax.inference'):
-        folder = Path(importlib.import_module(room).__file__).parent
-        for path in sorted(folder.glob('*.py')):
-            told = ModuleAnalyzer.for_module(f'{room}.{path.stem}').find_attr_docs().get(('', own))
-            if told:
-                lines[:] = told
+    for path in sorted(file.parent.glob('*.py')):
+        analyzer = ModuleAnalyzer.for_module(f'{room}.{path.stem}')
+        told = analyzer.find_attr_docs().get(('', own))
+        if told:
+            lines[:] = told
 
 
 def readable_signature(
-    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
-) -> tuple[str | None, str | None]:
-    """Leaves out what Flax adds to every module's constructor."""
+    app: Sphinx,
+    what: str,
+    name: str,
+    thing: Any,
+    options: Any,
+    signature: str,
+    returns: str,
+) -> tuple[str, str]:
+    """Leaves out what Flax adds to the constructor of every module."""
     if what == 'class' and signature:
         signature = re.sub(r', parent: .*\)$', ')', signature)
     return signature, returns
@@ -161,7 +181,8 @@ def readable_signature(
 def as_mathml(translator: Any, node: nodes.Element) -> None:
     """Writes a formula as MathML."""
     block = isinstance(node, nodes.math_block)
-    text = tex2mathml(node.astext(), as_block=block)
+    formula = node.astext().replace(r'\middle', '')  # the one command that docutils lacks
+    text = tex2mathml(formula, as_block=block)
     translator.body.append(f'<div class="math">{text}</div>' if block else text)
     raise nodes.SkipNode
 
