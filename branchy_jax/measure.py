@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import struct
 from scipy import stats
 
+Name = TypeVar('Name', bound=Hashable)
 _UPDATES_TO_WATCH = 5
 _LONGEST_WAIT = 5.0  # seconds, for a meter to move so often
 _UPDATES_PER_RUN = 120  # both ends of a run are uncertain by one update: together below 2 %
@@ -39,8 +40,8 @@ class Ratio:
 
 
 def interleaved_passes(
-    functions: Mapping[str, Callable[[], Any]], *, passes: int = 20, warmup: int = 2
-) -> dict[str, np.ndarray]:
+    functions: Mapping[Name, Callable[[], Any]], *, passes: int = 20, warmup: int = 2
+) -> dict[Name, np.ndarray]:
     """Times several functions in turns, so that a drifting machine slows all of them alike.
 
     Every pass calls each function once, in an order that rotates from pass to pass, and waits for its result.
@@ -64,7 +65,7 @@ def interleaved_passes(
     if not functions or passes < 1:
         raise ValueError(f'functions: nothing to time ({len(functions)} functions, {passes} passes)')
     names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for number in range(-warmup, passes):
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]

@@ -178,7 +178,7 @@ def num_rows(tree: Any) -> int:
     return shapes[0][0]
 
 
-def input_specs(image_shape: Any, size: int) -> Any:
+def input_specs(image_shape: Any, size: Any) -> Any:
     """Returns shapes and types of a batch of inputs.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def encode_policy(policy: ExitPolicy) -> tuple[dict[str, Any], dict[str, Array]]
     return {'criterion': _encode(policy.criterion, arrays), 'thresholds': _encode(policy.thresholds, arrays)}, arrays
 
 
-def decode_policy(record: dict[str, Any], arrays: dict[str, Array]) -> ExitPolicy:
+def decode_policy(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> ExitPolicy:
     """Makes the policy that `encode_policy` took apart.
 
     Raises:
@@ -136,7 +136,7 @@ def _name_of(value: Callable[..., Any]) -> str:
     return name
 
 
-def _decode(record: Any, arrays: dict[str, Array]) -> Any:
+def _decode(record: Any, arrays: Mapping[str, Array]) -> Any:
     if not isinstance(record, dict):
         return record
     if 'array' in record:

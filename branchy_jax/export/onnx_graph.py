@@ -73,6 +73,13 @@ class Value:
         return self.array is not None
 
     @property
+    def known_array(self) -> np.ndarray:
+        """``array`` of what is known."""
+        if self.array is None:
+            raise ValueError('value: depends on the input')
+        return self.array
+
+    @property
     def in_file(self) -> tuple[Size, ...]:
         """Its shape as the file holds it."""
         return tuple(self.held[axis] for axis in self.order)
@@ -133,7 +140,8 @@ class Scope:
     """
 
     def __init__(self, names: Names, outer: Scope | None = None, any_size: str = '') -> None:
-        self.names, self.outer, self.prefix = names, outer, '' if outer is None else outer.prefix
+        self.names, self.outer = names, outer
+        self.prefix: str = '' if outer is None else outer.prefix
         self.arrays: dict[str, np.ndarray] = {}
         self.nodes: list[Node] = []
         self.outputs: list[tuple[str, Value]] = []
@@ -182,7 +190,7 @@ class Scope:
         """
         order = tuple(range(len(value.shape))) if order is None else tuple(order)
         if value.is_known:
-            return self.constant(np.transpose(value.array, order))
+            return self.constant(np.transpose(value.known_array, order))
         if value.flattened is not None:
             name = self.reshape(self.read(value.flattened), value.flattened.held, value.held)
             value = dataclasses.replace(value, name=name, flattened=None)
@@ -203,7 +211,7 @@ class Scope:
         if value.held == value.shape:
             return value
         if value.is_known and all(is_size(size) for size in value.shape):
-            return known(np.broadcast_to(value.array, value.shape))
+            return known(np.broadcast_to(value.known_array, value.shape))
         name = self.node('Expand', self.read(value, value.order or None), self._sizes(value))
         return dataclasses.replace(value, name=name, array=None, held=value.shape)
 
@@ -243,9 +251,8 @@ def is_size(size: Size) -> bool:
     return isinstance(size, (int, np.integer))
 
 
-def feature_order(value: Value) -> tuple[int, ...]:
-    """Returns for each feature of a flattened value, as the file would hold it, its number in the program."""
-    source = value.flattened
+def feature_order(source: Value) -> tuple[int, ...]:
+    """Returns for each feature of what a value is flattened from, as the file holds it, its number in the program."""
     numbers = np.arange(math.prod(source.shape[1:])).reshape(source.shape[1:])
     return tuple(np.transpose(numbers, [axis - 1 for axis in source.order[1:]]).ravel().tolist())
 

@@ -17,7 +17,7 @@ Handler = Callable[[Scope, Params, list[Value], Spec], Value | list[Value]]
 """``(scope, params, inputs, spec of the first output) → outputs``."""
 
 
-def _elementwise(scope: Scope, op: str, inputs: list[Value], spec: Spec, **attributes: Any) -> Value:
+def _elementwise(scope: Scope, op: str, inputs: list[Value], spec: Spec | Value, **attributes: Any) -> Value:
     """One node on values of one shape; scalars and repetitions are left to broadcasting."""
     unknown = [value for value in inputs if not value.is_known] or inputs
     whole = [value for value in unknown if value.held == value.shape and len(value.shape) == len(spec.shape)]
@@ -59,14 +59,14 @@ def _unchanged(scope: Scope, params: Params, inputs: list[Value], spec: Spec) ->
 
 def _quotient(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> Value:
     x, divisor = inputs
-    if divisor.is_known and (divisor.array == 1).all() and x.held == tuple(spec.shape):  # the mean of one
+    if divisor.is_known and (divisor.known_array == 1).all() and x.held == tuple(spec.shape):  # the mean of one
         return x
     return _elementwise(scope, 'Div', inputs, spec)
 
 
 def _maximum(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> Value:
     for one, other in (inputs, inputs[::-1]):
-        if other.is_known and not other.array.any() and one.dtype == np.float32 and one.held == one.shape:
+        if other.is_known and not other.known_array.any() and one.dtype == np.float32 and one.held == one.shape:
             return _elementwise(scope, 'Relu', [one], spec)
     return _elementwise(scope, 'Max', inputs, spec)
 
@@ -139,7 +139,7 @@ def _broadcast(scope: Scope, params: Params, inputs: list[Value], spec: Spec) ->
     for axis, size in zip(axes, x.held, strict=True):
         held[axis] = size
     if x.is_known:
-        return known(x.array.reshape(held), shape)
+        return known(x.known_array.reshape(held), shape)
     if axes == tuple(range(len(shape))):
         return dataclasses.replace(x, shape=shape)
     name = scope.reshape(scope.read(x), x.held, held)
@@ -173,7 +173,7 @@ def _squeeze(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> V
 def _transpose(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> Value:
     x, axes = inputs[0], tuple(params['permutation'])
     if x.is_known:
-        return known(np.transpose(x.array, axes), spec.shape)
+        return known(np.transpose(x.known_array, axes), spec.shape)
     if x.flattened is not None:
         x = scope.plain(scope.read(x), x.shape, x.dtype)
     held, order = tuple(x.held[axis] for axis in axes), tuple(axes.index(axis) for axis in x.order)
@@ -252,7 +252,7 @@ def _reduce_booleans(op: str) -> Handler:
         if spec.dtype != np.bool_:
             raise ValueError('ONNX has it for booleans only')
         numbers = _elementwise(scope, 'Cast', inputs, inputs[0], to=np.dtype(np.int32))
-        reduced = _reduce(op)(scope, params, [dataclasses.replace(numbers, dtype=np.dtype(np.int32))], spec)
+        reduced: Any = _reduce(op)(scope, params, [dataclasses.replace(numbers, dtype=np.dtype(np.int32))], spec)
         return _elementwise(scope, 'Cast', [reduced], spec, to=np.dtype(np.bool_))
 
     return handler
@@ -286,7 +286,10 @@ def _pool(op: str) -> Handler:
             raise ValueError('it is dilated')
         spatial = range(1, rank - 1)
         order = (0, rank - 1, *spatial)
-        attributes = {'kernel_shape': [windows[a] for a in spatial], 'strides': [strides[a] for a in spatial]}
+        attributes: dict[str, Any] = {
+            'kernel_shape': [windows[a] for a in spatial],
+            'strides': [strides[a] for a in spatial],
+        }
         attributes['pads'] = [padding[a][side] for side in (0, 1) for a in spatial]
         if op == 'MaxPool':
             attributes['dilations'] = [dilations[a] for a in spatial]
@@ -321,8 +324,8 @@ def _product(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> V
     left, right = inputs
     if left.flattened is not None and right.is_known and left_sum == (1,) and right_sum == (0,):
         # The rows of the weights follow the features as they lie, instead of the other way round.
-        right = known(scope.full(right).array[list(feature_order(left))])
         source = left.flattened
+        right = known(scope.full(right).known_array[list(feature_order(source))])
         left = scope.plain(scope.node('Flatten', scope.read(source, source.order), axis=1), left.shape, left.dtype)
     left, right = scope.full(left), scope.full(right)
     left_free = [axis for axis in range(len(left.shape)) if axis not in (*left_sum, *left_batch)]
@@ -335,7 +338,7 @@ def _product(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> V
 
     def arranged(value: Value, axes: Sequence[int], shape: list[Any]) -> str:
         if value.is_known:
-            return scope.constant(np.transpose(value.array, axes).reshape(shape))
+            return scope.constant(np.transpose(value.known_array, axes).reshape(shape))
         return scope.reshape(scope.read(value, axes), [value.shape[axis] for axis in axes], shape)
 
     names = [

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
 from branchy_jax.export.onnx_graph import AnySize, Scope, Size, Spec, Value, is_size, known
 from branchy_jax.export.onnx_primitives import TABLE
 from branchy_jax.models.attached.program import bind
+from branchy_jax.types import spec_of
 
 TRACED_BATCH = 2
 """Images that programs of any batch are traced for; and again for one more."""
@@ -57,7 +58,7 @@ def translate(
     env.update(zip(program.invars, inputs, strict=True))
 
     def value_of(v: Any) -> Value:
-        return known(np.asarray(v.val, v.aval.dtype)) if isinstance(v, jax_core.Literal) else env[v]
+        return known(np.asarray(v.val, spec_of(v).dtype)) if isinstance(v, jax_core.Literal) else env[v]
 
     for equation in program.eqns:
         taken, results = [value_of(v) for v in equation.invars], [specs[v] for v in equation.outvars]
@@ -97,11 +98,11 @@ def _marked(name: str, size: int, larger: int) -> Size:
 
 def _fold(equation: jax_core.JaxprEqn, inputs: list[Value], results: list[Spec]) -> list[Value]:
     """Computes what depends on known values alone; repetitions are left as they are."""
-    sizes = [size for value in (*inputs, *results) for size in value.shape]
+    sizes = [size for shape in (*(v.shape for v in inputs), *(spec.shape for spec in results)) for size in shape]
     lazy = ('broadcast_in_dim', 'iota')
     if equation.primitive.name in lazy or not all(v.is_known for v in inputs) or not all(map(is_size, sizes)):
         return []
-    arrays = [np.broadcast_to(value.array, value.shape) for value in inputs]
+    arrays = [np.broadcast_to(value.known_array, value.shape) for value in inputs]
     return [known(array) for array in bind(equation, arrays)]
 
 
@@ -115,7 +116,7 @@ def _with_bias(scope: Scope, equation: jax_core.JaxprEqn, inputs: list[Value], o
         feature = product.order[1]
         fits = all(size == 1 for axis, size in enumerate(other.held) if axis != feature)
         if fits and is_size(product.shape[feature]):
-            bias = np.broadcast_to(other.array.reshape(-1), (product.shape[feature],))
+            bias = np.broadcast_to(other.known_array.reshape(-1), (product.shape[feature],))
             if scope.add_bias(product.name, bias):
                 return [product]
     return []
@@ -123,9 +124,9 @@ def _with_bias(scope: Scope, equation: jax_core.JaxprEqn, inputs: list[Value], o
 
 def _emit(scope: Scope, equation: jax_core.JaxprEqn, inputs: list[Value], results: list[Spec]) -> list[Value]:
     name = equation.primitive.name
-    for value in (*inputs, *results):
-        if jax.dtypes.issubdtype(value.dtype, np.floating) and value.dtype != np.float32:
-            raise Unsupported(name, f'computes in {value.dtype}; build the network with dtype=float32')
+    for dtype in (*(value.dtype for value in inputs), *(spec.dtype for spec in results)):
+        if jnp.issubdtype(dtype, np.floating) and dtype != np.float32:
+            raise Unsupported(name, f'computes in {dtype}; build the network with dtype=float32')
     if name not in TABLE:
         raise Unsupported(name, 'it is not among ' + ', '.join(sorted(TABLE)))
     try:

@@ -176,7 +176,7 @@ def plain_text(program: Program) -> str | None:
         for function in module.body.operations:
             for name in {'arg_attrs', 'res_attrs'} & set(function.attributes):
                 del function.attributes[name]
-        text = module.operation.get_asm(enable_debug_info=False)
+        text = str(module.operation.get_asm(enable_debug_info=False))
     return None if any(operation in text for operation in _MORE_THAN_STABLEHLO) else text
 
 

@@ -28,7 +28,7 @@ from branchy_jax.inference.steps import (
     zeros,
 )
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Replaceable, Variables, num_rows
 
 
 def compacted(
@@ -143,11 +143,11 @@ def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]
                 'build it with on_host=False'
             )
         length = num_rows(images)
-        count = length if count is None else int(count)
+        present = length if count is None else int(count)
         sizes = [min(size, length) for size in chunk_sizes]
         pipeline = Pipeline(steps, variables, policy, sizes, workers=workers, submit=submit)
-        pipeline.add(np.arange(count), at_rows(jax.tree.map(np.asarray, images), slice(count)))
-        return _in_order(count, pipeline.run(flush=True))
+        pipeline.add(np.arange(present), at_rows(jax.tree.map(np.asarray, images), slice(present)))
+        return _in_order(present, pipeline.run(flush=True))
 
     return run
 
@@ -163,7 +163,7 @@ def _in_order(count: int, found: Iterable[Answers]) -> ExitPrediction:
 
 
 @struct.dataclass
-class Queue:
+class Queue(Replaceable):
     """Rows that wait for a stage, undecided ones first.
 
     Attributes:
@@ -250,10 +250,10 @@ def run_chunks(
     """
 
     def run_chunk(start: Array | int) -> Step:
-        here = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
+        here: Any = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
         waiting = (queue.hidden, queue.carry)
-        taken = jax.tree.map(here, waiting) if queue.rows is None else at_rows(waiting, here(queue.rows))
-        return step(variables, *taken, policy)
+        hidden, carry = jax.tree.map(here, waiting) if queue.rows is None else at_rows(waiting, here(queue.rows))
+        return step(variables, hidden, carry, policy)
 
     length = len(queue.ids)
     if length == chunk_size and somebody:

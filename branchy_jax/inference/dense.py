@@ -231,7 +231,8 @@ def exit_table(
     supplied = not isinstance(data, Batch)
     if supplied and not isinstance(data, Iterable):
         raise ValueError(f'data: got {type(data).__name__}; give a branchy_jax.Batch, or an iterable of them')
-    batches = iter(data if supplied else [data])
+    source: Any = data if supplied else [data]
+    batches = iter(source)
     first = next(batches, None)
     if first is None:
         raise ValueError('data: got no batches; at least one is needed')

@@ -41,8 +41,8 @@ class Balance:
             Before the first, images lie as they came, the last devices with the rows that fill up the batch.
     """
 
-    found: np.ndarray
-    dispatched: np.ndarray
+    found: Array
+    dispatched: Array
 
     def __str__(self) -> str:
         lines = [f'{"exit asked":12}{"waiting":>9}   most on one device: before, after   shares per device after']
@@ -207,7 +207,7 @@ def _answer(
     queue = Queue(hidden=hidden, carry=carry, rows=jnp.pad(rows, (0, fill)), ids=jnp.pad(rows, (0, fill)), count=count)
     done = at_rows(run_chunks(steps[0], variables, queue, policy, size), slice(len(rows)))
     found = count if sent is None else sent.count
-    here = Balance(found=found[None, None], dispatched=count[None, None])
+    here: Any = Balance(found=found[None, None], dispatched=count[None, None])
     prediction = done.prediction
     if len(steps) > 1:
         stays = (jnp.arange(len(rows)) < count) & ~done.confident

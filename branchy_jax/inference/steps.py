@@ -40,7 +40,7 @@ def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
             return build(*arguments)
         return kept(*arguments)
 
-    built.cache_clear = kept.cache_clear
+    built.cache_clear = kept.cache_clear  # type: ignore[attr-defined]  # as functools has it
     return built
 
 
@@ -94,7 +94,7 @@ def guarded(run: Executor, model: BranchyNet, *, traceable: Executor | None = No
 
 def check_chunk_sizes(chunk_size: int | Sequence[int], count: int) -> tuple[int, ...]:
     """Returns one chunk size per step, or says what is wrong with them."""
-    sizes = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,) * count
+    sizes: tuple[Any, ...] = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,) * count
     if len(sizes) != count or any(not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
         raise ValueError(
             f'chunk_size: got {chunk_size!r}; give one positive integer, or {count} of them, one for each exit asked'

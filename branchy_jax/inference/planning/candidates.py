@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ _WORTH_A_RACE = 1.15
 _NEARLY_AS_FAST = 1.25
 # Of eight images. In none of the plans in experiments/results did a loop inside one program, or one image after
 # another, win on a CPU where they take longer; and such networks take longest to compile.
+_UNKNOWN = Ratio(float('nan'), float('nan'), float('nan'))
 _HEAVY_MS = 25.0
 
 _KINDS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
@@ -68,7 +70,7 @@ class Way:
         """
         if mesh is not None:
             return self._build_on(mesh, network, batch_size)
-        options = {'exits': self.exits, 'max_batch': batch_size}
+        options: dict[str, Any] = {'exits': self.exits, 'max_batch': batch_size}
         if self.kind == 'baseline':
             return baseline(network)
         if self.kind == 'sequential':
@@ -84,9 +86,9 @@ class Way:
             return on_mesh(baseline(network), mesh)
         size = -(-batch_size // mesh.size) * mesh.size
         if self.kind == 'sharded':
-            run = sharded(network, mesh=mesh, chunk_size=self.chunk_sizes, exits=self.exits)
-            return any_batch(run.counted, run.counted, network, (size,))
-        run = on_mesh(dense(network, exits=self.exits), mesh)
+            counted: Any = sharded(network, mesh=mesh, chunk_size=self.chunk_sizes, exits=self.exits).counted
+            return any_batch(counted, counted, network, (size,))
+        run: Any = on_mesh(dense(network, exits=self.exits), mesh)
         return any_batch(lambda variables, images, policy, _: run(variables, images, policy), run, network, (size,))
 
 
@@ -119,14 +121,14 @@ class Candidate:
         way: the executor and its setting.
         predicted_ms: for a batch; NaN where nothing predicts it.
         measured_ms: for a batch; NaN before the race.
-        slowdown: its time ÷ the plain baseline's, from paired passes.
+        slowdown: its time ÷ the plain baseline's, from paired passes; NaN before the race.
         finalist: whether it came into the final race; else the figures are of the few passes of the heat.
     """
 
     way: Way
     predicted_ms: float = float('nan')
     measured_ms: float = float('nan')
-    slowdown: Ratio | None = None
+    slowdown: Ratio = _UNKNOWN
     finalist: bool = False
 
     @property

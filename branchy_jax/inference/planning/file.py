@@ -201,7 +201,10 @@ def _decode_candidate(record: Mapping[str, Any]) -> Candidate:
 
 
 def _decode_way(record: Mapping[str, Any]) -> Way:
-    return Way(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    return Way(**fields)
 
 
 def _decode_plan(record: Mapping[str, Any]) -> Kept:

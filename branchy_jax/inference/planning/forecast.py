@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from flax import struct
@@ -60,10 +60,11 @@ def forecast(
 
 
 def _choices(side: Sequence[int], last: int) -> list[tuple[int, ...]]:
+    subsets: Iterable[tuple[int, ...]]
     if 2 ** len(side) <= _MOST_SUBSETS:
         subsets = itertools.chain.from_iterable(itertools.combinations(side, k) for k in range(len(side) + 1))
     else:
-        few = [(), *((n,) for n in side)]
+        few: list[tuple[int, ...]] = [(), *((n,) for n in side)]
         subsets = itertools.chain(few, (tuple(sorted(set(side) - set(chosen))) for chosen in few))
     return [(*chosen, last) for chosen in subsets]
 
@@ -73,7 +74,8 @@ def _forecast(
 ) -> Forecast:
     """Computes the cost of a choice of exits for batches ``confident [N - 1, R, B]``."""
     waiting = np.ones(confident.shape[1:], bool)
-    batch_size, total, sizes, start = waiting.shape[1], 0.0, [], 0
+    batch_size, total, start = confident.shape[2], 0.0, 0
+    sizes: list[int] = []
     for n in exits:
         counts = waiting.sum(axis=1)
         best = min(

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from branchy_jax.criteria import as_policy, is_confident
-from branchy_jax.inference.any_batch import AnyBatch
 from branchy_jax.inference.dense import exit_outputs
 from branchy_jax.inference.planning.candidates import Candidate, Way, is_heavy, ways_to_race
 from branchy_jax.inference.planning.file import Kept, inputs_of, read_plan, write_plan
@@ -54,7 +53,7 @@ class Plan:
     batch_size: int
     candidates: tuple[Candidate, ...]
     times: SegmentTimes
-    _run: AnyBatch = dataclasses.field(repr=False)
+    _run: Any = dataclasses.field(repr=False)
     _variables: Variables = dataclasses.field(repr=False)
     _networks: tuple[Network, Network] = dataclasses.field(repr=False)
     _inputs: Any = dataclasses.field(repr=False)
@@ -212,7 +211,8 @@ def plan(
     progress.tell('running all images')
     uncertainty, remembers = _uncertainty(networks[1], images, share, policy)
     thresholds = np.asarray(policy.thresholds)
-    confident, skip = is_confident(uncertainty[:-1], thresholds[:, None]), skip_heads and not remembers
+    confident = np.asarray(is_confident(uncertainty[:-1], thresholds[:, None]))
+    skip = skip_heads and not remembers
     build = functools.cache(functools.partial(_build, networks=networks, batch_size=batch_size, mesh=mesh))
     raced = race(
         *ways_to_race(times, confident, batch_size, share, skip=skip, mesh=mesh), build,
@@ -248,7 +248,8 @@ def _check(
         raise ValueError(f'times: are of a network with {times.stages.shape[1]} exits, this one has {model.num_exits}')
     if earlier is not None:
         theirs, weights = earlier._networks[0]
-        same = jax.tree.structure(weights) == jax.tree.structure(variables) and all(
+        structure: Any = jax.tree.structure(weights)
+        same = structure == jax.tree.structure(variables) and all(
             a is b for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(variables), strict=True)
         )
         if theirs != model or not same:

@@ -76,7 +76,8 @@ def segment_functions(
     Returns:
         ``('stage' or 'exit', n, batch_size)`` to a function of no arguments.
     """
-    rows, functions = np.arange(batch_size) % num_rows(images), {}
+    rows = np.arange(batch_size) % num_rows(images)
+    functions: dict[tuple[str, int, int], Callable[[], Any]] = {}
     hidden = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[rows]), images)
     _compile(model, variables, hidden, criterion)
     for n in range(model.num_exits):

@@ -12,7 +12,7 @@ from jax.extend import core as jax_core
 
 from branchy_jax.inference.rewriting.known import Constant, Known
 from branchy_jax.models.banded import DIMENSION_NUMBERS, band_matrix, multiply_band
-from branchy_jax.types import Array
+from branchy_jax.types import Array, spec_of
 
 Params = dict[str, Any]
 """Of a convolution or matrix product, as its equation holds them."""
@@ -51,7 +51,7 @@ def with_transposed_weights(_: Any, params: Params, left: Array, kernel: Known, 
 
 def has_few_channels(equation: jax_core.JaxprEqn, most_pairs: int) -> bool:
     """Tells a convolution that `as_banded_product` can emit and that is small enough to gain by it."""
-    params, shape, kernel = equation.params, equation.invars[0].aval.shape, equation.invars[1].aval.shape
+    params, shape, kernel = equation.params, spec_of(equation.invars[0]).shape, spec_of(equation.invars[1]).shape
     if len(shape) != 4 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
         return False
     plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)

@@ -41,7 +41,7 @@ class Known:
         dimensions: tuple[int, ...] = (),
     ) -> None:
         self.function, self.inputs, self.shape, self.dtype = function, inputs, spec.shape, spec.dtype
-        self.key = _key_of(description, [known.key for known in inputs], self.shape, self.dtype)
+        self.key: Any = _key_of(description, [known.key for known in inputs], self.shape, self.dtype)
         self.source, self.dimensions = source, dimensions
 
     @functools.cached_property

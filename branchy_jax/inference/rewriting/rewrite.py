@@ -31,7 +31,7 @@ from branchy_jax.inference.rewriting import forms as fast
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.known import Constant, Known, Linear
 from branchy_jax.models.attached.program import bind
-from branchy_jax.types import Array
+from branchy_jax.types import Array, spec_of
 
 
 def run(
@@ -60,6 +60,7 @@ def run(
             return value.result(constant)
         return _spread(value, constant) if isinstance(value, Known) else value
 
+    outputs: list[Any]
     for equation in program.eqns:
         inputs = [_literal(v) if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
         if any(isinstance(x, Known) for x in inputs) and all(_is_still(x) for x in inputs):
@@ -77,7 +78,7 @@ def run(
 
 def _literal(variable: jax_core.Literal) -> np.ndarray:
     """Returns a number in the program as a NumPy scalar, which nothing that is computed from the input ever is."""
-    return np.asarray(variable.val, variable.aval.dtype)
+    return np.asarray(variable.val, spec_of(variable).dtype)
 
 
 def _is_still(value: Any) -> bool:
@@ -144,7 +145,7 @@ def _absorb(equation: jax_core.JaxprEqn, inputs: list[Any]) -> Linear | None:
     left, right = inputs
     if not isinstance(left, Linear) and name in ('add', 'add_any', 'mul'):
         left, right = right, left
-    if not isinstance(left, Linear) or left.aval.dtype != equation.outvars[0].aval.dtype:
+    if not isinstance(left, Linear) or left.aval.dtype != spec_of(equation.outvars[0]).dtype:
         return None
     vector = _feature_vector(right, left.features)
     if vector is None:
@@ -162,7 +163,7 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
     left, kernel = inputs
     if not isinstance(kernel, Known) or isinstance(left, Known):
         return None
-    aval = equation.outvars[0].aval
+    aval = spec_of(equation.outvars[0])
     if forms.dtype is not None:
         params = {**params, 'preferred_element_type': np.dtype(np.float32)}
     if name == 'dot_general':
