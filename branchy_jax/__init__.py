@@ -21,7 +21,7 @@ from branchy_jax.types import ExitPrediction as ExitPrediction
 from branchy_jax.types import Normalization as Normalization
 from branchy_jax.types import OperatingPoint as OperatingPoint
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
     'Batch', 'BranchyNet', 'ExitPolicy', 'ExitPrediction', 'Normalization', 'OperatingPoint', 'checkpoint', 'costs',

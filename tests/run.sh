@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and all tests, in .venv with the pinned versions. Arguments go to pytest.
+# Lint, types and all tests, in .venv with the pinned versions. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/../.ci/environment.sh"
 # Compilation dominates. Tests, workers and the processes they start compile many programs alike: once is enough.
@@ -10,4 +10,5 @@ older="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
 if XLA_FLAGS="$older" python -c 'import jax; jax.devices()' 2> /dev/null; then export XLA_FLAGS="$older"; fi
 ruff check .
 ruff format --check .
+mypy --cache-dir .venv/types
 exec python -m pytest --numprocesses=2 --dist=loadfile "$@"  # a file per worker at a time: fixtures are made once

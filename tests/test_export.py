@@ -105,7 +105,8 @@ def test_manifest_tells_what_is_there(network, exported, thresholds):
     for part in manifest['programs'].values():
         assert hashlib.sha256((place / part['file']).read_bytes()).hexdigest() == part['sha256']
     assert {path.name for path in place.iterdir()} == {
-        'manifest.json', *(part['file'] for part in manifest['programs'].values())
+        'manifest.json', *(part['file'] for part in manifest['programs'].values()),
+        *(part['text']['file'] for part in manifest['programs'].values()),
     }  # fmt: skip
     stage = manifest['programs']['stage 2']
     assert stage['inputs'] == [{'name': 'hidden', 'shape': ['batch', 8], 'dtype': 'float32'}]
