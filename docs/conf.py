@@ -19,6 +19,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 from sphinx.util.nodes import make_refnode
@@ -36,6 +37,7 @@ html_title = 'branchy_jax'
 html_static_path = ['_static']
 html_css_files = ['guide.css']
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 html_math_renderer = 'mathml'
 pygments_style = 'friendly'
@@ -58,7 +60,7 @@ autodoc_default_options = {
     'members': True,
     'member-order': 'bysource',
     'special-members': '__call__',
-    'exclude-members': 'replace, parent, name, scope',
+    'exclude-members': 'replace, parent, name, scope, metric',
 }
 autodoc_preserve_defaults = True
 autodoc_typehints_format = 'short'
@@ -67,6 +69,7 @@ python_maximum_signature_line_length = 70
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
 napoleon_use_rtype = False
 toc_object_entries_show_parents = 'hide'
 
@@ -80,12 +83,13 @@ def table_of_networks() -> str:
         report = read_json(RESULTS / run / 'report.json')
         for row in report['rows']:
             leaves = len(row['exit_fractions']) > 1
+            interval = f'{row["gain_low"]:.2f}\u2009–\u2009{row["gain_high"]:.2f}'
             cells.append([
                 f'{row["network"]}, {report["dataset"]}',
                 f'{100 * row["test_accuracy"]:.2f}',
                 f'{row["latency_ms"]:.3f}',
                 f'{row["gain"]:.2f}',
-                f'{row["gain_low"]:.2f}\u2009–\u2009{row["gain_high"]:.2f}' if leaves else '–',
+                interval if leaves else '–',
                 f'{row["gain_plain"]:.2f}',
                 f'{100 * row["exit_fractions"][0]:.1f} %' if leaves else '–',
             ])  # fmt: skip
@@ -152,15 +156,19 @@ def described_where_defined(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
     """Gives a value the description that stands below it in the file that defines it."""
-    room, _, own = name.rpartition('.')
-    file = Path(importlib.import_module(room).__file__) if what == 'data' else None
-    if file is None or file.stem != '__init__':
+    if what != 'data':
         return
-    for path in sorted(file.parent.glob('*.py')):
-        analyzer = ModuleAnalyzer.for_module(f'{room}.{path.stem}')
-        told = analyzer.find_attr_docs().get(('', own))
-        if told:
-            lines[:] = told
+    room, _, own = name.rpartition('.')
+    file = Path(importlib.import_module(room).__file__)
+    modules = [room]
+    if file.stem == '__init__':
+        modules = [f'{room}.{path.stem}' for path in sorted(file.parent.glob('*.py'))]
+    for module in modules:
+        told = ModuleAnalyzer.for_module(module).find_attr_docs().get(('', own))
+        if (
+            told
+        ):  # read as a function's: of a value napoleon takes "type: description" apart
+            lines[:] = GoogleDocstring(told, app.config, app, 'function').lines()
 
 
 def readable_signature(
@@ -172,7 +180,9 @@ def readable_signature(
     signature: str,
     returns: str,
 ) -> tuple[str, str]:
-    """Leaves out what Flax adds to the constructor of every module."""
+    """Shows functions by name, and leaves out what Flax adds to a module's arguments."""
+    if signature:
+        signature = re.sub(r'<(?:function|criterion) (\w+)[^>]*>', r'\1', signature)
     if what == 'class' and signature:
         signature = re.sub(r', parent: .*\)$', ')', signature)
     return signature, returns
@@ -182,7 +192,14 @@ def as_mathml(translator: Any, node: nodes.Element) -> None:
     """Writes a formula as MathML."""
     block = isinstance(node, nodes.math_block)
     formula = node.astext().replace(r'\middle', '')  # the one command that docutils lacks
-    text = tex2mathml(formula, as_block=block)
+    # Docutils sets the index of an accented letter below it, as if the letter were a sum.
+    below = r'(<mi>.</mi>)((?:(?!<munderover>).)*?)(<mo [^>]*>[ˆˉ]</mo>)'
+    text = re.sub(
+        rf'<munderover>\s*{below}\s*</munderover>',
+        r'<msub><mover accent="true">\1\3</mover>\2</msub>',
+        tex2mathml(formula, as_block=block),
+        flags=re.S,
+    )
     translator.body.append(f'<div class="math">{text}</div>' if block else text)
     raise nodes.SkipNode
 
@@ -192,5 +209,5 @@ def setup(app: Sphinx) -> None:
     app.add_transform(LinkCode)
     app.add_html_math_renderer('mathml', (as_mathml, None), (as_mathml, None))
     app.connect('missing-reference', public_entry)
-    app.connect('autodoc-process-docstring', described_where_defined, priority=100)
+    app.connect('autodoc-process-docstring', described_where_defined, priority=900)
     app.connect('autodoc-process-signature', readable_signature)

@@ -9,6 +9,6 @@ mkdir -p "$out"
 for name in "$@"; do
     start=$SECONDS
     jupytext --quiet --to ipynb --output "$out/$name.ipynb" "docs/tutorials/$name.md"
-    (cd "$out" && jupyter execute --inplace --log-level=WARN "$name.ipynb")
+    (cd "$out" && jupyter execute --inplace --timeout=300 "$name.ipynb")
     echo "$name: $((SECONDS - start)) s"
 done
