@@ -140,7 +140,8 @@ def check_inference(mesh, state):
         'report': str(balance),
         'rows of a device': sorted({shard.data.shape[0] for shard in
                                     run(variables, images, skewed).label.addressable_shards}),
-        'plan': {'same as dense': same(planned(images), oracle(variables, images, planned.thresholds)),
+        'plan': {'same as dense': all(same(planned(images[:size]), oracle(variables, images[:size], planned.thresholds))
+                                      for size in (96, 13)),
                  'races on the mesh': len(raced), 'chunks fit a share': max(
                      (int(size) for c in raced for size in c.name.split(', ')[1].split('/')), default=99) <= 12},
         'outputs': bool(np.allclose(together.uncertainty, uncertainty[:, :50], rtol=1e-5, atol=1e-6)),

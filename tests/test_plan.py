@@ -101,6 +101,8 @@ def test_times_are_interpolated_and_the_best_size_is_found():
     )
     np.testing.assert_allclose(times.per_image(2).stages, [1.5, 2.5])
     np.testing.assert_allclose(times.per_image(64).stages, [1.0, 3.0])
+    few = SegmentTimes(batch_sizes=np.array([8]), stages=np.array([[8.0, 16.0]]), exits=np.array([[8.0, 8.0]]))
+    np.testing.assert_allclose(few.per_image(2).stages, [4.0, 8.0])  # as long as eight
     best = times.best()
     np.testing.assert_allclose((best.stages, best.exits), ([1.0, 2.0], [1.0, 1.0]))
     assert bj.costs.expected_cost(best, [0.5, 0.5]) == 3.5
@@ -301,12 +303,18 @@ def test_a_clear_race_is_short_and_losers_leave_in_the_heat(monkeypatch):
 
     monkeypatch.setattr(race_room, 'interleaved_passes', note)
     found, _, told = run_race({'pace': PACE_SECONDS, 'a': PACE_SECONDS / 8, 'b': PACE_SECONDS * 2}, passes=12)
-    assert passes == [(3, 3), (2, 6)]
+    assert passes == [(3, 1), (3, 3), (2, 6)]
     assert [found[name].finalist for name in ('pace', 'a', 'b')] == [True, True, False]
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert shares[-1] <= 1
     assert told[0][0] == 'racing: pace'
+
+
+def test_chunks_are_no_smaller_than_what_was_measured_without_need():
+    confident = np.tile([[True] * 48 + [False] * 16], (1, 1))
+    best = forecast(linear_times([40, 40], [0, 0], sizes=(8, 64)), confident, 64)[0]
+    assert min(best.chunk_sizes) >= 8
 
 
 def test_a_budget_that_is_spent_leaves_one_choice():
@@ -323,11 +331,11 @@ def test_plan_tells_what_it_does_and_keeps_to_its_budget(network, uncertainty):
         on_progress=lambda text, share: told.append((text, share)),
     )  # fmt: skip
     texts, shares = zip(*told, strict=True)
-    assert texts[:2] == ('rewriting the network', 'stages and heads at 24 images')
+    assert texts[:2] == ('rewriting the network', 'stages and heads at 8 images')
     assert texts[-1] == f'chosen: {planned.executor}'
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert list(shares) == sorted(shares)
-    assert planned.times.batch_sizes.tolist() == [24]
+    assert planned.times.batch_sizes.tolist() == [8]
     check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 

@@ -204,7 +204,8 @@ def _array(name: str, spec: Any) -> dict[str, Any]:
 
 def _versions() -> dict[str, Any]:
     found = {name: _version(name) for name in ('branchy-jax', 'jax', 'jaxlib', 'flax')}
-    return {**found, 'calling_convention': jax.config.jax_export_calling_convention_version}  # type: ignore[attr-defined]
+    config: Any = jax.config
+    return {**found, 'calling_convention': config.jax_export_calling_convention_version}
 
 
 def _version(package: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ class Way:
             return self._build_on(mesh, network, batch_size)
         options: dict[str, Any] = {'exits': self.exits, 'max_batch': batch_size}
         if self.kind == 'baseline':
-            return baseline(network)
+            return _pace(network)
         if self.kind == 'sequential':
             return sequential(network, **options)
         if self.kind == 'compacted':
@@ -83,7 +83,7 @@ class Way:
 
     def _build_on(self, mesh: Mesh, network: BranchyNet, batch_size: int) -> AnyBatch | Executor:
         if self.kind == 'baseline':
-            return on_mesh(baseline(network), mesh)
+            return on_mesh(_pace(network), mesh)
         size = -(-batch_size // mesh.size) * mesh.size
         if self.kind == 'sharded':
             counted: Any = sharded(network, mesh=mesh, chunk_size=self.chunk_sizes, exits=self.exits).counted
@@ -97,9 +97,13 @@ Prediction = tuple[Way, float]
 
 
 @compiled_once
-def baseline(network: BranchyNet) -> Executor:
-    """Builds the plain jitted network without branches, which every plan is compared with."""
-    run = jax.jit(without_branches(network).apply)
+def baseline(network: BranchyNet) -> Callable[[Variables, Array], Any]:
+    """Returns the plain jitted network without branches, which every plan is compared with."""
+    return jax.jit(without_branches(network).apply)
+
+
+def _pace(network: BranchyNet) -> Executor:
+    run = baseline(network)
     return lambda variables, images, _: run(variables, images)
 
 
@@ -175,7 +179,7 @@ def ways_to_race(
 
 def is_heavy(times: SegmentTimes) -> bool:
     """Tells a network of which eight images take so long that starting a chunk costs nothing in comparison."""
-    rates = times.per_image(8)
+    rates = times.per_image(max(8, times.batch_sizes[0]))
     return 8 * float(rates.stages.sum() + rates.exits.sum()) > _HEAVY_MS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,26 @@ from jax.sharding import Mesh
 
 from branchy_jax.criteria import as_policy, is_confident
 from branchy_jax.inference.dense import exit_outputs
-from branchy_jax.inference.planning.candidates import Candidate, Way, is_heavy, ways_to_race
+from branchy_jax.inference.planning.candidates import Candidate, Way, baseline, is_heavy, ways_to_race
 from branchy_jax.inference.planning.file import Kept, inputs_of, read_plan, write_plan
 from branchy_jax.inference.planning.progress import OnProgress, Progress
 from branchy_jax.inference.planning.race import Runner, choose, race
-from branchy_jax.inference.planning.segment_times import SegmentTimes, segment_times, segment_uncertainty
+from branchy_jax.inference.planning.segment_times import (
+    SegmentTimes,
+    compile_segments,
+    segment_times,
+    segment_uncertainty,
+)
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.steps import at_rows
-from branchy_jax.models.branchy import BranchyNet, check_model
+from branchy_jax.models.branchy import BranchyNet, check_model, naming_variables
 from branchy_jax.sharding import replicate
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
 _MOST_IMAGES_IN_A_RACE = 128
 # Stages and heads are timed at the planned size and at those of these that are at most half of it.
-_SMALLER_SIZES = (64, 8, 1)
+_SMALLER_SIZES, _FIRST_SIZE = (64, 8, 1), 8
+_PASSES, _FEW_PASSES = 5, 3
 
 Network = tuple[BranchyNet, Variables]
 
@@ -205,11 +212,11 @@ def plan(
     _check(plain, count, batch_size, times, earlier, passes)
     progress, share = Progress(on_progress, budget_seconds), batch_size if mesh is None else -(-batch_size // mesh.size)
     progress.tell('rewriting the network')
-    networks = plain, _rewritten(plain) if earlier is None else earlier._networks[1]
+    networks = plain, _prepared(plain, images, batch_size, share, mesh) if earlier is None else earlier._networks[1]
     times = earlier.times if times is None and earlier is not None else times
     times = _measured(networks[1], images, share, policy, progress) if times is None else times
     progress.tell('running all images')
-    uncertainty, remembers = _uncertainty(networks[1], images, share, policy)
+    uncertainty, remembers = _uncertainty(networks[1], images, min(share, times.batch_sizes[-1]), policy)
     thresholds = np.asarray(policy.thresholds)
     confident = np.asarray(is_confident(uncertainty[:-1], thresholds[:, None]))
     skip = skip_heads and not remembers
@@ -256,8 +263,17 @@ def _check(
             raise ValueError('earlier: is a plan of another network or other weights; leave it out')
 
 
-def _rewritten(plain: Network) -> Network:
-    return plain if plain[0].image_shape is None else optimize(*plain)
+def _rewritten(plain: Network, batch_sizes: tuple[int, int] | None = None) -> Network:
+    return plain if plain[0].image_shape is None else optimize(*plain, batch_sizes=batch_sizes)
+
+
+def _prepared(plain: Network, images: Any, batch_size: int, share: int, mesh: Mesh | None) -> Network:
+    """Returns the rewritten network; meanwhile the baseline compiles, which leaves the interpreter free."""
+    model, variables = plain
+    with ThreadPoolExecutor(1) as pool, naming_variables(variables):
+        if mesh is None:
+            pool.submit(baseline(model).lower(variables, at_rows(images, slice(batch_size))).compile)
+        return _rewritten(plain, (_FIRST_SIZE, share) if share > _FIRST_SIZE else None)
 
 
 def _build(way: Way, networks: tuple[Network, Network], batch_size: int, mesh: Mesh | None) -> Runner:
@@ -267,19 +283,28 @@ def _build(way: Way, networks: tuple[Network, Network], batch_size: int, mesh: M
 
 
 def _measured(fast: Network, images: Any, share: int, policy: ExitPolicy, progress: Progress) -> SegmentTimes:
-    """Times stages and heads, the largest size first, until time is up."""
+    """Times stages and heads until time is up, first at the size that tells most at least cost, then the largest."""
     found: list[SegmentTimes] = []
-    for size in (share, *(size for size in _SMALLER_SIZES if 2 * size <= share)):
-        if found and (progress.is_over or (size == 1 and is_heavy(found[0]))):
+    sizes = [share, *(size for size in _SMALLER_SIZES if 2 * size <= share)]
+    sizes = sorted(sizes, key=lambda size: (size != _FIRST_SIZE, -size))
+    if not progress.is_over:
+        progress.tell('compiling stages and heads')
+        compile_segments(*fast, images, sizes[:2], criterion=policy.criterion)  # these are needed in any case
+    for size in sizes:
+        heavy = bool(found) and is_heavy(found[0])
+        if found and (progress.is_over or (heavy and size == 1)):
             break
         progress.tell(f'stages and heads at {size} images')
-        found.insert(0, segment_times(*fast, images, batch_sizes=[size], criterion=policy.criterion))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        # Noise is short, and of a heavy network a pass is long.
+        passes = _FEW_PASSES if heavy else _PASSES
+        found.append(segment_times(*fast, images, batch_sizes=[size], criterion=policy.criterion, passes=passes))
+    in_order = sorted(found, key=lambda times: times.batch_sizes[0])
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *in_order)
 
 
-def _uncertainty(fast: Network, images: Any, share: int, policy: ExitPolicy) -> tuple[np.ndarray, bool]:
+def _uncertainty(fast: Network, images: Any, size: int, policy: ExitPolicy) -> tuple[np.ndarray, bool]:
     """Returns ``[N, M]`` how unsure exits are of the images, and whether the criterion remembers earlier exits."""
-    found = segment_uncertainty(*fast, images, share, criterion=policy.criterion)
+    found = segment_uncertainty(*fast, images, size, criterion=policy.criterion)
     if found is not None:
         return found, False
     outputs = exit_outputs(*fast, images, criterion=policy.criterion, batch_size=min(num_rows(images), 256))

@@ -37,9 +37,13 @@ class SegmentTimes:
     exits: np.ndarray
 
     def per_image(self, batch_size: int) -> StageCosts:
-        """Returns ms per image at any batch size, interpolated between the measured ones on a logarithmic axis."""
+        """Returns ms per image at any batch size, interpolated between the measured ones on a logarithmic axis.
+
+        Above the largest that of the largest counts; fewer images than the smallest are taken to need as long as these.
+        """
         at = functools.partial(np.interp, np.log(batch_size), np.log(self.batch_sizes))
-        rates = [values / self.batch_sizes[:, None] for values in (self.stages, self.exits)]
+        padding = max(1.0, self.batch_sizes[0] / batch_size)
+        rates = [values / self.batch_sizes[:, None] * padding for values in (self.stages, self.exits)]
         return StageCosts(*(np.array([at(rate) for rate in rates_of.T]) for rates_of in rates))
 
     @property
@@ -79,7 +83,6 @@ def segment_functions(
     rows = np.arange(batch_size) % num_rows(images)
     functions: dict[tuple[str, int, int], Callable[[], Any]] = {}
     hidden = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[rows]), images)
-    _compile(model, variables, hidden, criterion)
     for n in range(model.num_exits):
         stage, head = _segment(model, 'stage', n), _segment(model, 'exit', n)
         functions['stage', n, batch_size] = functools.partial(stage, variables, hidden)
@@ -88,15 +91,33 @@ def segment_functions(
     return functions
 
 
-def _compile(model: BranchyNet, variables: Variables, hidden: Hidden, criterion: Criterion) -> None:
-    """Compiles all stages and heads, several at once: tracing holds the interpreter, XLA does not."""
-    traced = []
-    for n in range(model.num_exits):
-        traced.append(_segment(model, 'stage', n).lower(variables, hidden))
-        hidden = traced[-1].out_info
-        traced.append(_segment(model, 'exit', n).lower(variables, hidden, criterion))
+def compile_segments(
+    model: BranchyNet, variables: Variables, images: Array, batch_sizes: Sequence[int], *, criterion: Criterion
+) -> None:
+    """Compiles all stages and heads, each while the next is traced: tracing holds the interpreter, XLA does not.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        images: whose shape and dtype count.
+        batch_sizes: to compile at.
+        criterion: how unsure an exit is.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda one: one.compile(), traced))
+        compiling = []
+        for size in batch_sizes:
+            hidden = jax.tree.map(functools.partial(_spec, size), images)
+            for n in range(model.num_exits):
+                stage = _segment(model, 'stage', n).lower(variables, hidden)
+                hidden = stage.out_info
+                head = _segment(model, 'exit', n).lower(variables, hidden, criterion)
+                compiling += [pool.submit(stage.compile), pool.submit(head.compile)]
+        for one in compiling:
+            one.result()
+
+
+def _spec(size: int, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))
 
 
 def segment_uncertainty(
@@ -170,6 +191,7 @@ def segment_times(
     sizes = sorted(set(batch_sizes))
     if not sizes or sizes[0] < 1 or num_rows(images) == 0:
         raise ValueError(f'batch_sizes: got {list(batch_sizes)} for {num_rows(images)} images; give sizes and images')
+    compile_segments(model, variables, images, sizes, criterion=criterion)
     functions = {}
     for size in sizes:
         functions.update(segment_functions(model, variables, images, size, criterion=criterion))

@@ -25,9 +25,9 @@ _MOST_CHANNEL_PAIRS_ON_CPU = 200
 # costs memory and time.
 _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
 
-# What is computed alike at the last two does not depend on the batch size; a batch of one image is often traced
-# otherwise, since its arrays need no spreading.
-_TRACED_BATCH_SIZES = (1, 2, 3)
+# What is computed alike at two sizes does not depend on the batch size; a batch of one image is often traced otherwise,
+# since its arrays need no spreading.
+_TRACED_BATCH_SIZES = (2, 3)
 
 
 def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
@@ -46,18 +46,32 @@ class Segment:
         shapes: of its variables.
         forms: which forms it is emitted in.
         embedded: the constants themselves where they are to be part of the compiled program.
+        traced: programs by what they were traced for; tracing a deep network takes longer than all else here.
     """
 
     function: Callable[[Variables, Any], Any]
     shapes: Any
     forms: Forms
     embedded: Mapping[str, Array] | None = None
+    traced: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def evaluate(self, known: Any, hidden: Any, constant: Constant) -> Any:
         """Runs the rewritten program with variables known and ``constant`` handing out what it needs of them."""
-        jaxpr, structure = trace(self.function, self.shapes, hidden)
+        jaxpr, structure = self._trace(hidden)
         leaves = run(jaxpr, jax.tree.leaves(known), jax.tree.leaves(hidden), constant, self.forms)
         return jax.tree.unflatten(structure, leaves)
+
+    def _trace(self, hidden: Any) -> Any:
+        leaves, structure = jax.tree.flatten(hidden)
+        if not all(isinstance(size, int) for leaf in leaves for size in leaf.shape):  # an export's symbolic size
+            return trace(self.function, self.shapes, hidden)
+        # What a context of the caller's may change in the program.
+        config: Any = jax.config
+        settings = config.jax_default_matmul_precision, config.jax_enable_x64
+        key = structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, 'weak_type', False)) for leaf in leaves), settings
+        if key not in self.traced:
+            self.traced[key] = trace(self.function, self.shapes, hidden)
+        return self.traced[key]
 
     def constants(self, variables: Variables, hidden: Sequence[Any]) -> dict[str, Array]:
         """Computes what the rewritten program needs of the variables, by the keys it asks for.
@@ -118,7 +132,13 @@ class RewrittenLayer(nn.Module):
 
 
 def optimize(
-    model: BranchyNet, variables: Variables, *, dtype: Any = None, forms: Forms | None = None, embed: bool | None = None
+    model: BranchyNet,
+    variables: Variables,
+    *,
+    dtype: Any = None,
+    forms: Forms | None = None,
+    embed: bool | None = None,
+    batch_sizes: tuple[int, int] | None = None,
 ) -> tuple[BranchyNet, Variables]:
     """Rewrites a trained network for inference, exactly up to rounding.
 
@@ -134,6 +154,7 @@ def optimize(
         forms: to override what suits the backend.
         embed: compiles the weights into the program as constants, and returns empty variables. By default on a CPU,
             for networks of up to 16 MiB.
+        batch_sizes: two sizes above 1 that it will run at, which saves tracing it there again; it runs at any.
 
     Returns:
         A `BranchyNet` with the same stages and exits, for inference only, and its variables. Logits agree within
@@ -155,7 +176,7 @@ def optimize(
     forms = default_forms(dtype) if forms is None else forms
     if model.image_shape is None:
         raise ValueError('model: has no image_shape, which optimize needs to trace it; build it with image_shape=…')
-    hidden = [input_specs(model.image_shape, size) for size in _TRACED_BATCH_SIZES]
+    hidden = [input_specs(model.image_shape, size) for size in (1, *(batch_sizes or _TRACED_BATCH_SIZES))]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     segments, constants = {}, {}
     for n, kind in itertools.product(range(model.num_exits), ('stage', 'exit')):
@@ -196,6 +217,6 @@ def _name(place: tuple[str, int]) -> str:
 
 def _unavailable() -> Array:
     raise ValueError(
-        'images: a batch of this size needs weights that batches of 1, 2 and 3 images, for which the network was '
-        'rewritten, do not; run the network as it was before optimize'
+        'images: a batch of this size needs weights that the batches for which the network was rewritten do not; run '
+        'the network as it was before optimize'
     )
