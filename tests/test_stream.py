@@ -171,6 +171,44 @@ def test_a_deadline_is_kept_while_other_images_keep_coming(network):
     assert answered.is_set()
 
 
+def test_an_image_that_is_due_waits_for_no_others(network, thresholds, expected):
+    """Of two images in one supply only the second, which is due at once, is answered while the supply is silent."""
+    model, variables, images = network
+    answered = threading.Event()
+
+    def supply():
+        yield np.array([100]), images[:1], [np.inf]
+        yield np.array([101]), images[1:2], [time.monotonic()]
+        assert answered.wait(timeout=60)
+
+    found = []
+    for answers in stream(model, chunk_size=(1, 24, 24))(variables, supply(), [-np.inf, -np.inf]):
+        found.append(answers.ids.tolist())
+        answered.set()
+    assert found in ([[101], [100]], [[100, 101]], [[101, 100]])  # a chunk that runs takes along whoever waits
+    with pytest.raises(ValueError, match=r'due: got shape \(2,\) for 1 images'):
+        list(stream(model, chunk_size=1)(variables, [(np.array([1]), images[:1], [0.0, 1.0])], thresholds))
+
+
+def test_a_policy_may_be_asked_for_anew_at_every_chunk(network):
+    """All images leave at the first exit until the policy says otherwise."""
+    model, variables, images = network
+    leave, exits = [True], []
+
+    def supply():
+        yield images[:4]
+        leave[0] = False
+        yield images[4:8]
+
+    answer = stream(model, chunk_size=4, ahead=1)
+    waiting = answer(variables, supply(), lambda: [np.inf, np.inf] if leave[0] else [-np.inf, -np.inf])
+    exits = {int(i): int(e) for found in waiting for i, e in zip(found.ids, found.prediction.exit_index, strict=True)}
+    assert [exits[i] for i in range(4, 8)] == [2] * 4
+    assert set(exits) == set(range(8))
+    with pytest.raises(ValueError, match='thresholds: a network with 3 exits'):
+        list(answer(variables, [images[:4]], lambda: [0.0]))
+
+
 def test_a_supply_may_fill_the_same_buffer_again(network, thresholds, expected, answer):
     _, variables, images = network
 
@@ -253,13 +291,13 @@ def test_bad_thresholds_are_refused_before_anything_is_read(network, answer):
 
 def test_pool_hands_out_rows_in_order_and_pads_with_the_last():
     pool = Waiting(4)
-    pool.add(Rows(np.arange(3), np.arange(3.0), since=2.0))
-    pool.add(Rows(np.arange(3, 6), np.arange(3.0, 6.0), since=1.0))
-    assert (pool.count, pool.oldest) == (6, 1.0)
+    pool.add(Rows(np.arange(3), np.arange(3.0), due=2.0))
+    pool.add(Rows(np.arange(3, 6), np.arange(3.0, 6.0), due=1.0))
+    assert (pool.count, pool.due) == (6, 1.0)
     first, second = pool.take(), pool.take()
-    assert (first.ids.tolist(), first.values.tolist(), first.since) == ([0, 1, 2, 3], [0, 1, 2, 3], 1.0)
+    assert (first.ids.tolist(), first.values.tolist(), first.due) == ([0, 1, 2, 3], [0, 1, 2, 3], 1.0)
     assert (second.ids.tolist(), second.values.tolist()) == ([4, 5], [4, 5, 5, 5])
-    assert (pool.count, pool.oldest) == (0, float('inf'))
+    assert (pool.count, pool.due) == (0, float('inf'))
 
 
 def test_stages_may_pass_pytrees_of_any_dtype(network, thresholds):

@@ -145,7 +145,7 @@ def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]
         length = num_rows(images)
         present = length if count is None else int(count)
         sizes = [min(size, length) for size in chunk_sizes]
-        pipeline = Pipeline(steps, variables, policy, sizes, workers=workers, submit=submit)
+        pipeline = Pipeline(steps, variables, lambda: policy, sizes, workers=workers, submit=submit)
         pipeline.add(np.arange(present), at_rows(jax.tree.map(np.asarray, images), slice(present)))
         return _in_order(present, pipeline.run(flush=True))
 

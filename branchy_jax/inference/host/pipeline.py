@@ -26,12 +26,12 @@ class Rows:
     Attributes:
         ids: ``[M]`` which images these are.
         values: pytree of NumPy arrays ``[M, …]``: hidden value and carry.
-        since: when the first of them came in, in seconds of `time.monotonic`.
+        due: from when on none of them waits for others, in seconds of `time.monotonic`.
     """
 
     ids: np.ndarray
     values: Any
-    since: float
+    due: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Waiting:
         self._blocks: deque[Rows] = deque()
 
     @property
-    def oldest(self) -> float:
-        """When the longest waiting of these images came in; infinity if none waits."""
-        return min((block.since for block in self._blocks), default=float('inf'))
+    def due(self) -> float:
+        """From when on one of these images waits for no others; infinity if none waits."""
+        return min((block.due for block in self._blocks), default=float('inf'))
 
     def add(self, rows: Rows) -> None:
         """Lets rows wait."""
@@ -75,15 +75,15 @@ class Waiting:
         parts, missing = [], self.chunk_size
         while missing and self._blocks:
             block = self._blocks.popleft()
-            parts.append(Rows(block.ids[:missing], at_rows(block.values, slice(missing)), block.since))
+            parts.append(Rows(block.ids[:missing], at_rows(block.values, slice(missing)), block.due))
             if len(block.ids) > missing:
                 rest = slice(missing, None)
-                self._blocks.appendleft(Rows(block.ids[rest], at_rows(block.values, rest), block.since))
+                self._blocks.appendleft(Rows(block.ids[rest], at_rows(block.values, rest), block.due))
             missing -= len(parts[-1].ids)
         ids = np.concatenate([part.ids for part in parts])
         self.count -= len(ids)
         values = jax.tree.map(lambda *leaves: _chunk(leaves, self.chunk_size), *(part.values for part in parts))
-        return Rows(ids, values, min(part.since for part in parts))
+        return Rows(ids, values, min(part.due for part in parts))
 
 
 def _chunk(leaves: Sequence[np.ndarray], size: int) -> np.ndarray:
@@ -100,7 +100,7 @@ class Pipeline:
     Args:
         steps: jitted, from `branchy_jax.inference.steps.build_steps`.
         variables: of the network.
-        policy: when an image leaves.
+        policy: tells when an image leaves, anew for every chunk.
         chunk_sizes: one per step.
         workers: how many chunks run at the same time.
         submit: starts a chunk.
@@ -110,7 +110,7 @@ class Pipeline:
         self,
         steps: Sequence[StepFunction],
         variables: Variables,
-        policy: ExitPolicy,
+        policy: Callable[[], ExitPolicy],
         chunk_sizes: Sequence[int],
         *,
         workers: int,
@@ -121,37 +121,32 @@ class Pipeline:
         self._workers, self._submit = workers, submit
         self._running: deque[tuple[int, Rows, Future]] = deque()
 
-    def add(self, ids: np.ndarray, images: np.ndarray, *, since: float | None = None) -> None:
-        """Lets images wait for the first stage; they came in at ``since``, or now."""
-        self._waiting[0].add(Rows(ids, (images, ()), time.monotonic() if since is None else since))
+    def add(self, ids: np.ndarray, images: np.ndarray, *, due: float = float('inf')) -> None:
+        """Lets images wait for the first stage, from ``due`` on for no others."""
+        self._waiting[0].add(Rows(ids, (images, ()), due))
 
     @property
-    def oldest(self) -> float:
-        """When the longest waiting image came in; infinity if none waits."""
-        return min(waiting.oldest for waiting in self._waiting)
+    def due(self) -> float:
+        """From when on a waiting image waits for no others; infinity if none waits."""
+        return min(waiting.due for waiting in self._waiting)
 
-    def run(self, *, deadline: float = float('inf'), flush: bool = False) -> Iterator[Answers]:
-        """Runs whole chunks until none is left.
-
-        Args:
-            deadline: seconds after coming in from which an image waits for no others.
-            flush: whether to run whatever waits, too.
-        """
+    def run(self, *, flush: bool = False) -> Iterator[Answers]:
+        """Runs whole chunks, and what is due, until none is left; with ``flush`` whatever waits, too."""
         while True:
-            while len(self._running) < self._workers and (n := self._next(deadline, flush=flush)) is not None:
+            while len(self._running) < self._workers and (n := self._next(flush=flush)) is not None:
                 chunk = self._waiting[n].take()
-                arguments = (self._variables, *chunk.values, self._policy)
+                arguments = (self._variables, *chunk.values, self._policy())
                 self._running.append((n, chunk, self._submit(_finished, self._steps[n], *arguments)))
             if not self._running:
                 return
             n, chunk, future = self._running.popleft()
             yield from self._leave(n, chunk, future.result())
 
-    def _next(self, deadline: float, *, flush: bool) -> int | None:
+    def _next(self, *, flush: bool) -> int | None:
         """Returns the stage to run: one that is overdue, else the latest with a whole chunk: lines stay short."""
-        longest = min(range(len(self._waiting)), key=lambda n: self._waiting[n].oldest)
-        if self._waiting[longest].oldest + deadline <= time.monotonic():
-            return longest
+        first = min(range(len(self._waiting)), key=lambda n: self._waiting[n].due)
+        if self._waiting[first].due <= time.monotonic():
+            return first
         whole = [n for n, waiting in enumerate(self._waiting) if waiting.count >= waiting.chunk_size]
         if whole:
             return whole[-1]
@@ -169,7 +164,7 @@ class Pipeline:
         if n + 1 < len(self._waiting):
             stay = ~leaves
             values = at_rows((step.hidden, step.carry), stay)
-            self._waiting[n + 1].add(Rows(ids[stay], values, chunk.since))
+            self._waiting[n + 1].add(Rows(ids[stay], values, chunk.due))
         if leaves.any():
             yield Answers(ids[leaves], at_rows(step.prediction, leaves))
 

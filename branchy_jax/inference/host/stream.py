@@ -16,10 +16,10 @@ from branchy_jax.inference.compacted import jitted_steps
 from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
 from branchy_jax.inference.steps import asked_exits, check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, Variables, check_inputs, num_rows
+from branchy_jax.types import Array, ExitPolicy, Variables, check_inputs, num_rows
 
-Arrival = Array | tuple[Array, Array]
-"""``images [B, H, W, C]``, or ``(ids [B], images)``."""
+Arrival = Array | tuple[Array, Array] | tuple[Array, Array, Array]
+"""``images [B, H, W, C]``, ``(ids [B], images)``, or ``(ids, images, due [B])``."""
 
 _POLL_SECONDS = 0.1
 
@@ -48,14 +48,17 @@ def stream(
         model: a network with N exits.
         chunk_size: images that a stage takes at once; one number, or one for each exit that is asked.
         deadline: seconds after its arrival from which an image no longer waits for others: chunks are then padded.
-            Kept while the caller asks for answers, up to the chunks that are running.
+            Kept while the caller asks for answers, up to the chunks that are running. A supply that yields ``due``
+            says so of each image instead, in seconds of `time.monotonic`.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         workers: chunks that run at the same time, in threads.
         ahead: batches to read ahead.
 
     Returns:
         ``(variables, supply, policy)`` to an iterator of `Answers`: ``ids [M]`` and their prediction. The
-        supply yields ``images [B, H, W, C]``, whose ids count from 0 in order of arrival, or ``(ids [B], images)``.
+        supply yields ``images [B, H, W, C]``, whose ids count from 0 in order of arrival, ``(ids [B], images)``, or
+        ``(ids [B], images, due [B])``. ``policy`` may be a function of no arguments that returns one: it is asked anew
+        for every chunk, so that thresholds can follow the load or a `branchy_jax.thresholds.Controller`.
 
     Raises:
         ValueError: a chunk size, deadline, ``workers`` or ``ahead`` out of range, or impossible ``exits``.
@@ -77,8 +80,17 @@ def stream(
     steps, submit = jitted_steps(model, asked), submitter(workers)
 
     def execute(variables: Variables, supply: Iterable[Arrival], policy: Any) -> Iterator[Answers]:
+        def current() -> ExitPolicy:
+            return as_policy(policy(), model.num_exits)
+
+        fixed = policy if callable(policy) else as_policy(policy, model.num_exits)
         pipeline = Pipeline(
-            steps, variables, as_policy(policy, model.num_exits), chunk_sizes, workers=workers, submit=submit
+            steps,
+            variables,
+            current if callable(policy) else lambda: fixed,
+            chunk_sizes,
+            workers=workers,
+            submit=submit,
         )
         return _answers(pipeline, supply, model.image_shape, deadline, ahead)
 
@@ -92,10 +104,10 @@ def _answers(
     try:
         while not reader.ended:
             # All that has come in by now, so that several chunks can run at the same time.
-            arrivals = reader.next(timeout=pipeline.oldest + deadline - time.monotonic(), most=ahead)
-            for since, ids, images in arrivals:
-                pipeline.add(ids, images, since=since)
-            yield from pipeline.run(deadline=deadline)
+            arrivals = reader.next(timeout=pipeline.due - time.monotonic(), most=ahead)
+            for since, ids, images, due in arrivals:
+                pipeline.add(ids, images, due=since + deadline if due is None else due)
+            yield from pipeline.run()
         yield from pipeline.run(flush=True)
         failure = reader.failure
     finally:
@@ -110,11 +122,11 @@ class _Door:
     def __init__(self, image_shape: Any) -> None:
         self._image_shape, self._seen, self._first = image_shape, 0, None
 
-    def __call__(self, arrival: Arrival) -> tuple[np.ndarray, np.ndarray]:
-        given = isinstance(arrival, tuple)
-        if given and len(arrival) != 2:
-            raise ValueError(f'supply: got a tuple of {len(arrival)}; yield images, or (ids, images)')
-        images = jax.tree.map(np.array, arrival[1] if given else arrival)
+    def __call__(self, arrival: Arrival) -> tuple[np.ndarray, np.ndarray, float | None]:
+        parts: tuple[Any, ...] = arrival if isinstance(arrival, tuple) else (None, arrival)
+        if len(parts) not in (2, 3):
+            raise ValueError(f'supply: got a tuple of {len(parts)}; yield images, (ids, images), or (ids, images, due)')
+        images = jax.tree.map(np.array, parts[1])
         if self._image_shape is not None:
             check_inputs(images, self._image_shape)
         count = num_rows(images)
@@ -126,18 +138,25 @@ class _Door:
             raise ValueError(
                 f'images: all batches of a stream are alike; the first had images {self._first}, this one {kind}'
             )
-        ids = np.array(arrival[0]) if given else np.arange(self._seen, self._seen + count)
+        ids = np.arange(self._seen, self._seen + count) if parts[0] is None else np.array(parts[0])
         if ids.shape != (count,):
             raise ValueError(f'ids: got shape {ids.shape} for {count} images; give one id per image')
+        due = np.asarray(parts[2], np.float64) if len(parts) == 3 else None
+        if due is not None and (due.shape != (count,) or np.isnan(due).any()):
+            raise ValueError(f'due: got shape {due.shape} for {count} images; give one time per image, not NaN')
         self._seen += count
-        return ids, images
+        # Those that came together go together: the first that is due takes the others along.
+        return ids, images, None if due is None else float(due.min(initial=np.inf))
 
 
 class _Reader:
     """Reads a supply in a thread, a few items ahead."""
 
     def __init__(
-        self, supply: Iterable[Arrival], door: Callable[[Arrival], tuple[np.ndarray, np.ndarray]], ahead: int
+        self,
+        supply: Iterable[Arrival],
+        door: Callable[[Arrival], tuple[np.ndarray, np.ndarray, float | None]],
+        ahead: int,
     ) -> None:
         self.ended = False
         self.failure: BaseException | None = None
@@ -145,13 +164,13 @@ class _Reader:
         self._stopped = threading.Event()
         threading.Thread(target=self._read, args=(supply, door), name='branchy_jax supply', daemon=True).start()
 
-    def next(self, *, timeout: float, most: int) -> list[tuple[float, np.ndarray, np.ndarray]]:
-        """Returns what has come in: when, ids and images; waits for the first.
+    def next(self, *, timeout: float, most: int) -> list[tuple[float, np.ndarray, np.ndarray, float | None]]:
+        """Returns what has come in: when, ids, images and when they are due; waits for the first.
 
         Empty if nothing comes in time, or nothing comes any more: then ``ended`` is set, and ``failure`` if the supply
         raised.
         """
-        found: list[tuple[float, np.ndarray, np.ndarray]] = []
+        found: list[tuple[float, np.ndarray, np.ndarray, float | None]] = []
         try:
             while len(found) < most:
                 wait = max(0.0, min(timeout, threading.TIMEOUT_MAX)) if not found else 0.0

@@ -1,0 +1,229 @@
+"""Images in, answers out, from any thread: a bounded queue before a stream whose thresholds follow the waiting time.
+
+The more images wait, the earlier they leave, as far as a floor of accuracy on validation data allows (after Apparate:
+Dai et al., Apparate: Rethinking Early Exits to Tame Latency-Throughput Tensions in ML Serving, 2024). What does not fit
+into the queue is refused at once, and may be sent again: memory is bounded, and nothing that was taken is lost.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import numpy as np
+
+import branchy_jax as bj
+from branchy_jax.models import Pretrained
+from branchy_jax.thresholds import Controller, ExitTable
+
+_POLL_SECONDS = 0.05
+_RECENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What became of one image.
+
+    Attributes:
+        number: of the image, in order of arrival.
+        label: its class.
+        exit: the exit that answered, from 1.
+        waited_ms: from its arrival to its answer.
+        in_time: whether that was before its deadline.
+    """
+
+    number: int
+    label: int
+    exit: int
+    waited_ms: float
+    in_time: bool
+
+
+@dataclasses.dataclass
+class _Counts:
+    taken: int = 0
+    refused: int = 0
+    answered: int = 0
+    failed: int = 0
+    missed: int = 0
+    exits: list[int] = dataclasses.field(default_factory=list)
+
+
+def path_above(table: ExitTable, floor: float, *, size: int = 51) -> np.ndarray:
+    """Returns settings from leaving most to leaving least, none of which falls under a floor of accuracy.
+
+    Settings half-way between two neighbours, where a controller may stand, are looked at as well.
+
+    Args:
+        table: of validation data.
+        floor: accuracy in [0, 1].
+        size: settings to start from.
+
+    Raises:
+        ValueError: a floor that not even leaving least reaches.
+    """
+    path = bj.thresholds.path_by_shares(table, size=size)
+    accuracy = table.evaluate(path).accuracy
+    between = table.evaluate((path[1:] + path[:-1]) / 2).accuracy
+    lowest = np.minimum(accuracy, np.append(between, 1.0))
+    under = np.flatnonzero(lowest < floor)
+    kept = path[under[-1] + 1 :] if len(under) else path
+    if len(kept) < 2:
+        raise ValueError(f'floor: got {floor}; leaving least reaches {accuracy[-1]:.4f}')
+    return kept
+
+
+class Service:
+    """Answers images one by one while a thread of its own runs the network on whole chunks of them.
+
+    Args:
+        weights: the network.
+        controller: of the waiting time in milliseconds; its path ends where accuracy would fall under the floor.
+        capacity: images that may wait for the network; more are refused.
+        chunk_size: images that a stage takes at once.
+        patience: seconds after which an image waits for no others.
+        deadline: seconds after which an answer counts as late.
+    """
+
+    def __init__(
+        self,
+        weights: Pretrained,
+        controller: Controller,
+        *,
+        capacity: int = 256,
+        chunk_size: int = 16,
+        patience: float = 0.005,
+        deadline: float = 0.25,
+    ) -> None:
+        self.weights, self.controller, self.capacity = weights, controller, capacity
+        self.counts = _Counts(exits=[0] * weights.model.num_exits)
+        self.recent: collections.deque[tuple[Answer, np.ndarray]] = collections.deque(maxlen=_RECENT)
+        self.failure: BaseException | None = None
+        self._policy, self._chunk_size, self._patience, self._deadline = (
+            controller.policy,
+            chunk_size,
+            patience,
+            deadline,
+        )
+        self._waiting: queue.Queue[tuple[int, np.ndarray, float]] = queue.Queue(capacity)
+        self._pending: dict[int, tuple[Future[Answer], float, np.ndarray]] = {}
+        self._numbers, self._lock, self._closed = itertools.count(), threading.Lock(), threading.Event()
+        self._update = jax.jit(_updated)
+        self._thread = threading.Thread(target=self._serve, name='branchy_jax service', daemon=True)
+
+    def start(self) -> Service:
+        """Compiles, and begins to answer."""
+        shape = self.weights.model.image_shape
+        run = bj.inference.stream(self.weights.model, chunk_size=self._chunk_size)
+        nothing = np.zeros((1, *shape), np.uint8)
+        # Never leaving, so that every stage compiles before the first image comes.
+        never = self._policy.replace(thresholds=np.full(np.shape(self._policy.thresholds), -np.inf, np.float32))
+        for _ in run(self.weights.variables, [np.asarray(self.weights.normalize(nothing))], never):
+            pass
+        self._update(self.controller, np.full(self._chunk_size, np.nan, np.float32))
+        self._run = run
+        self._thread.start()
+        return self
+
+    def submit(self, image: np.ndarray) -> Future[Answer]:
+        """Takes one image, uint8 as stored, and promises its answer.
+
+        Raises:
+            ValueError: an image of another shape or type.
+            queue.Full: too many wait already; nothing was taken.
+            RuntimeError: the service has ended.
+        """
+        shape = self.weights.model.image_shape
+        if image.shape != tuple(shape) or image.dtype != np.uint8:
+            raise ValueError(f'image: expected uint8 {shape}, got {image.dtype} {image.shape}')
+        if self._closed.is_set() or self.failure is not None:
+            raise RuntimeError('the service has ended')
+        future: Future[Answer] = Future()
+        arrived = time.monotonic()
+        with self._lock:
+            number = next(self._numbers)
+            self._pending[number] = future, arrived, image
+            try:
+                self._waiting.put_nowait((number, image, arrived))
+            except queue.Full:
+                del self._pending[number]
+                self.counts.refused += 1
+                raise
+            self.counts.taken += 1
+        return future
+
+    def close(self) -> None:
+        """Answers what has been taken, and ends."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def stats(self) -> dict[str, Any]:
+        """Returns counts, what waits, and where the thresholds stand."""
+        return {
+            **dataclasses.asdict(self.counts),
+            'waiting': self._waiting.qsize(),
+            'capacity': self.capacity,
+            'position': float(self.controller.position),
+            'thresholds': [float(x) for x in np.asarray(self._policy.thresholds)],
+            'recent_ms': [answer.waited_ms for answer, _ in list(self.recent)],
+        }
+
+    def _supply(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        while True:
+            taken = []
+            try:
+                taken.append(self._waiting.get(timeout=_POLL_SECONDS))
+                while len(taken) < self._chunk_size:
+                    taken.append(self._waiting.get_nowait())
+            except queue.Empty:
+                if not taken and self._closed.is_set():
+                    return
+            if taken:
+                numbers, images, arrived = zip(*taken, strict=True)
+                normalized = np.asarray(self.weights.normalize(np.stack(images)))
+                yield np.array(numbers), normalized, np.array(arrived) + self._patience
+
+    def _serve(self) -> None:
+        try:
+            for found in self._run(self.weights.variables, self._supply(), lambda: self._policy):
+                waited = self._answer(found)
+                observed = np.full(self._chunk_size, np.nan, np.float32)
+                observed[: len(waited)] = waited
+                self.controller, self._policy = self._update(self.controller, observed)
+        except BaseException as error:  # whoever waits is told
+            self.failure = error
+        with self._lock:
+            left, self._pending = self._pending, {}
+        for future, _, _ in left.values():
+            self.counts.failed += 1
+            future.set_exception(RuntimeError(f'the service has ended: {self.failure}'))
+
+    def _answer(self, found: Any) -> list[float]:
+        now, waited = time.monotonic(), []
+        labels, exits = np.asarray(found.prediction.label), np.asarray(found.prediction.exit_index)
+        for number, label, leaves in zip(found.ids.tolist(), labels.tolist(), exits.tolist(), strict=True):
+            with self._lock:
+                future, arrived, image = self._pending.pop(number)
+            waited.append(1e3 * (now - arrived))
+            answer = Answer(number, label, leaves + 1, waited[-1], now - arrived <= self._deadline)
+            self.counts.answered += 1
+            self.counts.missed += not answer.in_time
+            self.counts.exits[leaves] += 1
+            self.recent.append((answer, image))
+            if future.set_running_or_notify_cancel():
+                future.set_result(answer)
+        return waited
+
+
+def _updated(controller: Controller, observed: Any) -> tuple[Controller, bj.ExitPolicy]:
+    after = controller.update(observed)
+    return after, after.policy

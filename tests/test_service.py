@@ -1,0 +1,166 @@
+"""The service: nothing taken is lost or answered twice, what does not fit is refused, faults are told, over HTTP."""
+
+import concurrent.futures
+import json
+import queue
+import threading
+import urllib.error
+import urllib.request
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import branchy_jax as bj
+from experiments.service.service import Service, path_above
+
+
+@pytest.fixture(scope='module')
+def weights():
+    model = bj.models.create('b-lenet', num_classes=4, image_shape=(12, 12, 1))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 12, 12, 1)))
+    normalization = bj.Normalization(mean=jnp.array([0.5]), deviation=jnp.array([0.25]))
+    return bj.models.Pretrained(model, variables, normalization, (), {})
+
+
+@pytest.fixture(scope='module')
+def images():
+    return np.random.default_rng(0).integers(0, 256, (40, 12, 12, 1)).astype(np.uint8)
+
+
+@pytest.fixture(scope='module')
+def table(weights, images):
+    return bj.inference.exit_table(
+        weights.model, weights.variables, bj.Batch(images, np.arange(40) % 4), prepare=weights.normalize
+    )
+
+
+def controller(table, **options):
+    path = bj.thresholds.path_by_shares(table)
+    settings = {'target': 1e6, 'scale': 1e6, 'position': 0.5, **options}
+    return bj.thresholds.create_controller(path, criterion=bj.criteria.entropy, **settings)
+
+
+@pytest.fixture
+def service(weights, table):
+    made = Service(weights, controller(table), chunk_size=4).start()
+    yield made
+    made.close()
+
+
+def test_every_image_is_answered_once_as_dense_answers_it(weights, images, table):
+    steady = controller(table, horizon=1e30)  # thresholds stay where they are
+    service = Service(weights, steady, chunk_size=4).start()
+    expected = bj.inference.dense(weights.model)(weights.variables, weights.normalize(images), steady.policy)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        promised = list(threads.map(service.submit, images))
+    answers = [future.result(timeout=60) for future in promised]
+    service.close()
+    assert [answer.label for answer in answers] == np.asarray(expected.label).tolist()
+    assert [answer.exit - 1 for answer in answers] == np.asarray(expected.exit_index).tolist()
+    assert sorted(answer.number for answer in answers) == list(range(40))
+    counts = service.stats()
+    assert (counts['taken'], counts['answered'], counts['refused'], counts['failed']) == (40, 40, 0, 0)
+    assert sum(counts['exits']) == 40
+
+
+def test_what_does_not_fit_is_refused_and_the_rest_answered(weights, images, table):
+    service = Service(weights, controller(table), capacity=3, chunk_size=4)  # not started: nothing leaves the queue
+    promised = [service.submit(image) for image in images[:3]]
+    with pytest.raises(queue.Full):
+        service.submit(images[3])
+    service.start()
+    assert [future.result(timeout=60).number for future in promised] == [0, 1, 2]
+    service.close()
+    assert (service.counts.taken, service.counts.refused, service.counts.answered) == (3, 1, 3)
+
+
+def test_more_waiting_makes_images_leave_earlier(weights, images, table):
+    """Every image waits longer than a target of 0 ms: the thresholds go to the end that leaves most."""
+    service = Service(weights, controller(table, target=0.0, scale=1e-3, horizon=10.0), chunk_size=4).start()
+    for image in images:
+        service.submit(image).result(timeout=60)
+    service.close()
+    assert service.stats()['position'] == 0
+    np.testing.assert_array_equal(service.stats()['thresholds'], bj.thresholds.path_by_shares(table)[0])
+
+
+def test_closing_answers_what_was_taken(service, images):
+    promised = [service.submit(image) for image in images]
+    service.close()
+    assert all(future.done() for future in promised)
+    with pytest.raises(RuntimeError, match='has ended'):
+        service.submit(images[0])
+
+
+def test_a_fault_of_the_network_is_told_to_whoever_waits(service, images, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError('broken')
+
+    monkeypatch.setattr(service, '_answer', broken)
+    with pytest.raises(RuntimeError, match='ended: broken'):
+        service.submit(images[0]).result(timeout=60)
+    with pytest.raises(RuntimeError, match='has ended'):
+        service.submit(images[1])
+
+
+def test_no_setting_of_a_path_falls_under_the_floor(table):
+    accuracy = table.evaluate(bj.thresholds.path_by_shares(table, size=51)).accuracy
+    floor = float(np.median(accuracy))
+    kept = path_above(table, floor)
+    assert (table.evaluate(kept).accuracy >= floor).all()
+    assert (table.evaluate((kept[1:] + kept[:-1]) / 2).accuracy >= floor).all()
+    with pytest.raises(ValueError, match=r'floor: got 1\.1; leaving least reaches'):
+        path_above(table, 1.1)
+
+
+@pytest.fixture
+def address(service):
+    uvicorn, app = pytest.importorskip('uvicorn'), pytest.importorskip('experiments.service.app')
+    server = uvicorn.Server(uvicorn.Config(app.make_app(service), host='127.0.0.1', port=0, log_level='warning'))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}'
+    server.should_exit = True
+    thread.join()
+
+
+def get(address, path, body=None):
+    with urllib.request.urlopen(urllib.request.Request(address + path, data=body), timeout=60) as response:
+        content = response.read().decode()
+    return content if path == '/' else json.loads(content)
+
+
+def test_over_http(address, service, images):
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        told = list(threads.map(lambda image: get(address, '/classify', image.tobytes()), images))
+    assert sorted(answer['number'] for answer in told) == list(range(40))
+    assert get(address, '/stats')['answered'] == 40
+    recent = get(address, '/recent')
+    assert (recent['shape'], len(recent['answers'])) == ([12, 12, 1], 40)
+    assert {'number', 'label', 'exit', 'waited_ms', 'in_time', 'pixels'} == set(recent['answers'][0])
+    assert 'Where images leave' in get(address, '/')
+
+
+@pytest.mark.parametrize(('body', 'status'), [(b'short', 400), (b'', 400)])
+def test_what_is_no_image_is_refused_over_http(address, service, body, status):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(address, '/classify', body or b'\0')
+    assert refused.value.code == status
+    assert 'expected 144 bytes' in refused.value.read().decode()
+    refused.value.close()
+    assert service.counts.taken == 0
+
+
+def test_a_full_queue_is_503_over_http(address, service, images, monkeypatch):
+    def full(image):
+        raise queue.Full
+
+    monkeypatch.setattr(service, 'submit', full)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(address, '/classify', images[0].tobytes())
+    assert refused.value.code == 503
+    refused.value.close()
