@@ -47,6 +47,7 @@ myst_heading_anchors = 3
 nb_execution_mode = 'off'  # build.sh --execute turns it on
 nb_execution_timeout = 300
 nb_execution_in_temp = True
+nb_merge_streams = True  # what is printed epoch by epoch stays together
 
 # Single backticks in docstrings name things. Ours must exist, and are linked.
 default_role = 'py:obj'
