@@ -102,19 +102,10 @@ def test_manifest_tells_what_is_there(network, exported, thresholds):
     assert [cut['bytes_per_image'] for cut in manifest['cuts']] == [64, 32, 32]
     parts = [f'{kind} {n}' for n in (1, 2, 3) for kind in ('stage', 'exit')]
     assert list(manifest['programs']) == ['staged', 'batch', *parts]
-<<<<<<< HEAD
-    for part in manifest['programs'].values():
-        assert hashlib.sha256((place / part['file']).read_bytes()).hexdigest() == part['sha256']
-    assert {path.name for path in place.iterdir()} == {
-        'manifest.json', *(part['file'] for part in manifest['programs'].values()),
-        *(part['text']['file'] for part in manifest['programs'].values()),
-    }  # fmt: skip
-=======
     described = [file for part in manifest['programs'].values() for file in (part, part['text'])]
     for file in described:
         assert hashlib.sha256((place / file['file']).read_bytes()).hexdigest() == file['sha256']
     assert {path.name for path in place.iterdir()} == {'manifest.json', *(file['file'] for file in described)}
->>>>>>> dcd43c3f1b7d0676c6b5ef6108eca33fa139d27b
     stage = manifest['programs']['stage 2']
     assert stage['inputs'] == [{'name': 'hidden', 'shape': ['batch', 8], 'dtype': 'float32'}]
 
