@@ -119,7 +119,7 @@ def test_what_comes_from_a_hub_is_checked(written, folder, monkeypatch, told):
     class HfApi:
         def model_info(self, repository, *, revision, files_metadata):
             asked.append((repository, revision, files_metadata))
-            siblings = [types.SimpleNamespace(rfilename='model.safetensors', lfs=lfs)]
+            siblings = [types.SimpleNamespace(rfilename='model.safetensors', lfs=lfs[told])]
             return types.SimpleNamespace(sha='c0ffee', siblings=siblings)
 
     def hf_hub_download(repository, name, *, revision):

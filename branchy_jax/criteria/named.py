@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Float, Float32
-from numpy.typing import ArrayLike
 
 from branchy_jax.criteria.criterion import (
     Carry,
@@ -235,7 +234,7 @@ class _Calibrated(Criterion):
         return self.criterion.decide(logits)
 
 
-def with_temperatures(temperatures: ArrayLike, criterion: Criterion = entropy) -> Criterion:
+def with_temperatures(temperatures: Array | Sequence[float], criterion: Criterion = entropy) -> Criterion:
     """Builds a criterion on calibrated logits: those of exit n divided by its temperature.
 
     Args:
@@ -284,7 +283,7 @@ class _Pixelwise(Criterion):
 
 
 def pixelwise(
-    pixel_thresholds: ArrayLike, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits
+    pixel_thresholds: Array | Sequence[float], *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits
 ) -> Criterion:
     r"""Builds the criterion that lets each pixel answer at the first exit where it is confident.
 
@@ -322,7 +321,10 @@ def pixelwise(
 
 
 def pixel_exits(
-    logits: Array, pixel_thresholds: ArrayLike, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits
+    logits: Array,
+    pixel_thresholds: Array | Sequence[float],
+    *,
+    uncertainty_of: Callable[[Array], Array] = entropy_of_logits,
 ) -> Array:
     """Tells which exit answers each pixel if no image leaves early.
 

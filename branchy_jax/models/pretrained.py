@@ -106,11 +106,8 @@ def read_pretrained(path: Path | str) -> Pretrained:
         )
         for point in card['operating_points']
     )
-    options = dict(card['options'])
-    options['image_shape'] = tuple(options['image_shape'])
-    options['dtype'] = jnp.dtype(options.get('dtype', 'float32'))
     return Pretrained(
-        model=create(card['network'], **options),
+        model=create(card['network'], **_options(card['options'])),
         variables=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), stored),  # may be stored in halves
         normalization=Normalization(**{name: jnp.asarray(value) for name, value in normalization.items()}),
         operating_points=points,
@@ -148,13 +145,13 @@ def save_pretrained(
     Example:
         >>> import tempfile
         >>> weights = load_pretrained('b-lenet', dataset='mnist')
-        >>> folder = tempfile.mkdtemp()
-        >>> save_pretrained(folder, 'b-lenet', weights.variables, normalization=weights.normalization,
+        >>> folder, options = tempfile.mkdtemp(), weights.card['options']
+        >>> save_pretrained(folder, 'b-lenet', weights.variables, normalization=weights.normalization, options=options,
         ...                 operating_points=weights.operating_points, card={'dataset': 'mnist'})
         >>> load_pretrained(folder).operating_points == weights.operating_points
         True
     """
-    options, card = dict(options or {}), dict(card or {})
+    options, card = _options(options or {}), dict(card or {})
     model = create(network, **options)
     if not operating_points:
         raise ValueError('operating_points: got none; give at least one, as ExitTable.screen().knee() finds it')
@@ -245,6 +242,16 @@ def write_pretrained(
     }
     stored = {**variables, 'normalization': {'mean': normalization.mean, 'deviation': normalization.deviation}}
     save_weights(path, stored, metadata={'format': _FORMAT, 'card': json.dumps(record, allow_nan=False)})
+
+
+def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `create` takes of options as JSON holds them."""
+    options = dict(stored)
+    if 'image_shape' in options:
+        options['image_shape'] = tuple(options['image_shape'])
+    if 'dtype' in options:
+        options['dtype'] = jnp.dtype(options['dtype'])
+    return options
 
 
 def _policy_record(policy: ExitPolicy) -> dict[str, Any]:
