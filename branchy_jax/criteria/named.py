@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +235,7 @@ class _Calibrated(Criterion):
         return self.criterion.decide(logits)
 
 
-def with_temperatures(temperatures: Array | Sequence[float], criterion: Criterion = entropy) -> Criterion:
+def with_temperatures(temperatures: Any, criterion: Criterion = entropy) -> Criterion:
     """Builds a criterion on calibrated logits: those of exit n divided by its temperature.
 
     Args:
@@ -282,9 +283,7 @@ class _Pixelwise(Criterion):
         return answer, _unless_nan(unsure, answer), (answer, answered)
 
 
-def pixelwise(
-    pixel_thresholds: Array | Sequence[float], *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits
-) -> Criterion:
+def pixelwise(pixel_thresholds: Any, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits) -> Criterion:
     r"""Builds the criterion that lets each pixel answer at the first exit where it is confident.
 
     The answer of exit n is a mosaic: every pixel shows the logits of the exit that it left at, pixels that are still
@@ -322,7 +321,7 @@ def pixelwise(
 
 def pixel_exits(
     logits: Array,
-    pixel_thresholds: Array | Sequence[float],
+    pixel_thresholds: Any,
     *,
     uncertainty_of: Callable[[Array], Array] = entropy_of_logits,
 ) -> Array:
