@@ -25,7 +25,6 @@ import numpy as np
 from branchy_jax import costs, data, export, inference, measure, models, report, training
 from branchy_jax.data import Dataset
 from branchy_jax.models import Pretrained
-from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, OperatingPoint, Variables
 
 _ON_ONNX = '.onnx'
@@ -139,8 +138,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _gain(found: Pretrained, point: OperatingPoint, images: Array) -> measure.Ratio:
     model, variables = inference.optimize(found.model, found.variables)
-    baseline = models.without_branches(found.model)
-    plain_model, plain_variables = inference.optimize(baseline, _of_the_trunk(baseline, found.variables))
+    plain_model, plain_variables = inference.optimize(models.without_branches(found.model), found.variables)
     runs = {
         'plain': (inference.staged(plain_model), plain_variables, []),
         'branchy': (inference.staged(model), variables, point.policy),
@@ -155,11 +153,6 @@ def _gain(found: Pretrained, point: OperatingPoint, images: Array) -> measure.Ra
 
 def _answer(run: Any, variables: Variables, policy: Any, image: Array) -> Any:
     return run(variables, image, policy)
-
-
-def _of_the_trunk(baseline: BranchyNet, variables: Variables) -> Variables:
-    kept = jax.eval_shape(baseline.init, jax.random.key(0), jnp.zeros((1, *baseline.image_shape)))
-    return {kind: {name: variables[kind][name] for name in values} for kind, values in kept.items()}
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -22,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.export
 import numpy as np
 
 FORMAT = 1
@@ -42,7 +40,7 @@ class Network:
     """
 
     manifest: dict[str, Any]
-    programs: dict[str, Callable[..., dict[str, jax.Array]]]
+    programs: dict[str, Callable[..., dict[str, Any]]]
     thresholds: np.ndarray
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
@@ -65,14 +63,37 @@ def load(folder: Path | str, names: list[str] | None = None) -> Network:
         ValueError: a file is missing, damaged, altered or too new for this reader or this jax, or would run something
             else than StableHLO.
     """
-    folder = Path(folder)
+    import jax
+
+    def compile_program(folder: Path, name: str, part: dict[str, Any], weights: dict[str, Any]) -> Callable[..., Any]:
+        return _program(folder, name, part, jax.device_put(weights))
+
+    return read(Path(folder), names, check=_check_jax, compile_program=compile_program)
+
+
+def read(
+    folder: Path, names: list[str] | None, *, check: Callable[..., None], compile_program: Callable[..., Any]
+) -> Network:
+    """Verifies and reads programs of a folder, for whatever compiles them.
+
+    Args:
+        folder: that `branchy_jax.export.save` wrote.
+        names: of the programs; all by default.
+        check: ``(folder, manifest)``; raises where these programs cannot run.
+        compile_program: ``(folder, name, entry in the manifest, weights)`` to a function of arrays.
+    """
     manifest = _read_manifest(folder)
+    check(folder, manifest)
     found = names or list(manifest['programs'])
     unknown = [name for name in found if name not in manifest['programs']]
     if unknown:
         raise ValueError(f'names: {folder} has no {unknown[0]!r}; choose from {", ".join(manifest["programs"])}')
     weights = _read_weights(folder, manifest['weights'])
-    programs = {name: _program(folder, name, manifest['programs'][name], weights) for name in found}
+    programs = {}
+    for name in found:
+        part = manifest['programs'][name]
+        own = {key: weights[key] for key in part['weights']}
+        programs[name] = compile_program(folder, name, part, own)
     return Network(manifest, programs, np.array([float(value) for value in manifest['thresholds']], np.float32))
 
 
@@ -92,23 +113,27 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     canonical = json.dumps(rest, sort_keys=True, separators=(',', ':'), allow_nan=False).encode()
     if hashlib.sha256(canonical).hexdigest() != claimed:
         raise ValueError(f'folder: {path} was altered after it was written; export the network again')
+    return manifest
+
+
+def _check_jax(folder: Path, manifest: dict[str, Any]) -> None:
+    import jax
+    import jax.export
+
+    backend = jax.default_backend()
+    platform = 'cuda' if backend == 'gpu' else backend
     convention = manifest['versions']['calling_convention']
     if convention > jax.export.maximum_supported_calling_convention_version:
         raise ValueError(
             f'folder: {folder} was written by jax {manifest["versions"]["jax"]}, whose calling convention {convention} '
             f'is too new for jax {jax.__version__}; upgrade jax'
         )
-    if _platform() not in manifest['platforms']:
-        raise ValueError(f'folder: {folder} was lowered for {", ".join(manifest["platforms"])}, not for {_platform()}')
-    return manifest
+    if platform not in manifest['platforms']:
+        raise ValueError(f'folder: {folder} was lowered for {", ".join(manifest["platforms"])}, not for {platform}')
 
 
-def _platform() -> str:
-    backend = jax.default_backend()
-    return 'cuda' if backend == 'gpu' else backend
-
-
-def _read(folder: Path, part: dict[str, Any]) -> bytes:
+def read_file(folder: Path, part: dict[str, Any]) -> bytes:
+    """Returns the content of a file of the folder once its checksum is verified."""
     if not re.fullmatch(r'\w[\w.-]*', part['file']):
         raise ValueError(f'folder: {part["file"]!r} is no name of a file within {folder}')
     path = folder / part['file']
@@ -123,35 +148,37 @@ def _read(folder: Path, part: dict[str, Any]) -> bytes:
     return content
 
 
-def _read_weights(folder: Path, part: dict[str, Any] | None) -> dict[str, jax.Array]:
+def _read_weights(folder: Path, part: dict[str, Any] | None) -> dict[str, np.ndarray]:
     """Reads a safetensors file: the length of a header, the header as JSON, then the arrays."""
     if part is None:
         return {}
-    content = _read(folder, part)
+    content = read_file(folder, part)
     (length,) = struct.unpack('<Q', content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    dtypes = {'F32': np.float32, 'BF16': jax.numpy.bfloat16, 'F16': np.float16, 'I32': np.int32, 'BOOL': np.bool_}
+    # That of halves is known by name once jax is there.
+    dtypes = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16', 'I32': 'int32', 'BOOL': 'bool'}
     found = {}
     for name, spec in header.items():
         if name != '__metadata__':
             start, end = spec['data_offsets']
-            values = np.frombuffer(data[start:end], dtypes[spec['dtype']]).reshape(spec['shape'])
-            found[name] = jax.device_put(values)
+            found[name] = np.frombuffer(data[start:end], np.dtype(dtypes[spec['dtype']])).reshape(spec['shape'])
     return found
 
 
-def _program(folder: Path, name: str, part: dict[str, Any], weights: dict[str, jax.Array]) -> Callable[..., Any]:
-    exported = jax.export.deserialize(bytearray(_read(folder, part)))
+def _program(folder: Path, name: str, part: dict[str, Any], own: dict[str, Any]) -> Callable[..., Any]:
+    import jax
+    import jax.export
+
+    exported = jax.export.deserialize(bytearray(read_file(folder, part)))
     called = re.findall(r'custom_call\s*@"?(\w+)|call_target_name\s*=\s*"(\w+)', exported.mlir_module())
     more = {target for targets in called for target in targets if target} - _HARMLESS_CALLS
     more |= {str(effect) for effect in (*exported.ordered_effects, *exported.unordered_effects)}
     if more:
         raise ValueError(f'folder: {name} of {folder} asks for more than StableHLO: {", ".join(sorted(more))}')
-    own = {key: weights[key] for key in part['weights']}
     names = [output['name'] for output in part['outputs']]
 
     @jax.jit
-    def run(own: dict[str, jax.Array], *inputs: jax.Array) -> dict[str, jax.Array]:
+    def run(own: dict[str, jax.Array], *inputs: jax.Array) -> dict[str, np.ndarray]:
         return dict(zip(names, exported.call(own, *inputs), strict=True))
 
     return lambda *inputs: run(own, *inputs)

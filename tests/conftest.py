@@ -71,3 +71,33 @@ def small_data():
     """A learnable data set of 80 images: the class is the brightest of the first three pixels."""
     images = np.random.default_rng(0).integers(0, 256, (80, *IMAGE_SHAPE)).astype(np.uint8)
     return bj.Batch(image=images, label=images.reshape(80, -1)[:, :CLASSES].argmax(-1).astype(np.int32))
+
+
+class Compilations:
+    """Counts what XLA compiles, helper programs such as a slice included."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event, seconds, **_):
+        self.count += event == '/jax/core/compile/backend_compile_duration'
+
+
+@pytest.fixture(scope='session')
+def compilations():
+    return Compilations()
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Makes the digits that pages and the README load few: what a reader runs takes a minute, a test may not."""
+    whole = bj.data.load_dataset
+
+    def few(name, **options):
+        found = whole(name, **options)
+        counts = {'train': 64, 'validation': 128, 'test': 192}
+        splits = {split: getattr(found, split) for split in counts}
+        return found.replace(**{k: bj.Batch(v.image[: counts[k]], v.label[: counts[k]]) for k, v in splits.items()})
+
+    monkeypatch.setattr(bj.data, 'load_dataset', few)

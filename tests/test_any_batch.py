@@ -26,22 +26,6 @@ EXECUTORS = {
 MOST = 12
 
 
-class Compilations:
-    """Counts what XLA compiles, helper programs such as a slice included."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-
-    def _note(self, event, seconds, **_):
-        self.count += event == '/jax/core/compile/backend_compile_duration'
-
-
-@pytest.fixture(scope='module')
-def compilations():
-    return Compilations()
-
-
 @pytest.fixture(scope='module')
 def many(network):
     """Images, thresholds between them, and what `dense` says of all: NumPy, so that a slice compiles nothing."""

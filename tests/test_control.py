@@ -300,3 +300,22 @@ def test_paths_by_shares_count_finite_inputs_and_need_some():
         path_by_shares(table_of(np.array([[np.nan, np.inf], [0.0, 0.0]])))
     with pytest.raises(ValueError, match='size: got 1'):
         path_by_shares(table_of(np.zeros((2, 3))), size=1)
+
+
+def test_no_setting_of_a_path_falls_under_the_floor():
+    """Nor half-way between two; and the setting before the path is one that does, or is followed by one."""
+    generator = np.random.default_rng(3)
+    uncertainty = images(generator, 400, 1.0)
+    right = generator.random((3, 400)) < np.array([[0.6], [0.75], [0.9]])
+    table = table_of(np.concatenate([uncertainty, np.zeros((1, 400))])).replace(statistics=right[..., None] * 1.0)
+    whole = path_by_shares(table, size=51)
+    floor = float(np.median(table.evaluate(whole).accuracy))
+    kept = path_by_shares(table, size=51, floor=floor)
+    assert 2 <= len(kept) < 51
+    np.testing.assert_array_equal(kept, whole[-len(kept) :])
+    assert (table.evaluate(kept).accuracy >= floor).all()
+    assert (table.evaluate((kept[1:] + kept[:-1]) / 2).accuracy >= floor).all()
+    before = whole[-len(kept) - 1]
+    assert table.evaluate(np.stack([before, (before + kept[0]) / 2])).accuracy.min() < floor
+    with pytest.raises(ValueError, match=r'floor: got 1\.1; where inputs leave least the metric is'):
+        path_by_shares(table, floor=1.1)

@@ -32,6 +32,7 @@ def test_everything_exported_exists_and_is_documented():
         assert all(getattr(module, public).__doc__ for public in module.__all__)
 
 
+@pytest.mark.usefixtures('few_digits')
 def test_readme_examples_run(capsys):
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     assert blocks

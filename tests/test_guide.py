@@ -35,20 +35,6 @@ def prose(text):
     return FENCE.sub('', text)
 
 
-@pytest.fixture
-def few_digits(monkeypatch):
-    """Makes the digits that pages load few: what a reader runs takes a minute, a test may not."""
-    whole = bj.data.load_dataset
-
-    def few(name, **options):
-        found = whole(name, **options)
-        counts = {'train': 64, 'validation': 128, 'test': 192}
-        splits = {split: getattr(found, split) for split in counts}
-        return found.replace(**{k: bj.Batch(v.image[: counts[k]], v.label[: counts[k]]) for k, v in splits.items()})
-
-    monkeypatch.setattr(bj.data, 'load_dataset', few)
-
-
 @pytest.mark.parametrize('name', [name for name, text in PAGES.items() if any(blocks(text, 'python'))])
 @pytest.mark.usefixtures('few_digits')
 def test_python_of_a_page_runs(name):

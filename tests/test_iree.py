@@ -17,7 +17,7 @@ from jax.interpreters import mlir
 
 import branchy_jax as bj
 from branchy_jax.export import programs as programs_module
-from experiments.study import run_iree
+from experiments import run_exported, run_iree
 
 READER = Path(run_iree.__file__)
 PLAIN = {'builtin', 'func', 'stablehlo'}
@@ -77,11 +77,17 @@ def test_what_is_more_than_stablehlo_has_no_text():
     assert '%arg1' in programs_module.plain_text(unused)
 
 
+def imported(nodes):
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {module.split('.')[0] for module in modules} - set(sys.stdlib_module_names)
+
+
 def test_reader_needs_numpy_and_iree_only():
-    tree = ast.parse(READER.read_text())
-    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {module.split('.')[0] for module in modules} - set(sys.stdlib_module_names) == {'numpy', 'iree'}
+    """With the other reader beside it, which imports jax where that is used."""
+    found = imported(list(ast.walk(ast.parse(READER.read_text()))))
+    assert found == {'numpy', 'iree', 'experiments', 'run_exported'}
+    assert imported(ast.parse(Path(run_exported.__file__).read_text()).body) == {'numpy'}
 
 
 def test_what_was_not_written_so_is_refused(exported, tmp_path, monkeypatch):
@@ -90,19 +96,19 @@ def test_what_was_not_written_so_is_refused(exported, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_iree, '_compile', unreachable)
     folder = shutil.copytree(exported[1] / 'embedded', tmp_path / 'copy')
-    with pytest.raises(ValueError, match="name: .* has no 'staged 2'; choose from staged, batch, stage 1"):
-        run_iree.load(folder, 'staged 2')
+    with pytest.raises(ValueError, match="names: .* has no 'staged 2'; choose from staged, batch, stage 1"):
+        run_iree.load(folder, ['staged 2'])
     text = (folder / 'staged.mlir').read_text()
     (folder / 'staged.mlir').write_text(text.replace('dense<1', 'dense<2', 1))
-    with pytest.raises(ValueError, match='staged.mlir is truncated or was altered'):
-        run_iree.load(folder, 'staged')
+    with pytest.raises(ValueError, match='staged.mlir was altered'):
+        run_iree.load(folder, ['staged'])
     (folder / 'batch.mlir').unlink()
     with pytest.raises(ValueError, match='batch.mlir is missing'):
-        run_iree.load(folder, 'batch')
+        run_iree.load(folder, ['batch'])
     path = folder / 'manifest.json'
     path.write_text(path.read_text().replace('"entropy"', '"margin"'))
     with pytest.raises(ValueError, match='manifest.json was altered'):
-        run_iree.load(folder, 'staged')
+        run_iree.load(folder, ['staged'])
 
 
 def test_ties_count_apart():
@@ -121,7 +127,7 @@ def test_iree_answers_as_dense_does(network, exported, weights, program):
     model, variables, images = network
     expected = bj.inference.dense(model)(variables, images, exported[0])
     assert set(expected.exit_index.tolist()) == {0, 1, 2}
-    loaded = run_iree.load(exported[1] / weights, program)
+    loaded = run_iree.load(exported[1] / weights, [program])
     found = run_iree.PROGRAMS[program](loaded, np.asarray(images)[:21])
     for name in ('label', 'exit_index'):
         np.testing.assert_array_equal(found[name], getattr(expected, name)[:21])
@@ -135,6 +141,6 @@ def test_stages_and_heads_run_by_iree_one_image_at_a_time(network, exported):
     model, variables, images = network
     hidden, folder = {'hidden': np.asarray(images)[:1]}, exported[1] / 'embedded'
     for n, logits in enumerate(model.apply(variables, images[:1])):
-        hidden = run_iree.load(folder, f'stage {n + 1}').run(*hidden.values())
-        answer = run_iree.load(folder, f'exit {n + 1}').run(*hidden.values())
+        hidden = run_iree.load(folder, [f'stage {n + 1}']).programs[f'stage {n + 1}'](*hidden.values())
+        answer = run_iree.load(folder, [f'exit {n + 1}']).programs[f'exit {n + 1}'](*hidden.values())
         np.testing.assert_allclose(answer['logits'], logits, rtol=1e-4, atol=1e-5)

@@ -157,22 +157,6 @@ def test_whatever_holds_a_policy_goes_straight_in(network):
     )
 
 
-class Compilations:
-    """Counts what XLA compiles."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-
-    def _note(self, event, seconds, **_):
-        self.count += event == '/jax/core/compile/backend_compile_duration'
-
-
-@pytest.fixture(scope='module')
-def compilations():
-    return Compilations()
-
-
 @pytest.mark.parametrize('executor', EXECUTORS)
 def test_equal_executors_compile_once(network, compilations, executor):
     """An equal model, an equal policy, another builder's call, other thresholds: nothing is compiled."""

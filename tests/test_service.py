@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import branchy_jax as bj
-from experiments.service.service import Service, path_above
+from experiments.service.service import Service
 
 
 @pytest.fixture(scope='module')
@@ -103,16 +103,6 @@ def test_a_fault_of_the_network_is_told_to_whoever_waits(service, images, monkey
         service.submit(images[0]).result(timeout=60)
     with pytest.raises(RuntimeError, match='has ended'):
         service.submit(images[1])
-
-
-def test_no_setting_of_a_path_falls_under_the_floor(table):
-    accuracy = table.evaluate(bj.thresholds.path_by_shares(table, size=51)).accuracy
-    floor = float(np.median(accuracy))
-    kept = path_above(table, floor)
-    assert (table.evaluate(kept).accuracy >= floor).all()
-    assert (table.evaluate((kept[1:] + kept[:-1]) / 2).accuracy >= floor).all()
-    with pytest.raises(ValueError, match=r'floor: got 1\.1; leaving least reaches'):
-        path_above(table, 1.1)
 
 
 @pytest.fixture

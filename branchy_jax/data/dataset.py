@@ -91,9 +91,9 @@ def fit_normalization(images: Array) -> Normalization:
 
 def normalization_of(blocks: Iterable[Array]) -> Normalization:
     """Computes what `fit_normalization` does of images that come block by block: sums of integers, hence exact."""
-    total: Any
-    square: Any
-    total, square, count = 0, 0, 0
+    total: Any = 0
+    square: Any = 0
+    count = 0
     for images in blocks:
         chex.assert_rank(images, 4)
         axes = (0, 1, 2)

@@ -59,7 +59,7 @@ def save(
     - ``batch``: a batch of fixed size, whose later stages run on survivors only;
     - ``stage 1``, ``exit 1``, …: every stage and head alone, for any number of images, to run in different places;
     - beside each of them an ``.mlir``, the same program as text for compilers other than XLA: plain StableHLO in the
-      portable form, for one platform, stages and heads for one image. ``experiments/study/run_iree.py`` runs it with
+      portable form, for one platform, stages and heads for one image. ``experiments/run_iree.py`` runs it with
       IREE, without jax;
     - ``manifest.json``: input, normalisation, thresholds, exits, the bytes that each cut would send per image,
       versions, and the SHA-256 of every file and of itself.

@@ -141,7 +141,7 @@ def _finite(path: np.ndarray) -> np.ndarray:
     return np.clip(path, np.nanmin(with_nan, axis=0), np.nanmax(with_nan, axis=0))
 
 
-def path_by_shares(table: ExitTable, *, size: int = 101) -> np.ndarray:
+def path_by_shares(table: ExitTable, *, size: int = 101, floor: float | None = None) -> np.ndarray:
     """Builds a path along which every exit is sure of a share of all inputs that falls evenly from all to none.
 
     Shares of *all* inputs, not of those that reach the exit: costs are roughly, not exactly, even along it. Inputs
@@ -150,12 +150,14 @@ def path_by_shares(table: ExitTable, *, size: int = 101) -> np.ndarray:
     Args:
         table: of validation data.
         size: G.
+        floor: keeps only the end of the path from which on the table's metric is nowhere below this, half-way between
+            two settings either, where a controller may stand: G is then smaller.
 
     Returns:
         ``[G, N - 1]`` thresholds of the table's criterion.
 
     Raises:
-        ValueError: fewer than two settings, or an exit with no finite uncertainty.
+        ValueError: fewer than two settings, an exit with no finite uncertainty, or a floor out of reach.
 
     Example:
         >>> from branchy_jax.costs import StageCosts
@@ -174,7 +176,17 @@ def path_by_shares(table: ExitTable, *, size: int = 101) -> np.ndarray:
         raise ValueError('uncertainty: an exit of the table is unsure of everything without end; it has no shares')
     path = np.nanquantile(finite, np.linspace(1, 0, size), axis=1).astype(np.float32)
     path[0] = np.nextafter(path[0], np.float32(np.inf))  # the comparison is strict: now all are sure
-    return path
+    return path if floor is None else _above(path, table, floor)
+
+
+def _above(path: np.ndarray, table: ExitTable, floor: float) -> np.ndarray:
+    accuracy = table.evaluate(path).accuracy
+    between = table.evaluate((path[1:] + path[:-1]) / 2).accuracy
+    under = np.flatnonzero(np.minimum(accuracy, np.append(between, np.inf)) < floor)
+    kept = path[under[-1] + 1 :] if len(under) else path
+    if len(kept) < 2:
+        raise ValueError(f'floor: got {floor}; where inputs leave least the metric is {accuracy[-1]:.4f}')
+    return kept
 
 
 @struct.dataclass(eq=False)

@@ -32,7 +32,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import branchy_jax as bj
-from experiments.service.service import Service, path_above
+from experiments.service.service import Service
 
 _PAGE = Path(__file__).with_name('page.html')
 
@@ -71,7 +71,7 @@ def make_service(options: argparse.Namespace) -> tuple[Service, bj.data.Dataset]
     table = bj.inference.exit_table(
         weights.model, weights.variables, dataset.validation, prepare=weights.normalize, criterion=criterion
     )
-    path = path_above(table, options.floor)
+    path = bj.thresholds.path_by_shares(table, size=51, floor=options.floor)
     controller = bj.thresholds.create_controller(
         path, criterion=criterion, target=options.target_ms, scale=4 * options.target_ms, position=1.0, horizon=100.0
     )

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--seconds', type=float, default=8.0, help='of each phase')
     options = parser.parse_args(arguments)
     service, dataset = make_service(options)
-    sustained = sustained_load(service, dataset)
+    sustained = sustained_load(service, dataset, options.chunk_size)
     loads = [0.5 * sustained, options.times * sustained, 0.5 * sustained]
     port, server = serve(service)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -77,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(page(record))
 
 
-def sustained_load(service: Service, dataset: bj.data.Dataset) -> float:
+def sustained_load(service: Service, dataset: bj.data.Dataset, chunk_size: int) -> float:
     """Returns images a second through the stream at the setting that leaves least."""
-    weights, chunk_size = service.weights, 16
+    weights = service.weights
     images = np.asarray(weights.normalize(dataset.validation.image[:_TO_SUSTAIN]))
     run = bj.inference.stream(weights.model, chunk_size=chunk_size)
     policy = service.controller.replace(position=np.float32(1)).policy

@@ -22,7 +22,7 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.models import Pretrained
-from branchy_jax.thresholds import Controller, ExitTable
+from branchy_jax.thresholds import Controller
 
 _POLL_SECONDS = 0.05
 _RECENT = 64
@@ -55,30 +55,6 @@ class _Counts:
     failed: int = 0
     missed: int = 0
     exits: list[int] = dataclasses.field(default_factory=list)
-
-
-def path_above(table: ExitTable, floor: float, *, size: int = 51) -> np.ndarray:
-    """Returns settings from leaving most to leaving least, none of which falls under a floor of accuracy.
-
-    Settings half-way between two neighbours, where a controller may stand, are looked at as well.
-
-    Args:
-        table: of validation data.
-        floor: accuracy in [0, 1].
-        size: settings to start from.
-
-    Raises:
-        ValueError: a floor that not even leaving least reaches.
-    """
-    path = bj.thresholds.path_by_shares(table, size=size)
-    accuracy = table.evaluate(path).accuracy
-    between = table.evaluate((path[1:] + path[:-1]) / 2).accuracy
-    lowest = np.minimum(accuracy, np.append(between, 1.0))
-    under = np.flatnonzero(lowest < floor)
-    kept = path[under[-1] + 1 :] if len(under) else path
-    if len(kept) < 2:
-        raise ValueError(f'floor: got {floor}; leaving least reaches {accuracy[-1]:.4f}')
-    return kept
 
 
 class Service:
@@ -116,20 +92,18 @@ class Service:
         self._waiting: queue.Queue[tuple[int, np.ndarray, float]] = queue.Queue(capacity)
         self._pending: dict[int, tuple[Future[Answer], float, np.ndarray]] = {}
         self._numbers, self._lock, self._closed = itertools.count(), threading.Lock(), threading.Event()
-        self._update = jax.jit(_updated)
+        self._update, self._run = jax.jit(_updated), bj.inference.stream(weights.model, chunk_size=chunk_size)
         self._thread = threading.Thread(target=self._serve, name='branchy_jax service', daemon=True)
 
     def start(self) -> Service:
         """Compiles, and begins to answer."""
         shape = self.weights.model.image_shape
-        run = bj.inference.stream(self.weights.model, chunk_size=self._chunk_size)
         nothing = np.zeros((1, *shape), np.uint8)
         # Never leaving, so that every stage compiles before the first image comes.
         never = self._policy.replace(thresholds=np.full(np.shape(self._policy.thresholds), -np.inf, np.float32))
-        for _ in run(self.weights.variables, [np.asarray(self.weights.normalize(nothing))], never):
+        for _ in self._run(self.weights.variables, [np.asarray(self.weights.normalize(nothing))], never):
             pass
         self._update(self.controller, np.full(self._chunk_size, np.nan, np.float32))
-        self._run = run
         self._thread.start()
         return self
 

@@ -16,7 +16,8 @@ import numpy as np
 import branchy_jax as bj
 from branchy_jax.models.branchy import without_branches
 from branchy_jax.types import Variables
-from experiments.study import run_iree, run_onnx
+from experiments import run_iree
+from experiments.study import run_onnx
 
 PUBLISHED = {'b-lenet': 'mnist', 'b-alexnet': 'cifar10', 'b-resnet110': 'cifar10'}
 """Networks whose published weights are taken, and the data sets that they are for."""
@@ -103,9 +104,11 @@ def run_as_onnx(exported: Exported, workdir: Path, python: Path, *, passes: int)
     if len(seconds):
         ratio = bj.measure.paired_ratio(seconds[:, 0], seconds[:, 1])
         found.update(ms=np.median(seconds, axis=0).tolist(), gain=[ratio.median, ratio.low, ratio.high], passes=passes)
+    costs = bj.costs.count_macs(exported.model, exported.model.image_shape)
+    mac_limit = bj.costs.mac_limit(costs, np.bincount(exits, minlength=exported.model.num_exits) / len(exits))
     return [{
         'network': exported.name, 'weights': exported.weights, 'bytes': files[0].stat().st_size,
-        'conditionals': conditionals(files[0]), **found, 'mac_limit': mac_limit(exported, exits),
+        'conditionals': conditionals(files[0]), **found, 'mac_limit': mac_limit,
     }]  # fmt: skip
 
 
@@ -154,15 +157,6 @@ def conditionals(path: Path) -> int:
         return sum(node.op_type == 'If' for node in graph.node) + sum(map(count, inner))
 
     return count(onnx.load(path).graph)
-
-
-def mac_limit(exported: Exported, exits: Any) -> float:
-    """Returns how many times fewer multiplications a network needs for images that leave so, heads included."""
-    with_exits = bj.costs.count_macs(exported.model, exported.model.image_shape)
-    without = bj.costs.count_macs(without_branches(exported.model), exported.model.image_shape)
-    cost = np.cumsum(np.asarray(with_exits.stages, float) + np.asarray(with_exits.exits, float))
-    plain = float(np.sum(without.stages) + np.sum(without.exits))
-    return plain / float(cost[np.asarray(exits)].mean())
 
 
 def _expected(exported: Exported, workdir: Path) -> np.ndarray:
