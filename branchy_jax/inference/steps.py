@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,14 +36,23 @@ def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def built(*arguments: Any) -> Any:
-        try:
-            hash(arguments)
-        except TypeError:
-            return build(*arguments)
-        return kept(*arguments)
+        return kept(*arguments) if _is_hashable(arguments) else build(*arguments)
 
     built.cache_clear = kept.cache_clear  # type: ignore[attr-defined]  # as functools has it
     return built
+
+
+def _is_hashable(value: Any) -> bool:
+    # Flax's own answer for a network that is not costs more than many a build: it prints all arrays of the network.
+    if isinstance(value, tuple):
+        return all(map(_is_hashable, value))
+    if isinstance(value, nn.Module):
+        return all(_is_hashable(getattr(value, field.name)) for field in dataclasses.fields(value) if field.compare)
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def policy_checker(

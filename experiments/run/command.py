@@ -22,7 +22,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def parser_of_a_run(doc: str) -> argparse.ArgumentParser:
     """Makes the parser of a command on a finished run, in ``--workdir``."""
     found = parser(doc)
-    found.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job.')
+    found.add_argument('--workdir', type=Path, required=True, help='Folder of a finished main job, or a stored report.')
     return found
 
 

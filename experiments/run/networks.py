@@ -111,20 +111,43 @@ class FinishedRun:
 
 
 def read_run(workdir: Path | str) -> FinishedRun:
-    """Reads a run.
+    """Reads a run, or the stored report of one whose weights ship with the package.
+
+    The baseline's weights do not ship. There the branchy network's own stand for them, as good for a clock, which no
+    weight changes; nothing that reads a run evaluates its baseline anew.
 
     Raises:
-        ValueError: the folder holds no finished run.
+        ValueError: the folder holds no finished run, or neither its weights nor the package has them.
     """
     workdir = Path(workdir)
-    record, stored = read_record(workdir), bj.report.read_json(workdir / 'config.json')
-    config = common.get_config()
-    config.update({name: value for name, value in stored.items() if name in config})  # a field may be gone since
+    record = read_record(workdir)
+    if not (workdir / 'config.json').exists():
+        return _published(workdir, record)
+    config = _settings(bj.report.read_json(workdir / 'config.json'))
     variables, normalization = _weights(workdir / f'{config.network}.safetensors')
     baseline_variables, _ = _weights(workdir / f'{config.network[2:]}.safetensors')
     options = network_options(config, num_classes=record.num_classes, image_shape=record.image_shape)
     networks = Networks(config.network, options, variables, baseline_variables, normalization)
     return FinishedRun(workdir, config, record, networks)
+
+
+def _published(workdir: Path, record: RunRecord) -> FinishedRun:
+    found = bj.models.load_pretrained(record.network, dataset=record.dataset)
+    if tuple(found.card['exit_accuracy']) != tuple(record.exit_accuracy):
+        raise ValueError(
+            f'workdir: {workdir} holds a report without weights, and those of {record.network} that ship with the '
+            f'package are of another run: their exits have {found.card["exit_accuracy"]}, these {record.exit_accuracy}'
+        )
+    config = _settings(found.card['recipe'])
+    options = network_options(config, num_classes=record.num_classes, image_shape=record.image_shape)
+    networks = Networks(record.network, options, found.variables, found.variables, found.normalization)
+    return FinishedRun(workdir, config, record, networks)
+
+
+def _settings(stored: Mapping[str, Any]) -> ConfigDict:
+    config = common.get_config()
+    config.update({name: value for name, value in stored.items() if name in config})  # a field may be gone since
+    return config
 
 
 def save_weights(workdir: Path, config: ConfigDict, networks: Networks) -> None:
