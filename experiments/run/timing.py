@@ -135,7 +135,12 @@ def time_batches(
     fast, fast_variables = networks.fast
     compacted = bj.inference.compacted(fast, chunk_size=batch)
     alone = segment_functions(fast, fast_variables, images[:batch], batch, criterion=criterion)
-    plan = functools.partial(bj.inference.plan, networks.model, networks.variables, planned_on[: 8 * batch])
+    planned: dict[str, bj.inference.Plan] = {}
+    for name, policy in policies.items():  # what one measured of the stages holds at other thresholds
+        planned[name] = bj.inference.plan(
+            networks.model, networks.variables, planned_on[: 8 * batch], policy, batch_size=batch,
+            earlier=next(iter(planned.values()), None),
+        )  # fmt: skip
 
     def leaving_at(n: int) -> Callable[[Any], Any]:
         policy = _forced(criterion, exits, n)
@@ -144,7 +149,7 @@ def time_batches(
     runs: Runs = {
         'plain': (whole(networks.baseline, networks.baseline_variables), inputs),
         'rewritten': (whole(*networks.fast_baseline), inputs),
-        **{('point', name): (plan(policy, batch_size=batch), inputs) for name, policy in policies.items()},
+        **{('point', name): (run, inputs) for name, run in planned.items()},
         **{('exit', n): (leaving_at(n), inputs) for n in range(exits)},
         **{key: (lambda _, key=key: alone[key](), range(1)) for key in _trunk(exits, batch)},
     }
