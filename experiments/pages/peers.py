@@ -85,7 +85,7 @@ def picture(path: Path | str, record: Record) -> None:
 def _draw(axes: Any, cells: Sequence[Record], peers: Sequence[str]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    for place, (peer, mark, color) in enumerate(zip(peers, itertools.cycle(_MARKS), itertools.cycle(SERIES))):  # noqa: B905 - cycles
+    for place, (peer, mark, color) in enumerate(zip(peers, itertools.cycle(_MARKS), itertools.cycle(SERIES))):
         offset = 0.6 * ((place + 0.5) / len(peers) - 0.5)
         found = [(row + offset, timed) for row, cell in enumerate(cells)
                  for timed in cell['contenders'] if timed['name'] == peer]  # fmt: skip

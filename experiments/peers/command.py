@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import branchy_jax as bj
 from branchy_jax.report import read_json, write_json, write_text
 from experiments.pages import peers as pages
 from experiments.peers import cells
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--one_core', action='store_true', help='Keep everyone to one core: fastest for batch 1.')
     options = parser.parse_args(arguments)
     cores = 1 if options.one_core else os.cpu_count() or 1
+    for name in options.networks:
+        if bj.models.create(name).num_exits not in USUAL_SHARES:
+            raise ValueError(f'networks: got {name!r}; give those with exits, such as {_NETWORKS}')
     for name in options.networks:
         model, variables = random_network(name)
         for batch in options.batches:

@@ -62,7 +62,8 @@ def torch_compiled_exits(job: Job) -> Ready:
 
     def prepare(network: Any, channels_last: bool) -> Answer:
         for parts in (network.stages, network.exits):
-            parts[:] = [_compiled(part) for part in parts]
+            for n, part in enumerate(parts):
+                parts[n] = _compiled(part)
         return _masked(job, network, channels_last)
 
     return _in_either_layout(job, prepare)
