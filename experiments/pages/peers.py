@@ -73,7 +73,7 @@ def picture(path: Path | str, record: Record) -> None:
     peers = _names(cells)[1:]
     figure, axes = new_grid(
         'Time ÷ planned here (right of the line: planned is faster)', 1, len(networks),
-        size=(3.6 * len(networks) + 0.6, 1.6 + 0.9 * max(_count(cells, network) for network in networks)),
+        size=(max(7.0, 3.6 * len(networks) + 0.6), 1.6 + 0.9 * max(_count(cells, network) for network in networks)),
     )  # fmt: skip
     for panel, network in zip(axes[0], networks, strict=True):
         _draw(panel, [cell for cell in cells if cell['network'] == network], peers)
