@@ -21,6 +21,14 @@ _ALL = {
     'exits %': '{exits}', 'ms': '{ms:.4f}', '÷ planned': '{shown}', 'busy while waiting': '{burnt:.3f}',
 }  # fmt: skip
 
+_LEGEND = """\
+- planned here: what `bj.inference.plan` chose for the batch size, called with arrays of NumPy's or of jax's.
+- PyTorch: operation by operation, BatchNorm folded, in the faster layout; without exits, and with exits by masks: each
+  stage runs on the rows that are left.
+- torch.compile: the same, weights frozen; with exits each stage and each head is compiled.
+- ONNX Runtime: the file that PyTorch exports of the network without exits. If: the file of `bj.export.save_onnx`, whose
+  conditionals skip later stages; it takes one image."""
+
 
 def page(record: Record) -> str:
     """Lays out the record in Markdown, with the picture that lies beside it."""
@@ -46,6 +54,7 @@ def page(record: Record) -> str:
         markdown_table(columns, times),
         _absent(cells),
         '## Everyone',
+        _LEGEND,
         'Shares are those achieved: without exits all leave at the last, and a plan that skips a head serves its '
         'images later. Busy while waiting: cores that a process used between its turns.',
         table(_ALL, everyone),
