@@ -21,8 +21,8 @@ from branchy_jax.report import markdown_table, write_json, write_text
 from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.run import command
+from experiments.study.cells import USUAL_SHARES
 
-_SHARES = {2: (0.94, 0.06), 3: (0.7, 0.2, 0.1)}
 # Residual branches so weak that a hundred of them do not overflow where no BatchNorm knows the images.
 _KERNEL_SCALE = 0.3
 
@@ -52,7 +52,7 @@ def measure(name: str, batch: int) -> dict[str, Any]:
         criterion=bj.criteria.entropy,
         split='random images',
     )
-    shares = _SHARES.get(model.num_exits, np.full(model.num_exits, 1 / model.num_exits))
+    shares = USUAL_SHARES.get(model.num_exits, np.full(model.num_exits, 1 / model.num_exits))
     first, other = table.for_shares(shares), table.for_shares(np.full(model.num_exits, 1 / model.num_exits))
     clock, phases = _Clock(), []
     planned = bj.inference.plan(model, variables, images, first, on_progress=lambda text, _: phases.append(clock(text)))

@@ -1,0 +1,1 @@
+"""The same networks beside other runtimes: PyTorch, ONNX Runtime."""

@@ -1,0 +1,124 @@
+"""Images of which exactly the wanted share leaves at each exit, and the same images whoever computes.
+
+Weights are random: time does not depend on them. The logits of fresh heads hardly differ from image to image, so that
+rounding would decide who leaves; heads are therefore rescaled until they do, and images are drawn until none is so
+close to a threshold that another runtime's rounding could move it across.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+import branchy_jax as bj
+from branchy_jax.costs import StageCosts
+from branchy_jax.thresholds import ExitTable
+from branchy_jax.types import Variables
+from experiments.peers.job import Job
+from experiments.study.cells import images_needed
+from experiments.study.planning import random_variables
+
+# Standard deviation of a logit over images: entropies then spread over a good part of [0, ln 10].
+_SPREAD = 2.0
+# Far above what another order of summation changes in an entropy, about 1e-6; below most gaps between 256 of them.
+_MARGIN = 1e-4
+_POOL, _MOST_DRAWS = 128, 100
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forced:
+    """A job, and what everyone has to answer.
+
+    Attributes:
+        job: with thresholds.
+        exits: ``[M]`` where each image leaves.
+        logits: ``[N, M, K]`` of every exit.
+    """
+
+    job: Job
+    exits: np.ndarray
+    logits: np.ndarray
+
+    @property
+    def num_exits(self) -> int:
+        """N."""
+        return len(self.logits)
+
+    def labels(self, exits: np.ndarray) -> np.ndarray:
+        """Returns what those exits answer ``[M]``."""
+        return self.logits[exits, np.arange(len(exits))].argmax(-1)
+
+
+def random_network(name: str) -> tuple[bj.BranchyNet, Variables]:
+    """Returns a network whose exits tell images apart, and its variables as NumPy arrays."""
+    model = bj.models.create(name)
+    images = np.random.default_rng(0).standard_normal((_POOL, *model.image_shape), np.float32)
+    variables = jax.tree.map(np.array, random_variables(model, images))
+    for head, logits in zip(model.exits, _logits(model, variables, images), strict=True):
+        mean = logits.mean(axis=0)
+        scale = _SPREAD / (logits - mean).std()
+        dense = variables['params'][(head[-1] if isinstance(head, tuple) else head).name]
+        dense['kernel'] *= scale
+        dense['bias'] = (dense['bias'] - mean) * scale
+    return model, variables
+
+
+def force(
+    name: str, model: bj.BranchyNet, variables: Variables, shares: Sequence[float], batch: int, *, cores: int
+) -> Forced:
+    """Draws images, and thresholds at which they leave in given shares, up to whole images.
+
+    Args:
+        name: of the network.
+        model: it.
+        variables: of `random_network`.
+        shares: ``[N]``.
+        batch: images in a call.
+        cores: to work with.
+
+    Raises:
+        ValueError: shares that do not fit, or at which images cannot be told apart.
+    """
+    for seed in range(1, 1 + _MOST_DRAWS):
+        shape = images_needed(batch), *model.image_shape
+        images = np.random.default_rng(seed).standard_normal(shape, np.float32)
+        logits = _logits(model, variables, images)
+        thresholds, exits, margin = leave_in_shares(np.asarray(bj.criteria.entropy_of_logits(logits)), shares)
+        if margin > _MARGIN:
+            return Forced(Job(name, variables, images, batch, thresholds, cores), exits, logits)
+    raise ValueError(f'shares: got {list(shares)}; of {_MOST_DRAWS} draws of images none left so without close calls')
+
+
+def leave_in_shares(uncertainty: np.ndarray, shares: Sequence[float]) -> tuple[tuple[float, ...], np.ndarray, float]:
+    """Finds thresholds at which these inputs leave in given shares, up to whole inputs and ties.
+
+    Args:
+        uncertainty: ``[N, M]``.
+        shares: ``[N]``.
+
+    Returns:
+        The thresholds ``[N - 1]``, the exits ``[M]``, and how close to its threshold an input comes on its way.
+
+    Raises:
+        ValueError: shares that are negative, do not sum to 1 or are not one per exit.
+    """
+    num_exits, count = uncertainty.shape
+    table = ExitTable(
+        uncertainty=uncertainty,
+        statistics=np.zeros((num_exits, count, 1)),
+        costs=StageCosts(stages=np.ones(num_exits), exits=np.zeros(num_exits)),
+        criterion=bj.criteria.entropy,
+        split='random images',
+    )
+    policy = table.for_shares(shares)
+    thresholds, exits = np.asarray(policy.thresholds), np.asarray(table.answering_exits(policy))
+    asked = exits >= np.arange(num_exits - 1)[:, None]
+    margin = np.abs(uncertainty[:-1] - thresholds[:, None])[asked].min(initial=np.inf)
+    return tuple(thresholds.tolist()), exits, float(margin)
+
+
+def _logits(model: bj.BranchyNet, variables: Variables, images: np.ndarray) -> np.ndarray:
+    return np.asarray(bj.inference.exit_outputs(model, variables, images, batch_size=min(64, len(images))).logits)

@@ -1,0 +1,94 @@
+"""What every contender is given, and what it makes of it: NumPy alone, whatever runtime is behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_TRIAL_PASSES, _TRIAL_SECONDS = 3, 0.1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A network, the images of a pass, and when they leave.
+
+    Attributes:
+        network: its name.
+        variables: Flax's, as NumPy arrays.
+        images: ``[M, H, W, C]`` float32, of all batches of a pass.
+        batch: images in a call, of which M is a multiple.
+        thresholds: ``[N - 1]`` of the entropy.
+        cores: that everyone works with.
+    """
+
+    network: str
+    variables: Any
+    images: np.ndarray
+    batch: int
+    thresholds: tuple[float, ...]
+    cores: int
+
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """The images of each call."""
+        return [self.images[start : start + self.batch] for start in range(0, len(self.images), self.batch)]
+
+
+Answer = Callable[[np.ndarray], tuple[np.ndarray, Any]]
+"""Maps a batch in host memory to labels ``[B]`` there, and to exits ``[B]`` in whatever form, or none."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ready:
+    """A contender that needs but be called.
+
+    Attributes:
+        answer: answers a batch.
+        batches: in the layout that it likes them in.
+        told: the settings that it runs with.
+        within: a context that passes run in.
+    """
+
+    answer: Answer
+    batches: Sequence[np.ndarray]
+    told: str = ''
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def run(self, passes: int) -> float:
+        """Returns the seconds that passes over all batches take."""
+        with self.within():
+            start = time.perf_counter()
+            for _ in range(passes):
+                for images in self.batches:
+                    self.answer(images)
+            return time.perf_counter() - start
+
+    def passes_of(self, seconds: float) -> int:
+        """Returns how many passes last at least so long; the first, which may compile, is not counted."""
+        self.run(1)
+        return max(1, math.ceil(seconds / self.run(1)))
+
+    def answers(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns labels and exits ``[M]`` of all images; ``None`` where there are no exits but the last."""
+        with self.within():
+            labels, exits = zip(*map(self.answer, self.batches), strict=True)
+        has_exits = exits[0] is not None
+        return np.concatenate(labels), np.concatenate([np.asarray(left) for left in exits]) if has_exits else None
+
+
+def fastest(options: Mapping[str, Ready]) -> Ready:
+    """Lets ways of doing the same take turns for a moment. Returns the fastest, which tells its name."""
+    passes = {name: ready.passes_of(_TRIAL_SECONDS) for name, ready in options.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in options}
+    for _ in range(_TRIAL_PASSES):
+        for name, ready in options.items():
+            ready.run(1)  # memory that nothing has touched for a while is slow to touch again
+            seconds[name].append(ready.run(passes[name]) / passes[name])
+    best = min(options, key=lambda name: np.median(seconds[name]))
+    return dataclasses.replace(options[best], told=', '.join(filter(None, (best, options[best].told))))
