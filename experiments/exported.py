@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,7 @@ def _installed(python: Path) -> list[str]:
 
 def _fresh_environment(place: Path, needed: Sequence[str] = _NEEDED) -> Path:
     """Makes an environment of the packages that the reader needs, in the versions that are installed here, if any."""
+    os.environ.pop('PYTHONPATH', None)  # what lies there would be in the fresh environment, too
     shutil.rmtree(place, ignore_errors=True)
     venv.create(place, with_pip=True)
     python = place / 'bin' / 'python'
