@@ -164,11 +164,12 @@ def phase(replies: Sequence[Reply], number: int, load: float) -> dict[str, Any]:
 
 def page(record: dict[str, Any]) -> str:
     """Lays the record out."""
+    last = max(int(n) for found in record['phases'] for n in found['exits'])
     rows = [
         [
             name, f'{found["load"]:.0f}', str(found['sent']), str(found['refused']), str(found['late']),
             f'{found["mean_ms"]:.1f}', f'{found["p99_ms"]:.1f}', f'{100 * found["accuracy"]:.2f}',
-            ', '.join(f'{100 * share:.1f}' for share in found['exits'].values()),
+            ', '.join(f'{100 * found["exits"].get(str(n), 0):.1f}' for n in range(1, 1 + last)),
         ]
         for name, found in zip(('before', 'burst', 'after'), record['phases'], strict=True)
     ]  # fmt: skip
