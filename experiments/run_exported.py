@@ -178,7 +178,7 @@ def _program(folder: Path, name: str, part: dict[str, Any], own: dict[str, Any])
     names = [output['name'] for output in part['outputs']]
 
     @jax.jit
-    def run(own: dict[str, jax.Array], *inputs: jax.Array) -> dict[str, np.ndarray]:
+    def run(own: dict[str, jax.Array], *inputs: jax.Array) -> dict[str, jax.Array]:
         return dict(zip(names, exported.call(own, *inputs), strict=True))
 
     return lambda *inputs: run(own, *inputs)

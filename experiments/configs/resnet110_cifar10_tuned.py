@@ -3,7 +3,7 @@ r"""B-ResNet-110 on CIFAR-10 with exits after one block, half and two thirds of 
 Paper: BranchyNet (2016), Table I, ResNet rows: 80.70 % and 79.17 %, 41.5 and 13.8 % leave at the side exits.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/resnet110_cifar10_tuned.py --workdir=runs/resnet110_cifar10_tuned
-Run time: 130 minutes on 2 CPU cores, some of it beside tests; 110 on quiet ones.
+Run time: 130 minutes on 2 CPU cores, some of it beside tests.
 Expect: 85.3 % 2.3 times as fast as the baseline's 86.4; the exits alone 78.4 / 82.7 / 84.1 / 86.2 %.
 """
 
