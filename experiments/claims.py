@@ -17,12 +17,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
 from experiments.configs import common
 from experiments.pages.claims import page
 from experiments.run import command
+from experiments.run.processes import start_again_on_cpu
 from experiments.run.tasks import load
 from experiments.study.seeds import Recipe, Seeds, Trained
 from experiments.study.variants import with_branch
@@ -43,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--augment', action='store_true', help='Shifts and, but for digits, mirroring; not the paper.')
     parser.add_argument('--dtype', default='float32', help='Of the computation.')
     parser.add_argument('--most_examples', type=int, default=0, help='Of each part of the data, to try it; 0: all.')
+    parser.add_argument('--cpu_devices', type=command.positive, default=1, help='That a CPU makes to share each step.')
     parser.add_argument('--judge_only', action='store_true', help='Judge by what was trained so far.')
     options = parser.parse_args(arguments)
+    start_again_on_cpu(options.cpu_devices)
+    mesh = bj.sharding.data_mesh(options.cpu_devices) if options.cpu_devices > 1 else None
     config: ConfigDict = common.get_config()
     config.update(dataset=options.dataset, most_examples=options.most_examples)
     digits = 'mnist' in options.dataset
@@ -55,13 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     run(
         options.workdir, options.network, load(config), recipe, seeds=options.seeds, dtype=options.dtype,
-        judge_only=options.judge_only,
+        judge_only=options.judge_only, mesh=mesh,
     )  # fmt: skip
 
 
 def run(
-    workdir: Path, network: str, dataset: bj.data.Dataset, recipe: Recipe, *, seeds: int, dtype: str, judge_only: bool
-) -> dict[str, Any]:
+    workdir: Path, network: str, dataset: bj.data.Dataset, recipe: Recipe, *, seeds: int, dtype: str, judge_only: bool,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Trains what the claims need, resuming, and returns the record.
 
     Args:
@@ -72,6 +78,7 @@ def run(
         seeds: trainings of each variant.
         dtype: of the computation.
         judge_only: trains nothing more.
+        mesh: devices that share every step.
     """
     path = workdir / f'claims_{network}.json'
     settings = {
@@ -87,7 +94,7 @@ def run(
     record = {'settings': settings, **command.provenance('claims'), 'seconds': 0.0, 'variants': {}, **record}
     workdir.mkdir(parents=True, exist_ok=True)
     if not judge_only:
-        _train_missing(record, _variants(network, options, Seeds(dataset, recipe, count=seeds)), path)
+        _train_missing(record, _variants(network, options, Seeds(dataset, recipe, count=seeds, mesh=mesh)), path)
     _write(path, record)
     bj.report.write_text(path.with_suffix('.md'), page(record))
     print(page(record))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 import branchy_jax as bj
 from branchy_jax.training.fit import Prepare
@@ -65,11 +66,13 @@ class Seeds:
         dataset: trained on its training part, evaluated on its test part.
         recipe: the same for all variants.
         count: how many seeds.
+        mesh: devices that share every step.
     """
 
     dataset: bj.data.Dataset
     recipe: Recipe
     count: int
+    mesh: Mesh | None = None
 
     def train(
         self, model: bj.BranchyNet, exit_weights: Sequence[float], *, starts: Sequence[Variables] | None = None,
@@ -84,19 +87,21 @@ class Seeds:
             epochs: instead of the recipe's.
         """
         epochs = self.recipe.epochs if epochs is None else epochs
-        data, example = jax.tree.map(jnp.asarray, self.dataset.train), jnp.zeros((1, *self.dataset.image_shape))
+        mesh, example = self.mesh, jnp.zeros((1, *self.dataset.image_shape))
+        data = self.dataset.train if mesh is not None else jax.tree.map(jnp.asarray, self.dataset.train)
         optimizer, init = _optimizer(self.recipe, epochs, len(data)), jax.jit(model.init)
         every = []
         for seed in range(self.count):
             variables = init(jax.random.key(seed), example)
             if starts is not None:
                 variables, _ = bj.training.initialize_from_baseline(variables, starts[seed])
+            state = bj.training.create_train_state(model, variables, optimizer)
             trained = bj.training.fit(
-                bj.training.create_train_state(model, variables, optimizer), data, exit_weights,
+                state if mesh is None else bj.sharding.replicate(mesh, state), data, exit_weights,
                 jax.random.fold_in(jax.random.key(1), seed), epochs=epochs, batch_size=self.recipe.batch_size,
-                prepare=self._prepare,
+                prepare=self._prepare, scan=None if mesh is None else False,
             )  # fmt: skip
-            every.append(trained.variables)
+            every.append(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), trained.variables))
         train, test = (self._accuracy(model, every, part) for part in (self.dataset.train, self.dataset.test))
         return Trained(every, train, test)
 
