@@ -1,4 +1,4 @@
-"""Times a finished run on batches, through the planner, against the plain and the rewritten baseline.
+"""Times a finished run on batches, through the planner, against the plain baseline and one that is planned alike.
 
     python -m experiments.batches --workdir=runs/resnet110_cifar10 --batches=256,10000
 
@@ -48,7 +48,7 @@ def time_batch(
     networks: Networks, images: np.ndarray, labels: np.ndarray, name: str, policy: bj.ExitPolicy, *, batch: int,
     passes: int,
 ) -> BatchRow:  # fmt: skip
-    """Plans for a batch size, and times the plan beside all forms of the baseline on the same images.
+    """Plans both networks for a batch size, and times the plans beside the plain baseline on the same images.
 
     Args:
         networks: both.
@@ -62,14 +62,11 @@ def time_batch(
     count = len(images) // batch * batch
     images, labels = images[:count], labels[:count]
     planned = bj.inference.plan(networks.model, networks.variables, images, policy, batch_size=batch)
-    fast, fast_variables = networks.fast_baseline
-    # A small network may be fastest image by image, even in a batch: its baseline may run so too.
-    one_by_one, nothing = bj.inference.sequential(fast), np.zeros(0, np.float32)
-    baselines = {
-        'plain': whole(networks.baseline, networks.baseline_variables),
-        'fast': whole(fast, fast_variables),
-        'one by one': lambda images: one_by_one(fast_variables, images, nothing),
-    }
+    # In chunks, image by image, with all cores: what serves the network with exits serves the baseline too.
+    alike = bj.inference.plan(
+        networks.baseline, networks.baseline_variables, images, np.zeros(0, np.float32), batch_size=batch
+    )
+    baselines = {'plain': whole(networks.baseline, networks.baseline_variables), alike.executor: alike}
     inputs = on_device(images, batch)
     functions = {key: bj.measure.one_by_one(run, inputs) for key, run in {**baselines, 'planned': planned}.items()}
     seconds = bj.measure.interleaved_passes(functions, passes=passes)

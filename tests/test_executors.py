@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
-from branchy_jax.inference import compacted, dense, exit_outputs, sequential, staged
+from branchy_jax.inference import ALL_CORES, compacted, compiler_options, dense, exit_outputs, sequential, staged
 
 CRITERION = {criterion.name: criterion for criterion in CRITERIA}
 BATCH_SIZES = (0, 1, 5, 24)
@@ -96,13 +96,30 @@ def test_single_images_with_exits_left_out(network, uncertainty):
         check_same(jax.tree.map(lambda x: x[0], kept), alone)
 
 
-@pytest.mark.parametrize('build', [staged, sequential])
+@pytest.mark.parametrize(
+    'build',
+    [
+        dense, staged, sequential, functools.partial(compacted, chunk_size=2),
+        functools.partial(compacted, chunk_size=2, on_host=False), functools.partial(dense, max_batch=2),
+        functools.partial(sequential, max_batch=2), functools.partial(compacted, chunk_size=2, max_batch=2),
+    ],
+)  # fmt: skip
 def test_compiler_options_reach_the_compiler(network, build):
     model, variables, images = network
     with pytest.raises(Exception, match='no_such_option'):
         build(model, compiler_options={'no_such_option': 1})(
             variables, images[0 if build is staged else slice(2)], [0, 0]
         )
+
+
+def test_all_cores_are_used_where_there_are_several_and_the_compiler_knows_how(monkeypatch):
+    several = compiler_options.num_cores() > 1 and compiler_options._are_known(compiler_options.in_order(ALL_CORES))
+    assert compiler_options.may_use_all_cores() == (several and jax.default_backend() == 'cpu')
+    monkeypatch.setattr(compiler_options, 'num_cores', lambda: 1)
+    assert not compiler_options.may_use_all_cores()
+    monkeypatch.setattr(compiler_options, 'num_cores', lambda: 2)
+    monkeypatch.setattr(compiler_options, 'ALL_CORES', {'no_such_option': 1})
+    assert not compiler_options.may_use_all_cores()
 
 
 @pytest.mark.parametrize('build', [dense, staged, sequential, functools.partial(compacted, chunk_size=2)])

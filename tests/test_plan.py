@@ -13,6 +13,7 @@ from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes, dense, exit_outputs, plan, segment_times
+from branchy_jax.inference.planning import candidates as candidates_room
 from branchy_jax.inference.planning import plan as plan_room
 from branchy_jax.inference.planning import race as race_room
 from branchy_jax.inference.planning.candidates import Candidate, Way, ways_to_race
@@ -133,8 +134,15 @@ def names_of(ways):
     return [way.name.split(',')[0].split(' of')[0] for way, _ in ways]
 
 
+@pytest.fixture(params=[False, True], ids=['one core', 'several cores'])
+def all_cores(request, monkeypatch):
+    """Whether to plan as on a CPU of several cores; one that has only one compiles the same."""
+    monkeypatch.setattr(candidates_room, 'may_use_all_cores', lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize('batch_size', [1, 24])
-def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size):
+def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size, all_cores):
     model, variables, images = network
     thresholds = thresholds_at(uncertainty, (0.7, 0.5))
     times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
@@ -143,7 +151,11 @@ def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size)
     names = names_of(ways)
     assert names[0] == 'baseline'
     assert set(names[1:]) == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
-    assert [way.name for way, _ in otherwise] == ['last exit, optimized', 'last exit']
+    assert [way.name for way, _ in otherwise] == [
+        *(['last exit, optimized, all cores'] if all_cores else []), 'last exit, optimized', 'last exit'
+    ]  # fmt: skip
+    best = [way for way, _ in ways if way.exits == ways[1][0].exits and way.kind != 'baseline']
+    assert [way.all_cores for way in best] == ([True, False] * (len(best) // 2) if all_cores else [False] * len(best))
     for way, _ in (*ways, *otherwise):
         run = way.build(model, batch_size)
         if way.kind == 'baseline':
@@ -155,7 +167,7 @@ def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size)
         check_same(run(variables, images[:batch_size], thresholds), expected)
 
 
-def test_what_cannot_win_is_not_compiled():
+def test_what_cannot_win_is_not_compiled(all_cores):
     """Of a heavy network only the host's way; without branches only where the forecast is close to it."""
     confident = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
     light, heavy = linear_times([0.1, 0.1, 0.1], [0, 0, 0]), linear_times([10, 10, 10], [0, 0, 0])
@@ -164,12 +176,14 @@ def test_what_cannot_win_is_not_compiled():
     }  # fmt: skip
     raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=True)
     assert [way.on_host for way, _ in raced] == [False, True, True]
-    assert names_of(otherwise) == ['last exit', 'last exit']
+    assert [way.all_cores for way, _ in raced] == [False, all_cores, all_cores]
+    twice = 1 + all_cores
+    assert names_of(otherwise) == ['last exit'] * twice + ['last exit']
     raced, otherwise = ways_to_race(heavy, confident & False, 16, 16, skip=True)
     assert names_of(raced)[-1] == 'last exit'
     assert len(otherwise) == 1
     raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=False)
-    assert names_of(otherwise) == ['dense']
+    assert names_of(otherwise) == ['dense'] * twice
 
 
 @pytest.mark.parametrize(

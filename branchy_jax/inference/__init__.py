@@ -1,6 +1,8 @@
 """Running a network with exits: the dense oracle, and executors that agree with it while doing less."""
 
 from branchy_jax.inference.compacted import compacted as compacted
+from branchy_jax.inference.compiler_options import ALL_CORES as ALL_CORES
+from branchy_jax.inference.compiler_options import COMMAND_BUFFERS as COMMAND_BUFFERS
 from branchy_jax.inference.dense import ExitOutputs as ExitOutputs
 from branchy_jax.inference.dense import dense as dense
 from branchy_jax.inference.dense import exit_outputs as exit_outputs
@@ -12,11 +14,10 @@ from branchy_jax.inference.planning.segment_times import SegmentTimes as Segment
 from branchy_jax.inference.planning.segment_times import segment_times as segment_times
 from branchy_jax.inference.rewriting.optimize import optimize as optimize
 from branchy_jax.inference.sharded import sharded as sharded
-from branchy_jax.inference.staged import COMMAND_BUFFERS as COMMAND_BUFFERS
 from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
 
 __all__ = [
-    'COMMAND_BUFFERS', 'ExitOutputs', 'Plan', 'SegmentTimes', 'compacted', 'dense', 'exit_outputs', 'exit_table',
-    'optimize', 'plan', 'segment_times', 'sequential', 'sharded', 'staged', 'stream',
+    'ALL_CORES', 'COMMAND_BUFFERS', 'ExitOutputs', 'Plan', 'SegmentTimes', 'compacted', 'dense', 'exit_outputs',
+    'exit_table', 'optimize', 'plan', 'segment_times', 'sequential', 'sharded', 'staged', 'stream',
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from flax import struct
 from jax import lax
 
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
+from branchy_jax.inference.compiler_options import Options, in_order, jit_with
 from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
 from branchy_jax.inference.staged import sequential_program
 from branchy_jax.inference.steps import (
@@ -38,6 +39,7 @@ def compacted(
     exits: Sequence[int] | None = None,
     on_host: bool | None = None,
     workers: int = 1,
+    compiler_options: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
 ) -> Executor:
     """Builds the batch executor: each stage runs on chunks of the images that no exit before it was sure of.
@@ -60,6 +62,8 @@ def compacted(
         on_host: whether the host drives; by default on a CPU.
         workers: chunks that the host runs at the same time, in threads. Two gain where one chunk leaves cores idle.
             Threads do not see context managers of the caller such as `jax.default_matmul_precision`.
+        compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU. With any it cannot be
+            traced.
         max_batch: compiles for batches of this size and of a few smaller ones, one image as `staged` runs it, and
             answers batches of any size with those, in pieces where they are larger. What fills up a piece is no image:
             it never keeps a stage busy. An `AnyBatch`, whose ``warm_up`` compiles all. By default a new size compiles
@@ -80,21 +84,22 @@ def compacted(
         >>> compacted(model, chunk_size=2)(variables, images, [float('-inf')]).exit_index.tolist()
         [1, 1, 1, 1, 1]
     """
-    asked = asked_exits(model, exits)
+    asked, options = asked_exits(model, exits), in_order(compiler_options)
     chunk_sizes = check_chunk_sizes(chunk_size, len(asked))
     on_host = jax.default_backend() == 'cpu' if on_host is None else on_host
     if workers < 1 or (workers > 1 and not on_host):
         raise ValueError(f'workers: got {workers} with on_host={on_host}; give at least 1, more only with on_host=True')
     if max_batch is None:
-        return _compacted(model, asked, chunk_sizes, on_host, workers)
-    return _compacted_of_any_batch(model, asked, chunk_sizes, on_host, workers, sizes_up_to(max_batch))
+        return _compacted(model, asked, chunk_sizes, on_host, workers, options)
+    return _compacted_of_any_batch(model, asked, chunk_sizes, on_host, workers, options, sizes_up_to(max_batch))
 
 
 @compiled_once
 def _compacted(
-    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int
-) -> Executor:
-    loops, run = _programs(model, asked, chunk_sizes, on_host, workers)
+    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int,
+    options: Options,
+) -> Executor:  # fmt: skip
+    loops, run = _programs(model, asked, chunk_sizes, on_host, workers, options)
     return guarded(run, model, traceable=loops)
 
 
@@ -105,10 +110,11 @@ def _compacted_of_any_batch(
     chunk_sizes: tuple[int, ...],
     on_host: bool,
     workers: int,
+    options: Options,
     sizes: tuple[int, ...],
 ) -> AnyBatch:
-    loops, several = _programs(model, asked, chunk_sizes, on_host, workers)
-    alone = sequential_program(model, asked)
+    loops, several = _programs(model, asked, chunk_sizes, on_host, workers, options)
+    alone = sequential_program(model, asked, options)
 
     def run(variables: Variables, images: Array, policy: ExitPolicy, count: np.int32) -> ExitPrediction:
         if num_rows(images) == 1:
@@ -120,17 +126,18 @@ def _compacted_of_any_batch(
 
 @compiled_once
 def _programs(
-    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int
-) -> tuple[Callable[..., ExitPrediction], Callable[..., ExitPrediction]]:
+    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int,
+    options: Options,
+) -> tuple[Callable[..., ExitPrediction], Callable[..., ExitPrediction]]:  # fmt: skip
     """Returns the program of loops, and what runs in its place; each takes a count of images after the policy."""
-    loops = jax.jit(_build_loops(build_steps(model, asked), chunk_sizes))
-    return loops, _build_host_driven(jitted_steps(model, asked), chunk_sizes, workers) if on_host else loops
+    loops = jit_with(options)(_build_loops(build_steps(model, asked), chunk_sizes))
+    return loops, _build_host_driven(jitted_steps(model, asked, options), chunk_sizes, workers) if on_host else loops
 
 
 @compiled_once
-def jitted_steps(model: BranchyNet, asked: tuple[int, ...]) -> tuple[StepFunction, ...]:
+def jitted_steps(model: BranchyNet, asked: tuple[int, ...], options: Options = ()) -> tuple[StepFunction, ...]:
     """Returns the steps that the host starts, the same ones for all chunk sizes."""
-    return tuple(jax.jit(step) for step in build_steps(model, asked))
+    return tuple(jit_with(options)(step) for step in build_steps(model, asked))
 
 
 def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int], workers: int) -> Executor:

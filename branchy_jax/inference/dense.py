@@ -17,6 +17,7 @@ from branchy_jax.costs import StageCosts, count_macs
 from branchy_jax.criteria import entropy
 from branchy_jax.criteria.criterion import Criterion, check_criterion
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
+from branchy_jax.inference.compiler_options import Options, in_order, jit_with
 from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
 from branchy_jax.models.branchy import BranchyNet, check_model, naming_variables
 from branchy_jax.sharding import replicate, replicated, shard
@@ -37,7 +38,13 @@ OnProgress = Callable[[int, int | None], None]
 """``(images done, of how many)``."""
 
 
-def dense(model: BranchyNet, *, exits: Sequence[int] | None = None, max_batch: int | None = None) -> Executor:
+def dense(
+    model: BranchyNet,
+    *,
+    exits: Sequence[int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
+    max_batch: int | None = None,
+) -> Executor:
     """Builds the oracle executor: runs all stages and heads on the whole batch and selects the first confident exit.
 
     For finite images all executors agree with it on label and exit. Where NaN reaches the logits of every exit, the
@@ -48,6 +55,8 @@ def dense(model: BranchyNet, *, exits: Sequence[int] | None = None, max_batch: i
         model: a network with N exits.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf. With
             ``[N - 1]`` this is the network without its branches.
+        compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU. With any it cannot be
+            traced.
         max_batch: compiles at this size and at a few smaller ones, and answers batches of any size with those, in
             pieces where they are larger; an `AnyBatch`, whose ``warm_up`` compiles them all. By default every new size
             compiles.
@@ -70,27 +79,31 @@ def dense(model: BranchyNet, *, exits: Sequence[int] | None = None, max_batch: i
     References:
         BranchyNet, 2016, Figure 2.
     """
-    asked = asked_exits(model, exits)
-    return _dense(model, asked) if max_batch is None else _dense_of_any_batch(model, asked, sizes_up_to(max_batch))
+    asked, options = asked_exits(model, exits), in_order(compiler_options)
+    if max_batch is None:
+        return _dense(model, asked, options)
+    return _dense_of_any_batch(model, asked, options, sizes_up_to(max_batch))
 
 
 @compiled_once
-def _dense(model: BranchyNet, asked: tuple[int, ...]) -> Executor:
-    return guarded(dense_program(model, asked), model)
+def _dense(model: BranchyNet, asked: tuple[int, ...], options: Options) -> Executor:
+    return guarded(dense_program(model, asked, options), model)
 
 
 @compiled_once
-def _dense_of_any_batch(model: BranchyNet, asked: tuple[int, ...], sizes: tuple[int, ...]) -> AnyBatch:
-    program = dense_program(model, asked)
+def _dense_of_any_batch(
+    model: BranchyNet, asked: tuple[int, ...], options: Options, sizes: tuple[int, ...]
+) -> AnyBatch:
+    program = dense_program(model, asked, options)
     return any_batch(lambda variables, images, policy, _: program(variables, images, policy), program, model, sizes)
 
 
 @compiled_once
-def dense_program(model: BranchyNet, asked: tuple[int, ...]) -> Executor:
+def dense_program(model: BranchyNet, asked: tuple[int, ...], options: Options = ()) -> Executor:
     """Returns the jitted program of `dense`, without a door."""
     steps = build_steps(model, asked)
 
-    @jax.jit
+    @jit_with(options)
     def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
         *earlier, last = run_steps(steps, variables, images, policy)
         chosen = last.prediction

@@ -12,6 +12,7 @@ from jax import lax
 
 from branchy_jax.criteria.criterion import Carry
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, check_max_batch
+from branchy_jax.inference.compiler_options import Options, in_order, jit_with
 from branchy_jax.inference.steps import (
     Executor,
     StepFunction,
@@ -27,15 +28,6 @@ from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, check_inputs, input_specs, num_rows
 
-COMMAND_BUFFERS = {
-    'xla_gpu_enable_command_buffer': (
-        'FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION'
-    ),
-    'xla_gpu_graph_min_graph_size': 1,
-}
-"""Compiler options that record whole programs, conditionals included, as CUDA graphs, so that the GPU need not wait for
-the host at every exit. They made a stream of LeNet images 1.7 times faster and one of ResNet-110 slower: measure."""
-
 
 def staged(
     model: BranchyNet, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
@@ -48,7 +40,8 @@ def staged(
     Args:
         model: a network with N exits.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
-        compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU.
+        compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU, or
+            `branchy_jax.inference.ALL_CORES` on a CPU.
 
     Returns:
         ``(variables, image [H, W, C], policy) → ExitPrediction`` without the batch axis; a bare array of thresholds
@@ -67,17 +60,17 @@ def staged(
     References:
         BranchyNet, 2016, Figure 2.
     """
-    return _staged(model, asked_exits(model, exits), _in_order(compiler_options))
+    return _staged(model, asked_exits(model, exits), in_order(compiler_options))
 
 
 @compiled_once
-def _staged(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...]) -> Executor:
+def _staged(model: BranchyNet, asked: tuple[int, ...], options: Options) -> Executor:
     steps = build_steps(model, asked)
 
     # Taking a policy apart at every call would cost a small network 4 % of its time at batch 1: its leaves are taken.
     @functools.lru_cache
     def of_structure(structure: Any) -> Executor:
-        @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
+        @jit_with(options)
         def run(variables: Variables, image: Array, *leaves: Array) -> ExitPrediction:
             policy, alone = jax.tree.unflatten(structure, leaves), jax.tree.map(lambda leaf: leaf[None], image)
             if model.image_shape is not None:
@@ -114,7 +107,8 @@ def sequential(
     Args:
         model: a network with N exits.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
-        compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU.
+        compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU, or
+            `branchy_jax.inference.ALL_CORES` on a CPU.
         max_batch: compiles a loop for up to so many images, and one image alone, and answers batches of any size with
             those, in pieces where they are larger; an `AnyBatch`. By default every new size compiles.
 
@@ -132,7 +126,7 @@ def sequential(
         >>> sequential(model)(variables, images, [float('inf')]).exit_index.tolist()
         [0, 0, 0]
     """
-    asked, options = asked_exits(model, exits), _in_order(compiler_options)
+    asked, options = asked_exits(model, exits), in_order(compiler_options)
     if max_batch is None:
         return _sequential(model, asked, options)
     check_max_batch(max_batch)
@@ -140,18 +134,18 @@ def sequential(
 
 
 @compiled_once
-def _sequential(model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...]) -> Executor:
-    return guarded(sequential_program(model, asked, compiler_options), model)
+def _sequential(model: BranchyNet, asked: tuple[int, ...], options: Options) -> Executor:
+    return guarded(sequential_program(model, asked, options), model)
 
 
 @compiled_once
 def sequential_program(
-    model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...] = ()
+    model: BranchyNet, asked: tuple[int, ...], options: Options = ()
 ) -> Callable[..., ExitPrediction]:
     """Returns ``(variables, images, policy, count=None) → ExitPrediction``: of the first ``count`` images."""
     steps = build_steps(model, asked)
 
-    @functools.partial(jax.jit, compiler_options=dict(compiler_options) or None)
+    @jit_with(options)
     def run(variables: Variables, images: Array, policy: ExitPolicy, count: Array | None = None) -> ExitPrediction:
         def answer(image: Array) -> ExitPrediction:
             return _answer(steps, variables, image, (), policy)
@@ -173,10 +167,8 @@ def sequential_program(
 
 
 @compiled_once
-def _sequential_of_any_batch(
-    model: BranchyNet, asked: tuple[int, ...], compiler_options: tuple[tuple[str, Any], ...], max_batch: int
-) -> AnyBatch:
-    program = sequential_program(model, asked, compiler_options)
+def _sequential_of_any_batch(model: BranchyNet, asked: tuple[int, ...], options: Options, max_batch: int) -> AnyBatch:
+    program = sequential_program(model, asked, options)
 
     def run(variables: Variables, images: Array, policy: ExitPolicy, count: np.int32) -> ExitPrediction:
         if num_rows(images) == 1:
@@ -212,7 +204,3 @@ def _answer(
         lambda: step.prediction,
         lambda: _answer(steps[1:], variables, step.hidden, step.carry, policy),
     )
-
-
-def _in_order(compiler_options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted((compiler_options or {}).items()))

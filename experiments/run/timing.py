@@ -111,8 +111,7 @@ def time_batches(
 ) -> Timed:
     """Times both networks on the same batches, every call waited for.
 
-    The branchy network runs as `branchy_jax.inference.plan` chooses on other images; its baseline is the faster of
-    the plain jitted one and the one that `branchy_jax.inference.optimize` rewrites.
+    Both run as `branchy_jax.inference.plan` chooses on other images, the plain jitted baseline beside them.
 
     Args:
         networks: both.
@@ -146,14 +145,17 @@ def time_batches(
         policy = _forced(criterion, exits, n)
         return lambda images: compacted(fast_variables, images, policy)
 
+    alike = bj.inference.plan(
+        networks.baseline, networks.baseline_variables, planned_on[: 8 * batch], _no_exits(criterion), batch_size=batch
+    )
     runs: Runs = {
         'plain': (whole(networks.baseline, networks.baseline_variables), inputs),
-        'rewritten': (whole(*networks.fast_baseline), inputs),
+        'planned': (alike, inputs),
         **{('point', name): (run, inputs) for name, run in planned.items()},
         **{('exit', n): (leaving_at(n), inputs) for n in range(exits)},
         **{key: (lambda _, key=key: alone[key](), range(1)) for key in _trunk(exits, batch)},
     }
-    return _time(runs, ('plain', 'rewritten'), policies, exits, batch=batch, passes=passes)
+    return _time(runs, ('plain', 'planned'), policies, exits, batch=batch, passes=passes)
 
 
 def time_static(networks: Mapping[str, Network], images: np.ndarray, *, passes: int) -> dict[str, Clock]:

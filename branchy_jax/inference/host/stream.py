@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from branchy_jax.criteria import as_policy
 from branchy_jax.inference.compacted import jitted_steps
+from branchy_jax.inference.compiler_options import in_order
 from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
 from branchy_jax.inference.steps import asked_exits, check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet
@@ -31,6 +32,7 @@ def stream(
     deadline: float = float('inf'),
     exits: Sequence[int] | None = None,
     workers: int = 1,
+    compiler_options: Mapping[str, Any] | None = None,
     ahead: int = 2,
 ) -> Callable[[Variables, Iterable[Arrival], Any], Iterator[Answers]]:
     """Builds the executor for an endless supply of batches of any size.
@@ -52,6 +54,7 @@ def stream(
             says so of each image instead, in seconds of `time.monotonic`.
         exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
         workers: chunks that run at the same time, in threads.
+        compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU.
         ahead: batches to read ahead.
 
     Returns:
@@ -77,7 +80,7 @@ def stream(
         raise ValueError(f'deadline: got {deadline}; give seconds, at least 0')
     if workers < 1 or ahead < 1:
         raise ValueError(f'workers and ahead: got {workers} and {ahead}; give at least 1')
-    steps, submit = jitted_steps(model, asked), submitter(workers)
+    steps, submit = jitted_steps(model, asked, in_order(compiler_options)), submitter(workers)
 
     def execute(variables: Variables, supply: Iterable[Arrival], policy: Any) -> Iterator[Answers]:
         def current() -> ExitPolicy:

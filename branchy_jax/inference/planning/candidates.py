@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
 from branchy_jax.inference.compacted import compacted
+from branchy_jax.inference.compiler_options import ALL_CORES, Options, in_order, may_use_all_cores
 from branchy_jax.inference.dense import dense, dense_program
 from branchy_jax.inference.planning.forecast import Forecast, forecast
 from branchy_jax.inference.planning.segment_times import SegmentTimes
@@ -46,6 +47,7 @@ class Way:
         chunk_sizes: of `compacted` and `sharded`, one for each exit asked.
         on_host: of `compacted`.
         workers: of `compacted`.
+        all_cores: whether it is compiled with `branchy_jax.inference.ALL_CORES`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Way:
     chunk_sizes: tuple[int, ...] = ()
     on_host: bool = False
     workers: int = 1
+    all_cores: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -70,7 +73,10 @@ class Way:
         """
         if mesh is not None:
             return self._build_on(mesh, network, batch_size)
-        options: dict[str, Any] = {'exits': self.exits, 'max_batch': batch_size}
+        compiler_options = ALL_CORES if self.all_cores else None
+        options: dict[str, Any] = {
+            'exits': self.exits, 'compiler_options': compiler_options, 'max_batch': batch_size
+        }  # fmt: skip
         if self.kind == 'baseline':
             return _pace(network)
         if self.kind == 'sequential':
@@ -79,7 +85,7 @@ class Way:
             return compacted(
                 network, chunk_size=self.chunk_sizes, on_host=self.on_host, workers=self.workers, **options
             )
-        return _dense_but_for_single_images(network, self.exits, batch_size)
+        return _dense_but_for_single_images(network, self.exits, in_order(compiler_options), batch_size)
 
     def _build_on(self, mesh: Mesh, network: BranchyNet, batch_size: int) -> AnyBatch | Executor:
         if self.kind == 'baseline':
@@ -107,9 +113,11 @@ def _pace(network: BranchyNet) -> Executor:
     return lambda variables, images, _: run(variables, images)
 
 
-def _dense_but_for_single_images(network: BranchyNet, exits: tuple[int, ...], batch_size: int) -> AnyBatch:
+def _dense_but_for_single_images(
+    network: BranchyNet, exits: tuple[int, ...], options: Options, batch_size: int
+) -> AnyBatch:
     """Builds `dense` that runs single images as `staged` does: an exit that does not pay in a batch may pay for one."""
-    together, alone = dense_program(network, exits), sequential_program(network, exits)
+    together, alone = dense_program(network, exits, options), sequential_program(network, exits, options)
 
     def run(variables: Variables, images: Array, policy: ExitPolicy, _: np.int32) -> ExitPrediction:
         return (alone if num_rows(images) == 1 else together)(variables, images, policy)
@@ -159,22 +167,35 @@ def ways_to_race(
         skip: whether heads may be left out, so that the network without branches is a choice.
         mesh: the devices that share every batch.
     """
-    num_exits, heavy = len(confident) + 1, is_heavy(times)
+    num_exits, heavy, all_cores = len(confident) + 1, is_heavy(times), mesh is None and may_use_all_cores()
     last, everyone, rates = (num_exits - 1,), tuple(range(num_exits)), times.per_image(share)
     best, *others = forecast(times, confident, share, may_skip=skip)
     close = [other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms and not heavy]
     found = [(Way('baseline', 'baseline', last, optimized=False), float('nan'))]
-    found += [(way, option.ms) for option in (best, *close) for way in _ways(option, batch_size, mesh, heavy=heavy)]
+    found += [
+        (way, option.ms)
+        for option in (best, *close)
+        for way in _on_cores(_ways(option, batch_size, mesh, heavy=heavy), all_cores, both=option is best and not heavy)
+    ]
     if skip:
         ms = float(rates.trunk) * share
-        otherwise = [(Way('last exit, optimized', 'dense', last), ms)]
+        otherwise = [(way, ms) for way in _on_cores([Way('last exit, optimized', 'dense', last)], all_cores)]
         plain = [(Way('last exit', 'dense', last, optimized=False), float('nan'))]
     else:
         ms, plain = float(rates.stages.sum() + rates.exits.sum()) * share, []
-        otherwise = [(Way('dense', 'dense', everyone), ms)]
+        otherwise = [(way, ms) for way in _on_cores([Way('dense', 'dense', everyone)], all_cores)]
     if ms < _NEARLY_AS_FAST * best.ms:
         return [*found, *otherwise], plain
     return found, [*otherwise, *plain]
+
+
+def _on_cores(ways: Iterable[Way], all_cores: bool, *, both: bool = True) -> Iterator[Way]:
+    """Yields ways as they may be compiled: with `ALL_CORES` where that may help, and where asked without it, too."""
+    for way in ways:
+        if all_cores:
+            yield dataclasses.replace(way, name=f'{way.name}, all cores', all_cores=True)
+        if not all_cores or both:
+            yield way
 
 
 def is_heavy(times: SegmentTimes) -> bool:

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,13 @@ import numpy as np
 
 from branchy_jax.checkpoint import write_atomically
 from branchy_jax.criteria.policy import decode_policy, encode_policy
+from branchy_jax.inference.compiler_options import num_cores
 from branchy_jax.inference.planning.candidates import Candidate, Way
 from branchy_jax.inference.planning.segment_times import SegmentTimes
 from branchy_jax.measure import Ratio
 from branchy_jax.types import ExitPolicy, Variables, input_specs
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,6 @@ def inputs_of(model: Any, leaves: Sequence[Any]) -> Any:
 def _surroundings(devices: int) -> dict[str, Any]:
     """Names everything that a measurement depends on, but the network."""
     device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return {
         'jax': jax.__version__,
         'jaxlib': jaxlib.__version__,
@@ -142,7 +141,7 @@ def _surroundings(devices: int) -> dict[str, Any]:
         'platform': device.platform,
         'device': device.device_kind,
         'processor': _processor(),
-        'cores': cores,
+        'cores': num_cores(),
         'devices': devices,
     }
 

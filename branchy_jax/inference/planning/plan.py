@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from branchy_jax.criteria import as_policy, is_confident
+from branchy_jax.inference.compiler_options import ALL_CORES, in_order, may_use_all_cores
 from branchy_jax.inference.dense import exit_outputs
 from branchy_jax.inference.planning.candidates import Candidate, Way, baseline, is_heavy, ways_to_race
 from branchy_jax.inference.planning.file import Kept, inputs_of, read_plan, write_plan
@@ -37,6 +39,7 @@ _SMALLER_SIZES, _FIRST_SIZE = (64, 8, 1), 8
 _PASSES, _FEW_PASSES = 5, 3
 
 Network = tuple[BranchyNet, Variables]
+CompilerOptions = Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +132,7 @@ class Plan:
         )  # fmt: skip
 
     def __str__(self) -> str:
-        lines = [f'{"":2}{"executor":34}{"exits asked":16}{"predicted ms":>14}{"measured ms":>14}   time ÷ baseline']
+        lines = [f'{"":2}{"executor":44}{"exits asked":16}{"predicted ms":>14}{"measured ms":>14}   time ÷ baseline']
         for candidate in self.candidates:
             chosen = '> ' if candidate.way == self.way else '  '
             predicted = '' if np.isnan(candidate.predicted_ms) else f'{candidate.predicted_ms:.3f}'
@@ -137,7 +140,7 @@ class Plan:
             ratio = candidate.slowdown
             interval = f' [{ratio.low:.2f}, {ratio.high:.2f}]' if candidate.finalist else ', out in the heat'
             lines.append(
-                f'{chosen}{candidate.name:34}{exits:16}{predicted:>14}{candidate.measured_ms:>14.3f}   '
+                f'{chosen}{candidate.name:44}{exits:16}{predicted:>14}{candidate.measured_ms:>14.3f}   '
                 f'{ratio.median:.2f}{interval}'
             )
         return '\n'.join([f'batches of {self.batch_size}', *lines])
@@ -163,8 +166,9 @@ def plan(
     Rewrites the network (`optimize`), measures its stages and heads, and forecasts for every choice of exits and
     chunk sizes what a batch will cost; a head that costs more than it saves is skipped. The best forecast in each
     executor, and the second if it is close, then race on the images given, interleaved, against the plain jitted
-    baseline; so does the network without branches, unless one of them is clearly faster (by a fifth). Where compiling
-    takes long, only those race that have ever won there.
+    baseline; so does the network without branches, unless one of them is clearly faster (by a fifth). On a CPU
+    of several cores all this is compiled with `branchy_jax.inference.ALL_CORES`, and the best also without. Where
+    compiling takes long, only those race that have ever won there.
     The fastest of those that beat the plain jitted baseline for certain (95 %) is chosen; if none does, the network
     without branches in its faster form. So on images distributed like those given the plan is not slower than the
     baseline, but for noise.
@@ -214,9 +218,10 @@ def plan(
     progress.tell('rewriting the network')
     networks = plain, _prepared(plain, images, batch_size, share, mesh) if earlier is None else earlier._networks[1]
     times = earlier.times if times is None and earlier is not None else times
-    times = _measured(networks[1], images, share, policy, progress) if times is None else times
+    compiling = ALL_CORES if mesh is None and may_use_all_cores() else None
+    times = _measured(networks[1], images, share, policy, progress, compiling) if times is None else times
     progress.tell('running all images')
-    uncertainty, remembers = _uncertainty(networks[1], images, min(share, times.batch_sizes[-1]), policy)
+    uncertainty, remembers = _uncertainty(networks[1], images, min(share, times.batch_sizes[-1]), policy, compiling)
     thresholds = np.asarray(policy.thresholds)
     confident = np.asarray(is_confident(uncertainty[:-1], thresholds[:, None]))
     skip = skip_heads and not remembers
@@ -282,14 +287,17 @@ def _build(way: Way, networks: tuple[Network, Network], batch_size: int, mesh: M
     return way.build(model, batch_size, mesh), variables if mesh is None else replicate(mesh, variables)
 
 
-def _measured(fast: Network, images: Any, share: int, policy: ExitPolicy, progress: Progress) -> SegmentTimes:
+def _measured(
+    fast: Network, images: Any, share: int, policy: ExitPolicy, progress: Progress, compiling: CompilerOptions
+) -> SegmentTimes:
     """Times stages and heads until time is up, first at the size that tells most at least cost, then the largest."""
     found: list[SegmentTimes] = []
     sizes = [share, *(size for size in _SMALLER_SIZES if 2 * size <= share)]
     sizes = sorted(sizes, key=lambda size: (size != _FIRST_SIZE, -size))
     if not progress.is_over:
         progress.tell('compiling stages and heads')
-        compile_segments(*fast, images, sizes[:2], criterion=policy.criterion)  # these are needed in any case
+        # These are needed in any case.
+        compile_segments(*fast, images, sizes[:2], criterion=policy.criterion, options=in_order(compiling))
     for size in sizes:
         heavy = bool(found) and is_heavy(found[0])
         if found and (progress.is_over or (heavy and size == 1)):
@@ -297,14 +305,17 @@ def _measured(fast: Network, images: Any, share: int, policy: ExitPolicy, progre
         progress.tell(f'stages and heads at {size} images')
         # Noise is short, and of a heavy network a pass is long.
         passes = _FEW_PASSES if heavy else _PASSES
-        found.append(segment_times(*fast, images, batch_sizes=[size], criterion=policy.criterion, passes=passes))
-    in_order = sorted(found, key=lambda times: times.batch_sizes[0])
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *in_order)
+        options: Any = {'criterion': policy.criterion, 'compiler_options': compiling, 'passes': passes}
+        found.append(segment_times(*fast, images, batch_sizes=[size], **options))
+    ascending = sorted(found, key=lambda times: times.batch_sizes[0])
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *ascending)
 
 
-def _uncertainty(fast: Network, images: Any, size: int, policy: ExitPolicy) -> tuple[np.ndarray, bool]:
+def _uncertainty(
+    fast: Network, images: Any, size: int, policy: ExitPolicy, compiling: CompilerOptions
+) -> tuple[np.ndarray, bool]:
     """Returns ``[N, M]`` how unsure exits are of the images, and whether the criterion remembers earlier exits."""
-    found = segment_uncertainty(*fast, images, size, criterion=policy.criterion)
+    found = segment_uncertainty(*fast, images, size, criterion=policy.criterion, options=in_order(compiling))
     if found is not None:
         return found, False
     outputs = exit_outputs(*fast, images, criterion=policy.criterion, batch_size=min(num_rows(images), 256))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ from flax import struct
 from branchy_jax.costs import StageCosts
 from branchy_jax.criteria import entropy
 from branchy_jax.criteria.criterion import Criterion
+from branchy_jax.inference.compiler_options import Options, in_order, jit_with
 from branchy_jax.inference.steps import compiled_once
 from branchy_jax.measure import interleaved_passes
 from branchy_jax.models.branchy import BranchyNet, run_segment
@@ -66,8 +67,9 @@ class SegmentTimes:
 
 
 def segment_functions(
-    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion = entropy
-) -> dict[tuple[str, int, int], Callable[[], Any]]:
+    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion = entropy,
+    options: Options = (),
+) -> dict[tuple[str, int, int], Callable[[], Any]]:  # fmt: skip
     """Returns functions that run one stage or one head on the real input it has for the first images.
 
     Args:
@@ -76,6 +78,7 @@ def segment_functions(
         images: ``[M, H, W, C]``, repeated where ``batch_size`` asks for more.
         batch_size: of every call.
         criterion: how unsure an exit is; its time counts as the head's.
+        options: to compile with.
 
     Returns:
         ``('stage' or 'exit', n, batch_size)`` to a function of no arguments.
@@ -84,7 +87,7 @@ def segment_functions(
     functions: dict[tuple[str, int, int], Callable[[], Any]] = {}
     hidden = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[rows]), images)
     for n in range(model.num_exits):
-        stage, head = _segment(model, 'stage', n), _segment(model, 'exit', n)
+        stage, head = _segment(model, 'stage', n, options), _segment(model, 'exit', n, options)
         functions['stage', n, batch_size] = functools.partial(stage, variables, hidden)
         hidden = stage(variables, hidden)
         functions['exit', n, batch_size] = functools.partial(head, variables, hidden, criterion)
@@ -92,8 +95,9 @@ def segment_functions(
 
 
 def compile_segments(
-    model: BranchyNet, variables: Variables, images: Array, batch_sizes: Sequence[int], *, criterion: Criterion
-) -> None:
+    model: BranchyNet, variables: Variables, images: Array, batch_sizes: Sequence[int], *, criterion: Criterion,
+    options: Options = (),
+) -> None:  # fmt: skip
     """Compiles all stages and heads, each while the next is traced: tracing holds the interpreter, XLA does not.
 
     Args:
@@ -102,15 +106,16 @@ def compile_segments(
         images: whose shape and dtype count.
         batch_sizes: to compile at.
         criterion: how unsure an exit is.
+        options: to compile with.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiling = []
         for size in batch_sizes:
             hidden = jax.tree.map(functools.partial(_spec, size), images)
             for n in range(model.num_exits):
-                stage = _segment(model, 'stage', n).lower(variables, hidden)
+                stage = _segment(model, 'stage', n, options).lower(variables, hidden)
                 hidden = stage.out_info
-                head = _segment(model, 'exit', n).lower(variables, hidden, criterion)
+                head = _segment(model, 'exit', n, options).lower(variables, hidden, criterion)
                 compiling += [pool.submit(stage.compile), pool.submit(head.compile)]
         for one in compiling:
             one.result()
@@ -121,8 +126,9 @@ def _spec(size: int, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def segment_uncertainty(
-    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion
-) -> np.ndarray | None:
+    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion,
+    options: Options = (),
+) -> np.ndarray | None:  # fmt: skip
     """Runs stages and heads over images with the programs that `segment_functions` times: nothing more is compiled.
 
     Args:
@@ -131,6 +137,7 @@ def segment_uncertainty(
         images: ``[M, …]``.
         batch_size: of every call.
         criterion: how unsure an exit is.
+        options: to compile with.
 
     Returns:
         ``[N, M]``, or ``None`` if the criterion remembers earlier exits, of which these programs know nothing.
@@ -140,8 +147,8 @@ def segment_uncertainty(
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         hidden, of_exits = jax.tree.map(lambda leaf, rows=rows: jax.device_put(np.asarray(leaf)[rows]), images), []
         for n in range(model.num_exits):
-            hidden = _segment(model, 'stage', n)(variables, hidden)
-            _, uncertainty, carry = _segment(model, 'exit', n)(variables, hidden, criterion)
+            hidden = _segment(model, 'stage', n, options)(variables, hidden)
+            _, uncertainty, carry = _segment(model, 'exit', n, options)(variables, hidden, criterion)
             if jax.tree.leaves(carry):
                 return None
             of_exits.append(uncertainty)
@@ -150,8 +157,8 @@ def segment_uncertainty(
 
 
 @compiled_once
-def _segment(model: BranchyNet, kind: str, n: int) -> Callable[..., Any]:
-    @jax.jit
+def _segment(model: BranchyNet, kind: str, n: int, options: Options) -> Callable[..., Any]:
+    @jit_with(options)
     def run(variables: Variables, hidden: Hidden, criterion: Criterion | None = None) -> Any:
         found = run_segment(model, kind, n, variables, hidden)
         return found if criterion is None else criterion.update(found, criterion.init(found), n)
@@ -166,6 +173,7 @@ def segment_times(
     *,
     batch_sizes: Sequence[int],
     criterion: Criterion = entropy,
+    compiler_options: Mapping[str, Any] | None = None,
     passes: int = 5,
 ) -> SegmentTimes:
     """Measures every stage and every head alone, at several batch sizes, in turns.
@@ -176,6 +184,7 @@ def segment_times(
         images: ``[M, H, W, C]`` normalised.
         batch_sizes: to measure at.
         criterion: how unsure an exit is; its time counts as the head's.
+        compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU.
         passes: how often each is timed; medians count.
 
     Raises:
@@ -191,10 +200,11 @@ def segment_times(
     sizes = sorted(set(batch_sizes))
     if not sizes or sizes[0] < 1 or num_rows(images) == 0:
         raise ValueError(f'batch_sizes: got {list(batch_sizes)} for {num_rows(images)} images; give sizes and images')
-    compile_segments(model, variables, images, sizes, criterion=criterion)
+    compiling: dict[str, Any] = {'criterion': criterion, 'options': in_order(compiler_options)}
+    compile_segments(model, variables, images, sizes, **compiling)
     functions = {}
     for size in sizes:
-        functions.update(segment_functions(model, variables, images, size, criterion=criterion))
+        functions.update(segment_functions(model, variables, images, size, **compiling))
     seconds = interleaved_passes(functions, passes=passes, warmup=1)
     stages, heads = (
         np.array([[np.median(seconds[kind, n, size]) * 1e3 for n in range(model.num_exits)] for size in sizes])

@@ -1,0 +1,56 @@
+"""Options that XLA compiles executors with, and whether they help here."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+COMMAND_BUFFERS = {
+    'xla_gpu_enable_command_buffer': (
+        'FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION'
+    ),
+    'xla_gpu_graph_min_graph_size': 1,
+}
+"""Compiler options that record whole programs, conditionals included, as CUDA graphs, so that the GPU need not wait for
+the host at every exit. They made a stream of LeNet images 1.7 times faster and one of ResNet-110 slower: measure."""
+
+ALL_CORES = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
+"""Compiler options under which XLA hands convolutions and products on a CPU to YNNPACK, which shares one among all
+cores; XLA's own convolutions were seen to use one core however many there are. On a single core they are no faster:
+measure, as `branchy_jax.inference.plan` does. Answers are the same but for rounding."""
+
+Options = tuple[tuple[str, Any], ...]
+"""Compiler options as builders that compile once take them: in order, and hashable."""
+
+
+def in_order(compiler_options: Mapping[str, Any] | None) -> Options:
+    """Returns options by name."""
+    return tuple(sorted((compiler_options or {}).items()))
+
+
+def jit_with(options: Options) -> Callable[[Callable[..., Any]], Any]:
+    """Returns `jax.jit` with compiler options."""
+    return functools.partial(jax.jit, compiler_options=dict(options) or None)
+
+
+def num_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def may_use_all_cores() -> bool:
+    """Tells whether `ALL_CORES` may help: on a CPU of several cores, with a jaxlib that knows these options."""
+    return jax.default_backend() == 'cpu' and num_cores() > 1 and _are_known(in_order(ALL_CORES))
+
+
+@functools.cache
+def _are_known(options: Options) -> bool:
+    try:
+        jit_with(options)(lambda x: x).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
