@@ -145,7 +145,7 @@ def _page(record: dict[str, Any], cells: Sequence[Cell]) -> str:
 
 _LEGEND = """\
 - gain: plain jitted baseline ÷ this, median of paired passes; over optimized: the same over the baseline that went
-  through `optimize` as well.
+  through `optimize` as well, and is served alike: by `staged` at batch 1, as planned for it in batches.
 - MAC limit: baseline MACs ÷ expected MACs, heads included. Time limit: Σ share of images that reach a stage × (stage +
   head), each measured alone at its best batch size, rewritten alike, in the same passes.
 - realised: time limit ÷ ms. It may exceed 1: stages measured alone pay a dispatch each, and run one chunk at a time.

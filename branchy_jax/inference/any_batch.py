@@ -70,7 +70,7 @@ def any_batch(
         leaves, count = jax.tree.leaves(images), num_rows(images)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, policy.thresholds)):
             return plain(variables, images, policy)
-        if count in sizes and all(isinstance(leaf, jax.Array) and not leaf.committed for leaf in leaves):
+        if count in sizes and not any(map(_is_bound, leaves)):
             return run(variables, images, policy, np.int32(count))
         cuts = list(pieces(count, sizes))
         try:
@@ -80,6 +80,11 @@ def any_batch(
             return plain(variables, images, policy)
 
     return AnyBatch(tuple(sizes), model.num_exits, guarded(answer, model, traceable=traceable or plain))
+
+
+def _is_bound(leaf: Any) -> bool:
+    """Tells an array that is bound to a device, for which `jax.jit` would compile anew."""
+    return not isinstance(leaf, np.ndarray) and leaf.committed
 
 
 def sizes_up_to(max_batch: int) -> tuple[int, ...]:
@@ -133,7 +138,7 @@ def pieces(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 def _filled(images: Any, start: int, stop: int, size: int) -> Any:
     """Returns rows of a batch, the last one repeated up to a size: in NumPy, which compiles nothing.
 
-    For arrays that are bound to a device `jax.jit` would compile anew; on a CPU NumPy shares their memory.
+    On a CPU NumPy shares the memory of jax's arrays.
     """
 
     def taken(leaf: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from jax import lax
 
 from branchy_jax.criteria.criterion import Carry
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, check_max_batch
-from branchy_jax.inference.compiler_options import Options, in_order, jit_with
+from branchy_jax.inference.compiler_options import Options, in_order
 from branchy_jax.inference.steps import (
     Executor,
     StepFunction,
@@ -21,6 +21,7 @@ from branchy_jax.inference.steps import (
     build_steps,
     compiled_once,
     guarded,
+    jit_predicting,
     policy_checker,
     zeros,
 )
@@ -70,7 +71,7 @@ def _staged(model: BranchyNet, asked: tuple[int, ...], options: Options) -> Exec
     # Taking a policy apart at every call would cost a small network 4 % of its time at batch 1: its leaves are taken.
     @functools.lru_cache
     def of_structure(structure: Any) -> Executor:
-        @jit_with(options)
+        @jit_predicting(options)
         def run(variables: Variables, image: Array, *leaves: Array) -> ExitPrediction:
             policy, alone = jax.tree.unflatten(structure, leaves), jax.tree.map(lambda leaf: leaf[None], image)
             if model.image_shape is not None:
@@ -145,7 +146,7 @@ def sequential_program(
     """Returns ``(variables, images, policy, count=None) → ExitPrediction``: of the first ``count`` images."""
     steps = build_steps(model, asked)
 
-    @jit_with(options)
+    @jit_predicting(options)
     def run(variables: Variables, images: Array, policy: ExitPolicy, count: Array | None = None) -> ExitPrediction:
         def answer(image: Array) -> ExitPrediction:
             return _answer(steps, variables, image, (), policy)

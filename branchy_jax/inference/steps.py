@@ -15,6 +15,7 @@ from flax import struct
 
 from branchy_jax.criteria import as_policy, is_confident
 from branchy_jax.criteria.criterion import Carry
+from branchy_jax.inference.compiler_options import Options, jit_with
 from branchy_jax.models.branchy import BranchyNet, check_exits, check_model, run_segment
 from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, check_inputs, num_rows
@@ -101,6 +102,24 @@ def guarded(run: Executor, model: BranchyNet, *, traceable: Executor | None = No
         return run(variables, images, policy)
 
     return execute
+
+
+def jit_predicting(options: Options) -> Callable[[Callable[..., ExitPrediction]], Callable[..., ExitPrediction]]:
+    """Returns `jax.jit` with compiler options for functions that return an `ExitPrediction`.
+
+    The program returns its four arrays, of which the prediction is made outside: `jax.jit` takes longer to make one
+    than a small network to its first exit.
+    """
+
+    def decorate(function: Callable[..., ExitPrediction]) -> Callable[..., ExitPrediction]:
+        @jit_with(options)
+        def parts(*arguments: Any) -> tuple[Array, ...]:
+            found = function(*arguments)
+            return found.label, found.exit_index, found.logits, found.uncertainty
+
+        return lambda *arguments: ExitPrediction(*parts(*arguments))
+
+    return decorate
 
 
 def check_chunk_sizes(chunk_size: int | Sequence[int], count: int) -> tuple[int, ...]:
