@@ -40,7 +40,7 @@ class Ratio:
 
 
 def interleaved_passes(
-    functions: Mapping[Name, Callable[[], Any]], *, passes: int = 20, warmup: int = 2
+    functions: Mapping[Name, Callable[[], Any]], *, passes: int = 20, warmup: int = 2, settle: int = 0
 ) -> dict[Name, np.ndarray]:
     """Times several functions in turns, so that a drifting machine slows all of them alike.
 
@@ -50,6 +50,8 @@ def interleaved_passes(
         functions: name to a callable whose result is a pytree of arrays.
         passes: how often each is timed.
         warmup: uncounted passes before, which also compile.
+        settle: uncounted calls of a function right before each that counts: a program that is called again and again
+            does not meet memory that others' turns have left untouched, which is slow to touch again.
 
     Returns:
         Name to seconds ``[passes]``; entry i of every array comes from the same pass.
@@ -69,6 +71,8 @@ def interleaved_passes(
     for number in range(-warmup, passes):
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
+            for _ in range(settle):
+                jax.block_until_ready(functions[name]())
             start = time.perf_counter()
             jax.block_until_ready(functions[name]())
             seconds[name].append(time.perf_counter() - start)

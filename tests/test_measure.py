@@ -21,6 +21,14 @@ def test_passes_interleave_in_rotating_order():
     assert all((values >= 0).all() for values in seconds.values())
 
 
+def test_what_settles_is_called_again_and_timed_once():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in 'ab'}
+    seconds = interleaved_passes(functions, passes=2, warmup=0, settle=2)
+    assert ''.join(calls) == 'aaabbb' + 'bbbaaa'
+    assert {name: values.shape for name, values in seconds.items()} == {'a': (2,), 'b': (2,)}
+
+
 def test_nothing_to_time():
     with pytest.raises(ValueError, match='functions'):
         interleaved_passes({})

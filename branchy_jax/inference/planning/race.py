@@ -15,7 +15,8 @@ from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
 _HEAT_PASSES = 3
-# A pass of all that takes longer is told from others by one of them, noise being short.
+# A pass of all that takes longer is told from others by one of them, noise being short; and once the baseline's alone
+# does, it no longer counts what touching forgotten memory costs.
 _LONG_SECONDS = 0.3
 _OUT_OF_THE_RACE = 1.25
 _CLEARLY_FASTER = 0.8
@@ -55,7 +56,8 @@ def race(
         more = _heat([ways[0][0], *(way for way, _ in otherwise)], functions, build, batches, policy, progress)
         heat = _Heat({**more.seconds, **heat.seconds}, {**more.paces, **heat.paces})
     finalists = heat.finalists()
-    final = _final({way: functions[way] for way in finalists}, ways[0][0], passes, progress)
+    settle = int(not progress.is_over and float(heat.seconds[ways[0][0]][0]) < _LONG_SECONDS)
+    final = _final({way: functions[way] for way in finalists}, ways[0][0], passes, progress, settle)
     found = []
     for way, seconds in heat.seconds.items():
         paces = heat.paces[way]
@@ -113,7 +115,9 @@ def _heat(
     here = {way: functions[way] for way in ways if way in functions}
     seconds = interleaved_passes(here, passes=1, warmup=0)
     if not progress.is_over and sum(taken[0] for taken in seconds.values()) < _LONG_SECONDS:
-        seconds = interleaved_passes(here, passes=_HEAT_PASSES, warmup=0)
+        seconds = interleaved_passes(here, passes=_HEAT_PASSES, warmup=0, settle=1)
+    elif not progress.is_over and seconds[pace][0] < _LONG_SECONDS:
+        seconds = interleaved_passes(here, passes=1, warmup=0, settle=1)
     return _Heat(seconds, dict.fromkeys(here, seconds[pace]))
 
 
@@ -122,13 +126,13 @@ def _run(execute: Executor, variables: Variables, policy: ExitPolicy, batch: Arr
 
 
 def _final(
-    functions: Mapping[Way, Callable[[], None]], pace: Way, passes: int, progress: Progress
+    functions: Mapping[Way, Callable[[], None]], pace: Way, passes: int, progress: Progress, settle: int
 ) -> dict[Way, np.ndarray]:
     """Times finalists in turns until they are told from the baseline, or time is up."""
     seconds = dict.fromkeys(functions, np.zeros(0))
     while len(seconds[pace]) < passes:
         count = 1 if progress.is_over else min(passes - len(seconds[pace]), _FEWEST_PASSES)
-        more = interleaved_passes(functions, passes=count, warmup=0)
+        more = interleaved_passes(functions, passes=count, warmup=0, settle=settle)
         seconds = {way: np.concatenate([seconds[way], more[way]]) for way in functions}
         progress.tell(f'final race: {len(seconds[pace])} of at most {passes} passes')
         ratios = [paired_ratio(seconds[way], seconds[pace]) for way in functions if way != pace]

@@ -205,7 +205,7 @@ def segment_times(
     functions = {}
     for size in sizes:
         functions.update(segment_functions(model, variables, images, size, **compiling))
-    seconds = interleaved_passes(functions, passes=passes, warmup=1)
+    seconds = interleaved_passes(functions, passes=passes, warmup=0, settle=1)
     stages, heads = (
         np.array([[np.median(seconds[kind, n, size]) * 1e3 for n in range(model.num_exits)] for size in sizes])
         for kind in ('stage', 'exit')
