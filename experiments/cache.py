@@ -1,6 +1,6 @@
 """Figure 6: cache misses against run time on the CPU, as the thresholds vary.
 
-    python -m experiments.cache --workdir=runs/alexnet_cifar10_brief
+    python -m experiments.cache --workdir=runs/alexnet_cifar10
 
 Cache misses come from valgrind's simulation of this machine's caches (callgrind), switched on only while images run:
 virtual machines offer ``perf`` no counters. Run times are the run's own, measured without valgrind. Writes

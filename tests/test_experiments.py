@@ -182,7 +182,7 @@ def test_stored_folders_are_read_whole():
     assert {len(row.exit_fractions) for row in found['lenet_mnist_tuned'].batches} == {2}
     assert {row.clock.latency_images for row in found['lenet_mnist_tuned'].batches} == {2048}
     assert 'no meter' in found['lenet_mnist'].energy_note
-    assert found['alexnet_cifar10_brief'].cache[0].thresholds == ()
+    assert found['alexnet_cifar10'].cache[0].thresholds == ()
     assert read_folder(ROOT) is None
 
 

@@ -20,8 +20,8 @@ the host at every exit. They made a stream of LeNet images 1.7 times faster and 
 
 ALL_CORES = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
 """Compiler options under which XLA hands convolutions and products on a CPU to YNNPACK, which shares one among all
-cores; XLA's own convolutions were seen to use one core however many there are. On a single core they are no faster:
-measure, as `branchy_jax.inference.plan` does. Answers are the same but for rounding."""
+cores. Worth a try where there are several; `branchy_jax.inference.plan` tries them, and its table says what they gave.
+Answers are the same but for rounding."""
 
 Options = tuple[tuple[str, Any], ...]
 """Compiler options as builders that compile once take them: in order, and hashable."""

@@ -19,7 +19,7 @@ from experiments.study.verdicts import DEPTHS, depth_name, interval
 # The run that stands for a network comes first; the others have rows of their own.
 PLACES = {
     'b-lenet': ('lenet_mnist_tuned', 'lenet_mnist'),
-    'b-alexnet': ('alexnet_cifar10', 'alexnet_cifar10_tuned', 'alexnet_cifar10_brief'),
+    'b-alexnet': ('alexnet_cifar10', 'alexnet_cifar10_tuned'),
     'b-resnet110': ('resnet110_cifar10_tuned', 'resnet110_cifar10'),
 }
 NOT_RUN = 'not run'
@@ -47,8 +47,7 @@ def table_1(found: Folders) -> str:
         "`inference.optimize`. Gain over plain: over that baseline merely jitted. Trunk only: the paper's protocol, "
         "in which side heads, softmax and copies are not timed; the paper's own gains are of that kind. Where a branch "
         'leaves before the trunk begins (b-lenet, tuned) it counts next to nothing. Static: the '
-        'first stages and their exit alone, trained from scratch as long as the baseline. '
-        '"brief" runs are four epochs long: not a reproduction.'
+        'first stages and their exit alone, trained from scratch as long as the baseline.'
     )
     return f'{bj.report.markdown_table(_COLUMNS, rows)}\n\n{legend}'
 
