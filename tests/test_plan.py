@@ -102,8 +102,13 @@ def test_times_are_interpolated_and_the_best_size_is_found():
     )
     np.testing.assert_allclose(times.per_image(2).stages, [1.5, 2.5])
     np.testing.assert_allclose(times.per_image(64).stages, [1.0, 3.0])
-    few = SegmentTimes(batch_sizes=np.array([8]), stages=np.array([[8.0, 16.0]]), exits=np.array([[8.0, 8.0]]))
-    np.testing.assert_allclose(few.per_image(2).stages, [4.0, 8.0])  # as long as eight
+    few = SegmentTimes(batch_sizes=np.array([8]), stages=np.array([[4.0, 8.0]]), exits=np.array([[4.0, 4.0]]))
+    np.testing.assert_allclose(few.per_image(2).stages, [2.0, 4.0])  # as long as eight
+    assert not few.heavy
+    heavy = few.replace(stages=2 * few.stages, exits=2 * few.exits)
+    assert heavy.heavy
+    # A quarter of what eight need, 8 and 16, and two eighths of the rest.
+    np.testing.assert_allclose(heavy.per_image(2).stages * 2, [2 + 1.5, 4 + 3])
     best = times.best()
     np.testing.assert_allclose((best.stages, best.exits), ([1.0, 2.0], [1.0, 1.0]))
     assert bj.costs.expected_cost(best, [0.5, 0.5]) == 3.5

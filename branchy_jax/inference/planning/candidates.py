@@ -26,10 +26,7 @@ from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_
 # The second forecast races if it comes as close to the best, the network without branches if this close.
 _WORTH_A_RACE = 1.15
 _NEARLY_AS_FAST = 1.25
-# Of eight images. In none of the plans in experiments/results did a loop inside one program, or one image after
-# another, win on a CPU where they take longer; and such networks take longest to compile.
 _UNKNOWN = Ratio(float('nan'), float('nan'), float('nan'))
-_HEAVY_MS = 25.0
 
 _KINDS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
 
@@ -167,7 +164,7 @@ def ways_to_race(
         skip: whether heads may be left out, so that the network without branches is a choice.
         mesh: the devices that share every batch.
     """
-    num_exits, heavy, all_cores = len(confident) + 1, is_heavy(times), mesh is None and may_use_all_cores()
+    num_exits, heavy, all_cores = len(confident) + 1, times.heavy, mesh is None and may_use_all_cores()
     last, everyone, rates = (num_exits - 1,), tuple(range(num_exits)), times.per_image(share)
     best, *others = forecast(times, confident, share, may_skip=skip)
     close = [other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms and not heavy]
@@ -198,12 +195,6 @@ def _on_cores(ways: Iterable[Way], all_cores: bool, *, both: bool = True) -> Ite
             yield way
 
 
-def is_heavy(times: SegmentTimes) -> bool:
-    """Tells a network of which eight images take so long that starting a chunk costs nothing in comparison."""
-    rates = times.per_image(max(8, times.batch_sizes[0]))
-    return 8 * float(rates.stages.sum() + rates.exits.sum()) > _HEAVY_MS
-
-
 def _ways(forecast: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool) -> Iterator[Way]:
     """Yields the executors that a forecast is for, the likeliest first."""
     exits, sizes = forecast.exits, '/'.join(map(str, forecast.chunk_sizes))
@@ -219,6 +210,8 @@ def _ways(forecast: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool
                 f'compacted, host × {workers}, {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes,
                 on_host=True, workers=workers,
             )  # fmt: skip
+        # In none of the plans in experiments/results did one of these win on a CPU with a heavy network, and such
+        # networks take longest to compile.
         if not (on_cpu and heavy):
             yield Way(f'compacted, loop of {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes)
             yield Way('sequential', 'sequential', exits)

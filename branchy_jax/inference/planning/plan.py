@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from branchy_jax.criteria import as_policy, is_confident
 from branchy_jax.inference.compiler_options import ALL_CORES, in_order, may_use_all_cores
 from branchy_jax.inference.dense import exit_outputs
-from branchy_jax.inference.planning.candidates import Candidate, Way, baseline, is_heavy, ways_to_race
+from branchy_jax.inference.planning.candidates import Candidate, Way, baseline, ways_to_race
 from branchy_jax.inference.planning.file import Kept, inputs_of, read_plan, write_plan
 from branchy_jax.inference.planning.progress import OnProgress, Progress
 from branchy_jax.inference.planning.race import Runner, choose, race
@@ -299,7 +299,7 @@ def _measured(
         # These are needed in any case.
         compile_segments(*fast, images, sizes[:2], criterion=policy.criterion, options=in_order(compiling))
     for size in sizes:
-        heavy = bool(found) and is_heavy(found[0])
+        heavy = bool(found) and found[0].heavy
         if found and (progress.is_over or (heavy and size == 1)):
             break
         progress.tell(f'stages and heads at {size} images')

@@ -22,6 +22,8 @@ from branchy_jax.models.branchy import BranchyNet, run_segment
 from branchy_jax.models.compose import Hidden
 from branchy_jax.types import Array, Variables, num_rows
 
+_HEAVY_MS, _FIXED_SHARE = 25.0, 0.25  # of eight images, and of a few of them
+
 
 @struct.dataclass
 class SegmentTimes:
@@ -40,12 +42,21 @@ class SegmentTimes:
     def per_image(self, batch_size: int) -> StageCosts:
         """Returns ms per image at any batch size, interpolated between the measured ones on a logarithmic axis.
 
-        Above the largest that of the largest counts; fewer images than the smallest are taken to need as long as these.
+        Above the largest that of the largest counts. Fewer images than the smallest are taken to need as long as these;
+        of a heavy network, a quarter of that and their share of the rest.
         """
         at = functools.partial(np.interp, np.log(batch_size), np.log(self.batch_sizes))
-        padding = max(1.0, self.batch_sizes[0] / batch_size)
+        fixed = _FIXED_SHARE if self.heavy else 1.0
+        padding = 1 + fixed * max(0.0, self.batch_sizes[0] / batch_size - 1)
         rates = [values / self.batch_sizes[:, None] * padding for values in (self.stages, self.exits)]
         return StageCosts(*(np.array([at(rate) for rate in rates_of.T]) for rates_of in rates))
+
+    @property
+    def heavy(self) -> bool:
+        """Tells a network of which eight images take so long that starting a chunk costs nothing in comparison."""
+        rows = int(np.abs(self.batch_sizes - 8).argmin())
+        ms = (self.stages[rows] + self.exits[rows]).sum() / self.batch_sizes[rows] * 8
+        return bool(ms > _HEAVY_MS)
 
     @property
     def best_sizes(self) -> np.ndarray:
