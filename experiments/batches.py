@@ -1,21 +1,22 @@
 """Times a finished run on batches, through the planner, against the plain baseline and one that is planned alike.
 
-    python -m experiments.batches --workdir=runs/resnet110_cifar10 --batches=256,10000
+    python -m experiments.batches --workdir=runs/resnet110_cifar10 --batches=1,256,10000
 
-Writes ``batches.json`` into the folder. Batches are of test images, so that exits are taken in their true shares.
+Single images run by `staged` on one core, both networks, as in the run's own report. Writes ``batches.json`` into the
+folder. Batches are of test images, so that exits are taken in their true shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 import branchy_jax as bj
 from experiments.run import command
 from experiments.run.networks import Networks, read_run
-from experiments.run.records import Clock
-from experiments.run.timing import fastest, on_device, whole
+from experiments.run.records import Clock, Numbers
+from experiments.run.timing import Policies, fastest, on_device, time_images, whole
 from experiments.study.folders import BatchRow, write_rows
 
 
@@ -33,15 +34,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = np.asarray(finished.networks.normalization(test.image[: options.images]))
     rows = []
     for batch in (size for size in options.batches if size <= len(images)):
-        for name, policy in finished.policies.items():
-            row = time_batch(finished.networks, images, test.label, name, policy, batch=batch, passes=options.passes)
+        for row in time_all(
+            finished.networks, images, test.label, finished.policies, batch=batch, passes=options.passes
+        ):
             rows.append(row)
             write_rows(finished, 'batches', rows, by='batches', key='batches')
             print(
-                f'{finished.networks.name} {name}, batch {batch}: {row.clock.latency_ms:.4f} ms an image, gain '
-                f'{row.clock.gain:.2f} over the fastest baseline, {row.clock.gain_plain:.2f} over the plain one, by '
-                f'{row.clock.executor}', flush=True,
+                f'{finished.networks.name} {row.operating_point}, batch {batch}: {row.clock.latency_ms:.4f} ms an image, '
+                f'gain {row.clock.gain:.2f} over the fastest baseline, {row.clock.gain_plain:.2f} over the plain one, by '
+                f'{row.clock.executor or row.baseline}', flush=True,
             )  # fmt: skip
+
+
+def time_all(
+    networks: Networks, images: np.ndarray, labels: np.ndarray, policies: Policies, *, batch: int, passes: int
+) -> Iterator[BatchRow]:
+    """Times all operating points, one after another, or of single images in turns.
+
+    Args:
+        networks: both.
+        images: ``[M, H, W, C]`` normalised.
+        labels: ``[M, …]``.
+        policies: by operating point.
+        batch: images in a call.
+        passes: interleaved pairs.
+    """
+    if batch > 1:
+        for name, policy in policies.items():
+            yield time_batch(networks, images, labels, name, policy, batch=batch, passes=passes)
+        return
+    timed, execute = (
+        time_images(networks, images, policies, passes=passes),
+        bj.inference.dense(networks.model, max_batch=256),
+    )
+    for name, policy in policies.items():
+        answer = execute(networks.variables, images, policy)
+        yield BatchRow(
+            operating_point=name,
+            clock=timed.points[name],
+            exit_fractions=_fractions(answer.exit_index, networks),
+            thresholds=tuple(np.asarray(policy.thresholds).tolist()),
+            baseline_ms=timed.baseline.latency_ms,
+            plain_baseline_ms=timed.baseline.latency_ms * timed.baseline.gain_plain,
+            accuracy_on_these=float((np.asarray(answer.label) == labels[: len(images)]).mean()),
+            plan='',
+            baseline='staged',
+        )
+
+
+def _fractions(exits: np.ndarray, networks: Networks) -> Numbers:
+    return tuple((np.bincount(exits, minlength=networks.model.num_exits) / len(exits)).tolist())
 
 
 def time_batch(
@@ -77,7 +119,7 @@ def time_batch(
     return BatchRow(
         operating_point=name,
         clock=Clock.read(seconds, 'planned', baseline=baseline, images=count, batch=batch, executor=planned.executor),
-        exit_fractions=tuple((np.bincount(exits, minlength=networks.model.num_exits) / count).tolist()),
+        exit_fractions=_fractions(exits, networks),
         thresholds=tuple(np.asarray(planned.thresholds).tolist()),
         baseline_ms=float(np.median(seconds[baseline])) / count * 1e3,
         plain_baseline_ms=float(np.median(seconds['plain'])) / count * 1e3,
