@@ -34,15 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = np.asarray(finished.networks.normalization(test.image[: options.images]))
     rows = []
     for batch in (size for size in options.batches if size <= len(images)):
-        for row in time_all(
-            finished.networks, images, test.label, finished.policies, batch=batch, passes=options.passes
-        ):
+        timing = {'batch': batch, 'passes': options.passes}
+        for row in time_all(finished.networks, images, test.label, finished.policies, **timing):
             rows.append(row)
             write_rows(finished, 'batches', rows, by='batches', key='batches')
+            clock = row.clock
             print(
-                f'{finished.networks.name} {row.operating_point}, batch {batch}: {row.clock.latency_ms:.4f} ms an image, '
-                f'gain {row.clock.gain:.2f} over the fastest baseline, {row.clock.gain_plain:.2f} over the plain one, by '
-                f'{row.clock.executor or row.baseline}', flush=True,
+                f'{finished.networks.name} {row.operating_point}, batch {batch}: {clock.latency_ms:.4f} ms an image, '
+                f'gain {clock.gain:.2f} over the fastest baseline, {clock.gain_plain:.2f} over the plain one, by '
+                f'{clock.executor or row.baseline}', flush=True,
             )  # fmt: skip
 
 
