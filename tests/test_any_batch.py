@@ -183,3 +183,19 @@ def test_single_images_of_a_plan_skip_what_they_do_not_need():
         jax.block_until_ready(run({}, images[:count], [0.1]))
         jax.effects_barrier()
         assert ran == rows
+
+
+def test_arrays_of_others_are_taken(network):
+    """Of a size that is compiled, too, where other arrays go straight in."""
+
+    class Lent:
+        def __init__(self, values):
+            self._values, self.shape, self.dtype = values, values.shape, values.dtype
+
+        def __array__(self, dtype=None, copy=None):
+            return self._values if dtype is None else self._values.astype(dtype)
+
+    model, variables, images = network
+    images, thresholds = np.asarray(images[:4]), [0.5, 0.5]
+    found = dense(model, max_batch=4)(variables, Lent(images), thresholds)
+    check_same(found, dense(model)(variables, images, thresholds))

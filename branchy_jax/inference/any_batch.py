@@ -70,7 +70,7 @@ def any_batch(
         leaves, count = jax.tree.leaves(images), num_rows(images)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, policy.thresholds)):
             return plain(variables, images, policy)
-        if count in sizes and not any(map(_is_bound, leaves)):
+        if count in sizes and all(map(_goes_as_it_is, leaves)):
             return run(variables, images, policy, np.int32(count))
         cuts = list(pieces(count, sizes))
         try:
@@ -82,9 +82,9 @@ def any_batch(
     return AnyBatch(tuple(sizes), model.num_exits, guarded(answer, model, traceable=traceable or plain))
 
 
-def _is_bound(leaf: Any) -> bool:
-    """Tells an array that is bound to a device, for which `jax.jit` would compile anew."""
-    return not isinstance(leaf, np.ndarray) and leaf.committed
+def _goes_as_it_is(leaf: Any) -> bool:
+    """Tells an array that `jax.jit` takes without compiling anew, as it would for one that is bound to a device."""
+    return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and not leaf.committed)
 
 
 def sizes_up_to(max_batch: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from branchy_jax.inference.steps import (
     check_chunk_sizes,
     compiled_once,
     guarded,
+    jit_predicting,
     zeros,
 )
 from branchy_jax.models.branchy import BranchyNet
@@ -130,7 +131,7 @@ def _programs(
     options: Options,
 ) -> tuple[Callable[..., ExitPrediction], Callable[..., ExitPrediction]]:  # fmt: skip
     """Returns the program of loops, and what runs in its place; each takes a count of images after the policy."""
-    loops = jit_with(options)(_build_loops(build_steps(model, asked), chunk_sizes))
+    loops = jit_predicting(options)(_build_loops(build_steps(model, asked), chunk_sizes))
     return loops, _build_host_driven(jitted_steps(model, asked, options), chunk_sizes, workers) if on_host else loops
 
 

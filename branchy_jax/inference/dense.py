@@ -17,8 +17,17 @@ from branchy_jax.costs import StageCosts, count_macs
 from branchy_jax.criteria import entropy
 from branchy_jax.criteria.criterion import Criterion, check_criterion
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
-from branchy_jax.inference.compiler_options import Options, in_order, jit_with
-from branchy_jax.inference.steps import Executor, asked_exits, at_rows, build_steps, compiled_once, guarded, run_steps
+from branchy_jax.inference.compiler_options import Options, in_order
+from branchy_jax.inference.steps import (
+    Executor,
+    asked_exits,
+    at_rows,
+    build_steps,
+    compiled_once,
+    guarded,
+    jit_predicting,
+    run_steps,
+)
 from branchy_jax.models.branchy import BranchyNet, check_model, naming_variables
 from branchy_jax.sharding import replicate, replicated, shard
 from branchy_jax.thresholds import ExitTable, accuracy_statistics, iou_statistics, mean_of_statistic
@@ -103,7 +112,7 @@ def dense_program(model: BranchyNet, asked: tuple[int, ...], options: Options = 
     """Returns the jitted program of `dense`, without a door."""
     steps = build_steps(model, asked)
 
-    @jit_with(options)
+    @jit_predicting(options)
     def run(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
         *earlier, last = run_steps(steps, variables, images, policy)
         chosen = last.prediction

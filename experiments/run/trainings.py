@@ -125,7 +125,12 @@ def train_network(
                 loss=_loss(config), metrics=TASKS[config.task].metrics, on_step=on_step,
                 save_every=config.save_every or None, scan=config.scan_epoch,
             )  # fmt: skip
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.variables)
+    return off_the_mesh(state.variables)
+
+
+def off_the_mesh(variables: Variables) -> Variables:
+    """Returns what every device of a mesh holds as arrays that are bound to no device."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), variables)
 
 
 def _grown(

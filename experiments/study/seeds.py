@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import branchy_jax as bj
 from branchy_jax.training.fit import Prepare
 from branchy_jax.types import Variables
+from experiments.run.trainings import off_the_mesh
 
 _EVALUATED_AT_ONCE = 500
 
@@ -101,7 +102,7 @@ class Seeds:
                 jax.random.fold_in(jax.random.key(1), seed), epochs=epochs, batch_size=self.recipe.batch_size,
                 prepare=self._prepare, scan=None if mesh is None else False,
             )  # fmt: skip
-            every.append(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), trained.variables))
+            every.append(off_the_mesh(trained.variables))
         train, test = (self._accuracy(model, every, part) for part in (self.dataset.train, self.dataset.test))
         return Trained(every, train, test)
 

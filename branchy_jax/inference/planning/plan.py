@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from branchy_jax.criteria import as_policy, is_confident
-from branchy_jax.inference.compiler_options import ALL_CORES, in_order, may_use_all_cores
+from branchy_jax.inference.compiler_options import ALL_CORES, may_use_all_cores
 from branchy_jax.inference.dense import exit_outputs
 from branchy_jax.inference.planning.candidates import Candidate, Way, baseline, ways_to_race
 from branchy_jax.inference.planning.file import Kept, inputs_of, read_plan, write_plan
@@ -297,7 +297,7 @@ def _measured(
     if not progress.is_over:
         progress.tell('compiling stages and heads')
         # These are needed in any case.
-        compile_segments(*fast, images, sizes[:2], criterion=policy.criterion, options=in_order(compiling))
+        compile_segments(*fast, images, sizes[:2], criterion=policy.criterion, compiler_options=compiling)
     for size in sizes:
         heavy = bool(found) and found[0].heavy
         if found and (progress.is_over or (heavy and size == 1)):
@@ -315,7 +315,7 @@ def _uncertainty(
     fast: Network, images: Any, size: int, policy: ExitPolicy, compiling: CompilerOptions
 ) -> tuple[np.ndarray, bool]:
     """Returns ``[N, M]`` how unsure exits are of the images, and whether the criterion remembers earlier exits."""
-    found = segment_uncertainty(*fast, images, size, criterion=policy.criterion, options=in_order(compiling))
+    found = segment_uncertainty(*fast, images, size, criterion=policy.criterion, compiler_options=compiling)
     if found is not None:
         return found, False
     outputs = exit_outputs(*fast, images, criterion=policy.criterion, batch_size=min(num_rows(images), 256))

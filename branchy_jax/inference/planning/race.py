@@ -15,8 +15,8 @@ from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
 
 _HEAT_PASSES = 3
-# A pass of all that takes longer is told from others by one of them, noise being short; and once the baseline's alone
-# does, it no longer counts what touching forgotten memory costs.
+# A pass of all that takes longer is told from others by one of them, noise being short. Where the baseline's alone
+# does, touching memory that others' turns left cold counts for little.
 _LONG_SECONDS = 0.3
 _OUT_OF_THE_RACE = 1.25
 _CLEARLY_FASTER = 0.8
@@ -56,7 +56,7 @@ def race(
         more = _heat([ways[0][0], *(way for way, _ in otherwise)], functions, build, batches, policy, progress)
         heat = _Heat({**more.seconds, **heat.seconds}, {**more.paces, **heat.paces})
     finalists = heat.finalists()
-    settle = int(not progress.is_over and float(heat.seconds[ways[0][0]][0]) < _LONG_SECONDS)
+    settle = _settle(heat.seconds[ways[0][0]], progress)
     final = _final({way: functions[way] for way in finalists}, ways[0][0], passes, progress, settle)
     found = []
     for way, seconds in heat.seconds.items():
@@ -114,11 +114,15 @@ def _heat(
         functions[way]()  # compiles
     here = {way: functions[way] for way in ways if way in functions}
     seconds = interleaved_passes(here, passes=1, warmup=0)
-    if not progress.is_over and sum(taken[0] for taken in seconds.values()) < _LONG_SECONDS:
-        seconds = interleaved_passes(here, passes=_HEAT_PASSES, warmup=0, settle=1)
-    elif not progress.is_over and seconds[pace][0] < _LONG_SECONDS:
-        seconds = interleaved_passes(here, passes=1, warmup=0, settle=1)
+    if settle := _settle(seconds[pace], progress):
+        passes = _HEAT_PASSES if sum(taken[0] for taken in seconds.values()) < _LONG_SECONDS else 1
+        seconds = interleaved_passes(here, passes=passes, warmup=0, settle=settle)
     return _Heat(seconds, dict.fromkeys(here, seconds[pace]))
+
+
+def _settle(pace: np.ndarray, progress: Progress) -> int:
+    """Returns how often a way is called before its time counts, given seconds of the baseline."""
+    return int(not progress.is_over and float(pace[0]) < _LONG_SECONDS)
 
 
 def _run(execute: Executor, variables: Variables, policy: ExitPolicy, batch: Array) -> ExitPrediction:
