@@ -120,9 +120,9 @@ def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, 
         'baseline': baseline,
         'joint': lambda: train(model, equal),
         'joint, from the baseline': lambda: train(model, equal, starts=baseline().variables),
-        'joint, twice as long': lambda: train(model, equal, epochs=twice),
         'joint, first exit 1.0 to last 0.3': lambda: train(model, falling),
         **{depth_name(depth): branch(1, depth) for depth in DEPTHS},
+        'joint, twice as long': lambda: train(model, equal, epochs=twice),
         **{position_name(position): branch(position, 1) for position in positions(network)},
     }
 
