@@ -190,6 +190,16 @@ def test_the_fastest_way_is_taken():
     assert fastest({'slow': slow, 'quick': quick}).told == 'quick, settings'
 
 
+def test_plans_with_and_without_exits_do_the_same_work(lenet):
+    found = forcing.force('b-lenet', *lenet, (0.94, 0.06), 4, cores=2)
+    labels, exits = contenders.planned(found.job).answers()
+    assert (exits >= found.exits).all()
+    np.testing.assert_array_equal(labels, found.labels(exits))
+    labels, exits = contenders.planned_bare(found.job).answers()
+    assert exits is None
+    np.testing.assert_array_equal(labels, found.labels(np.ones(4, int)))
+
+
 def test_onnx_files_do_the_same_work(lenet):
     pytest.importorskip('onnxruntime', reason='pip install branchy-jax[peers]')
     found = forcing.force('b-lenet', *lenet, (0.94, 0.06), 1, cores=1)
@@ -221,6 +231,19 @@ def test_page_says_who_is_faster_and_who_was_not_there(tmp_path):
     assert '- PyTorch: no torch (b-alexnet at 1).' in lines
     pages.picture(tmp_path / 'peers.png', found)
     assert (tmp_path / 'peers.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_page_takes_a_ratio_apart():
+    """0.8 = 1.6 × 3 ÷ 6: the peer's network is slower, but its exits save twice as much."""
+    row = '| b-lenet | 1 | 2 | torch.compile, exits | 0.80 | 1.60 | 3.00 | 6.00 |'
+    bare = timed('planned here, bare', 0.15, 3.0, 2.9, 3.1)
+    peers = [timed('torch.compile', 0.24, 4.8, 4.7, 4.9), timed('torch.compile, exits', 0.04, 0.8, 0.7, 0.9)]
+    page = pages.page(record_of(cell('b-lenet', 1, bare, *peers), cell('b-lenet', 32, *peers)))
+    lines = [' '.join(line.split()) for line in page.splitlines()]
+    assert row in lines
+    assert sum(line.startswith('| b-lenet | 32 |') and line.endswith('6.00 |') for line in lines) == 0
+    quick = pages.page(record_of(cell('b-lenet', 1, timed('planned here, bare', 0.01, 0.2, 0.1, 0.3), *peers)))
+    assert 'torch.compile, exits: 0.80 [0.70, 0.90] times as long' in quick  # no peer of itself
 
 
 def test_page_of_cells_that_hold():

@@ -21,8 +21,17 @@ _ALL = {
     'exits %': '{exits}', 'ms': '{ms:.4f}', '÷ planned': '{shown}', 'busy while waiting': '{burnt:.3f}',
 }  # fmt: skip
 
+_OURS = 'planned here'
+# The best peer's time ÷ planned, taken apart: of the networks without exits, and of what exits save to either.
+_WHY = {
+    'network': '{network}', 'batch': '{batch}', 'cores': '{cores}', 'best peer': '{best}',
+    'peer ÷ planned': '{ratio}', 'both bare': '{bare}', 'exits make planned faster': '{ours}',
+    'exits make the peer faster': '{theirs}',
+}  # fmt: skip
+
 _LEGEND = """\
-- planned here: what `bj.inference.plan` chose for the batch size, called with arrays of NumPy's or of jax's.
+- planned here: what `bj.inference.plan` chose for the batch size, called with arrays of NumPy's or of jax's. Bare: what
+  it chose for the network without exits.
 - PyTorch: operation by operation, BatchNorm folded, in the faster layout; without exits, and with exits by masks: each
   stage runs on the rows that are left.
 - torch.compile: the same, weights frozen; with exits each stage and each head is compiled.
@@ -49,6 +58,7 @@ def page(record: Record) -> str:
         'over rounds with its 95 % interval: above 1 what is planned here is faster.',
         table(_RATIOS, [_ratio(cell) for cell in cells]),
         _short(cells),
+        *_why(cells),
         '![Time of each peer, as a multiple of what is planned here](peers.png)',
         '## Milliseconds an image',
         markdown_table(columns, times),
@@ -72,14 +82,19 @@ def sentence(cell: Record) -> str:
 
 def best_peer(cell: Record) -> Record | None:
     """Returns the fastest of those that are not planned here."""
-    return min(cell['contenders'][1:], key=lambda peer: peer['ms'], default=None)
+    peers = [timed for timed in cell['contenders'] if not _is_ours(timed['name'])]
+    return min(peers, key=lambda peer: peer['ms'], default=None)
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(_OURS)
 
 
 def picture(path: Path | str, record: Record) -> None:
     """Draws the time of every peer as a multiple of the planned time, a network a panel, with intervals."""
     cells = record['cells']
     networks = list(dict.fromkeys(cell['network'] for cell in cells))
-    peers = _names(cells)[1:]
+    peers = [name for name in _names(cells) if not _is_ours(name)]
     figure, axes = new_grid(
         'Time ÷ planned here (right of the line: planned is faster)', 1, len(networks),
         size=(max(7.0, 3.6 * len(networks) + 0.6), 1.6 + 0.9 * max(_count(cells, network) for network in networks)),
@@ -156,6 +171,32 @@ def _short(cells: Sequence[Record]) -> str:
     if not short:
         return f'In all {len(cells)} cells the lower end is at least 1.'
     return '\n'.join(['Where the lower end is below 1:', '', *short])
+
+
+def _why(cells: Sequence[Record]) -> list[str]:
+    """Takes each ratio apart, where the networks without exits were there, too."""
+    rows = [row for cell in cells if (row := _apart(cell)) is not None]
+    told = (
+        'Taken apart, by the medians: peer ÷ planned = both bare, the networks without exits, × what exits make '
+        'planned faster ÷ what they make the peer faster.'
+    )
+    return [told, table(_WHY, rows)] if rows else []
+
+
+def _apart(cell: Record) -> dict[str, Any] | None:
+    ms, best = {timed['name']: timed['ms'] for timed in cell['contenders']}, best_peer(cell)
+    planned, ours = ms[_OURS], ms.get(f'{_OURS}, bare')
+    theirs = None if best is None else ms.get(best['name'].partition(',')[0])
+    if best is None or ours is None or theirs is None:
+        return None
+    return {
+        **cell,
+        'best': best['name'],
+        'ratio': f'{best["ms"] / planned:.2f}',
+        'bare': f'{theirs / ours:.2f}',
+        'ours': f'{ours / planned:.2f}',
+        'theirs': f'{theirs / best["ms"]:.2f}',
+    }
 
 
 def _absent(cells: Sequence[Record]) -> str:

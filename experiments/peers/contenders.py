@@ -21,6 +21,15 @@ from experiments.peers.job import Answer, Job, Ready, fastest
 
 def planned(job: Job) -> Ready:
     """Runs what `branchy_jax.inference.plan` chooses, called with arrays of NumPy's or of jax's."""
+    return _planned(job, exits=True)
+
+
+def planned_bare(job: Job) -> Ready:
+    """Runs what the planner chooses for the network without exits: what the runtime is worth without them."""
+    return _planned(job, exits=False)
+
+
+def _planned(job: Job, *, exits: bool) -> Ready:
     import jax
     import jax.numpy as jnp
 
@@ -30,12 +39,13 @@ def planned(job: Job) -> Ready:
     if job.cores == 1:
         keep_to_one_core()
     model, variables = bj.models.create(job.network), jax.tree.map(jnp.asarray, job.variables)
-    policy = np.array(job.thresholds, np.float32)
+    model = model if exits else bj.models.without_branches(model)
+    policy = np.array(job.thresholds if exits else (), np.float32)
     plan = bj.inference.plan(model, variables, job.images, policy, batch_size=job.batch)
 
     def answer(images: np.ndarray, convert: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, Any]:
         found = plan(convert(images))
-        return np.asarray(found.label), found.exit_index
+        return np.asarray(found.label), found.exit_index if exits else None
 
     ways = {'from NumPy': np.asarray, 'from jax': jnp.asarray}
     batches, told = job.batches, plan.executor
@@ -104,9 +114,9 @@ def onnx_if(job: Job) -> Ready:
     return Ready(lambda images: tuple(session.run(names, {'image': images})), job.batches)
 
 
-PLANNED = 'planned here'
 CONTENDERS: dict[str, Callable[[Job], Ready]] = {
-    PLANNED: planned,
+    'planned here': planned,
+    'planned here, bare': planned_bare,
     'PyTorch': torch_eager,
     'PyTorch, exits': torch_exits,
     'torch.compile': torch_compiled,
