@@ -4,12 +4,15 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import branchy_jax as bj
 from branchy_jax.inference import dense, optimize, staged
 from branchy_jax.inference.rewriting.forms import Forms
 
 ALL_FORMS = Forms(most_channel_pairs=1000, sliced_pooling=True, transposed_weights=True)
+TOGETHER = Forms(most_pairs_together=256)
 IMAGE_SHAPE = (8, 8, 2)
 
 
@@ -80,6 +83,43 @@ def test_own_network_keeps_its_logits(getkey, forms):
     found = primitives(fast_model, fast_variables, images)
     assert ('conv_general_dilated' in found) == (forms is not ALL_FORMS)
     assert found.count('sub') < primitives(model, variables, images).count('sub')
+
+
+@settings(max_examples=15)
+@given(
+    size=st.tuples(st.integers(3, 7), st.integers(8, 13)),
+    window=st.tuples(st.integers(1, 3), st.integers(3, 5)),
+    strides=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.sampled_from(['SAME', 'VALID']) | st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 3))] * 2),
+    channels=st.sampled_from([(1, 8), (2, 16), (3, 16), (3, 32), (4, 4), (16, 16)]),
+)
+def test_pixels_together_give_what_each_gives(size, window, strides, padding, channels):
+    """Widths that the pixels do not divide, windows that do not reach the edge, other strides down than along."""
+    convolution = nn.Conv(channels[1], window, strides, padding)
+    shape = (*size, channels[0])
+    model = bj.BranchyNet(stages=(convolution,), exits=((lambda x: x.reshape(x.shape[0], -1),),), image_shape=shape)
+    images = jax.random.normal(jax.random.key(0), (2, *shape))
+    variables = model.init(jax.random.key(1), images)
+    check_same(model, variables, images, TOGETHER)
+
+
+@pytest.mark.parametrize(('channels', 'features', 'pixels'), [
+    (1, 16, 2), (3, 16, 4), (3, 32, 2), (4, 4, 8), (16, 16, 2),
+    (3, 64, 1), (4, 32, 1), (3, 4, 1), (1, 5, 1), (20, 16, 1),
+])  # fmt: skip
+def test_pixels_are_taken_together_where_they_fill_the_processor(getkey, channels, features, pixels):
+    shape = (8, 8, channels)
+    model = bj.BranchyNet(stages=(nn.Conv(features, (3, 3)),), exits=(lambda x: x,), image_shape=shape)
+    variables = model.init(getkey(), jnp.zeros((1, *shape)))
+    _, fast = optimize(model, variables, forms=TOGETHER, embed=False)
+    kernel = max(jax.tree.leaves(fast), key=lambda leaf: leaf.ndim)
+    assert kernel.shape == (3, 3 + pixels - 1, channels, pixels * features)
+
+
+def test_one_pixel_at_a_time_where_windows_share_nothing(getkey):
+    model = bj.BranchyNet(stages=(nn.Conv(16, (2, 2), 2),), exits=(lambda x: x,), image_shape=(8, 8, 2))
+    _, fast = optimize(model, model.init(getkey(), jnp.zeros((1, 8, 8, 2))), forms=TOGETHER, embed=False)
+    assert max(jax.tree.leaves(fast), key=lambda leaf: leaf.ndim).shape == (2, 2, 2, 16)
 
 
 def test_value_that_others_look_at_is_computed_once(getkey):

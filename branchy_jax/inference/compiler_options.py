@@ -19,9 +19,10 @@ COMMAND_BUFFERS = {
 the host at every exit. They made a stream of LeNet images 1.7 times faster and one of ResNet-110 slower: measure."""
 
 ALL_CORES = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
-"""Compiler options under which XLA hands convolutions and products on a CPU to YNNPACK, which shares one among all
-cores. Worth a try where there are several; `branchy_jax.inference.plan` tries them, and its table says what they gave.
-Answers are the same but for rounding."""
+"""Compiler options under which XLA shares every convolution and product among all cores of a CPU. By default it hands
+convolutions of more than 16 channels or features to YNNPACK, which keeps each on one core, where it is a tenth faster;
+these leave them to Eigen. Worth a try where there are several cores; `branchy_jax.inference.plan` tries them, and its
+table says what they gave. Answers are the same but for rounding."""
 
 Options = tuple[tuple[str, Any], ...]
 """Compiler options as builders that compile once take them: in order, and hashable."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,14 +24,18 @@ class Forms:
     """Which equivalent forms to emit.
 
     Attributes:
-        most_channel_pairs: a convolution becomes a product with a banded matrix if its input channels times its output
-            channels are at most this many; 0: never.
+        most_pairs_together: a convolution becomes one that computes several neighbouring pixels as features of one, if
+            its input channels times its output channels are at most this many, and these pixels fill what the processor
+            multiplies at once; 0: never.
+        most_channel_pairs: any other convolution becomes a product with a banded matrix if it has at most this many
+            such pairs; 0: never.
         sliced_pooling: max pooling as maxima of strided slices.
         transposed_weights: matrix products with weights stored as ``[out, in]``, whose rows the dot products of a
             single image read in order.
         dtype: that matrix products and convolutions multiply in; ``None`` keeps theirs. They accumulate in float32.
     """
 
+    most_pairs_together: int = 0
     most_channel_pairs: int = 0
     sliced_pooling: bool = False
     transposed_weights: bool = False
@@ -49,14 +54,66 @@ def with_transposed_weights(_: Any, params: Params, left: Array, kernel: Known, 
     return lax.dot_general(left, weights, numbers, params['precision'], preferred_element_type=kept)
 
 
-def has_few_channels(equation: jax_core.JaxprEqn, most_pairs: int) -> bool:
-    """Tells a convolution that `as_banded_product` can emit and that is small enough to gain by it."""
+def convolution(equation: jax_core.JaxprEqn, forms: Forms) -> Callable[..., Array]:
+    """Returns what emits a convolution in the form of these that suits it."""
+    if not _is_plain(equation):
+        return as_written
+    _, _, channels, features = spec_of(equation.invars[1]).shape
+    pairs = channels * features
+    if pairs <= forms.most_pairs_together and (pixels := _pixels_together(equation)) > 1:
+        return functools.partial(as_wider_convolution, pixels=pixels)
+    return as_banded_product if pairs <= forms.most_channel_pairs else as_written
+
+
+def _is_plain(equation: jax_core.JaxprEqn) -> bool:
+    """Tells an undilated, ungrouped convolution of images, features last."""
     params, shape, kernel = equation.params, spec_of(equation.invars[0]).shape, spec_of(equation.invars[1]).shape
     if len(shape) != 4 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
         return False
     plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
     dilated = any(d != 1 for d in (*params['lhs_dilation'], *params['rhs_dilation']))
-    return params['dimension_numbers'] == plain and not dilated and kernel[2] * kernel[3] <= most_pairs
+    return params['dimension_numbers'] == plain and not dilated
+
+
+def _pixels_together(equation: jax_core.JaxprEqn) -> int:
+    """Returns how many neighbouring pixels fill what a CPU multiplies at once; 1 where none do.
+
+    XLA:CPU hands convolutions of more than 16 channels or features to YNNPACK, which was fastest with 32 features, or
+    64 if the channels cannot be taken in pairs. Each pixel adds zeros to the kernel.
+    """
+    _, columns, channels, features = spec_of(equation.invars[1]).shape
+    at_once = 64 if channels % 2 and channels > 1 else 32
+    pixels, rest = divmod(at_once, features)
+    width, stride = spec_of(equation.outvars[0]).shape[2], equation.params['window_strides'][1]
+    return pixels if rest == 0 and pixels <= min(8, width) and stride < columns else 1
+
+
+def as_wider_convolution(
+    primitive: jax_core.Primitive, params: Params, left: Array, kernel: Known, constant: Constant, *, pixels: int
+) -> Array:
+    """Emits a convolution as one of fewer, wider windows, whose features are those of several pixels side by side."""
+    (down, along), (rows, (before, after)) = params['window_strides'], params['padding']
+    batch, _, width, _ = left.shape
+    _, columns, _, features = kernel.shape
+    width_out = (width + before + after - columns) // along + 1
+    blocks = -(-width_out // pixels)
+    missing = along * (blocks * pixels - 1) + columns - (width + before + after)  # of the last block
+    wider = {
+        **params,
+        'window_strides': (down, along * pixels),
+        'padding': (rows, (before, after + max(missing, 0))),
+    }
+    product = primitive.bind(left, constant(kernel.map(_side_by_side, pixels=pixels, stride=along)), **wider)
+    return product.reshape(batch, product.shape[1], blocks * pixels, features)[:, :, :width_out]
+
+
+def _side_by_side(kernel: Array, *, pixels: int, stride: int) -> Array:
+    """Spreads ``[kh, kw, I, O]`` into ``[kh, kw + stride · (pixels - 1), I, pixels · O]``."""
+    reach = stride * (pixels - 1)
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (shift, reach - shift), (0, 0), (0, 0))) for shift in range(0, reach + 1, stride)
+    ]
+    return jnp.concatenate(shifted, axis=3)
 
 
 def as_banded_product(_: Any, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:

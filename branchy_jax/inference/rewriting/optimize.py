@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from branchy_jax.inference.compiler_options import num_cores
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.known import Constant, Known, ancestry, from_stored
 from branchy_jax.inference.rewriting.rewrite import run
@@ -21,6 +22,9 @@ from branchy_jax.types import Array, Variables, input_specs
 
 # Measured inside LeNet, AlexNet and ResNet at batch 1: up to 200 pairs 1.1 to 4 times faster, from 256 on slower.
 _MOST_CHANNEL_PAIRS_ON_CPU = 200
+# On one core, and with `ALL_CORES`, 1.1 to 2 times faster up to here, 16 channels and features. Compiled otherwise, XLA
+# shares these among several cores as they are written, but not when they are wider.
+_MOST_PAIRS_TOGETHER_ON_CPU, _MOST_PAIRS_TOGETHER_ELSE = 256, 200
 # Each argument of a compiled program costs about a microsecond on a CPU, which batch 1 feels; compiling large constants
 # costs memory and time.
 _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
@@ -30,11 +34,18 @@ _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
 _TRACED_BATCH_SIZES = (2, 3)
 
 
-def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
-    """Returns the forms that a platform runs fastest; by default this process's backend."""
+def default_forms(dtype: Any = None, *, platform: str | None = None, all_cores: bool = False) -> Forms:
+    """Returns the forms that a platform runs fastest.
+
+    Args:
+        dtype: of products and convolutions.
+        platform: by default this process's backend.
+        all_cores: programs will be compiled with `branchy_jax.inference.ALL_CORES`, where there are several.
+    """
     if (platform or jax.default_backend()) != 'cpu':
         return Forms(dtype=dtype)
-    return Forms(_MOST_CHANNEL_PAIRS_ON_CPU, sliced_pooling=True, transposed_weights=True, dtype=dtype)
+    together = _MOST_PAIRS_TOGETHER_ON_CPU if all_cores or num_cores() == 1 else _MOST_PAIRS_TOGETHER_ELSE
+    return Forms(together, _MOST_CHANNEL_PAIRS_ON_CPU, sliced_pooling=True, transposed_weights=True, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,8 +155,8 @@ def optimize(
 
     Everything that depends on variables alone is computed now; what depends on the batch size too, at each. BatchNorms
     and biases are folded into the convolutions and matrix products before them. On a CPU, convolutions with few
-    channels become products with a banded matrix, and max pooling becomes maxima of slices. Works on any network, since
-    it works on the jaxpr.
+    channels compute several pixels together or become products with a banded matrix, and max pooling becomes maxima of
+    slices. Works on any network, since it works on the jaxpr.
 
     Args:
         model: a network with N exits.

@@ -177,7 +177,7 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
         if numbers.out_spec[1] != len(aval.shape) - 1:
             return None
         feature_axis = numbers.rhs_spec[0]
-        emit = fast.as_banded_product if fast.has_few_channels(equation, forms.most_channel_pairs) else fast.as_written
+        emit = fast.convolution(equation, forms)
 
     def emit_here(kernel: Known, constant: Constant) -> Array:
         value = left.result(constant) if isinstance(left, Linear) else left
