@@ -1,6 +1,7 @@
 """Executors and plans that compile at a few sizes, and answer batches of any size without compiling again."""
 
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -19,6 +20,7 @@ from branchy_jax.inference.planning.candidates import Way
 EXECUTORS = {
     'dense': dense,
     'sequential': sequential,
+    'sequential × 2': functools.partial(sequential, workers=2),
     'loop': functools.partial(compacted, chunk_size=(5, 4, 3), on_host=False),
     'host': functools.partial(compacted, chunk_size=(5, 4, 3), on_host=True),
     'host × 2': functools.partial(compacted, chunk_size=(5, 4, 3), on_host=True, workers=2),
@@ -89,7 +91,7 @@ def test_empty_and_bad_batches_are_answered_as_ever(network, build):
         execute(variables, images[:, :2], policy)
 
 
-@pytest.mark.parametrize('name', ['dense', 'sequential', 'loop'])
+@pytest.mark.parametrize('name', ['dense', 'sequential', 'sequential × 2', 'loop'])
 def test_under_jit_and_vmap_nothing_is_padded(network, many, name):
     model, variables, images = network
     execute, settings = EXECUTORS[name](model, max_batch=MOST), np.stack([many[1]] * 2)
@@ -133,10 +135,38 @@ def test_impossible_largest_batches_are_refused(network, build, max_batch):
         build(network[0], max_batch=max_batch)
 
 
+def test_workers_run_pieces_at_the_same_time():
+    """Each of two pieces waits for the other; what goes wrong in a piece comes out."""
+    together, warm = threading.Barrier(2, timeout=20), threading.Event()
+
+    def meet(hidden):
+        if warm.is_set():
+            together.wait()
+        return hidden
+
+    def stage(hidden):
+        return jax.pure_callback(meet, jax.ShapeDtypeStruct(hidden.shape, hidden.dtype), hidden)
+
+    execute = sequential(bj.BranchyNet(stages=(stage,), exits=(lambda x: x,)), max_batch=1, workers=2)
+    execute.warm_up({}, np.ones((1, 2), np.float32), [])  # the first call of a program keeps others waiting
+    warm.set()
+    assert execute({}, np.float32([[3, 0], [0, 3]]), []).label.tolist() == [0, 1]
+    together.abort()
+    with pytest.raises(Exception, match='BrokenBarrierError'):
+        execute({}, np.ones((2, 2), np.float32), [])
+
+
+@pytest.mark.parametrize('options', [{'workers': 0, 'max_batch': 4}, {'workers': 2}])
+def test_impossible_workers_are_refused(network, options):
+    with pytest.raises(ValueError, match='workers: got'):
+        sequential(network[0], **options)
+
+
 WAYS = {
     'dense': Way('dense', 'dense', (0, 1, 2)),
     'last exit': Way('last exit', 'dense', (2,)),
     'sequential': Way('sequential', 'sequential', (0, 2)),
+    'sequential × 2': Way('sequential × 2, 5', 'sequential', (0, 1, 2), chunk_sizes=(5,), workers=2),
     'loop': Way('loop', 'compacted', (0, 1, 2), chunk_sizes=(5, 4, 3)),
     'host': Way('host', 'compacted', (0, 1, 2), chunk_sizes=(5, 4, 3), on_host=True, workers=2),
 }

@@ -123,6 +123,13 @@ def test_all_cores_are_used_where_there_are_several_and_the_compiler_knows_how(m
     assert not compiler_options.may_use_all_cores()
 
 
+def test_one_core_is_used_where_the_compiler_knows_how(monkeypatch):
+    monkeypatch.setattr(compiler_options, 'ONE_CORE', {})
+    assert compiler_options.may_use_one_core() == (jax.default_backend() == 'cpu')
+    monkeypatch.setattr(compiler_options, 'ONE_CORE', {'no_such_option': 1})
+    assert not compiler_options.may_use_one_core()
+
+
 @pytest.mark.parametrize('build', [dense, staged, sequential, functools.partial(compacted, chunk_size=2)])
 @pytest.mark.parametrize('exits', [[], [0], [2, 0], [0, 0, 2], [0, 3], [-1, 2]])
 def test_impossible_exits_are_refused(network, build, exits):

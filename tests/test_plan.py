@@ -139,15 +139,17 @@ def names_of(ways):
     return [way.name.split(',')[0].split(' of')[0] for way, _ in ways]
 
 
-@pytest.fixture(params=[False, True], ids=['one core', 'several cores'])
-def all_cores(request, monkeypatch):
-    """Whether to plan as on a CPU of several cores; one that has only one compiles the same."""
-    monkeypatch.setattr(candidates_room, 'may_use_all_cores', lambda: request.param)
+@pytest.fixture(params=[1, 2], ids=['one core', 'two cores'])
+def cores(request, monkeypatch):
+    """How many cores to plan for; a CPU that has another number compiles the same."""
+    monkeypatch.setattr(candidates_room, 'num_cores', lambda: request.param)
+    monkeypatch.setattr(candidates_room, 'may_use_all_cores', lambda: request.param > 1)
+    monkeypatch.setattr(candidates_room, 'may_use_one_core', lambda: True)
     return request.param
 
 
 @pytest.mark.parametrize('batch_size', [1, 24])
-def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size, all_cores):
+def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size, cores):
     model, variables, images = network
     thresholds = thresholds_at(uncertainty, (0.7, 0.5))
     times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
@@ -155,12 +157,8 @@ def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size,
     ways, otherwise = ways_to_race(times, confident, batch_size, batch_size, skip=True)
     names = names_of(ways)
     assert names[0] == 'baseline'
-    assert set(names[1:]) == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
-    assert [way.name for way, _ in otherwise] == [
-        *(['last exit, optimized, all cores'] if all_cores else []), 'last exit, optimized', 'last exit'
-    ]  # fmt: skip
-    best = [way for way, _ in ways if way.exits == ways[1][0].exits and way.kind != 'baseline']
-    assert [way.all_cores for way in best] == ([True, False] * (len(best) // 2) if all_cores else [False] * len(best))
+    assert set(names[1:]) - {'sequential × 2'} == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
+    assert ('sequential × 2' in names) == (batch_size > 1 and cores > 1)
     for way, _ in (*ways, *otherwise):
         run = way.build(model, batch_size)
         if way.kind == 'baseline':
@@ -172,23 +170,55 @@ def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size,
         check_same(run(variables, images[:batch_size], thresholds), expected)
 
 
-def test_what_cannot_win_is_not_compiled(all_cores):
-    """Of a heavy network only the host's way; without branches only where the forecast is close to it."""
+@pytest.mark.parametrize('batch_size', [1, 24])
+def test_ways_are_compiled_as_suits_them(network, uncertainty, batch_size, cores):
+    """What runs image by image for one core, too; what shares a batch among workers not for all cores."""
+    confident = uncertainty[:2] < thresholds_at(uncertainty, (0.7, 0.5))[:, None]
+    times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
+    ways, otherwise = ways_to_race(times, confident, batch_size, batch_size, skip=True)
+    several, one, found = ['all cores'] * (cores > 1), ['one core'], {}
+    for way, _ in (*ways, *otherwise):
+        if way.exits in (ways[1][0].exits, (2,)) and way.optimized:  # the best choice of exits, or the last alone
+            found.setdefault((way.kind, way.kind == 'sequential' and way.workers > 1), []).append(way.compiled)
+            assert way.name.endswith(way.compiled)
+    expected = {('sequential', False): [*one, *several, ''], ('dense', False): [*several, '']}
+    if batch_size == 1:
+        expected['dense', False] = [*one, *several, '']
+    else:
+        expected['compacted', False] = [*several, ''] * 3
+        if cores > 1:
+            expected['sequential', True] = [*one, '']
+    assert found == expected
+
+
+def test_what_cannot_win_is_not_compiled(cores):
+    """Of a heavy network few ways; without branches only where the forecast is close to it."""
     confident = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
     light, heavy = linear_times([0.1, 0.1, 0.1], [0, 0, 0]), linear_times([10, 10, 10], [0, 0, 0])
-    assert set(names_of(ways_to_race(light, confident, 16, 16, skip=True)[0])) == {
+    assert {name.split(' ×')[0] for name in names_of(ways_to_race(light, confident, 16, 16, skip=True)[0])} == {
         'baseline', 'sequential', 'compacted'
     }  # fmt: skip
     raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=True)
-    assert [way.on_host for way, _ in raced] == [False, True, True]
-    assert [way.all_cores for way, _ in raced] == [False, all_cores, all_cores]
-    twice = 1 + all_cores
-    assert names_of(otherwise) == ['last exit'] * twice + ['last exit']
+    several = ['all cores'] if cores > 1 else ['']
+    alone = [('sequential', cores, 'one core')]
+    driven = [('compacted', workers, *several) for workers in (1, 2)]
+    assert [(way.kind, way.workers, way.compiled) for way, _ in raced[1:]] == [*alone, *driven]
+    assert names_of(otherwise) == ['last exit'] * (cores + 1)
     raced, otherwise = ways_to_race(heavy, confident & False, 16, 16, skip=True)
     assert names_of(raced)[-1] == 'last exit'
     assert len(otherwise) == 1
     raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=False)
-    assert names_of(otherwise) == ['dense'] * twice
+    assert names_of(otherwise) == ['dense'] * cores
+
+
+def test_workers_take_turns_at_pieces_that_last(cores):
+    """2 ms at least, and as many for each worker."""
+    confident = np.ones((2, 10), bool)
+    shared = {}
+    for ms in (0.01, 1.0, 100.0):
+        ways, _ = ways_to_race(linear_times([ms, 0, 0], [0, 0, 0]), confident, 64, 64, skip=True)
+        shared[ms] = [way.chunk_sizes for way, _ in ways if way.kind == 'sequential' and way.workers > 1][:1]
+    assert shared == ({0.01: [(32,)], 1.0: [(2,)], 100.0: [(1,)]} if cores > 1 else {ms: [] for ms in shared})
 
 
 @pytest.mark.parametrize(

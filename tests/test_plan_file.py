@@ -50,7 +50,7 @@ def test_other_weights_of_the_same_network_are_welcome(network, planned, path):
 
 def test_the_file_is_plain_json_without_weights(network, path):
     record = json.loads(path.read_text(), parse_constant=pytest.fail)  # no Infinity, which JSON has not
-    assert record['format'] == 2
+    assert record['format'] == 3
     assert record['arrays']['array0']['values'] == [pytest.approx(0.4), '-inf']
     assert len(path.read_text()) < 20_000
     assert [other.name for other in path.parent.iterdir()] == [path.name]
@@ -83,7 +83,7 @@ def test_plans_of_other_networks_are_refused(network, planned, path):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda record: record.update(format=1), 'has format 1, this version reads 2'),
+        (lambda record: record.update(format=1), 'has format 1, this version reads 3'),
         (lambda record: record['way'].update(kind='os.system'), r"is damaged \(ValueError: kind: got 'os.system'"),
         (lambda record: record['way'].pop('exits'), 'is damaged'),
         (lambda record: record.pop('policy'), 'is damaged'),

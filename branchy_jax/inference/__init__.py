@@ -3,6 +3,7 @@
 from branchy_jax.inference.compacted import compacted as compacted
 from branchy_jax.inference.compiler_options import ALL_CORES as ALL_CORES
 from branchy_jax.inference.compiler_options import COMMAND_BUFFERS as COMMAND_BUFFERS
+from branchy_jax.inference.compiler_options import ONE_CORE as ONE_CORE
 from branchy_jax.inference.dense import ExitOutputs as ExitOutputs
 from branchy_jax.inference.dense import dense as dense
 from branchy_jax.inference.dense import exit_outputs as exit_outputs
@@ -18,6 +19,6 @@ from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
 
 __all__ = [
-    'ALL_CORES', 'COMMAND_BUFFERS', 'ExitOutputs', 'Plan', 'SegmentTimes', 'compacted', 'dense', 'exit_outputs',
-    'exit_table', 'optimize', 'plan', 'segment_times', 'sequential', 'sharded', 'staged', 'stream',
+    'ALL_CORES', 'COMMAND_BUFFERS', 'ONE_CORE', 'ExitOutputs', 'Plan', 'SegmentTimes', 'compacted', 'dense',
+    'exit_outputs', 'exit_table', 'optimize', 'plan', 'segment_times', 'sequential', 'sharded', 'staged', 'stream',
 ]  # fmt: skip

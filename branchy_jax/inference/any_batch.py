@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from branchy_jax.criteria import as_policy
+from branchy_jax.inference.host.pipeline import inline, submitter
 from branchy_jax.inference.steps import Executor, at_rows, guarded
 from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
@@ -54,8 +55,9 @@ class AnyBatch:
 
 
 def any_batch(
-    run: Counted, plain: Executor, model: BranchyNet, sizes: Sequence[int], *, traceable: Executor | None = None
-) -> AnyBatch:
+    run: Counted, plain: Executor, model: BranchyNet, sizes: Sequence[int], *, traceable: Executor | None = None,
+    workers: int = 1,
+) -> AnyBatch:  # fmt: skip
     """Builds an executor of batches of any size.
 
     Args:
@@ -64,7 +66,14 @@ def any_batch(
         model: whose input it is.
         sizes: descending; all batches are cut into pieces that fit one of them.
         traceable: of the same results, where ``plain`` is not.
+        workers: pieces that run at the same time, in threads.
     """
+    submit = submitter(workers)
+
+    def answer_piece(variables: Variables, images: Array, policy: ExitPolicy, cut: tuple[int, int, int]) -> Any:
+        found = run(variables, _filled(images, *cut), policy, np.int32(cut[1] - cut[0]))
+        # What a thread has started but does not wait for, jax runs one after the other.
+        return found if workers == 1 else jax.block_until_ready(found)
 
     def answer(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
         leaves, count = jax.tree.leaves(images), num_rows(images)
@@ -74,8 +83,9 @@ def any_batch(
             return run(variables, images, policy, np.int32(count))
         cuts = list(pieces(count, sizes))
         try:
-            found = [run(variables, _filled(images, *cut), policy, np.int32(cut[1] - cut[0])) for cut in cuts]
-            return _joined(found, [stop - start for start, stop, _ in cuts])
+            start = submit if len(cuts) > 1 else inline
+            started = [start(answer_piece, variables, images, policy, cut) for cut in cuts]
+            return _joined([piece.result() for piece in started], [stop - start for start, stop, _ in cuts])
         except jax.errors.TracerArrayConversionError:  # of the variables, or of what the criterion has learned
             return plain(variables, images, policy)
 

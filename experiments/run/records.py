@@ -32,7 +32,7 @@ class Clock:
         gain_low: lower end of its 95 % interval.
         gain_high: upper end.
         gain_plain: the same over the baseline as written.
-        executor: that the planner chose; empty where nothing was planned.
+        executor: that the planner chose, or how `staged` was compiled; empty where nothing was chosen.
     """
 
     batch: int

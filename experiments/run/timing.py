@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
+from branchy_jax.inference.compiler_options import may_use_one_core
 from branchy_jax.inference.planning.segment_times import segment_functions
 from branchy_jax.types import Variables
 from experiments.run.networks import Networks
@@ -27,14 +29,16 @@ Policies = Mapping[str, bj.ExitPolicy]
 Runs = dict[Any, tuple[Callable[[Any], Any], Sequence[Any]]]
 """What answers an input, and the inputs of a pass, by name."""
 _SEGMENT_CALLS = 100
+_COMPILED = {'': None, 'one core': bj.inference.ONE_CORE}
+_TRIAL_IMAGES, _TRIAL_PASSES = 50, 7
 
 
 def time_images(networks: Networks, images: np.ndarray, policies: Policies, *, passes: int) -> Timed:
     """Times both networks on the same images, one call per image, every call waited for.
 
-    Both run through `branchy_jax.inference.optimize`; the plain jitted baseline runs beside them. On a CPU all of them
-    run in a process of their own that keeps to one core, the fastest way for each: at batch 1 waking another core
-    costs as much as a small network.
+    Both run through `branchy_jax.inference.optimize`, each compiled as a short trial finds it fastest; the plain jitted
+    baseline runs beside them. On a CPU all of them run in a process of their own that keeps to one core, the fastest
+    way for each: at batch 1 waking another core costs as much as a small network.
 
     Args:
         networks: both.
@@ -72,12 +76,16 @@ def _time_images(networks: Networks, images: np.ndarray, policies: Policies, pas
     criterion, exits = _criterion(policies), networks.model.num_exits
     inputs, nothing = on_device(images), _no_exits(criterion)
     few, again = inputs[: max(1, len(inputs) // 5)], range(_SEGMENT_CALLS)
-    alone = segment_functions(*networks.fast, images, 1, criterion=criterion)
+    way = fastest_way(networks.fast, next(iter(policies.values())), few)
+    alone = segment_functions(*networks.fast, images, 1, criterion=criterion, compiler_options=_COMPILED[way])
     runs: Runs = {
         'plain': (staged((networks.baseline, networks.baseline_variables), nothing), inputs),
-        'rewritten': (staged(networks.fast_baseline, nothing), inputs),
-        **{('point', name): (staged(networks.fast, policy), inputs) for name, policy in policies.items()},
-        **{('exit', n): (staged(networks.fast, _forced(criterion, exits, n)), few) for n in range(exits)},
+        'rewritten': (
+            staged(networks.fast_baseline, nothing, fastest_way(networks.fast_baseline, nothing, few)),
+            inputs,
+        ),
+        **{('point', name): (staged(networks.fast, policy, way), inputs) for name, policy in policies.items()},
+        **{('exit', n): (staged(networks.fast, _forced(criterion, exits, n), way), few) for n in range(exits)},
         **{key: (lambda _, key=key: alone[key](), again) for key in _trunk(exits, 1)},
     }
     return _time(runs, ('rewritten',), policies, exits, batch=1, passes=passes)
@@ -171,7 +179,8 @@ def time_static(networks: Mapping[str, Network], images: np.ndarray, *, passes: 
     if jax.default_backend() == 'cpu':
         keep_to_one_core()
     inputs, policy = on_device(images), _no_exits(bj.criteria.entropy)
-    runs = {name: staged(bj.inference.optimize(*network), policy) for name, network in networks.items()}
+    fast = {name: bj.inference.optimize(*network) for name, network in networks.items()}
+    runs = {name: staged(network, policy, fastest_way(network, policy, inputs)) for name, network in fast.items()}
     runs['plain'] = staged(networks['baseline'], policy)
     functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
@@ -202,11 +211,37 @@ def _trunk(exits: int, batch: int) -> list[tuple[str, int, int]]:
     return [*(('stage', n, batch) for n in range(exits)), ('exit', exits - 1, batch)]
 
 
-def staged(network: Network, policy: bj.ExitPolicy) -> Callable[[jax.Array], Any]:
-    """Returns what answers one image by `branchy_jax.inference.staged`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Staged:
+    """What answers one image by `branchy_jax.inference.staged`.
+
+    Attributes:
+        answer: an image.
+        executor: how it is compiled; empty where nothing was chosen.
+    """
+
+    answer: Callable[[jax.Array], bj.ExitPrediction]
+    executor: str = ''
+
+    def __call__(self, image: jax.Array) -> bj.ExitPrediction:
+        """Answers."""
+        return self.answer(image)
+
+
+def staged(network: Network, policy: bj.ExitPolicy, way: str = '') -> Staged:
+    """Returns what answers one image by `branchy_jax.inference.staged`, compiled as one of `fastest_way`."""
     (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
-    execute = bj.inference.staged(model)
-    return lambda image: execute(variables, image, policy)
+    execute = bj.inference.staged(model, compiler_options=_COMPILED[way])
+    return Staged(lambda image: execute(variables, image, policy), way and f'staged, {way}')
+
+
+def fastest_way(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Array]) -> str:
+    """Returns how to compile `staged` for one core: as ever, or with `branchy_jax.inference.ONE_CORE`; by a trial."""
+    if not may_use_one_core():
+        return ''
+    few = inputs[:_TRIAL_IMAGES]
+    runs = {way: bj.measure.one_by_one(staged(network, policy, way), few) for way in _COMPILED}
+    return fastest(bj.measure.interleaved_passes(runs, passes=_TRIAL_PASSES), tuple(runs))
 
 
 def whole(model: bj.BranchyNet, variables: Variables) -> Callable[[Any], Any]:

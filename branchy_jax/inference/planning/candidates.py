@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +13,15 @@ from jax.sharding import Mesh
 
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
 from branchy_jax.inference.compacted import compacted
-from branchy_jax.inference.compiler_options import ALL_CORES, Options, in_order, may_use_all_cores
+from branchy_jax.inference.compiler_options import (
+    ALL_CORES,
+    ONE_CORE,
+    Options,
+    in_order,
+    may_use_all_cores,
+    may_use_one_core,
+    num_cores,
+)
 from branchy_jax.inference.dense import dense, dense_program
 from branchy_jax.inference.planning.forecast import Forecast, forecast
 from branchy_jax.inference.planning.segment_times import SegmentTimes
@@ -27,8 +36,11 @@ from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_
 _WORTH_A_RACE = 1.15
 _NEARLY_AS_FAST = 1.25
 _UNKNOWN = Ratio(float('nan'), float('nan'), float('nan'))
+# Of a piece of a batch that a worker answers by itself: long beside starting it, short beside the whole batch.
+_PIECE_MS = 2.0
 
 _KINDS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
+_COMPILED = {'': None, 'all cores': ALL_CORES, 'one core': ONE_CORE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +53,11 @@ class Way:
             without branches, which only sets the pace.
         exits: the exits that it asks.
         optimized: whether it runs the network as `optimize` rewrites it.
-        chunk_sizes: of `compacted` and `sharded`, one for each exit asked.
+        chunk_sizes: of `compacted` and `sharded`, one for each exit asked; of the workers of `sequential`, one.
         on_host: of `compacted`.
-        workers: of `compacted`.
-        all_cores: whether it is compiled with `branchy_jax.inference.ALL_CORES`.
+        workers: of `compacted` and `sequential`.
+        compiled: with which options: ``'all cores'`` for `branchy_jax.inference.ALL_CORES`, ``'one core'`` for
+            `branchy_jax.inference.ONE_CORE`, or ``''``.
     """
 
     name: str
@@ -54,11 +67,13 @@ class Way:
     chunk_sizes: tuple[int, ...] = ()
     on_host: bool = False
     workers: int = 1
-    all_cores: bool = False
+    compiled: str = ''
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f'kind: got {self.kind!r}; known are {", ".join(_KINDS)}')
+        if self.compiled not in _COMPILED:
+            raise ValueError(f'compiled: got {self.compiled!r}; known are {", ".join(map(repr, _COMPILED))}')
 
     def build(self, network: BranchyNet, batch_size: int, mesh: Mesh | None = None) -> AnyBatch | Executor:
         """Builds the executor for batches of any size, in pieces of ``batch_size`` where they are larger.
@@ -70,14 +85,15 @@ class Way:
         """
         if mesh is not None:
             return self._build_on(mesh, network, batch_size)
-        compiler_options = ALL_CORES if self.all_cores else None
+        compiler_options = _COMPILED[self.compiled]
         options: dict[str, Any] = {
             'exits': self.exits, 'compiler_options': compiler_options, 'max_batch': batch_size
         }  # fmt: skip
         if self.kind == 'baseline':
             return _pace(network)
         if self.kind == 'sequential':
-            return sequential(network, **options)
+            (piece,) = self.chunk_sizes or (batch_size,)
+            return sequential(network, **{**options, 'max_batch': piece}, workers=self.workers)
         if self.kind == 'compacted':
             return compacted(
                 network, chunk_size=self.chunk_sizes, on_host=self.on_host, workers=self.workers, **options
@@ -164,35 +180,40 @@ def ways_to_race(
         skip: whether heads may be left out, so that the network without branches is a choice.
         mesh: the devices that share every batch.
     """
-    num_exits, heavy, all_cores = len(confident) + 1, times.heavy, mesh is None and may_use_all_cores()
+    num_exits, heavy = len(confident) + 1, times.heavy
     last, everyone, rates = (num_exits - 1,), tuple(range(num_exits)), times.per_image(share)
     best, *others = forecast(times, confident, share, may_skip=skip)
     close = [other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms and not heavy]
+    compiled = functools.partial(_compiled, batch_size=batch_size, on_cpu=mesh is None)
     found = [(Way('baseline', 'baseline', last, optimized=False), float('nan'))]
     found += [
         (way, option.ms)
         for option in (best, *close)
-        for way in _on_cores(_ways(option, batch_size, mesh, heavy=heavy), all_cores, both=option is best and not heavy)
+        for plain in _ways(option, batch_size, mesh, heavy=heavy)
+        for way in compiled(plain, all_ways=option is best and not heavy)
     ]
     if skip:
         ms = float(rates.trunk) * share
-        otherwise = [(way, ms) for way in _on_cores([Way('last exit, optimized', 'dense', last)], all_cores)]
+        otherwise = [(way, ms) for way in compiled(Way('last exit, optimized', 'dense', last))]
         plain = [(Way('last exit', 'dense', last, optimized=False), float('nan'))]
     else:
         ms, plain = float(rates.stages.sum() + rates.exits.sum()) * share, []
-        otherwise = [(way, ms) for way in _on_cores([Way('dense', 'dense', everyone)], all_cores)]
+        otherwise = [(way, ms) for way in compiled(Way('dense', 'dense', everyone))]
     if ms < _NEARLY_AS_FAST * best.ms:
         return [*found, *otherwise], plain
     return found, [*otherwise, *plain]
 
 
-def _on_cores(ways: Iterable[Way], all_cores: bool, *, both: bool = True) -> Iterator[Way]:
-    """Yields ways as they may be compiled: with `ALL_CORES` where that may help, and where asked without it, too."""
-    for way in ways:
-        if all_cores:
-            yield dataclasses.replace(way, name=f'{way.name}, all cores', all_cores=True)
-        if not all_cores or both:
-            yield way
+def _compiled(way: Way, *, batch_size: int, on_cpu: bool, all_ways: bool = True) -> Iterator[Way]:
+    """Yields a way as it may be compiled, the likeliest first; one of them unless all are asked for."""
+    several = on_cpu and may_use_all_cores()
+    one_by_one = on_cpu and (batch_size == 1 or way.kind == 'sequential')
+    labels = ['one core'] * (one_by_one and may_use_one_core()) + ['all cores'] * several + ['']
+    if way.workers > 1 and way.kind == 'sequential':
+        labels = [label for label in labels if label != 'all cores']
+    for label in labels if all_ways or batch_size == 1 else labels[:1]:
+        name = f'{way.name}, {label}' if label else way.name
+        yield dataclasses.replace(way, name=name, compiled=label)
 
 
 def _ways(forecast: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool) -> Iterator[Way]:
@@ -205,13 +226,18 @@ def _ways(forecast: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool
         if len(exits) > 1:
             yield Way('staged', 'sequential', exits)
     else:
+        if on_cpu and (cores := num_cores()) > 1:
+            turns = max(1, round(forecast.ms / (cores * _PIECE_MS)))
+            piece = -(-batch_size // (cores * turns))
+            yield Way(f'sequential × {cores}, {piece}', 'sequential', exits, chunk_sizes=(piece,), workers=cores)
+        elif on_cpu and heavy:
+            yield Way('sequential', 'sequential', exits)
         for workers in (1, 2) if on_cpu else ():
             yield Way(
                 f'compacted, host × {workers}, {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes,
                 on_host=True, workers=workers,
             )  # fmt: skip
-        # In none of the plans in experiments/results did one of these win on a CPU with a heavy network, and such
-        # networks take longest to compile.
+        # On several cores none of these wins with a heavy network, and such networks take longest to compile.
         if not (on_cpu and heavy):
             yield Way(f'compacted, loop of {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes)
             yield Way('sequential', 'sequential', exits)

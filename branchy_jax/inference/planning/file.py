@@ -25,7 +25,7 @@ from branchy_jax.inference.planning.segment_times import SegmentTimes
 from branchy_jax.measure import Ratio
 from branchy_jax.types import ExitPolicy, Variables, input_specs
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
