@@ -17,10 +17,11 @@ import numpy as np
 import branchy_jax as bj
 from branchy_jax.inference import SegmentTimes
 from branchy_jax.inference.planning.segment_times import segment_functions
+from branchy_jax.inference.steps import Executor
 from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.run.records import Numbers
-from experiments.run.timing import Network, staged, whole
+from experiments.run.timing import Network, fastest_way, on_device, staged, whole
 
 USUAL_SHARES = {2: (0.94, 0.06), 3: (0.7, 0.2, 0.1)}
 """Shares that leave at each exit where nothing else is asked for, about those of the paper, by the number of exits."""
@@ -156,7 +157,7 @@ def measure_cell(
     plan_seconds = time.perf_counter() - start
     executors = {
         **_baselines(subject, images, batch),
-        **_executors(subject, policy, batch, _chunk_sizes(times, batch, fractions)),
+        **_executors(subject, images, policy, batch, _chunk_sizes(times, batch, fractions)),
         'planned': planned,
     }
     functions: dict[Any, Callable[[], Any]] = {name: _over(name, run, images, batch) for name, run in executors.items()}
@@ -237,22 +238,27 @@ def _baselines(subject: Subject, images: np.ndarray, batch: int) -> dict[str, Ca
     baseline, nothing = bj.models.without_branches(model), np.zeros(0, np.float32)
     alike: Callable[[Any], Any]
     if batch == 1:
-        alike = staged(bj.inference.optimize(baseline, variables), bj.ExitPolicy(bj.criteria.entropy, nothing))
+        fast, policy = bj.inference.optimize(baseline, variables), bj.ExitPolicy(bj.criteria.entropy, nothing)
+        alike = staged(fast, policy, fastest_way(fast, policy, on_device(images)))
     else:
         alike = bj.inference.plan(baseline, variables, images, nothing, batch_size=batch)
     return {'baseline': whole(baseline, variables), _ALIKE: alike}
 
 
 def _executors(
-    subject: Subject, policy: bj.ExitPolicy, batch: int, chunk_sizes: tuple[int, ...]
+    subject: Subject, images: np.ndarray, policy: bj.ExitPolicy, batch: int, chunk_sizes: tuple[int, ...]
 ) -> dict[str, Callable[[Any], Any]]:
     (model, variables), policy = subject.fast, jax.tree.map(jnp.asarray, policy)
-    built = {'dense': bj.inference.dense(model)}
+
+    def bound(execute: Executor) -> Callable[[Any], Any]:
+        return lambda images: execute(variables, images, policy)
+
+    found = {'dense': bound(bj.inference.dense(model))}
     if batch == 1:
-        built['staged'] = bj.inference.staged(model)
+        found['staged'] = staged(subject.fast, policy, fastest_way(subject.fast, policy, on_device(images)))
     else:
-        built['compacted'] = bj.inference.compacted(model, chunk_size=chunk_sizes)
-    return {name: lambda images, execute=execute: execute(variables, images, policy) for name, execute in built.items()}
+        found['compacted'] = bound(bj.inference.compacted(model, chunk_size=chunk_sizes))
+    return found
 
 
 def _over(name: str, execute: Callable[[Any], Any], images: np.ndarray, batch: int) -> Callable[[], Any]:
