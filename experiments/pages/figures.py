@@ -156,7 +156,7 @@ def figure_4(found: Folders, workdir: Path) -> str:
 
 def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
     """Accuracy of the last exit against the number of convolutions in the first branch."""
-    ours, notes, by_depth = {}, [], {}
+    ours, notes, devices, by_depth = {}, [], {}, {}
     for name in ('claims_b-alexnet', 'claims_b-lenet'):
         variants = claims.get(name, {}).get('variants', {})
         depths = {
@@ -169,7 +169,8 @@ def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
             ours[f'{settings["network"]}, {settings["dataset"]}, last exit − depth 0'] = [
                 (depth, accuracy['mean'] - depths[0]['mean']) for depth, accuracy in depths.items()
             ]
-            notes.append(f'{settings["network"]}: {claims[name]["device"]}, {settings["seeds"]} seeds')
+            notes.append(f'{settings["network"]}: {settings["epochs"]} epochs, {settings["seeds"]} seeds')
+            devices[claims[name]['device']] = None
             by_depth[name] = depths
     theirs = {'b-alexnet': [(n, value - paper.FIGURE_5[0]) for n, value in enumerate(paper.FIGURE_5)]}
     pictures.against_paper(
@@ -185,9 +186,10 @@ def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
         ]
         for depth in DEPTHS
     ]  # fmt: skip
+    told = f' {"; ".join([*notes, *devices])}.' if notes else ''
     missing = '' if 'claims_b-alexnet' in by_depth else ' B-AlexNet: not run.'
     found = bj.report.markdown_table(['convolutions', *by_depth, 'B-AlexNet (paper)'], rows)
-    return f'## Figure 5\n\nLast exit, test accuracy %.{missing}\n\n{found}\n\n![](figure5.png)'
+    return f'## Figure 5\n\nLast exit, test accuracy %.{told}{missing}\n\n{found}\n\n![](figure5.png)'
 
 
 def figure_6(found: Folders, workdir: Path) -> str:

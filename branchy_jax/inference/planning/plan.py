@@ -27,7 +27,7 @@ from branchy_jax.inference.planning.segment_times import (
     segment_times,
     segment_uncertainty,
 )
-from branchy_jax.inference.rewriting.optimize import default_forms, optimize
+from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.steps import at_rows
 from branchy_jax.models.branchy import BranchyNet, check_model, naming_variables
 from branchy_jax.sharding import replicate
@@ -269,9 +269,7 @@ def _check(
 
 
 def _rewritten(plain: Network, batch_sizes: tuple[int, int] | None = None) -> Network:
-    if plain[0].image_shape is None:
-        return plain
-    return optimize(*plain, forms=default_forms(all_cores=may_use_all_cores()), batch_sizes=batch_sizes)
+    return plain if plain[0].image_shape is None else optimize(*plain, batch_sizes=batch_sizes)
 
 
 def _prepared(plain: Network, images: Any, batch_size: int, share: int, mesh: Mesh | None) -> Network:

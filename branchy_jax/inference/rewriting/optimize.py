@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from branchy_jax.inference.compiler_options import num_cores
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.known import Constant, Known, ancestry, from_stored
 from branchy_jax.inference.rewriting.rewrite import run
@@ -22,9 +21,9 @@ from branchy_jax.types import Array, Variables, input_specs
 
 # Measured inside LeNet, AlexNet and ResNet at batch 1: up to 200 pairs 1.1 to 4 times faster, from 256 on slower.
 _MOST_CHANNEL_PAIRS_ON_CPU = 200
-# On one core, and with `ALL_CORES`, 1.1 to 2 times faster up to here, 16 channels and features. Compiled otherwise, XLA
-# shares these among several cores as they are written, but not when they are wider.
-_MOST_PAIRS_TOGETHER_ON_CPU, _MOST_PAIRS_TOGETHER_ELSE = 256, 200
+# Likewise up to 16 channels and features 1.1 to 2 times faster on one core, and on two with `ALL_CORES` or `ONE_CORE`.
+# Compiled with neither, XLA shares the last of them among several cores as they are written, but not when wider.
+_MOST_PAIRS_TOGETHER_ON_CPU = 256
 # Each argument of a compiled program costs about a microsecond on a CPU, which batch 1 feels; compiling large constants
 # costs memory and time.
 _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
@@ -34,18 +33,14 @@ _MOST_EMBEDDED_BYTES_ON_CPU = 2**24
 _TRACED_BATCH_SIZES = (2, 3)
 
 
-def default_forms(dtype: Any = None, *, platform: str | None = None, all_cores: bool = False) -> Forms:
-    """Returns the forms that a platform runs fastest.
-
-    Args:
-        dtype: of products and convolutions.
-        platform: by default this process's backend.
-        all_cores: programs will be compiled with `branchy_jax.inference.ALL_CORES`, where there are several.
-    """
+def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
+    """Returns the forms that a platform runs fastest; by default this process's backend."""
     if (platform or jax.default_backend()) != 'cpu':
         return Forms(dtype=dtype)
-    together = _MOST_PAIRS_TOGETHER_ON_CPU if all_cores or num_cores() == 1 else _MOST_PAIRS_TOGETHER_ELSE
-    return Forms(together, _MOST_CHANNEL_PAIRS_ON_CPU, sliced_pooling=True, transposed_weights=True, dtype=dtype)
+    return Forms(
+        _MOST_PAIRS_TOGETHER_ON_CPU, _MOST_CHANNEL_PAIRS_ON_CPU, sliced_pooling=True, transposed_weights=True,
+        dtype=dtype,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
