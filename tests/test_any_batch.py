@@ -97,8 +97,11 @@ def test_under_jit_and_vmap_nothing_is_padded(network, many, name):
     execute, settings = EXECUTORS[name](model, max_batch=MOST), np.stack([many[1]] * 2)
     expected = dense(model)(variables, images[:7], many[1])
     check_same(jax.jit(execute)(variables, images[:7], many[1]), expected)
-    batch = np.asarray(images[:7])
-    check_same(jax.jit(lambda given: execute(given, batch, many[1]))(variables), expected)
+    for count in (7, MOST + 2):  # one piece, and two
+        batch = np.asarray(images[:count])
+        expected = dense(model)(variables, batch, many[1])
+        check_same(jax.jit(lambda given, batch=batch: execute(given, batch, many[1]))(variables), expected)
+    expected = dense(model)(variables, images[:7], many[1])
     mapped = jax.vmap(execute, in_axes=(None, None, 0))(variables, images[:7], settings)
     check_same(jax.tree.map(lambda x: x[1], mapped), expected)
 

@@ -77,19 +77,23 @@ def any_batch(
 
     def answer(variables: Variables, images: Array, policy: ExitPolicy) -> ExitPrediction:
         leaves, count = jax.tree.leaves(images), num_rows(images)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, policy.thresholds)):
+        if _are_traced(leaves) or _are_traced([policy.thresholds]):
             return plain(variables, images, policy)
         if count in sizes and all(map(_goes_as_it_is, leaves)):
             return run(variables, images, policy, np.int32(count))
-        cuts = list(pieces(count, sizes))
-        try:
-            start = submit if len(cuts) > 1 else inline
-            started = [start(answer_piece, variables, images, policy, cut) for cut in cuts]
-            return _joined([piece.result() for piece in started], [stop - start for start, stop, _ in cuts])
-        except jax.errors.TracerArrayConversionError:  # of the variables, or of what the criterion has learned
+        # What is traced can neither be put together in NumPy nor go to another thread.
+        if _are_traced(jax.tree.leaves((variables, policy))):
             return plain(variables, images, policy)
+        cuts = list(pieces(count, sizes))
+        start = submit if len(cuts) > 1 else inline
+        started = [start(answer_piece, variables, images, policy, cut) for cut in cuts]
+        return _joined([piece.result() for piece in started], [stop - start for start, stop, _ in cuts])
 
     return AnyBatch(tuple(sizes), model.num_exits, guarded(answer, model, traceable=traceable or plain))
+
+
+def _are_traced(leaves: Sequence[Any]) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def _goes_as_it_is(leaf: Any) -> bool:

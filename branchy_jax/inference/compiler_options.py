@@ -34,6 +34,9 @@ before them. On one core they make a residual network 1.1 times faster, and one 
 measure, as `branchy_jax.inference.plan` does. Such programs do not share a core's pool of threads: several run at the
 same time without waiting for each other, as the workers of `branchy_jax.inference.sequential` want it."""
 
+BY_NAME = {'': None, 'all cores': ALL_CORES, 'one core': ONE_CORE}
+"""Compiler options for a CPU by what plans and tables call them; ``''`` is XLA's own choice."""
+
 Options = tuple[tuple[str, Any], ...]
 """Compiler options as builders that compile once take them: in order, and hashable."""
 

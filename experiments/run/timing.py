@@ -17,7 +17,7 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
-from branchy_jax.inference.compiler_options import may_use_one_core
+from branchy_jax.inference.compiler_options import BY_NAME, may_use_one_core
 from branchy_jax.inference.planning.segment_times import segment_functions
 from branchy_jax.types import Variables
 from experiments.run.networks import Networks
@@ -29,7 +29,6 @@ Policies = Mapping[str, bj.ExitPolicy]
 Runs = dict[Any, tuple[Callable[[Any], Any], Sequence[Any]]]
 """What answers an input, and the inputs of a pass, by name."""
 _SEGMENT_CALLS = 100
-_COMPILED = {'': None, 'one core': bj.inference.ONE_CORE}
 _TRIAL_IMAGES, _TRIAL_PASSES = 50, 7
 
 
@@ -77,7 +76,7 @@ def _time_images(networks: Networks, images: np.ndarray, policies: Policies, pas
     inputs, nothing = on_device(images), _no_exits(criterion)
     few, again = inputs[: max(1, len(inputs) // 5)], range(_SEGMENT_CALLS)
     way = fastest_way(networks.fast, next(iter(policies.values())), few)
-    alone = segment_functions(*networks.fast, images, 1, criterion=criterion, compiler_options=_COMPILED[way])
+    alone = segment_functions(*networks.fast, images, 1, criterion=criterion, compiler_options=BY_NAME[way])
     runs: Runs = {
         'plain': (staged((networks.baseline, networks.baseline_variables), nothing), inputs),
         'rewritten': (
@@ -231,7 +230,7 @@ class Staged:
 def staged(network: Network, policy: bj.ExitPolicy, way: str = '') -> Staged:
     """Returns what answers one image by `branchy_jax.inference.staged`, compiled as one of `fastest_way`."""
     (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
-    execute = bj.inference.staged(model, compiler_options=_COMPILED[way])
+    execute = bj.inference.staged(model, compiler_options=BY_NAME[way])
     return Staged(lambda image: execute(variables, image, policy), way and f'staged, {way}')
 
 
@@ -240,7 +239,7 @@ def fastest_way(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Ar
     if not may_use_one_core():
         return ''
     few = inputs[:_TRIAL_IMAGES]
-    runs = {way: bj.measure.one_by_one(staged(network, policy, way), few) for way in _COMPILED}
+    runs = {way: bj.measure.one_by_one(staged(network, policy, way), few) for way in ('', 'one core')}
     return fastest(bj.measure.interleaved_passes(runs, passes=_TRIAL_PASSES), tuple(runs))
 
 

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
 from branchy_jax.inference.compacted import compacted
 from branchy_jax.inference.compiler_options import (
-    ALL_CORES,
-    ONE_CORE,
+    BY_NAME,
     Options,
     in_order,
     may_use_all_cores,
@@ -40,7 +39,6 @@ _UNKNOWN = Ratio(float('nan'), float('nan'), float('nan'))
 _PIECE_MS = 2.0
 
 _KINDS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
-_COMPILED = {'': None, 'all cores': ALL_CORES, 'one core': ONE_CORE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +70,8 @@ class Way:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f'kind: got {self.kind!r}; known are {", ".join(_KINDS)}')
-        if self.compiled not in _COMPILED:
-            raise ValueError(f'compiled: got {self.compiled!r}; known are {", ".join(map(repr, _COMPILED))}')
+        if self.compiled not in BY_NAME:
+            raise ValueError(f'compiled: got {self.compiled!r}; known are {", ".join(map(repr, BY_NAME))}')
 
     def build(self, network: BranchyNet, batch_size: int, mesh: Mesh | None = None) -> AnyBatch | Executor:
         """Builds the executor for batches of any size, in pieces of ``batch_size`` where they are larger.
@@ -85,7 +83,7 @@ class Way:
         """
         if mesh is not None:
             return self._build_on(mesh, network, batch_size)
-        compiler_options = _COMPILED[self.compiled]
+        compiler_options = BY_NAME[self.compiled]
         options: dict[str, Any] = {
             'exits': self.exits, 'compiler_options': compiler_options, 'max_batch': batch_size
         }  # fmt: skip
