@@ -16,7 +16,7 @@ COMMAND_BUFFERS = {
     'xla_gpu_graph_min_graph_size': 1,
 }
 """Compiler options that record whole programs, conditionals included, as CUDA graphs, so that the GPU need not wait for
-the host at every exit. They made a stream of LeNet images 1.7 times faster and one of ResNet-110 slower: measure."""
+the host at every exit. They may help or hurt: measure."""
 
 ALL_CORES = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
 """Compiler options under which XLA shares every convolution and product among all cores of a CPU. By default it hands

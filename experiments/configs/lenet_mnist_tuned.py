@@ -4,7 +4,7 @@ Paper: BranchyNet (2016), Table I, LeNet rows: 99.20 % and 99.25 %, 94.3 % leave
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/lenet_mnist_tuned.py --workdir=runs/lenet_mnist_tuned
 Run time: 15 minutes on 2 CPU cores.
-Expect: 99.4 % on the test digits, baseline and branchy alike; 19 of 20 leave at the first exit.
+Expect: 99.3 % on the test digits, the baseline 99.2; 49 of 50 leave at the first exit.
 """
 
 from ml_collections import ConfigDict

@@ -46,9 +46,10 @@ def table_1(found: Folders) -> str:
         'Gain, end to end: over the same trunk without branches, trained on its own, both rewritten by '
         '`inference.optimize` and, in batches, both planned. Gain over plain: over that baseline merely jitted. Trunk '
         "only: the paper's protocol, in which side heads, softmax and copies are not timed; the paper's own gains are "
-        'of that kind. Where a branch leaves before the trunk begins (b-lenet, tuned) it counts next to nothing. '
-        'Static: the first stages and their exit alone, trained from scratch as long as the baseline.'
+        'of that kind. Where a branch leaves before the trunk begins (b-lenet, tuned) it counts next to nothing.'
     )
+    if any(folder.static for folder in found.values()):
+        legend += ' Static: the first stages and their exit alone, trained from scratch as long as the baseline.'
     return f'{bj.report.markdown_table(_COLUMNS, rows)}\n\n{legend}'
 
 
