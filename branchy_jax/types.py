@@ -238,7 +238,9 @@ def _check_input(name: str, value: Any, spec: jax.ShapeDtypeStruct) -> None:
         raise ValueError(f'{name}: expected {expected}, got shape {tuple(value.shape)}; resize or pad them')
     if floating and not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f'{name}: expected a float dtype, got {value.dtype}; normalise them first')
-    if not floating and value.dtype != spec.dtype:
+    # NumPy's integers have 64 bits until jax takes them.
+    taken = jax.dtypes.canonicalize_dtype(value.dtype) if isinstance(value, np.ndarray) else value.dtype
+    if not floating and taken != jax.dtypes.canonicalize_dtype(spec.dtype, allow_extended_dtype=True):
         raise ValueError(f'{name}: expected {spec.dtype}, got {value.dtype}; convert them')
 
 

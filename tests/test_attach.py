@@ -1,6 +1,7 @@
 """Exits on whole networks: modules left as they are, cut where exits leave them."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import branchy_jax as bj
 from branchy_jax.models import attach, select_exits, without_branches
 from branchy_jax.models.branchy import run_segment, side_head_names
+from branchy_jax.types import check_inputs
 
 
 class Bottleneck(nn.Module):
@@ -288,10 +290,24 @@ def test_places_passed_twice_and_taken_names_are_refused():
         def __call__(self, x):
             return nn.Dense(2, name='exit_first')(nn.Dense(2, name='first')(x))
 
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name='b')(x)
+
+    class Alike(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name='last')(nn.Dense(2, name='a_b')(Inner(name='a')(x)))
+
     with pytest.raises(ValueError, match="'again' 2 times"):
         attach(Twice(), ['again'], inputs=jnp.ones((1, 2)))
     with pytest.raises(ValueError, match="already has a module 'exit_first'"):
         attach(Taken(), ['first'], inputs=jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match="heads at 'a/b' and 'a_b' would both be 'exit_a_b'"):
+        attach(Alike(), ['a/b', 'a_b'], inputs=jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match="exits: got 'a_b'; give a list of places"):
+        attach(Alike(), 'a_b', inputs=jnp.ones((1, 2)))
     with pytest.raises(ValueError, match='network: got str'):
         attach('resnet', ['first'], inputs=jnp.ones((1, 2)))
 
@@ -302,6 +318,19 @@ def test_other_inputs_are_refused(resnet):
         bj.inference.dense(model)(variables, images[:, :4], [0.0, 0.0])
     with pytest.raises(ValueError, match='expected a float dtype'):
         model.apply(variables, images.astype(jnp.uint8))
+
+
+def test_numpys_integers_are_those_of_jax():
+    """They have 64 bits, and 32 once jax takes them, whichever the network was attached with."""
+    network, head = nn.Sequential([nn.Embed(11, 4), nn.relu, nn.Dense(3)]), {'layers_0': nn.Dense(3)}
+    both = np.zeros((2, 6), np.int64), np.zeros((2, 6), np.int32)
+    specs = [attach(network, head, inputs=tokens).image_shape for tokens in both]
+    assert [spec.dtype for spec in specs] == [jnp.int32] * 2
+    for spec, tokens in itertools.product([*specs, jax.ShapeDtypeStruct((6,), np.int64)], both):
+        check_inputs(tokens, spec)
+        jax.eval_shape(lambda tokens, spec=spec: check_inputs(tokens, spec), tokens)
+        with pytest.raises(ValueError, match=r'images: expected int.*, got uint8; convert them'):
+            check_inputs(tokens.astype(np.uint8), spec)
 
 
 def test_training_moves_statistics_but_not_those_of_a_frozen_trunk(resnet):

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import special
 
 import branchy_jax as bj
-from branchy_jax.criteria import entropy_of_logits, from_logits, is_confident
+from branchy_jax.criteria import EveryOther, entropy_of_logits, from_logits, is_confident
 
 LOGITS = hnp.arrays(
     np.float32,
@@ -169,6 +169,14 @@ def test_impossible_temperatures_are_refused(temperatures):
         bj.criteria.with_temperatures(temperatures)
 
 
+@pytest.mark.parametrize('value', [-np.inf, np.nan])
+def test_temperatures_are_not_fitted_on_what_is_not_finite(value):
+    logits = np.zeros((2, 4, 3))
+    logits[1, 2, 0] = value
+    with pytest.raises(ValueError, match='logits: got 1 values that are not finite'):
+        bj.criteria.fit_temperatures(logits, [0, 1, 2, 0])
+
+
 def test_criteria_refuse_exits_they_know_nothing_of():
     logits = jnp.zeros((3, 2, 4))
     with pytest.raises(ValueError, match='temperatures: there are 2'):
@@ -183,13 +191,14 @@ def test_criteria_refuse_exits_they_know_nothing_of():
     [
         bj.criteria.entropy, bj.criteria.margin, bj.criteria.max_probability, bj.criteria.patience,
         bj.criteria.ensemble(), bj.criteria.ensemble('geometric'), bj.criteria.pixelwise([0.5, 0.5]),
-        bj.criteria.with_temperatures([1.0] * 3),
+        bj.criteria.with_temperatures([1.0] * 3), from_logits(EveryOther(entropy_of_logits), name='every other'),
+        bj.criteria.ensemble(uncertainty_of=EveryOther(entropy_of_logits)),
     ],
     ids=repr,
 )  # fmt: skip
 def test_nan_is_never_confident(criterion):
     """One NaN among the logits of an answer makes its uncertainty NaN, which no threshold takes for sure."""
-    logits = jnp.zeros((3, 2, 2, 4)).at[:, 0, 1, 2].set(jnp.nan)
+    logits = jnp.zeros((3, 2, 1, 2, 4)).at[:, 0, 0, 1, 2].set(jnp.nan)
     uncertainty = bj.criteria.replay(criterion, logits)[1]
     np.testing.assert_array_equal(np.isnan(uncertainty), [[True, False]] * 3)
     assert not is_confident(uncertainty[:, 0], jnp.full(3, jnp.inf)).any()
@@ -245,7 +254,13 @@ ALL = [
     bj.criteria.ensemble('geometric'), bj.criteria.with_temperatures([2.0, 1.0], bj.criteria.margin),
     bj.criteria.pixelwise([0.5]),
     from_logits(bj.criteria.entropy_of_logits, name='worst pixel', pool=bj.criteria.QuantileOverPixels(1.0)),
+    from_logits(bj.criteria.entropy_of_logits, name='patch', pool=bj.criteria.QuantileOverPatches(1.0, size=2)),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize('criterion', ALL, ids=lambda criterion: criterion.name)
+def test_no_images_have_no_uncertainty(criterion):
+    assert bj.criteria.replay(criterion, jnp.zeros((2, 0, 4, 4, 3)))[1].shape == (2, 0)
 
 
 @pytest.mark.parametrize('criterion', ALL, ids=lambda criterion: criterion.name)

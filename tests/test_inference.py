@@ -1,6 +1,7 @@
 import functools
 import itertools
 import time
+import types
 
 import flax.linen as nn
 import jax
@@ -296,6 +297,36 @@ def test_good_thresholds_do_not_excuse_bad_ones(network, build):
     for bad in (changing, jnp.array([jnp.nan, 0.5]), jnp.zeros(3)):
         with pytest.raises(ValueError, match='thresholds: '):
             execute(variables, image, bad)
+
+
+@pytest.mark.parametrize('build', [dense, staged])
+def test_what_can_change_is_not_remembered(network, build):
+    """A list may hold other arrays the next time, and so may whatever holds a policy."""
+    model, variables, images = network
+    execute, image = build(model), images if build is dense else images[0]
+
+    def exits(policy):
+        return set(np.ravel(execute(variables, image, policy).exit_index).tolist())
+
+    for policy_of in (lambda thresholds: thresholds, functools.partial(bj.ExitPolicy, entropy)):
+        thresholds = [jnp.float32(-jnp.inf)] * 2
+        policy = policy_of(thresholds)
+        assert exits(policy) == {2}
+        thresholds[0] = jnp.float32(jnp.inf)
+        assert exits(policy) == {0}
+    holder = types.SimpleNamespace(policy=jnp.full(2, -jnp.inf))
+    assert exits(holder) == {2}
+    holder.policy = jnp.full(2, jnp.inf)
+    assert exits(holder) == {0}
+
+
+@pytest.mark.parametrize('build', [dense, staged])
+def test_thresholds_that_were_converted_under_jit_serve_outside(network, build):
+    model, variables, images = network
+    execute, image = build(model), images if build is dense else images[0]
+    for thresholds in (jnp.full(2, 0.5), jnp.full(2, 0.5, jnp.bfloat16)):  # the first is weakly typed
+        jax.make_jaxpr(lambda image, thresholds=thresholds: execute(variables, image, thresholds))(image)
+        assert execute(variables, image, thresholds).exit_index.shape == image.shape[:-3]
 
 
 @pytest.mark.parametrize('build', [dense, staged])

@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.export
@@ -175,6 +177,31 @@ def test_arithmetic_with_weights(getkey, operation):
         jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.mark.parametrize(('dtype', 'result', 'multiply', 'scale'), [
+    (jnp.int8, jnp.int32, jax.lax.dot, lambda y: jax.lax.div(y, jnp.int32(7))),
+    (jnp.int32, jnp.int32, jax.lax.dot, lambda y: jax.lax.div(y, jnp.int32(7))),
+    (jnp.bfloat16, jnp.float32, functools.partial(jax.lax.conv, window_strides=(), padding='VALID'), lambda y: 3.0 * y),
+], ids=['int8', 'int32', 'bfloat16'])  # fmt: skip
+def test_scale_that_a_kernel_cannot_hold_stays_behind_it(getkey, dtype, result, multiply, scale):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param('w', nn.initializers.normal(20), (3, 3)).astype(dtype)
+            return scale(multiply((20 * x).astype(dtype), w, preferred_element_type=result)).astype(jnp.float32)
+
+    model = bj.BranchyNet(stages=(Layer(),), exits=(lambda x: x,), image_shape=(3,))
+    images = jax.random.normal(getkey(), (2, 3))
+    check_same(model, model.init(getkey(), images), images)
+
+
+def test_convolution_that_crops_stays_one(getkey):
+    cropping = nn.Conv(4, (3, 3), padding=((-1, 0), (1, -2)))
+    model = bj.BranchyNet(stages=(cropping,), exits=(lambda x: x.mean((1, 2)),), image_shape=IMAGE_SHAPE)
+    images = jax.random.normal(getkey(), (2, *IMAGE_SHAPE))
+    fast = check_same(model, model.init(getkey(), images), images)
+    assert 'conv_general_dilated' in primitives(*fast, images)
+
+
 COMBINATIONS = {
     'tile': lambda y, w: jnp.concatenate([jnp.tile(w[:, :1], (y.shape[0], 1, 1)), y], axis=1),
     'repeat': lambda y, w: jnp.concatenate([y, jnp.repeat(w, y.shape[0], axis=0)], axis=1),
@@ -263,6 +290,16 @@ def test_bfloat16_is_close_and_says_so(getkey):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=0.05 * np.abs(b).max())
         assert (a != b).any()
+
+
+def test_banded_products_in_bfloat16_accumulate_in_float32(getkey):
+    """257 ones, a number that bfloat16 does not have."""
+    layer = nn.Conv(1, (1, 257), padding='VALID', kernel_init=nn.initializers.ones)
+    model = bj.BranchyNet(stages=(layer,), exits=(lambda x: x.mean((1, 2)),), image_shape=(1, 257, 1))
+    images = jnp.ones((2, 1, 257, 1))
+    forms = Forms(most_channel_pairs=1, dtype=jnp.bfloat16)
+    fast_model, fast_variables = optimize(model, model.init(getkey(), images), forms=forms)
+    assert fast_model.apply(fast_variables, images)[0].tolist() == [[257.0]] * 2
 
 
 def test_embedded_weights_are_the_same_weights(getkey):

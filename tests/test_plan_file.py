@@ -1,5 +1,6 @@
 """Plans as files: what comes back is the plan, and no plan runs where it was not measured."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -13,13 +14,16 @@ import branchy_jax as bj
 from branchy_jax.inference import Plan, dense, plan, segment_times
 from branchy_jax.inference.planning.file import fingerprint
 
+SPEC = jax.ShapeDtypeStruct((4, 4, 1), jnp.float32)
+
 
 @pytest.fixture(scope='module')
 def planned(network):
     model, variables, images = network
     times = segment_times(model, variables, images, batch_sizes=[1, 12], passes=1)
     policy = bj.ExitPolicy(bj.criteria.margin, np.float32([0.4, -np.inf]))
-    return plan(model, variables, images, policy, batch_size=12, times=times, passes=1, skip_heads=False)
+    size = np.int64(12)  # which JSON does not know
+    return plan(model, variables, images, policy, batch_size=size, times=times, passes=1, skip_heads=False)
 
 
 @pytest.fixture
@@ -74,9 +78,12 @@ def test_plans_of_other_networks_are_refused(network, planned, path):
     for other, weights in (
         (sharper, variables), (wider, wider.init(jax.random.key(0), images)),
         (bj.models.select_exits(model, [0, 2]), variables),
+        (model.clone(image_shape=(5, 5, 1)), variables), (model.clone(image_shape={'a': SPEC, 'b': SPEC}), variables),
     ):  # fmt: skip
         with pytest.raises(ValueError, match='path: the plan in .* is of another network'):
             Plan.load(path, other, weights)
+    with pytest.raises(ValueError, match='variables: got the collections'):
+        Plan.load(path, model, variables['params'])
     assert Plan.load(path, model.clone(), variables).way == planned.way
 
 
@@ -112,6 +119,13 @@ def test_a_criterion_of_ones_own_is_not_written(network, tmp_path):
     with pytest.raises(ValueError, match='policy: its criterion holds'):
         planned.save(tmp_path / 'plan.json')
     assert not list(tmp_path.iterdir())
+
+
+def test_inputs_of_unknown_structure_are_not_written(network, planned, tmp_path):
+    model, variables, _ = network
+    plain, inputs = (model.clone(image_shape=None), variables), {'x': jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)}
+    with pytest.raises(ValueError, match='plan: its network takes several arrays and has no image_shape'):
+        dataclasses.replace(planned, _networks=(plain, plain), _inputs=inputs).save(tmp_path / 'plan.json')
 
 
 def test_fingerprints_know_no_addresses(network):

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+import branchy_jax as bj
 from branchy_jax import sharding
 
 
@@ -68,6 +70,13 @@ def test_plan_knows_the_mesh(eight):
 def test_what_devices_cannot_share_is_refused(eight):
     assert 'got 12 rows for 8 devices' in eight['refusals']['batch']
     assert 'num_devices: got 9' in eight['refusals']['devices']
+
+
+def test_balance_of_no_images_is_refused():
+    model = bj.BranchyNet(stages=(lambda inputs: inputs['a'],), exits=(nn.Dense(2),))
+    run = bj.inference.sharded(model, mesh=sharding.data_mesh(1), chunk_size=2)
+    with pytest.raises(ValueError, match='images: got none'):
+        run.balance({}, {'a': np.zeros((0, 4)), 'b': np.zeros((0, 4))}, [])
 
 
 def test_one_device_is_a_mesh_too(network):

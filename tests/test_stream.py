@@ -235,6 +235,21 @@ def test_what_is_no_batch_ends_the_stream_after_the_others_are_answered(network,
     check_answers(found, expected, range(6))
 
 
+def test_inputs_that_are_a_tuple_come_with_ids():
+    import flax.linen as nn
+
+    import branchy_jax as bj
+
+    spec, pair = jax.ShapeDtypeStruct((4,), jnp.float32), (np.ones((3, 4), np.float32),) * 2
+    model = bj.BranchyNet(stages=(lambda pair: pair[0] + pair[1],), exits=(nn.Dense(2),), image_shape=(spec, spec))
+    variables, answer = model.init(jax.random.key(0), pair), stream(model, chunk_size=3)
+    (found,) = answer(variables, [(np.arange(3), pair)], [])
+    assert found.ids.tolist() == [0, 1, 2]
+    for bare in (pair, (*pair, pair[0]), pair[:1]):
+        with pytest.raises(ValueError, match=rf'supply: got a tuple of {len(bare)}; .* as \(ids, \(a, b\)\)'):
+            list(answer(variables, [bare], []))
+
+
 def test_memory_is_bounded_while_nobody_asks(network, thresholds):
     """An endless supply is read a few batches ahead, no further."""
     model, variables, images = network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
@@ -110,7 +111,25 @@ def mean_over_pixels(uncertainty: Array) -> Array:
         >>> mean_over_pixels(jnp.array([[[0.0, 1.0], [0.0, 0.0]]])).tolist()
         [0.25]
     """
-    return uncertainty.reshape(uncertainty.shape[0], -1).mean(axis=-1)
+    return flat_pixels(uncertainty).mean(axis=-1)
+
+
+def flat_pixels(values: Array) -> Array:
+    """Returns ``[B, …]`` as ``[B, M]``, also for B = 0."""
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
+
+
+def unless_nan(uncertainty: Array, answer: Array) -> Array:
+    """Makes an uncertainty ``[B]`` that does not come from all values of an answer's logits NaN where these are."""
+    return jnp.where(jnp.isnan(answer).any(axis=tuple(range(1, answer.ndim))), jnp.nan, uncertainty)
+
+
+def pooled(uncertainty_of: Callable[[Array], Array], pool: Pool, answer: Array) -> Array:
+    """Returns the uncertainty ``[B]`` of an answer's logits ``[B, …, K]``; NaN where these are NaN."""
+    uncertainty = uncertainty_of(answer)
+    # One that is not of every pixel, such as `EveryOther`, has not seen them all.
+    sees_all = uncertainty.shape == answer.shape[:-1]
+    return pool(uncertainty) if sees_all else unless_nan(pool(uncertainty), answer)
 
 
 @value
@@ -122,7 +141,7 @@ class _FromLogits(Criterion):
     decide: Callable[[Array], Array] = struct.field(pytree_node=False, default=most_likely_class)  # type: ignore[assignment]
 
     def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
-        return logits, self.pool(self.uncertainty_of(logits)), carry
+        return logits, pooled(self.uncertainty_of, self.pool, logits), carry
 
 
 def from_logits(
@@ -225,7 +244,7 @@ class QuantileOverPixels:
 
     def __call__(self, uncertainty: Array) -> Array:
         """Maps ``[B, …]`` to ``[B]``."""
-        return jnp.quantile(uncertainty.reshape(uncertainty.shape[0], -1), self.quantile, axis=-1)
+        return jnp.quantile(flat_pixels(uncertainty), self.quantile, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +280,7 @@ class QuantileOverPatches:
         edges = [(0, 0), *((0, -length % self.size) for length in uncertainty.shape[1:])]
         # Sums and counts of the same padded patches, so that padding counts for nothing.
         total, count = (_sum_patches(jnp.pad(x, edges), self.size) for x in (uncertainty, jnp.ones_like(uncertainty)))
-        return jnp.quantile((total / count).reshape(len(uncertainty), -1), self.quantile, axis=-1)
+        return jnp.quantile(flat_pixels(total / count), self.quantile, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

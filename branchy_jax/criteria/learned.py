@@ -40,7 +40,7 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         ``[N]`` float32 within a thousandth and a thousand, for `with_temperatures`.
 
     Raises:
-        ValueError: arrays whose shapes do not agree, labels or settings out of range.
+        ValueError: arrays whose shapes do not agree, logits that are not finite, labels or settings out of range.
 
     Example:
         >>> logits = np.log([[[0.99, 0.01]] * 4])   # 99 % sure, right three times of four
@@ -52,6 +52,11 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
     """
     logits, labels = _checked(logits, labels)
+    if not jnp.isfinite(logits).all():
+        raise ValueError(
+            f'logits: got {int((~jnp.isfinite(logits)).sum())} values that are not finite, of which no temperature can '
+            'be fitted; leave their inputs out, or put a large negative number in place of -inf'
+        )
     if steps < 0:
         raise ValueError(f'steps: got {steps}; give a number from 0 up')
     exits = len(logits)

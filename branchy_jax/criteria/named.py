@@ -21,6 +21,8 @@ from branchy_jax.criteria.criterion import (
     is_confident,
     mean_over_pixels,
     most_likely_class,
+    pooled,
+    unless_nan,
     value,
 )
 from branchy_jax.types import Array
@@ -113,11 +115,6 @@ def _weights(
     return weights, jnp.where(jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool), 0.0, weights)
 
 
-def _unless_nan(uncertainty: Float[Array, B], answer: Float[Array, 'B *inputs K']) -> Float[Array, B]:
-    """Makes an uncertainty ``[B]`` that does not come from the logits' values NaN where an answer's logits are."""
-    return jnp.where(jnp.isnan(answer).any(axis=tuple(range(1, answer.ndim))), jnp.nan, uncertainty)
-
-
 entropy = from_logits(entropy_of_logits, name='entropy')
 """The paper's criterion: entropy of the exit's softmax, in nats."""
 
@@ -141,7 +138,7 @@ class _Patience(Criterion):
         # NaN's argmax is some class: it is no label that a later exit could agree with.
         label = jnp.where(jnp.isnan(logits).any(axis=-1), -1, most_likely_class(logits))
         count = jnp.where((label == before) & (label >= 0), count + 1, 0.0)
-        return logits, _unless_nan(-mean_over_pixels(count), logits), (label, count)
+        return logits, unless_nan(-mean_over_pixels(count), logits), (label, count)
 
 
 patience = _Patience()
@@ -174,7 +171,7 @@ class _Ensemble(Criterion):
         else:
             total = carry + log_probability
             answer = jax.nn.log_softmax(total / (n + 1))
-        return answer, self.pool(self.uncertainty_of(answer)), total
+        return answer, pooled(self.uncertainty_of, self.pool, answer), total
 
 
 def ensemble(
@@ -279,8 +276,7 @@ class _Pixelwise(Criterion):
         answer = jnp.where(answered[..., None], kept, logits)
         if n < len(self.pixel_thresholds):
             answered = answered | is_confident(self.uncertainty_of(logits), self.pixel_thresholds[n])
-        unsure = (~answered).reshape(len(logits), -1).mean(axis=-1)
-        return answer, _unless_nan(unsure, answer), (answer, answered)
+        return answer, unless_nan(mean_over_pixels(~answered), answer), (answer, answered)
 
 
 def pixelwise(pixel_thresholds: Any, *, uncertainty_of: Callable[[Array], Array] = entropy_of_logits) -> Criterion:

@@ -183,7 +183,7 @@ def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes:
         return run(*arguments)[0]
 
     def with_balance(variables: Variables, images: Array, policy: ExitPolicy) -> tuple[ExitPrediction, Balance]:
-        if len(images) == 0:
+        if num_rows(images) == 0:
             raise ValueError('images: got none, which no device waits for; at least one is needed')
         return run(variables, images, policy)
 

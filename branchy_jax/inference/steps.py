@@ -62,20 +62,23 @@ def policy_checker(
     """Returns `as_policy` for one network, which remembers the last policy that passed.
 
     At batch 1 the check costs as much as a small stage, and serving code gives the same policy again and again. Arrays
-    of jax cannot change, so the same object need not be looked at twice; anything else is. What is returned, and
-    remembered, is what ``prepare`` makes of the policy.
+    of jax cannot change, so the same object need not be looked at twice; anything else is, a list of them included, and
+    what was made under `jax.jit`, which is of no use outside. What is returned, and remembered, is what ``prepare``
+    makes of the policy.
     """
     passed: tuple[Any, Any] = (None, None)
 
     def check(given: Any) -> Any:
         nonlocal passed
         last, prepared = passed
-        if given is last and prepared is not None:
+        policy = getattr(given, 'policy', given)
+        if policy is last and prepared is not None:
             return prepared
-        prepared = prepare(as_policy(given, num_exits))
-        leaves = jax.tree.leaves(getattr(given, 'policy', given))
-        if all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            passed = given, prepared
+        prepared = prepare(as_policy(policy, num_exits))
+        parts = [getattr(policy, 'thresholds', policy), *jax.tree.leaves(policy)]
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((policy, prepared)))
+        if all(isinstance(part, jax.Array) for part in parts) and not traced:
+            passed = policy, prepared
         return prepared
 
     return check

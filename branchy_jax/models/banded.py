@@ -98,6 +98,7 @@ def multiply_band(
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
     precision: lax.PrecisionLike = None,
+    preferred_element_type: Any = None,
 ) -> Array:
     """Convolves ``inputs [B, H, W, I]`` with a kernel already spread by `band_matrix`.
 
@@ -108,6 +109,7 @@ def multiply_band(
         strides: vertical and horizontal.
         padding: zeros ``((above, below), (left, right))``.
         precision: of the matrix product.
+        preferred_element_type: that it accumulates in and returns; ``None`` keeps that of its arguments.
 
     Returns:
         ``[B, H', W', O]``.
@@ -124,7 +126,8 @@ def multiply_band(
     lines = jnp.stack([padded[:, row : row + reach : down] for row in range(rows)], axis=2)
     starts = range(0, along * pixels * blocks, along * pixels)
     windows = jnp.stack([lines[:, :, :, start : start + window] for start in starts], axis=2)
-    product = jnp.matmul(windows.reshape(batch * height_out * blocks, -1), band, precision=precision)
+    windows = windows.reshape(batch * height_out * blocks, -1)
+    product = jnp.matmul(windows, band, precision=precision, preferred_element_type=preferred_element_type)
     product = product[:, : pixels * features].reshape(batch, height_out, blocks * pixels, features)
     return product[:, :, :width_out]
 

@@ -17,10 +17,13 @@ from branchy_jax.inference.compiler_options import in_order
 from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
 from branchy_jax.inference.steps import asked_exits, check_chunk_sizes
 from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPolicy, Variables, check_inputs, num_rows
+from branchy_jax.types import Array, ExitPolicy, Variables, check_inputs, input_specs, num_rows
 
 Arrival = Array | tuple[Array, Array] | tuple[Array, Array, Array]
-"""``images [B, H, W, C]``, ``(ids [B], images)``, or ``(ids, images, due [B])``."""
+"""``images [B, H, W, C]``, ``(ids [B], images)``, or ``(ids, images, due [B])``.
+
+Inputs that are a tuple themselves come with ids: ``(ids, (a, b))``.
+"""
 
 _POLL_SECONDS = 0.1
 
@@ -60,8 +63,9 @@ def stream(
     Returns:
         ``(variables, supply, policy)`` to an iterator of `Answers`: ``ids [M]`` and their prediction. The
         supply yields ``images [B, H, W, C]``, whose ids count from 0 in order of arrival, ``(ids [B], images)``, or
-        ``(ids [B], images, due [B])``. ``policy`` may be a function of no arguments that returns one: it is asked anew
-        for every chunk, so that thresholds can follow the load or a `branchy_jax.thresholds.Controller`.
+        ``(ids [B], images, due [B])``; inputs that are a tuple themselves as ``(ids, (a, b))``. ``policy`` may be a
+        function of no arguments that returns one: it is asked anew for every chunk, so that thresholds can follow the
+        load or a `branchy_jax.thresholds.Controller`.
 
     Raises:
         ValueError: a chunk size, deadline, ``workers`` or ``ahead`` out of range, or impossible ``exits``.
@@ -124,11 +128,16 @@ class _Door:
 
     def __init__(self, image_shape: Any) -> None:
         self._image_shape, self._seen, self._first = image_shape, 0, None
+        self._takes_tuples = image_shape is not None and isinstance(input_specs(image_shape, 1), tuple)
 
     def __call__(self, arrival: Arrival) -> tuple[np.ndarray, np.ndarray, float | None]:
         parts: tuple[Any, ...] = arrival if isinstance(arrival, tuple) else (None, arrival)
-        if len(parts) not in (2, 3):
-            raise ValueError(f'supply: got a tuple of {len(parts)}; yield images, (ids, images), or (ids, images, due)')
+        is_item = len(parts) in (2, 3) and (isinstance(parts[1], tuple) or not self._takes_tuples)
+        if isinstance(arrival, tuple) and not is_item:
+            raise ValueError(
+                f'supply: got a tuple of {len(parts)}; yield images, (ids, images), or (ids, images, due), and inputs '
+                'that are a tuple themselves as (ids, (a, b))'
+            )
         images = jax.tree.map(np.array, parts[1])
         if self._image_shape is not None:
             check_inputs(images, self._image_shape)

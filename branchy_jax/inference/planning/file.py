@@ -23,6 +23,7 @@ from branchy_jax.inference.compiler_options import num_cores
 from branchy_jax.inference.planning.candidates import Candidate, Way
 from branchy_jax.inference.planning.segment_times import SegmentTimes
 from branchy_jax.measure import Ratio
+from branchy_jax.models.branchy import naming_variables
 from branchy_jax.types import ExitPolicy, Variables, input_specs
 
 _FORMAT = 3
@@ -60,10 +61,8 @@ def write_plan(path: Path | str, kept: Kept, model: Any, variables: Variables, d
         devices: that share a batch.
 
     Raises:
-        ValueError: a criterion that cannot be written, or inputs whose structure nothing tells.
+        ValueError: a criterion that cannot be written.
     """
-    if model.image_shape is None and len(kept.inputs) > 1:
-        raise ValueError('plan: its network takes several arrays and has no image_shape that tells which; give it one')
     policy, arrays = encode_policy(kept.policy)
     record = {
         'format': _FORMAT,
@@ -86,7 +85,7 @@ def read_plan(path: Path | str, model: Any, variables: Variables, devices: int) 
 
     Raises:
         ValueError: no such file, damaged, or of another device, other versions or another network; the message says
-            what was there and what is here.
+            what was there and what is here. Variables that are none of the model's.
     """
     try:
         record = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -104,11 +103,17 @@ def read_plan(path: Path | str, model: Any, variables: Variables, devices: int) 
     other = [f'{name} {there.get(name)} there, {here.get(name)} here' for name in here if there.get(name) != here[name]]
     if other:
         raise ValueError(f'path: the plan in {path} was measured elsewhere ({"; ".join(other)}); plan anew')
-    if network != fingerprint(model, variables, kept.inputs):
-        raise ValueError(
-            f'path: the plan in {path} is of another network, whose layers, shapes or exits differ from those of this '
-            'model and its variables; plan anew'
-        )
+    differs = ValueError(
+        f'path: the plan in {path} is of another network, whose layers, shapes or exits differ from those of this '
+        'model and its variables; plan anew'
+    )
+    with naming_variables(variables):
+        try:
+            same = network == fingerprint(model, variables, kept.inputs)
+        except (TypeError, ValueError) as error:  # inputs of the plan's network do not fit this one
+            raise differs from error
+    if not same:
+        raise differs
     return kept
 
 

@@ -100,8 +100,13 @@ class Plan:
             path: the file to write.
 
         Raises:
-            ValueError: a criterion that holds a function which is not one of `branchy_jax.criteria`.
+            ValueError: a criterion that holds a function which is not one of `branchy_jax.criteria`, or inputs whose
+                structure nothing tells.
         """
+        if self._networks[0][0].image_shape is None and not isinstance(self._inputs, jax.ShapeDtypeStruct):
+            raise ValueError(
+                'plan: its network takes several arrays and has no image_shape that tells which; give it one'
+            )
         kept = Kept(
             self.way, self.policy, self.batch_size, tuple(jax.tree.leaves(self._inputs)), self.candidates, self.times
         )
@@ -214,6 +219,7 @@ def plan(
     images, count = jax.tree.map(np.asarray, images), num_rows(images)
     batch_size = count if batch_size is None else batch_size
     _check(plain, count, batch_size, times, earlier, passes)
+    batch_size = int(batch_size)  # NumPy's could not be written to a file
     progress, share = Progress(on_progress, budget_seconds), batch_size if mesh is None else -(-batch_size // mesh.size)
     progress.tell('rewriting the network')
     networks = plain, _prepared(plain, images, batch_size, share, mesh) if earlier is None else earlier._networks[1]

@@ -66,13 +66,14 @@ def convolution(equation: jax_core.JaxprEqn, forms: Forms) -> Callable[..., Arra
 
 
 def _is_plain(equation: jax_core.JaxprEqn) -> bool:
-    """Tells an undilated, ungrouped convolution of images, features last."""
+    """Tells an undilated, ungrouped convolution of images that crops none of them, features last."""
     params, shape, kernel = equation.params, spec_of(equation.invars[0]).shape, spec_of(equation.invars[1]).shape
     if len(shape) != 4 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
         return False
     plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
     dilated = any(d != 1 for d in (*params['lhs_dilation'], *params['rhs_dilation']))
-    return params['dimension_numbers'] == plain and not dilated
+    crops = any(edge < 0 for edges in params['padding'] for edge in edges)
+    return params['dimension_numbers'] == plain and not dilated and not crops
 
 
 def _pixels_together(equation: jax_core.JaxprEqn) -> int:
@@ -121,7 +122,7 @@ def as_banded_product(_: Any, params: Params, left: Array, kernel: Known, consta
     band = kernel.map(band_matrix, stride=params['window_strides'][1])
     return multiply_band(
         left, constant(band), kernel_shape=kernel.shape, strides=params['window_strides'], padding=params['padding'],
-        precision=params['precision'],
+        precision=params['precision'], preferred_element_type=params['preferred_element_type'],
     )  # fmt: skip
 
 

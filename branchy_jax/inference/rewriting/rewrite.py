@@ -151,6 +151,10 @@ def _absorb(equation: jax_core.JaxprEqn, inputs: list[Any]) -> Linear | None:
     if vector is None:
         return None
     if name in ('mul', 'div'):
+        # Integers divide with a remainder, and a scale of another precision would give the kernel that precision too.
+        dtype = left.aval.dtype
+        if not jnp.issubdtype(dtype, jnp.inexact) or left.kernel.dtype != dtype:
+            return None
         return left.scaled(vector if name == 'mul' else vector.map(_reciprocal))
     return left.shifted(vector if name != 'sub' else vector.map(jnp.negative))
 

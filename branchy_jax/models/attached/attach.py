@@ -289,7 +289,8 @@ def attach(
 
     Raises:
         ValueError: a place that is not there (the message lists those that are), is passed more than once, or where
-            what is computed does not depend on each input alone; a result that is not logits.
+            what is computed does not depend on each input alone; two places whose heads would have the same name; a
+            result that is not logits.
 
     Example:
         >>> import branchy_jax as bj
@@ -307,8 +308,10 @@ def attach(
         whole = NnxNetwork.of(network)
     else:
         raise ValueError(f'network: got {type(network).__name__}; give a Flax Linen or NNX module')
-    image_shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+    image_shape = jax.tree.map(_spec, inputs)
     leaves, structure = jax.tree.flatten(image_shape)
+    if isinstance(exits, str):
+        raise ValueError(f'exits: got {exits!r}; give a list of places')
     heads = dict(exits) if isinstance(exits, Mapping) else dict.fromkeys(exits)
     last = heads.pop(_ALTOGETHER, ())
     specs = input_specs(image_shape, 2)
@@ -330,6 +333,10 @@ def attach(
     return _laid_out(draft, two, draft._traced(variables, 3))
 
 
+def _spec(example: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(example.shape[1:], jax.dtypes.canonicalize_dtype(example.dtype))
+
+
 def _everything(network: LinenNetwork | NnxNetwork, variables: Variables, inputs: Any) -> Any:
     """Returns the activations at all places that have nothing but arrays, and the result."""
     run = network.run(variables, inputs, None)
@@ -342,7 +349,11 @@ def _are_arrays(values: Any) -> bool:
 
 
 def _check_places(places: Iterable[str], passed: Mapping[str, tuple[Any, ...]]) -> None:
+    named: dict[str, str] = {}
     for place in places:
+        other = named.setdefault(_head_name(place), place)
+        if other != place:
+            raise ValueError(f'exits: heads at {other!r} and {place!r} would both be {_head_name(place)!r}; choose one')
         if place not in passed:
             raise ValueError(f'exits: the network passes no {place!r}; it passes {", ".join(map(repr, passed))}')
         if len(passed[place]) > 1:
