@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,27 +63,37 @@ def save(directory: Path | str, step: int, state: State, *, recipe: Mapping[str,
 
     Args:
         directory: where this run's checkpoints live.
-        step: number of the checkpoint, ascending.
+        step: number of the checkpoint, above those before.
         state: any pytree of arrays.
         recipe: what `restore` is to insist on, as JSON holds it.
 
     Raises:
         OSError: the checkpoint cannot be written; the one before it is still there.
+        ValueError: the folder holds a checkpoint of this number or a later one; a recipe that is not JSON.
     """
     import orbax.checkpoint as ocp
 
     path = Path(directory)
     try:
+        told = json.dumps(recipe if recipe is None else dict(recipe))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'recipe: {error}; give numbers, text, and lists or dicts of them') from error
+    try:
         path.mkdir(parents=True, exist_ok=True)
         if recipe is not None:
-            write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(json.dumps(dict(recipe))))
+            write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(told))
+        if jax.process_index() == 0:
+            for half in path.glob('*.orbax-checkpoint-tmp*'):  # what a kill or a full disk left behind
+                shutil.rmtree(half, ignore_errors=True)
         with _manager(path) as manager:
-            manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+            written = manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
     except Exception as error:  # orbax and tensorstore wrap what the system said in many kinds
         raise OSError(
             f'directory: cannot write checkpoint {step} to {path} ({type(error).__name__}: {str(error)[:300]}); the '
             'one before it is whole: make room, and the same command goes on from there'
         ) from error
+    if not written:
+        raise ValueError(f'step: got {step}, but {path} holds a later checkpoint; numbers ascend')
 
 
 def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None) -> tuple[int, State] | None:
@@ -115,6 +126,7 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
             for name, leaf in _arrays(like).items()
         }
         try:
+            _check_arrays(manager.item_metadata(step).tree, target)
             arrays = manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise many kinds; all mean: not this state
             raise ValueError(
@@ -140,15 +152,30 @@ def _check_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
+def _check_arrays(found: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Refuses arrays of other names, shapes or dtypes, which orbax would cast."""
+    kinds = [
+        {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in tree.items()}
+        for tree in (found, expected)
+    ]
+    other = sorted(name for name in {*found, *expected} if kinds[0].get(name) != kinds[1].get(name))
+    if other:
+        there, here = (kind.get(other[0], 'nothing') for kind in kinds)
+        raise ValueError(f'{other[0]}: {there} there, {here} here')
+
+
 def _arrays(state: State) -> dict[str, jax.Array]:
-    return {str(n): leaf for n, leaf in enumerate(jax.tree.leaves(state))}
+    """Returns the arrays by their place, which tells the structure that holds them, too."""
+    return {jax.tree_util.keystr(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _manager(directory: Path | str):  # noqa: ANN202 - orbax is imported on use
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
+    return ocp.CheckpointManager(
+        Path(directory).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+    )
 
 
 def save_weights(path: Path | str, variables: Variables, metadata: dict[str, str] | None = None) -> None:

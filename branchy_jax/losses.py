@@ -34,7 +34,7 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_sm
         label_smoothing: share of each target's probability that is spread over all K classes, in ``[0, 1)``.
 
     Returns:
-        ``[N]`` float32.
+        ``[N]`` float32, or float64 of such logits.
 
     Raises:
         ValueError: labels that are not integers, whose shape does not match the logits or, where values can be seen,
@@ -59,6 +59,7 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_sm
     check_labels(labels, logits[-1].shape[-1])
     if not 0 <= label_smoothing < 1:
         raise ValueError(f'label_smoothing: got {label_smoothing}; give a share in [0, 1)')
+    logits = tuple(z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in logits)
     losses = jnp.stack([optax.softmax_cross_entropy_with_integer_labels(z, labels).mean() for z in logits])
     if not label_smoothing:
         return losses

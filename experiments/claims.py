@@ -2,13 +2,15 @@
 
     python -m experiments.claims --workdir=runs/claims --network=b-lenet --dataset=mnist5k
 
-Writes ``claims_NETWORK.json`` after every trained variant, so that a run that was stopped goes on where it was, and in
-the end ``claims_NETWORK.md``; claims whose variants were not trained are left out. Baselines are trained on their own;
-variants of a seed share initial weights and the order of the data, so that differences are paired.
+Writes ``claims_NETWORK.json`` after every trained variant, and checkpoints: a run that was stopped goes on where it
+was. In the end writes ``claims_NETWORK.md``; claims whose variants were not trained are left out. Baselines are
+trained on their own; variants of a seed share initial weights and the order of the data, so that differences are
+paired.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -80,25 +82,36 @@ def run(
         judge_only: trains nothing more.
         mesh: devices that share every step.
     """
-    path = workdir / f'claims_{network}.json'
-    settings = {
-        'network': network, 'dataset': dataset.name, 'seeds': seeds, 'dtype': dtype, **vars(recipe),
-        'train': len(dataset.train), 'test': len(dataset.test),
-    }  # fmt: skip
-    record = bj.report.read_json(path) if path.exists() else {}
-    if record.get('settings', settings) != settings:
-        raise ValueError(f'workdir: {path} holds results of other settings; choose another folder, or delete it')
-    options = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape, 'dtype': jnp.dtype(dtype)}
-    if network == 'b-lenet':  # the same network in the form in which a CPU trains it fastest
-        options['convolution'] = bj.models.banded_convolution
-    record = {'settings': settings, **command.provenance('claims'), 'seconds': 0.0, 'variants': {}, **record}
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not judge_only:
-        _train_missing(record, _variants(network, options, Seeds(dataset, recipe, count=seeds, mesh=mesh)), path)
-    _write(path, record)
-    bj.report.write_text(path.with_suffix('.md'), page(record))
+    checkpoints = workdir / 'checkpoints' / network
+    with contextlib.nullcontext() if judge_only else bj.checkpoint.locked(checkpoints):
+        settings = {
+            'network': network, 'dataset': dataset.name, 'seeds': seeds, 'dtype': dtype, **vars(recipe),
+            'train': len(dataset.train), 'test': len(dataset.test),
+        }  # fmt: skip
+        path = workdir / f'claims_{network}.json'
+        record = _started(path, settings)
+        if not judge_only:
+            options = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
+            options['dtype'] = jnp.dtype(dtype)
+            if network == 'b-lenet':  # the same network in the form in which a CPU trains it fastest
+                options['convolution'] = bj.models.banded_convolution
+            trainings = Seeds(dataset, recipe, count=seeds, directory=checkpoints, mesh=mesh)
+            _train_missing(record, _variants(network, options, trainings), path)
+        _write(path, record)
+        bj.report.write_text(path.with_suffix('.md'), page(record))
     print(page(record))
     return record
+
+
+def _started(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record so far, refusing one of other settings."""
+    record = bj.report.read_json(path) if path.exists() else {}
+    if record.get('settings', settings) != settings:
+        raise ValueError(
+            f'workdir: {path} holds results of other settings; choose another folder, or delete this one with its '
+            'checkpoints'
+        )
+    return {'settings': settings, **command.provenance('claims'), 'seconds': 0.0, 'variants': {}, **record}
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -106,32 +119,42 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     bj.report.write_json(path, record)
 
 
-def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, Callable[[], Trained]]:
-    """Returns by name what trains each variant."""
-    model, train = bj.models.create(network, **options), seeds.train
+def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, Callable[[str], Trained]]:
+    """Returns by name what trains each variant under that name."""
+    model = bj.models.create(network, **options)
     exits, twice = model.num_exits, 2 * seeds.recipe.epochs
     equal, falling = [1.0] * exits, np.linspace(1.0, 0.3, exits).tolist()
-    baseline = functools.cache(lambda: train(bj.models.without_branches(model), [1.0]))
 
-    def branch(after: int, convolutions: int) -> Callable[[], Trained]:
-        return lambda: train(with_branch(network[2:], after=after, convolutions=convolutions, **options), [1.0, 1.0])
+    def baseline(name: str = 'baseline') -> Trained:  # trained once: after that its checkpoints have all
+        return seeds.train(name, bj.models.without_branches(model), [1.0])
+
+    def joint(name: str, weights: list[float] = equal, **changed: Any) -> Trained:
+        return seeds.train(name, model, weights, **changed)
+
+    def branch(name: str, after: int, convolutions: int) -> Trained:
+        return seeds.train(
+            name, with_branch(network[2:], after=after, convolutions=convolutions, **options), [1.0, 1.0]
+        )
 
     return {
         'baseline': baseline,
-        'joint': lambda: train(model, equal),
-        'joint, from the baseline': lambda: train(model, equal, starts=baseline().variables),
-        'joint, first exit 1.0 to last 0.3': lambda: train(model, falling),
-        **{depth_name(depth): branch(1, depth) for depth in DEPTHS},
-        'joint, twice as long': lambda: train(model, equal, epochs=twice),
-        **{position_name(position): branch(position, 1) for position in positions(network)},
+        'joint': joint,
+        'joint, from the baseline': lambda name: joint(name, starts=baseline().variables),
+        'joint, first exit 1.0 to last 0.3': lambda name: joint(name, falling),
+        **{depth_name(depth): functools.partial(branch, after=1, convolutions=depth) for depth in DEPTHS},
+        'joint, twice as long': lambda name: joint(name, epochs=twice),
+        **{
+            position_name(position): functools.partial(branch, after=position, convolutions=1)
+            for position in positions(network)
+        },
     }
 
 
-def _train_missing(record: dict[str, Any], variants: dict[str, Callable[[], Trained]], path: Path) -> None:
+def _train_missing(record: dict[str, Any], variants: dict[str, Callable[[str], Trained]], path: Path) -> None:
     """Trains every variant that the record lacks, and writes the record after each."""
     for name in [name for name in variants if name not in record['variants']]:
         start = time.perf_counter()
-        found = variants[name]()
+        found = variants[name](name)
         seconds = time.perf_counter() - start
         record['variants'][name] = {
             'train_accuracy': found.train_accuracy.tolist(),

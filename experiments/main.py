@@ -54,12 +54,17 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
     logging.set_verbosity(logging.WARNING)  # orbax would log a dozen lines a checkpoint over the progress bar
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    start_again_on_cpu(config.cpu_devices)
+    if _STATIC.value and _DISTRIBUTED.value:
+        raise ValueError('static: the controls train in one process; give the command again without --distributed')
+    if not _DISTRIBUTED.value:  # which backend there is may be asked only once the processes have found each other
+        start_again_on_cpu(config.cpu_devices)
     mesh = _mesh(config.cpu_devices)
     if not (_STATIC.value and (workdir / 'report.json').exists()):
         job.run(config, workdir, mesh=mesh)
-    if _STATIC.value and jax.process_index() == 0:
-        static.run(read_run(workdir))
+    if _STATIC.value:
+        if (workdir / 'config.json').exists():  # a stored report of published weights has none
+            job.claim(workdir, config)
+        static.run(read_run(workdir), mesh=mesh)
 
 
 def _mesh(cpu_devices: int) -> Mesh | None:

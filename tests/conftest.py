@@ -1,5 +1,6 @@
 """Settings and small networks that all tests share. Compilation dominates: networks are tiny, optimisations off."""
 
+import functools
 import itertools
 
 from beartype import BeartypeConf, beartype
@@ -11,11 +12,14 @@ install_import_hook(['branchy_jax.criteria.named', 'branchy_jax.thresholds.scree
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import settings
 
 import branchy_jax as bj
+from branchy_jax.inference.planning import candidates
+from branchy_jax.inference.planning import plan as planning
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
@@ -36,11 +40,25 @@ def equations(jaxpr):
                     yield from equations(getattr(inner, 'jaxpr', inner))
 
 
+def check_equal(found, expected):
+    """Checks two trees of arrays to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def thresholds_between(model, variables, inputs):
     """Thresholds between the uncertainties of two inputs: rounding decides nothing, some leave everywhere."""
     uncertainty = np.sort(bj.inference.exit_outputs(model, variables, inputs, batch_size=4).uncertainty[:-1], axis=1)
     middle = uncertainty.shape[1] // 2
     return uncertainty[:, middle - 1 : middle + 1].mean(1)
+
+
+@pytest.fixture(autouse=True)
+def compiled_as_xla_does(request, monkeypatch):
+    """Plans race what XLA compiles by itself, or every way would be traced three times; `test_plan.py` has them all."""
+    if request.module.__name__ != 'test_plan':
+        monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: False)
+        monkeypatch.setattr(candidates, 'may_use_one_core', lambda: False)
+        monkeypatch.setattr(planning, 'may_use_all_cores', lambda: False)
 
 
 @pytest.fixture
@@ -71,6 +89,19 @@ def small_data():
     """A learnable data set of 80 images: the class is the brightest of the first three pixels."""
     images = np.random.default_rng(0).integers(0, 256, (80, *IMAGE_SHAPE)).astype(np.uint8)
     return bj.Batch(image=images, label=images.reshape(80, -1)[:, :CLASSES].argmax(-1).astype(np.int32))
+
+
+def prepare(key, batch):
+    return batch.replace(image=batch.image.astype(jnp.float32) / 255)
+
+
+@pytest.fixture
+def train(small_data):
+    """Runs epochs of the small data set on the network of three exits."""
+    return functools.partial(
+        bj.training.fit, data=jax.tree.map(jnp.asarray, small_data), exit_weights=jnp.ones(3), key=jax.random.key(7),
+        batch_size=16, prepare=prepare,
+    )  # fmt: skip
 
 
 class Compilations:

@@ -36,6 +36,31 @@ def test_another_network_is_refused(tmp_path, state):
         checkpoint.restore(tmp_path, {**state, 'weights': jnp.zeros((5, 3))})
 
 
+@pytest.mark.parametrize(
+    ('change', 'told'),
+    [
+        (lambda state: {'kernel': state['weights'], 'step': state['step']}, 'kernel'),
+        (lambda state: {**state, 'weights': state['weights'].astype(jnp.bfloat16)}, "float32.* there, .*bfloat16"),
+        (lambda state: {**state, 'step': jnp.float32(4)}, "int32.* there, .*float32"),
+        (lambda state: [state['step'], state['weights']], 'step'),
+    ],
+)  # fmt: skip
+def test_another_structure_or_dtype_is_refused(tmp_path, state, change, told):
+    checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(ValueError, match=f'directory: cannot resume.*{told}'):
+        checkpoint.restore(tmp_path, change(state))
+
+
+def test_a_checkpoint_is_written_or_an_error_says_why(tmp_path, state):
+    checkpoint.save(tmp_path, 5, state)
+    for step in (3, 5):
+        with pytest.raises(ValueError, match=f'step: got {step}'):
+            checkpoint.save(tmp_path, step, jax.tree.map(jnp.zeros_like, state))
+    with pytest.raises(ValueError, match='recipe: '):
+        checkpoint.save(tmp_path, 6, state, recipe={'key': jnp.ones(2)})
+    check_same(checkpoint.restore(tmp_path, state)[1], state)
+
+
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # orbax drops coroutines when it fails
 def test_damaged_checkpoint_is_refused(tmp_path, state):
     checkpoint.save(tmp_path, 1, state)
@@ -51,6 +76,8 @@ def test_half_written_checkpoint_is_passed_over(tmp_path, state):
     checkpoint.save(tmp_path, 1, state)
     (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
     assert checkpoint.restore(tmp_path, state)[0] == 1
+    checkpoint.save(tmp_path, 3, state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['3']  # or a full disk would stay full
 
 
 def test_weights_round_trip(tmp_path, state):

@@ -193,6 +193,12 @@ def test_normalization_of_more_images_than_a_block():
     np.testing.assert_allclose(found.deviation, images.std((0, 1, 2)) / 255, rtol=1e-6)
 
 
+def test_normalization_counts_beyond_32_bits():
+    """Of arrays of jax, too, whose integers have 32 bits."""
+    bright = np.full((20, 64, 64, 1), 250, np.uint8)  # squares: 5.1e9
+    np.testing.assert_allclose(fit_normalization(jnp.asarray(bright)).mean, 250 / 255, rtol=1e-6)
+
+
 def test_augmented_images_are_shifts_and_mirrors(getkey):
     images = np.random.default_rng(0).integers(1, 256, (16, 5, 5, 2)).astype(np.uint8)
     found = np.asarray(jax.jit(lambda key: augment(key, jnp.asarray(images), crop_padding=1))(getkey()))

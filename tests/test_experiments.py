@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -8,9 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,8 +22,8 @@ import branchy_jax as bj
 from experiments import confidence, energy, publish
 from experiments.configs import common, lenet_mnist5k, unet_digit_canvases
 from experiments.pages import paper
-from experiments.run import job
-from experiments.run.networks import read_run
+from experiments.run import job, trainings
+from experiments.run.networks import first_stages, read_run
 from experiments.run.records import RunRecord
 from experiments.run.trainings import train_both
 from experiments.study import static
@@ -57,6 +61,13 @@ def tiny(tmp_path_factory):
         latency_passes=2,
     )
     return config
+
+
+# A residual network that grows, as its exits allow or not.
+_GROWN = {
+    'network': 'b-resnet110', 'placement': 'text', 'network_options': {'depth': 20}, 'exit_weights': (1.0, 1.0, 1.0),
+    'regime': 'joint', 'banded': False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -150,6 +161,9 @@ def changed(config, **changes):
         ({'epochs': 0}, 'config.epochs: got 0'),
         ({'most_examples': 9, 'in_memory': False}, 'config.most_examples: is for data in memory'),
         ({'validation_fraction': 0.001}, 'validation split .* is empty'),
+        ({'latency_batch': 5}, 'config.latency_batch: got 5, .* there are 4 images'),
+        ({'shallow_depth': 8}, "config.shallow_depth: .* give config.regime 'joint'"),
+        ({**_GROWN, 'shallow_depth': 8}, 'shallower: its stage 1 has other blocks'),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(tiny, tmp_path, changes, message):
@@ -260,13 +274,40 @@ def test_a_run_is_published_with_its_policies(done, tmp_path):
 
 
 def test_static_controls_are_added_to_a_finished_run(done, tmp_path, monkeypatch):
-    monkeypatch.setattr('experiments.run.timing.keep_to_one_core', lambda: None)  # this process goes on with others
+    here = contextlib.nullcontext(ThreadPoolExecutor(1))  # another process would import all anew
+    monkeypatch.setattr('experiments.run.timing.one_core', lambda: here)
     shutil.copytree(done[0], tmp_path / 'copy')
     (row,) = static.run(read_run(tmp_path / 'copy'))
     assert row.network == 'lenet, first 1 of 2 stages'
     assert 0 < row.accuracy <= 1
     assert row.clock.gain > 0
     assert read_folder(tmp_path / 'copy').static == (row,)
+
+
+def test_static_controls_grow_as_their_baseline_does():
+    build, images = functools.partial(bj.models.create, 'b-resnet110', image_shape=(8, 8, 3)), jnp.zeros((1, 8, 8, 3))
+    for n in range(2):
+        deep, shallow = (first_stages(build(depth=depth), n) for depth in (26, 20))
+        fresh, trained = (jax.jit(model.init)(jax.random.key(0), images) for model in (deep, shallow))
+        grown = bj.training.initialize_from_shallower(deep, fresh, shallow, trained)
+        assert jax.tree.structure(grown) == jax.tree.structure(fresh)
+
+
+def test_a_baseline_is_not_its_own_teacher(tiny):
+    config = changed(tiny, distillation=0.5)
+    options = {'num_classes': 4, 'image_shape': (12, 12, 1)}
+    model = bj.models.create(config.network, **options)
+    logits, labels = (jnp.array([[2.0, 0.0, 1.0, 0.0]]),), jnp.array([1])
+    alone = trainings._loss(config, bj.models.without_branches(model))(logits, labels)
+    np.testing.assert_array_equal(alone, bj.losses.cross_entropy_per_exit(logits, labels))
+    assert trainings._loss(config, model)((*logits, *logits), labels)[1] < alone[0]
+
+
+def test_a_finished_run_may_be_timed_otherwise(tiny, done, tmp_path):
+    shutil.copytree(done[0], tmp_path / 'copy')
+    job.claim(tmp_path / 'copy', changed(tiny, latency_passes=3))
+    with pytest.raises(ValueError, match=r'holds a run with other settings \(epochs\)'):
+        job.claim(tmp_path / 'copy', changed(tiny, epochs=4))
 
 
 def test_no_meter_means_no_figure(done, tmp_path):

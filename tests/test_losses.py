@@ -15,6 +15,15 @@ from branchy_jax.losses import (
 )
 
 
+def test_losses_of_bfloat16_logits_are_float32():
+    logits = (jnp.array([[1.0, -2.0, 0.5]], jnp.bfloat16),)
+    exact = -special.log_softmax(np.array([1.0, -2.0, 0.5]))
+    for smoothing, expected in ((0.0, exact[2]), (0.3, 0.7 * exact[2] + 0.3 * exact.mean())):
+        found = cross_entropy_per_exit(logits, jnp.array([2]), label_smoothing=smoothing)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, [expected], rtol=1e-6)
+
+
 @pytest.mark.parametrize('extra', [(), (2, 3)])
 def test_cross_entropy_is_the_float64_reference(getkey, extra):
     logits = tuple(5 * jax.random.normal(getkey(), (4, *extra, 5)) for _ in range(3))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import check_equal
 
 import branchy_jax as bj
 from experiments import cache, figures
@@ -63,21 +64,26 @@ def test_claims_are_judged_by_differences_of_a_seed():
     assert every[4]['answers'][0]['mean'] == pytest.approx(10)  # points a place
 
 
-def test_seeds_are_paired(small_data, network):
-    """A seed trains alike whoever trains before it; another seed trains otherwise."""
+def test_seeds_are_paired_and_trained_once(small_data, network, tmp_path, monkeypatch):
+    """A seed trains alike whoever trains before it; another seed trains otherwise. What is trained is read back."""
     model = network[0]
     dataset = bj.data.Dataset(
         name='small', train=small_data, validation=small_data, test=small_data, num_classes=3,
         normalization=bj.data.fit_normalization(small_data.image),
     )  # fmt: skip
     recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, crop_padding=0, flip=False)
-    one = Seeds(dataset, recipe, count=1).train(model, [1.0, 1.0, 1.0])
-    two = Seeds(dataset, recipe, count=2).train(model, [1.0, 1.0, 1.0])
+    one = Seeds(dataset, recipe, count=1, directory=tmp_path / 'one').train('any', model, [1.0, 1.0, 1.0])
+    two = Seeds(dataset, recipe, count=2, directory=tmp_path / 'two').train('any', model, [1.0, 1.0, 1.0])
     assert two.test_accuracy.shape == (2, 3)
     for ours, theirs in zip(jax.tree.leaves(one.variables[0]), jax.tree.leaves(two.variables[0]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     kernels = [variables['params']['layer1']['kernel'] for variables in two.variables]
     assert not np.allclose(*kernels, atol=1e-3)
+    saved = []
+    monkeypatch.setattr(bj.checkpoint, 'save', lambda *arguments, **_: saved.append(arguments))
+    again = Seeds(dataset, recipe, count=2, directory=tmp_path / 'two').train('any', model, [1.0, 1.0, 1.0])
+    check_equal(again.variables, two.variables)
+    assert not saved
 
 
 @pytest.mark.parametrize(('network', 'after'), [('lenet', 3), ('alexnet', 2), ('resnet8', 2)])

@@ -94,7 +94,8 @@ def normalization_of(blocks: Iterable[Array]) -> Normalization:
     total: Any = 0
     square: Any = 0
     count = 0
-    for images in blocks:
+    for block in blocks:
+        images = np.asarray(block)  # jax would count in 32 bits, and overflow
         chex.assert_rank(images, 4)
         axes = (0, 1, 2)
         total = total + images.sum(axes, dtype=np.int64)

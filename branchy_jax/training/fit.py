@@ -156,7 +156,8 @@ def fit(
         on_step: called as ``on_step(epoch, steps done, steps, metrics)`` after every step, or once per epoch, with
             averages, where it is scanned.
         on_epoch: called as ``on_epoch(epochs done, state, metrics)`` after every whole epoch, with the average of the
-            epoch's steps, after a resume of those since.
+            epoch's steps, after a resume of those since. The state is donated to the next step: copy what you keep,
+            such as ``jax.tree.map(jnp.copy, state.variables)``.
         on_metrics: called as ``on_metrics(steps done, scalars)`` at the end of every epoch, also of a part of one, with
             the same averages as numbers by name: ``loss``, ``exit_loss/1``, ``exit_accuracy/1``, …. Writers of the
             field fit as they are or in one line: clu's ``writer.write_scalars``; for Weights & Biases
@@ -168,8 +169,10 @@ def fit(
 
     Raises:
         ValueError: epochs below 0; a batch size that the devices cannot share or the training set does not fill; labels
-            that the network has no class for; a directory that another process trains in, or whose checkpoint is
-            unreadable or of another network, optimiser or recipe.
+            that the network has no class for; a stream that ends too early; a directory that another process trains
+            in, or whose checkpoint is unreadable or of another recipe: other arrays in the network or the optimiser's
+            state, another key, other exit weights, batches or examples. What leaves no trace in these, such as
+            ``loss``, ``prepare`` or a learning rate, may change from one start to the next.
     """
     _check_settings(data, epochs, batch_size, save_every, sharding.mesh_of(state))
     exit_weights = jnp.asarray(exit_weights, jnp.float32)
@@ -190,7 +193,7 @@ def fit(
         state = _resumed(directory, state, recipe)
         done = int(state.step)
         by_the_clock = save_every is None and jax.process_count() == 1
-        save = _saver(directory, recipe, every=save_every or steps, by_the_clock=by_the_clock, last=last)
+        save = _saver(directory, recipe, every=save_every or steps, by_the_clock=by_the_clock, first=done, last=last)
         while done < last:
             epoch, place = divmod(done, steps)
             stop, history = min(steps, place + last - done), []
@@ -201,6 +204,11 @@ def fit(
                 save(done, state)
                 if on_step is not None:
                     on_step(epoch, done - epoch * steps, steps, found)
+            if done < epoch * steps + stop:
+                raise ValueError(
+                    f'data: its batches ended after {done - epoch * steps} of {stop} steps of epoch {epoch + 1}; '
+                    '`batches` has to yield the whole order, every time it is called'
+                )
             if on_epoch is None and on_metrics is None:
                 continue
             averages = jax.tree.map(lambda *parts: jnp.stack(parts).mean(0), *history)
@@ -267,7 +275,7 @@ def _taker(
             own = np.split(order, jax.process_count(), axis=1)[jax.process_index()]  # this process's share of a batch
             step, stream = _jitted_step_on_stored, data.batches(own, place)
             arguments = ((batch if mesh is None else sharding.shard_local(mesh, batch),) for batch in stream)
-        for n, given in enumerate(arguments, place):
+        for n, given in zip(range(place, len(order)), arguments, strict=False):  # a stream may not end by itself
             state, found = step(state, *given, keys[n], exit_weights, **options)
             if wait:
                 jax.block_until_ready(found)
@@ -291,15 +299,16 @@ def _resumed(directory: Path | str | None, state: TrainState, recipe: dict[str, 
 
 
 def _saver(
-    directory: Path | str | None, recipe: dict[str, Any], *, every: int, by_the_clock: bool, last: int
+    directory: Path | str | None, recipe: dict[str, Any], *, every: int, by_the_clock: bool, first: int, last: int
 ) -> Callable[[int, TrainState], None]:
     """Returns what decides after each step whether a checkpoint is written, and writes it."""
-    saved_at = time.monotonic()
+    saved_at, seen = time.monotonic(), first
 
     def after(done: int, state: TrainState) -> None:
-        nonlocal saved_at
+        nonlocal saved_at, seen
         late = by_the_clock and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
-        if directory is not None and (done % every == 0 or done == last or late):
+        due, seen = done // every > seen // every, done  # a scanned epoch passes many multiples at once
+        if directory is not None and (due or done == last or late):
             checkpoint.save(directory, done, state, recipe=recipe)
             saved_at = time.monotonic()
 

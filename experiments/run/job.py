@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from experiments.run.networks import Networks, network_options, own_options, sav
 from experiments.run.records import Baseline, FrontierPoint, LeavingFirst, Point, RunRecord, Timed, Tried
 from experiments.run.tasks import TASKS, Task, load
 from experiments.run.timing import time_batches, time_images
-from experiments.run.trainings import train_both
+from experiments.run.trainings import builder, train_both
 
 TABLE = 'table'
 _FIGURE_4_POINTS = 41
@@ -70,12 +71,13 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> RunRe
             before any work.
     """
     _check(config)
-    if mesh is not None:
-        bj.sharding.check_divisible('config.batch_size', config.batch_size, mesh)
+    for field in ('batch_size', 'batch_size_grown')[: 2 if config.shallow_depth else 1] if mesh is not None else ():
+        bj.sharding.check_divisible(f'config.{field}', config[field], mesh)
     dataset, task = load(config), TASKS[config.task]
     options = network_options(config, num_classes=dataset.num_classes, image_shape=dataset.image_shape)
+    _check_beside_the_data(config, dataset, options)
     costs = bj.costs.count_macs(bj.models.create(config.network, **options), dataset.image_shape)
-    _claim(workdir, config)
+    claim(workdir, config)
     baseline_variables, variables = train_both(config, options, dataset, workdir, mesh)
     networks = Networks(config.network, options, variables, baseline_variables, dataset.normalization)
     look = functools.partial(
@@ -115,6 +117,11 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(f'config.distillation: got {config.distillation}; give a share in [0, 1)')
     if config.most_examples and not config.in_memory:
         raise ValueError('config.most_examples: is for data in memory; leave config.in_memory as it is')
+    if config.shallow_depth and config.regime == 'baseline':
+        raise ValueError(
+            'config.shallow_depth: a network that starts from its trained baseline does not grow; give config.regime '
+            "'joint' or 'frozen', or a depth of 0"
+        )
     if not config.network.startswith('b-'):
         raise ValueError(f'config.network: got {config.network!r}; give the branchy one, its baseline is trained too')
     exits, weights = bj.models.create(config.network, **own_options(config)).num_exits, len(config.exit_weights)
@@ -122,13 +129,33 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(f'config.exit_weights: {config.network} has {exits} exits, got {weights} weights')
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Refuses to mix two runs in one folder."""
+def _check_beside_the_data(config: ConfigDict, dataset: bj.data.Dataset, options: Mapping[str, Any]) -> None:
+    fewest = min(len(dataset.validation), len(dataset.test), config.latency_images)
+    if config.latency_batch > fewest:
+        raise ValueError(
+            f'config.latency_batch: got {config.latency_batch}, but to plan on and to time there are {fewest} images '
+            '(config.latency_images, or the data); give fewer'
+        )
+    if config.shallow_depth:
+        build, example = builder(config, options), jnp.zeros((1, *dataset.image_shape))
+        deep, shallow = build(), build(depth=config.shallow_depth)
+        states = (jax.eval_shape(model.init, jax.random.key(0), example) for model in (deep, shallow))
+        jax.eval_shape(lambda *both: bj.training.initialize_from_shallower(deep, both[0], shallow, both[1]), *states)
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Refuses to mix two runs in one folder; how the run is timed in the end may change.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
     path, settings = workdir / 'config.json', json.loads(config.to_json())
     if path.exists():
         # A field that did not exist yet had its default; one that is gone since says nothing.
         found = {**json.loads(common.get_config().to_json()), **bj.report.read_json(path)}
-        changed = sorted(key for key, value in settings.items() if value != found.get(key))
+        changed = sorted(
+            key for key, value in settings.items() if value != found.get(key) and not key.startswith('latency_')
+        )
         if changed:
             raise ValueError(
                 f'workdir: {workdir} holds a run with other settings ({", ".join(changed)}); '

@@ -63,6 +63,11 @@ class Networks:
         return Networks, (self.name, dict(self.options), *arrays)
 
 
+def first_stages(model: bj.BranchyNet, n: int) -> bj.BranchyNet:
+    """Returns the network that ends at exit n, with that exit alone."""
+    return bj.BranchyNet(stages=(tuple(model.stages[: n + 1]),), exits=(model.exits[n],), image_shape=model.image_shape)
+
+
 def network_options(config: ConfigDict, *, num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
     """Returns the arguments that a run's networks are created with."""
     shapes = {'num_classes': num_classes, 'image_shape': tuple(image_shape)}

@@ -20,7 +20,7 @@ from branchy_jax.criteria import Criterion
 from branchy_jax.inference.compiler_options import BY_NAME, may_use_one_core
 from branchy_jax.inference.planning.segment_times import segment_functions
 from branchy_jax.types import Variables
-from experiments.run.networks import Networks
+from experiments.run.networks import Networks, first_stages
 from experiments.run.processes import as_a_user_starts_them
 from experiments.run.records import Clock, Timed
 
@@ -165,25 +165,34 @@ def time_batches(
     return _time(runs, ('plain', 'planned'), policies, exits, batch=batch, passes=passes)
 
 
-def time_static(networks: Mapping[str, Network], images: np.ndarray, *, passes: int) -> dict[str, Clock]:
-    """Times one-exit networks in turns, one call per image, each as `branchy_jax.inference.optimize` rewrites it.
-
-    From here on this process keeps to one core of a CPU.
+def time_static(
+    networks: Networks, static: Sequence[Variables], images: np.ndarray, *, passes: int
+) -> tuple[Clock, ...]:
+    """Times the baseline and the first stages with each side exit in turns, as `time_images` times a run.
 
     Args:
-        networks: by name, with their variables; the one called ``'baseline'`` is what the others are compared with.
+        networks: of the run; the baseline is what the others are compared with.
+        static: the variables of `experiments.run.networks.first_stages`, an exit after the other.
         images: ``[M, H, W, C]`` normalised.
         passes: interleaved passes over the images.
     """
-    if jax.default_backend() == 'cpu':
-        keep_to_one_core()
-    inputs, policy = on_device(images), _no_exits(bj.criteria.entropy)
-    fast = {name: bj.inference.optimize(*network) for name, network in networks.items()}
-    runs = {name: staged(network, policy, fastest_way(network, policy, inputs)) for name, network in fast.items()}
-    runs['plain'] = staged(networks['baseline'], policy)
+    arguments = (networks, jax.tree.map(np.asarray, list(static)), np.asarray(images), passes)
+    if jax.default_backend() != 'cpu':
+        return _time_static(*arguments)
+    with one_core() as process:
+        return process.submit(_time_static, *arguments).result()
+
+
+def _time_static(networks: Networks, static: Sequence[Variables], images: np.ndarray, passes: int) -> tuple[Clock, ...]:
+    inputs, nothing = on_device(images), _no_exits(bj.criteria.entropy)
+    parts = [bj.inference.optimize(first_stages(networks.model, n), variables) for n, variables in enumerate(static)]
+    fast = dict(enumerate(parts)) | {'baseline': networks.fast_baseline}
+    runs = {name: staged(network, nothing, fastest_way(network, nothing, inputs)) for name, network in fast.items()}
+    runs['plain'] = staged((networks.baseline, networks.baseline_variables), nothing)
     functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
-    return {name: Clock.read(seconds, name, baseline='baseline', images=len(inputs), batch=1) for name in networks}
+    read = functools.partial(Clock.read, seconds, baseline='baseline', images=len(inputs), batch=1)
+    return tuple(read(n) for n in range(len(parts)))
 
 
 def fastest(seconds: Mapping[Any, np.ndarray], names: Sequence[str]) -> str:

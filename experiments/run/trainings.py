@@ -24,8 +24,10 @@ import branchy_jax as bj
 from branchy_jax.training.fit import Prepare
 from branchy_jax.training.step import Metrics
 from branchy_jax.types import Variables
-from experiments.run.networks import network_options, training_options
+from experiments.run.networks import training_options
 from experiments.run.tasks import TASKS
+
+Build = Callable[..., bj.BranchyNet]
 
 _REFRESH_SECONDS = 0.5
 
@@ -45,34 +47,36 @@ def train_both(
     Returns:
         Variables of the baseline and of the branchy network.
     """
-    model = bj.models.create(config.network, **training_options(config, options))
-    baseline = bj.models.without_branches(model)
+    build = builder(config, options)
     keys = jax.random.split(jax.random.key(config.seed), 4)
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
     train = functools.partial(train_network, config=config, dataset=dataset, workdir=workdir, mesh=mesh)
-    baseline_variables = train(
-        baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
-        name=config.network[2:], epochs=config.epochs_baseline,
+    train_baseline = functools.partial(
+        train, lambda **changed: bj.models.without_branches(build(**changed)),
+        jax.jit(bj.models.without_branches(build()).init)(keys[0], example), keys[1], [1.0],
     )  # fmt: skip
-    start = jax.jit(model.init)(keys[2], example)
+    baseline_variables = train_baseline(name=config.network[2:], epochs=config.epochs_baseline)
+    start = jax.jit(build().init)(keys[2], example)
     if config.regime != 'joint':
         trained = baseline_variables
         if config.epochs_start:
-            trained = train(
-                baseline, jax.jit(baseline.init)(keys[0], example), keys[1], [1.0],
-                name=f'{config.network[2:]}-start', epochs=config.epochs_start,
-            )  # fmt: skip
+            trained = train_baseline(name=f'{config.network[2:]}-start', epochs=config.epochs_start)
         start, taken = bj.training.initialize_from_baseline(start, trained)
         print(f'{config.network}: took {len(taken.taken)} arrays from the baseline, {len(taken.fresh)} start fresh')
     variables = train(
-        model, start, keys[3], config.exit_weights,
+        build, start, keys[3], config.exit_weights,
         name=config.network, epochs=config.epochs, frozen_trunk=config.regime == 'frozen',
     )  # fmt: skip
     return baseline_variables, variables
 
 
+def builder(config: ConfigDict, options: Mapping[str, Any]) -> Build:
+    """Returns what builds the run's branchy network in the form that trains fastest."""
+    return functools.partial(bj.models.create, config.network, **training_options(config, options))
+
+
 def train_network(
-    model: bj.BranchyNet,
+    build: Build,
     variables: Variables,
     key: jax.Array,
     exit_weights: Sequence[float],
@@ -88,7 +92,7 @@ def train_network(
     """Trains one network, resuming from its checkpoints.
 
     Args:
-        model: the network.
+        build: makes the network; of another depth where it is told one.
         variables: to start from.
         key: of the whole training.
         exit_weights: ``[N]``.
@@ -100,12 +104,12 @@ def train_network(
         mesh: devices to share batches over.
         frozen_trunk: trains the side heads only.
     """
-    model = model.clone(image_shape=None) if config.image_sides else model
+    model = _of_any_side(build(), config)
     phases = config.image_sides or (None,)
     prepare = {side: _preparation(config, dataset, side=side) for side in phases}
     if config.shallow_depth and not frozen_trunk:
         variables = _grown(
-            model, variables, key, exit_weights, name=name, epochs=epochs, config=config, dataset=dataset,
+            build, variables, key, exit_weights, name=name, epochs=epochs, config=config, dataset=dataset,
             workdir=workdir, mesh=mesh,
         )  # fmt: skip
         epochs, phases = config.epochs_grown, phases[-1:]
@@ -122,7 +126,7 @@ def train_network(
             state = bj.training.fit(
                 state, data, jnp.array(exit_weights), key, epochs=epochs * phase / len(phases),
                 directory=workdir / 'checkpoints' / name, batch_size=config.batch_size, prepare=prepare[side],
-                loss=_loss(config), metrics=TASKS[config.task].metrics, on_step=on_step,
+                loss=_loss(config, model), metrics=TASKS[config.task].metrics, on_step=on_step,
                 save_every=config.save_every or None, scan=config.scan_epoch,
             )  # fmt: skip
     return off_the_mesh(state.variables)
@@ -133,22 +137,21 @@ def off_the_mesh(variables: Variables) -> Variables:
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), variables)
 
 
-def _grown(
-    model: bj.BranchyNet, variables: Variables, *rest: Any, name: str, config: ConfigDict, **options: Any
-) -> Variables:
+def _of_any_side(model: bj.BranchyNet, config: ConfigDict) -> bj.BranchyNet:
+    """Returns a network that takes images of every size where images grow while it trains."""
+    return model.clone(image_shape=None) if config.image_sides else model
+
+
+def _grown(build: Build, variables: Variables, *rest: Any, name: str, config: ConfigDict, **options: Any) -> Variables:
     """Trains the shallow network with the same exits, and returns the whole network's variables grown from it."""
-    dataset = options['dataset']
-    create = network_options(config, num_classes=dataset.num_classes, image_shape=dataset.image_shape)
-    create = {**training_options(config, create), 'depth': config.shallow_depth}
-    shallow = bj.models.create(config.network, **create).clone(image_shape=model.image_shape)
-    if model.num_exits == 1:
-        shallow = bj.models.without_branches(shallow)
-    example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+    shallow_build = functools.partial(build, depth=config.shallow_depth)
+    model, shallow = (_of_any_side(made(), config) for made in (build, shallow_build))
+    example = jnp.zeros((1, *options['dataset'].image_shape), jnp.float32)
     start = jax.jit(shallow.init)(jax.random.fold_in(rest[0], 1), example)
     shallow_config = config.copy_and_resolve_references()
     shallow_config.shallow_depth = 0
     trained = train_network(
-        shallow, start, *rest, name=f'{name}-depth{config.shallow_depth}', config=shallow_config, **options
+        shallow_build, start, *rest, name=f'{name}-depth{config.shallow_depth}', config=shallow_config, **options
     )
     return bj.training.initialize_from_shallower(model, variables, shallow, trained)
 
@@ -159,11 +162,11 @@ def _of_the_grown(config: ConfigDict) -> ConfigDict:
     return changed
 
 
-def _loss(config: ConfigDict) -> bj.losses.Loss:
+def _loss(config: ConfigDict, model: bj.BranchyNet) -> bj.losses.Loss:
     share, told = config.distillation, TASKS[config.task].loss
     if config.label_smoothing:
         told = functools.partial(told, label_smoothing=config.label_smoothing)
-    if not share:
+    if not share or model.num_exits == 1:  # a network of one exit would teach itself: a smaller step, no teacher
         return told
     taught = bj.losses.distillation(bj.losses.last_exit, temperature=config.temperature)
     return bj.losses.weighted_sum((1 - share, told), (share, taught))

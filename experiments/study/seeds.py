@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -67,21 +68,24 @@ class Seeds:
         dataset: trained on its training part, evaluated on its test part.
         recipe: the same for all variants.
         count: how many seeds.
+        directory: where trainings keep their checkpoints.
         mesh: devices that share every step.
     """
 
     dataset: bj.data.Dataset
     recipe: Recipe
     count: int
+    directory: Path
     mesh: Mesh | None = None
 
     def train(
-        self, model: bj.BranchyNet, exit_weights: Sequence[float], *, starts: Sequence[Variables] | None = None,
-        epochs: int | None = None,
+        self, name: str, model: bj.BranchyNet, exit_weights: Sequence[float], *,
+        starts: Sequence[Variables] | None = None, epochs: int | None = None,
     ) -> Trained:  # fmt: skip
-        """Trains and evaluates one variant from every seed.
+        """Trains and evaluates one variant from every seed, each resumed where it was stopped.
 
         Args:
+            name: of the variant.
             model: the network.
             exit_weights: ``[N]``.
             starts: trained baselines to start from, one a seed.
@@ -101,6 +105,7 @@ class Seeds:
                 state if mesh is None else bj.sharding.replicate(mesh, state), data, exit_weights,
                 jax.random.fold_in(jax.random.key(1), seed), epochs=epochs, batch_size=self.recipe.batch_size,
                 prepare=self._prepare, scan=None if mesh is None else False,
+                directory=self.directory / name / str(seed),
             )  # fmt: skip
             every.append(off_the_mesh(trained.variables))
         train, test = (self._accuracy(model, every, part) for part in (self.dataset.train, self.dataset.test))
