@@ -53,12 +53,20 @@ def thresholds_between(model, variables, inputs):
 
 
 @pytest.fixture(autouse=True)
-def compiled_as_xla_does(request, monkeypatch):
-    """Plans race what XLA compiles by itself, or every way would be traced three times; `test_plan.py` has them all."""
-    if request.module.__name__ != 'test_plan':
-        monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: False)
-        monkeypatch.setattr(candidates, 'may_use_one_core', lambda: False)
-        monkeypatch.setattr(planning, 'may_use_all_cores', lambda: False)
+def compiled_as_xla_does(monkeypatch):
+    """Plans race what XLA compiles by itself, or every way would be traced three times.
+
+    Whoever wants them all asks for `every_way`, or says how many cores there are.
+    """
+    monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: False)
+    monkeypatch.setattr(candidates, 'may_use_one_core', lambda: False)
+    monkeypatch.setattr(planning, 'may_use_all_cores', lambda: False)
+
+
+@pytest.fixture
+def every_way(compiled_as_xla_does, monkeypatch):
+    """Lets plans try all that they try where a user calls them."""
+    monkeypatch.undo()
 
 
 @pytest.fixture

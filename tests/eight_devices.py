@@ -9,7 +9,8 @@ import sys
 import tempfile
 
 if __name__ == '__main__':
-    os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+    flags = os.environ.get('XLA_FLAGS', '')  # of the suite, which compile faster
+    os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'
 
 import flax.linen as nn
 import jax
@@ -65,7 +66,7 @@ def fresh(model, variables, mesh=None):
 def check_training(mesh, folder):
     images = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 1)).astype(np.uint8)
     data, model, key = bj.Batch(images, np.arange(80) % 3), network(), jax.random.key(7)
-    variables = model.init(jax.random.key(1), jnp.zeros((1, 4, 4, 1)))
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4, 4, 1)))
     options = {'exit_weights': jnp.ones(3), 'key': key, 'batch_size': BATCH, 'prepare': prepare}
     fit, epochs = bj.training.fit, STEPS // 5
     one = fit(fresh(model, variables), data, epochs=epochs, directory=folder / 'one', **options)

@@ -222,9 +222,12 @@ def test_workers_take_turns_at_pieces_that_last(cores):
 
 
 @pytest.mark.parametrize(
-    ('batch_size', 'quantiles'), [(1, SETTINGS[0]), (8, SETTINGS[1]), (24, SETTINGS[0]), (24, SETTINGS[3])]
+    ('batch_size', 'quantiles', 'ways'),
+    [(1, SETTINGS[0], ''), (8, SETTINGS[0], 'every_way'), (24, SETTINGS[1], ''), (24, SETTINGS[3], '')],
 )
-def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quantiles):
+def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quantiles, ways, request):
+    if ways:
+        request.getfixturevalue(ways)
     model, variables, images = network
     thresholds = thresholds_at(uncertainty, quantiles)
     times = segment_times(model, variables, images, batch_sizes=[1, 8], passes=2)
@@ -237,6 +240,7 @@ def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quant
     table = str(planned).splitlines()
     assert table[0] == f'batches of {batch_size}'
     assert [line.startswith(f'> {planned.executor} ') for line in table].count(True) == 1
+    assert ('sequential, one core' in str(planned)) == (ways == 'every_way')
     assert isinstance(hash(planned), int)
 
 
