@@ -75,25 +75,28 @@ def save(directory: Path | str, step: int, state: State, *, recipe: Mapping[str,
 
     path = Path(directory)
     try:
-        told = json.dumps(recipe if recipe is None else dict(recipe))
+        told = json.dumps(dict(recipe or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f'recipe: {error}; give numbers, text, and lists or dicts of them') from error
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if recipe is not None:
-            write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(told))
         if jax.process_index() == 0:
             for half in path.glob('*.orbax-checkpoint-tmp*'):  # what a kill or a full disk left behind
                 shutil.rmtree(half, ignore_errors=True)
         with _manager(path) as manager:
-            written = manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+            newest = manager.latest_step()
+            ascends = newest is None or newest < step
+            if ascends:  # otherwise orbax would write nothing, and say nothing
+                if recipe is not None:
+                    write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(told))
+                manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
     except Exception as error:  # orbax and tensorstore wrap what the system said in many kinds
         raise OSError(
             f'directory: cannot write checkpoint {step} to {path} ({type(error).__name__}: {str(error)[:300]}); the '
             'one before it is whole: make room, and the same command goes on from there'
         ) from error
-    if not written:
-        raise ValueError(f'step: got {step}, but {path} holds a later checkpoint; numbers ascend')
+    if not ascends:
+        raise ValueError(f'step: got {step}, but {path} holds checkpoint {newest}; numbers ascend')
 
 
 def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None) -> tuple[int, State] | None:

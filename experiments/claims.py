@@ -125,7 +125,8 @@ def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, 
     exits, twice = model.num_exits, 2 * seeds.recipe.epochs
     equal, falling = [1.0] * exits, np.linspace(1.0, 0.3, exits).tolist()
 
-    def baseline(name: str = 'baseline') -> Trained:  # trained once: after that its checkpoints have all
+    @functools.cache  # of two variants
+    def baseline(name: str) -> Trained:
         return seeds.train(name, bj.models.without_branches(model), [1.0])
 
     def joint(name: str, weights: list[float] = equal, **changed: Any) -> Trained:
@@ -139,7 +140,7 @@ def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, 
     return {
         'baseline': baseline,
         'joint': joint,
-        'joint, from the baseline': lambda name: joint(name, starts=baseline().variables),
+        'joint, from the baseline': lambda name: joint(name, starts=baseline('baseline').variables),
         'joint, first exit 1.0 to last 0.3': lambda name: joint(name, falling),
         **{depth_name(depth): functools.partial(branch, after=1, convolutions=depth) for depth in DEPTHS},
         'joint, twice as long': lambda name: joint(name, epochs=twice),

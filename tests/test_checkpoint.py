@@ -52,13 +52,13 @@ def test_another_structure_or_dtype_is_refused(tmp_path, state, change, told):
 
 
 def test_a_checkpoint_is_written_or_an_error_says_why(tmp_path, state):
-    checkpoint.save(tmp_path, 5, state)
+    checkpoint.save(tmp_path, 5, state, recipe={'key': 1})
     for step in (3, 5):
-        with pytest.raises(ValueError, match=f'step: got {step}'):
-            checkpoint.save(tmp_path, step, jax.tree.map(jnp.zeros_like, state))
+        with pytest.raises(ValueError, match=f'step: got {step}, but .* holds checkpoint 5'):
+            checkpoint.save(tmp_path, step, jax.tree.map(jnp.zeros_like, state), recipe={'key': 2})
     with pytest.raises(ValueError, match='recipe: '):
         checkpoint.save(tmp_path, 6, state, recipe={'key': jnp.ones(2)})
-    check_same(checkpoint.restore(tmp_path, state)[1], state)
+    check_same(checkpoint.restore(tmp_path, state, recipe={'key': 1})[1], state)
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # orbax drops coroutines when it fails

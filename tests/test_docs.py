@@ -42,6 +42,20 @@ def test_readme_examples_run(capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.parametrize('run', ['lenet_mnist_tuned', 'alexnet_cifar10', 'resnet110_cifar10_tuned'])
+def test_readme_table_is_what_the_records_say(run):
+    stored = ROOT / 'experiments' / 'results' / run
+    report, clock = (bj.report.read_json(stored / f'{name}.json') for name in ('report', 'batches'))
+    clock, row = clock['batches'][0], report['rows'][1]
+    told = [f'{100 * row["test_accuracy"]:.2f}', f'{clock["gain"]:.2f}', f'{clock["gain_plain"]:.2f}',
+            f'{100 * row["exit_fractions"][0]:.1f} %']  # fmt: skip
+    table = [line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('| B-')]
+    start = f'| {row["network"]},'.replace('-', '')
+    (line,) = (line for line in table if line.lower().replace('-', '').startswith(start))
+    cells = [cell.strip() for cell in line.split('|')]
+    assert [cells[n] for n in (2, 4, 5, 6)] == told
+
+
 def test_readme_commands_and_links_exist():
     text = (ROOT / 'README.md').read_text()
     for path in re.findall(r'\]\(([^)#:]+)\)', text) + re.findall(r'--config=(\S+)', text):

@@ -71,8 +71,9 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> RunRe
             before any work.
     """
     _check(config)
-    for field in ('batch_size', 'batch_size_grown')[: 2 if config.shallow_depth else 1] if mesh is not None else ():
-        bj.sharding.check_divisible(f'config.{field}', config[field], mesh)
+    if mesh is not None:
+        for field in ('batch_size', 'batch_size_grown') if config.shallow_depth else ('batch_size',):
+            bj.sharding.check_divisible(f'config.{field}', config[field], mesh)
     dataset, task = load(config), TASKS[config.task]
     options = network_options(config, num_classes=dataset.num_classes, image_shape=dataset.image_shape)
     _check_beside_the_data(config, dataset, options)

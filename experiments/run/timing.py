@@ -123,19 +123,11 @@ def time_batches(
     Args:
         networks: both.
         planned_on: ``[M, H, W, C]`` normalised, for the planner.
-        images: ``[M, H, W, C]`` normalised, for the clock; whole batches of them are used.
+        images: ``[M, H, W, C]`` normalised, at least a batch, for the clock; whole batches of them are used.
         policies: by operating point, all of one criterion.
         batch: images in a call.
         passes: interleaved passes over the images.
-
-    Raises:
-        ValueError: fewer images than a batch.
     """
-    if min(len(images), len(planned_on)) < batch:
-        raise ValueError(
-            f'config.latency_batch: got {batch}, but there are {len(images)} images to time and {len(planned_on)} to '
-            'plan on'
-        )
     inputs = on_device(images, batch)
     criterion, exits = _criterion(policies), networks.model.num_exits
     fast, fast_variables = networks.fast
