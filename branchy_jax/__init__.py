@@ -24,7 +24,24 @@ from branchy_jax.types import OperatingPoint as OperatingPoint
 __version__ = '0.2.0'
 
 __all__ = [
-    'Batch', 'BranchyNet', 'ExitPolicy', 'ExitPrediction', 'Normalization', 'OperatingPoint', 'checkpoint', 'costs',
-    'criteria', 'data', 'export', 'inference', 'losses', 'measure', 'models', 'plots', 'report', 'sharding',
-    'thresholds', 'training',
-]  # fmt: skip
+    'Batch',
+    'BranchyNet',
+    'ExitPolicy',
+    'ExitPrediction',
+    'Normalization',
+    'OperatingPoint',
+    'checkpoint',
+    'costs',
+    'criteria',
+    'data',
+    'export',
+    'inference',
+    'losses',
+    'measure',
+    'models',
+    'plots',
+    'report',
+    'sharding',
+    'thresholds',
+    'training',
+]

@@ -101,9 +101,14 @@ def _train(options: argparse.Namespace) -> None:
     screen = table.screen()
     points = [screen.for_accuracy(float(screen.accuracy.max())), screen.knee()]
     models.save_pretrained(
-        options.to, options.network, state.variables, options=settings, normalization=dataset.normalization,
-        operating_points=points, card={'dataset': options.dataset, 'seed': options.seed, 'epochs': options.epochs},
-    )  # fmt: skip
+        options.to,
+        options.network,
+        state.variables,
+        options=settings,
+        normalization=dataset.normalization,
+        operating_points=points,
+        card={'dataset': options.dataset, 'seed': options.seed, 'epochs': options.epochs},
+    )
     print(_table_of(points, costs.count_macs(model, model.image_shape).trunk))
     print(f'Saved in {options.to}. Next: branchy-jax report {options.to}')
 
@@ -123,9 +128,13 @@ def _report(options: argparse.Namespace) -> None:
     outcome = []
     for chosen in found.operating_points:
         table = inference.exit_table(
-            found.model, found.variables, dataset.test, prepare=found.normalize,
-            criterion=chosen.policy.criterion, split='test',
-        )  # fmt: skip
+            found.model,
+            found.variables,
+            dataset.test,
+            prepare=found.normalize,
+            criterion=chosen.policy.criterion,
+            split='test',
+        )
         outcome.append(table.evaluate(chosen).point(0))
     print(_table_of(outcome, costs.count_macs(found.model, found.model.image_shape).trunk))
     gain = _gain(found, point, found.normalize(dataset.test.image[: options.images]))

@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 f'{finished.networks.name} {row.operating_point}, batch {batch}: {clock.latency_ms:.4f} ms an image, '
                 f'gain {clock.gain:.2f} over the fastest baseline, {clock.gain_plain:.2f} over the plain one, by '
-                f'{clock.executor or row.baseline}', flush=True,
-            )  # fmt: skip
+                f'{clock.executor or row.baseline}',
+                flush=True,
+            )
 
 
 def time_all(
@@ -87,9 +88,15 @@ def _fractions(exits: np.ndarray, networks: Networks) -> Numbers:
 
 
 def time_batch(
-    networks: Networks, images: np.ndarray, labels: np.ndarray, name: str, policy: bj.ExitPolicy, *, batch: int,
+    networks: Networks,
+    images: np.ndarray,
+    labels: np.ndarray,
+    name: str,
+    policy: bj.ExitPolicy,
+    *,
+    batch: int,
     passes: int,
-) -> BatchRow:  # fmt: skip
+) -> BatchRow:
     """Plans both networks for a batch size, and times the plans beside the plain baseline on the same images.
 
     Args:

@@ -133,14 +133,16 @@ _COLUMNS = {
 def _page(record: dict[str, Any], cells: Sequence[Cell]) -> str:
     rows = [{**vars(cell), 'exits': _exits(cell)} for cell in cells]
     plans = '\n\n'.join(f'```\n{cell.plan}\n```' for cell in cells if cell.plan)
-    return '\n\n'.join([
-        f'# Benchmark of {cells[0].network}',
-        f'`{record["command"]}`',
-        f'{record["device"]}, {record["passes"]} interleaved passes. Milliseconds per image.',
-        table(_COLUMNS, rows),
-        _LEGEND,
-        f'# How the planner chose\n\n{plans}\n',
-    ])  # fmt: skip
+    return '\n\n'.join(
+        [
+            f'# Benchmark of {cells[0].network}',
+            f'`{record["command"]}`',
+            f'{record["device"]}, {record["passes"]} interleaved passes. Milliseconds per image.',
+            table(_COLUMNS, rows),
+            _LEGEND,
+            f'# How the planner chose\n\n{plans}\n',
+        ]
+    )
 
 
 _LEGEND = """\

@@ -64,11 +64,21 @@ def run(workdir: Path, *, images: int, settings: int) -> list[CacheRow]:
         raise ValueError(NO_VALGRIND)
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
-            'valgrind', '--tool=callgrind', '--cache-sim=yes', '--instr-atstart=no', '--fair-sched=yes',
+            'valgrind',
+            '--tool=callgrind',
+            '--cache-sim=yes',
+            '--instr-atstart=no',
+            '--fair-sched=yes',
             *CACHES,
-            f'--callgrind-out-file={folder}/counts', sys.executable, '-m', 'experiments.cache', f'--workdir={workdir}',
-            f'--images={images}', f'--settings={settings}', f'--inside={folder}',
-        ]  # fmt: skip
+            f'--callgrind-out-file={folder}/counts',
+            sys.executable,
+            '-m',
+            'experiments.cache',
+            f'--workdir={workdir}',
+            f'--images={images}',
+            f'--settings={settings}',
+            f'--inside={folder}',
+        ]
         environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0'}
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:

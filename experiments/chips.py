@@ -59,10 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made_by = {'command': command.provenance('chips')['command'], 'jax': jax.__version__}
     for name in networks:
         for executor, run, arguments_of in _executors(name, place):
-            programs.append({
-                'platform': options.platform, 'network': name, 'executor': executor,
-                **compiled(run, arguments_of, options.platform), **made_by,
-            })  # fmt: skip
+            programs.append(
+                {
+                    'platform': options.platform,
+                    'network': name,
+                    'executor': executor,
+                    **compiled(run, arguments_of, options.platform),
+                    **made_by,
+                }
+            )
             print(programs[-1], flush=True)
             programs.sort(key=lambda program: (program['platform'] != 'tpu', _NETWORKS.index(program['network'])))
             record = {'programs': programs}
@@ -72,10 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _as_if_there() -> None:
     """Tells the libraries of chips what to be: they would look for one, and wait for a metadata server."""
-    os.environ.update({
-        'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
-        'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
-    })  # fmt: skip
+    os.environ.update(
+        {
+            'TPU_SKIP_MDS_QUERY': '1',
+            'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+            'TPU_WORKER_HOSTNAMES': 'localhost',
+            'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
+        }
+    )
     jax.config.update('jax_platforms', 'cpu')  # programs are only compiled for the chip
 
 
@@ -140,10 +149,17 @@ def counts(text: str) -> dict[str, Any]:
 
 
 _COLUMNS = {
-    'chip': '{chip}', 'network': '{network}', 'executor': '{executor}', 'conditionals': '{conditionals}',
-    'loops': '{loops}', 'fusions': '{fusions}', 'copies': '{copies}', 'custom calls': '{calls}',
-    'host transfers': '{host_transfers}', 'temporary MB': '{mb:.2f}',
-}  # fmt: skip
+    'chip': '{chip}',
+    'network': '{network}',
+    'executor': '{executor}',
+    'conditionals': '{conditionals}',
+    'loops': '{loops}',
+    'fusions': '{fusions}',
+    'copies': '{copies}',
+    'custom calls': '{calls}',
+    'host transfers': '{host_transfers}',
+    'temporary MB': '{mb:.2f}',
+}
 
 
 def page(record: dict[str, Any]) -> str:
@@ -157,16 +173,20 @@ def page(record: dict[str, Any]) -> str:
         }
         for program in record['programs']
     ]
-    return '\n\n'.join([
-        '# What compilers for other chips make of the executors',
-        '\n'.join(dict.fromkeys(f'- `{program["command"]}`, jax {program["jax"]}' for program in record['programs'])),
-        f'Compiled, not run: there is no such chip here. Batches of {_BATCH}, chunks of {_CHUNK} in `compacted` '
-        'without a host; `staged` takes one image. Conditionals that were turned into selects would be missing from '
-        'their column; counts are of the whole program, bodies of loops and branches included. On the H100 matrix '
-        'products are left to cuBLAS, since without the chip the tiles of fused ones cannot be tried; that the host '
-        'reads there what a conditional or a loop decides by is no operation of the program, and not counted.',
-        table(_COLUMNS, rows) + '\n',
-    ])  # fmt: skip
+    return '\n\n'.join(
+        [
+            '# What compilers for other chips make of the executors',
+            '\n'.join(
+                dict.fromkeys(f'- `{program["command"]}`, jax {program["jax"]}' for program in record['programs'])
+            ),
+            f'Compiled, not run: there is no such chip here. Batches of {_BATCH}, chunks of {_CHUNK} in `compacted` '
+            'without a host; `staged` takes one image. Conditionals that were turned into selects would be missing from '
+            'their column; counts are of the whole program, bodies of loops and branches included. On the H100 matrix '
+            'products are left to cuBLAS, since without the chip the tiles of fused ones cannot be tried; that the host '
+            'reads there what a conditional or a loop decides by is no operation of the program, and not counted.',
+            table(_COLUMNS, rows) + '\n',
+        ]
+    )
 
 
 if __name__ == '__main__':

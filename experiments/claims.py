@@ -56,20 +56,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.update(dataset=options.dataset, most_examples=options.most_examples)
     digits = 'mnist' in options.dataset
     recipe = Recipe(
-        epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay, crop_padding=(2 if digits else 4) * options.augment,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        crop_padding=(2 if digits else 4) * options.augment,
         flip=options.augment and not digits,
-    )  # fmt: skip
+    )
     run(
-        options.workdir, options.network, load(config), recipe, seeds=options.seeds, dtype=options.dtype,
-        judge_only=options.judge_only, mesh=mesh,
-    )  # fmt: skip
+        options.workdir,
+        options.network,
+        load(config),
+        recipe,
+        seeds=options.seeds,
+        dtype=options.dtype,
+        judge_only=options.judge_only,
+        mesh=mesh,
+    )
 
 
 def run(
-    workdir: Path, network: str, dataset: bj.data.Dataset, recipe: Recipe, *, seeds: int, dtype: str, judge_only: bool,
+    workdir: Path,
+    network: str,
+    dataset: bj.data.Dataset,
+    recipe: Recipe,
+    *,
+    seeds: int,
+    dtype: str,
+    judge_only: bool,
     mesh: Mesh | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains what the claims need, resuming, and returns the record.
 
     Args:
@@ -85,9 +101,14 @@ def run(
     checkpoints = workdir / 'checkpoints' / network
     with contextlib.nullcontext() if judge_only else bj.checkpoint.locked(checkpoints):
         settings = {
-            'network': network, 'dataset': dataset.name, 'seeds': seeds, 'dtype': dtype, **vars(recipe),
-            'train': len(dataset.train), 'test': len(dataset.test),
-        }  # fmt: skip
+            'network': network,
+            'dataset': dataset.name,
+            'seeds': seeds,
+            'dtype': dtype,
+            **vars(recipe),
+            'train': len(dataset.train),
+            'test': len(dataset.test),
+        }
         path = workdir / f'claims_{network}.json'
         record = _started(path, settings)
         if not judge_only:

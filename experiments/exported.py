@@ -73,8 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     np.savez(workdir / 'answers.npz', label=answer.label, exit_index=answer.exit_index)
     python = _fresh_environment(workdir / 'environment')
     for program in run_exported.PROGRAMS:
-        arguments = [python, run_exported.__file__, folder, f'--images={workdir}/images.npy',
-                     f'--expect={workdir}/answers.npz', f'--program={program}']  # fmt: skip
+        arguments = [
+            python,
+            run_exported.__file__,
+            folder,
+            f'--images={workdir}/images.npy',
+            f'--expect={workdir}/answers.npz',
+            f'--program={program}',
+        ]
         subprocess.run(arguments, check=True)
 
     with one_core() as process:

@@ -126,9 +126,12 @@ _NOTHING = 1e-12  # a gradient below this counts as this: it moves nothing
 def _gradients(state: bj.training.TrainState, batch: bj.Batch, key: jax.Array) -> Any:
     def loss(params: Any) -> jax.Array:
         logits, _ = state.model.apply(
-            {'params': params, **state.model_state}, batch.image, train=True, rngs={'dropout': key},
+            {'params': params, **state.model_state},
+            batch.image,
+            train=True,
+            rngs={'dropout': key},
             mutable=list(state.model_state),
-        )  # fmt: skip
+        )
         return bj.losses.cross_entropy_per_exit(logits, batch.label).sum()
 
     return jax.grad(loss)(state.params)

@@ -35,9 +35,11 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings of the
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, weights and the report.')
 _STATIC = flags.DEFINE_bool('static', False, 'Train and time the static controls, too.')
 _NUM_DEVICES = flags.DEFINE_integer(
-    'num_devices', None, 'Devices that share every batch; 0 is all. By default 1, on a CPU what the config says.',
+    'num_devices',
+    None,
+    'Devices that share every batch; 0 is all. By default 1, on a CPU what the config says.',
     lower_bound=0,
-)  # fmt: skip
+)
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Whether this is one of several processes; uses all devices.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where no cluster tells it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes in all, where no cluster tells it.')

@@ -40,16 +40,24 @@ def publish(finished: FinishedRun, into: Path) -> Path:
     networks, record = finished.networks, finished.record
     points = [
         bj.OperatingPoint(
-            policy=finished.policy(found.thresholds), accuracy=found.accuracy, split='test',
-            exit_fractions=np.array(found.exit_fractions), cost=found.macs,
+            policy=finished.policy(found.thresholds),
+            accuracy=found.accuracy,
+            split='test',
+            exit_fractions=np.array(found.exit_fractions),
+            cost=found.macs,
         )
         for found in (*record.points, *_others(record))
-    ]  # fmt: skip
+    ]
     card = {
-        'dataset': record.dataset, 'exit_accuracy': record.exit_accuracy,
-        'baseline_accuracy': record.baseline.accuracy, 'stage_macs': record.stage_macs, 'exit_macs': record.exit_macs,
-        'recipe': finished.config.to_dict(), 'trained_on': record.device, 'licence': 'Apache-2.0',
-    }  # fmt: skip
+        'dataset': record.dataset,
+        'exit_accuracy': record.exit_accuracy,
+        'baseline_accuracy': record.baseline.accuracy,
+        'stage_macs': record.stage_macs,
+        'exit_macs': record.exit_macs,
+        'recipe': finished.config.to_dict(),
+        'trained_on': record.device,
+        'licence': 'Apache-2.0',
+    }
     path = into / f'{networks.name}@{record.dataset}.safetensors'
     options = {**networks.options, 'dtype': str(networks.options['dtype'])}
     variables = jax.tree.map(np.asarray, networks.variables)
@@ -71,10 +79,14 @@ def _others(record: RunRecord) -> list[FrontierPoint]:
 def _card(network: str, card: dict[str, Any], criterion: str, points: list[bj.OperatingPoint]) -> str:
     trunk = sum(card['stage_macs']) + card['exit_macs'][-1]
     rows = [
-        [rounded(point.thresholds), f'{100 * point.accuracy:.2f}', percent(point.exit_fractions),
-         f'{trunk / point.cost:.2f}']
+        [
+            rounded(point.thresholds),
+            f'{100 * point.accuracy:.2f}',
+            percent(point.exit_fractions),
+            f'{trunk / point.cost:.2f}',
+        ]
         for point in points
-    ]  # fmt: skip
+    ]
     table = bj.report.markdown_table([f'thresholds ({criterion})', 'test accuracy %', 'exits %', 'MAC gain'], rows)
     recipe = '\n'.join(f'- {name}: {value}' for name, value in sorted(card['recipe'].items()))
     each = ', '.join(f'{100 * value:.2f} %' for value in card['exit_accuracy'])

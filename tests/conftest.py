@@ -107,9 +107,13 @@ def prepare(key, batch):
 def train(small_data):
     """Runs epochs of the small data set on the network of three exits."""
     return functools.partial(
-        bj.training.fit, data=jax.tree.map(jnp.asarray, small_data), exit_weights=jnp.ones(3), key=jax.random.key(7),
-        batch_size=16, prepare=prepare,
-    )  # fmt: skip
+        bj.training.fit,
+        data=jax.tree.map(jnp.asarray, small_data),
+        exit_weights=jnp.ones(3),
+        key=jax.random.key(7),
+        batch_size=16,
+        prepare=prepare,
+    )
 
 
 class Compilations:

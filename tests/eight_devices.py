@@ -84,11 +84,21 @@ def check_training(mesh, folder):
     on_eight = fit(fresh(model, variables, mesh), data, epochs=epochs + 1, directory=folder / 'one', **options)
     through = fit(fresh(model, variables), data, epochs=epochs + 1, **options)
 
-    program = _scan_steps.lower(
-        fresh(model, variables, mesh), sharding.replicate(mesh, data), bj.training.epoch_order(key, 0, 80, BATCH),
-        _step_keys(key, 0, 5), jnp.ones(3), prepare=prepare, mesh=mesh,
-        loss=bj.losses.cross_entropy_per_exit, metrics=bj.losses.accuracy_per_exit,
-    ).compile().as_text()  # fmt: skip
+    program = (
+        _scan_steps.lower(
+            fresh(model, variables, mesh),
+            sharding.replicate(mesh, data),
+            bj.training.epoch_order(key, 0, 80, BATCH),
+            _step_keys(key, 0, 5),
+            jnp.ones(3),
+            prepare=prepare,
+            mesh=mesh,
+            loss=bj.losses.cross_entropy_per_exit,
+            metrics=bj.losses.accuracy_per_exit,
+        )
+        .compile()
+        .as_text()
+    )
     return one, {
         'scanned': furthest(scanned.variables, one.variables),
         'by hand': furthest(by_hand.variables, by_hand_one.variables),
@@ -99,9 +109,10 @@ def check_training(mesh, folder):
         'shares of batches on a device': f'f32[{BATCH // 8},4,4,4]' in program,
         'eight to one': furthest(on_one.variables, through.variables),
         'one to eight': furthest(on_eight.variables, through.variables),
-        'devices after restoring': [len(jax.tree.leaves(state.params)[0].sharding.device_set)
-                                    for state in (on_one, on_eight)],
-    }  # fmt: skip
+        'devices after restoring': [
+            len(jax.tree.leaves(state.params)[0].sharding.device_set) for state in (on_one, on_eight)
+        ],
+    }
 
 
 def same(found, expected):
@@ -117,8 +128,12 @@ def check_inference(mesh, state):
     order = np.argsort(-uncertainty[0])
     images, uncertainty = images[order], uncertainty[:, order]
     skewed = [float(uncertainty[0, 11:13].mean()), float(np.median(uncertainty[1, :12]) + 1e-4)]
-    settings = {'skewed': skewed, 'all': [np.inf, 0.0], 'none': [-np.inf, -np.inf],
-                'half': np.median(uncertainty[:2], axis=1) + 1e-4}  # fmt: skip
+    settings = {
+        'skewed': skewed,
+        'all': [np.inf, 0.0],
+        'none': [-np.inf, -np.inf],
+        'half': np.median(uncertainty[:2], axis=1) + 1e-4,
+    }
     oracle, checks = dense(model), {}
     run = sharded(model, mesh=mesh, chunk_size=(5, 2, 1))
     for name, thresholds in settings.items():
@@ -133,20 +148,28 @@ def check_inference(mesh, state):
     together = exit_outputs(model, variables, images[:50], batch_size=20, mesh=mesh)
     return {
         'same as dense': checks,
-        'same as compacted': same(run(variables, images, skewed),
-                                  compacted(model, chunk_size=2)(variables, images, skewed)),
+        'same as compacted': same(
+            run(variables, images, skewed), compacted(model, chunk_size=2)(variables, images, skewed)
+        ),
         'found': balance.found.tolist(),
         'uneven found': run.balance(variables, uneven, [-np.inf, -np.inf]).found.sum(axis=1).tolist(),
         'dispatched': balance.dispatched.tolist(),
         'report': str(balance),
-        'rows of a device': sorted({shard.data.shape[0] for shard in
-                                    run(variables, images, skewed).label.addressable_shards}),
-        'plan': {'same as dense': all(same(planned(images[:size]), oracle(variables, images[:size], planned.thresholds))
-                                      for size in (96, 13)),
-                 'races on the mesh': len(raced), 'chunks fit a share': max(
-                     (int(size) for c in raced for size in c.name.split(', ')[1].split('/')), default=99) <= 12},
+        'rows of a device': sorted(
+            {shard.data.shape[0] for shard in run(variables, images, skewed).label.addressable_shards}
+        ),
+        'plan': {
+            'same as dense': all(
+                same(planned(images[:size]), oracle(variables, images[:size], planned.thresholds)) for size in (96, 13)
+            ),
+            'races on the mesh': len(raced),
+            'chunks fit a share': max(
+                (int(size) for c in raced for size in c.name.split(', ')[1].split('/')), default=99
+            )
+            <= 12,
+        },
         'outputs': bool(np.allclose(together.uncertainty, uncertainty[:, :50], rtol=1e-5, atol=1e-6)),
-    }  # fmt: skip
+    }
 
 
 def check_refusals(mesh):

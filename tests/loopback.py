@@ -48,16 +48,26 @@ def fresh(mesh=None):
 
 def train(fit, state, data, **options):
     return fit(
-        state, data, jnp.array([1.0, 0.3]), jax.random.key(KEY), epochs=EPOCHS, batch_size=BATCH, prepare=prepare,
+        state,
+        data,
+        jnp.array([1.0, 0.3]),
+        jax.random.key(KEY),
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        prepare=prepare,
         **options,
-    )  # fmt: skip
+    )
 
 
 def evaluate(state, mesh=None):
     return bj.inference.exit_outputs(
-        state.model, jax.tree.map(np.asarray, state.variables), data().image, batch_size=20,
-        prepare=lambda images: images.astype(jnp.float32) / 255, mesh=mesh,
-    )  # fmt: skip
+        state.model,
+        jax.tree.map(np.asarray, state.variables),
+        data().image,
+        batch_size=20,
+        prepare=lambda images: images.astype(jnp.float32) / 255,
+        mesh=mesh,
+    )
 
 
 class Recorded:
@@ -84,18 +94,26 @@ def main(process_id, num_processes, port, folder):
     jax.config.update('jax_disable_most_optimizations', True)
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(
-        f'localhost:{port}', int(num_processes), int(process_id), heartbeat_timeout_seconds=15,
-        initialization_timeout=150, shutdown_timeout_seconds=30,
-    )  # fmt: skip
+        f'localhost:{port}',
+        int(num_processes),
+        int(process_id),
+        heartbeat_timeout_seconds=15,
+        initialization_timeout=150,
+        shutdown_timeout_seconds=30,
+    )
     folder, mesh = Path(folder), sharding.data_mesh()
     stream = Recorded()
     state = train(bj.training.fit, fresh(mesh), stream)
     outputs = evaluate(state, mesh)
     params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
     np.savez(
-        folder / f'{process_id}.npz', *params, uncertainty=outputs.uncertainty, logits=outputs.logits,
-        rows=np.array(stream.rows), devices=mesh.size,
-    )  # fmt: skip
+        folder / f'{process_id}.npz',
+        *params,
+        uncertainty=outputs.uncertainty,
+        logits=outputs.logits,
+        rows=np.array(stream.rows),
+        devices=mesh.size,
+    )
     fit, options = bj.training.fit, {'directory': folder / 'checkpoints', 'save_every': SAVE_EVERY}
     train(fit, fresh(mesh), Recorded(), **options, on_step=say)
 

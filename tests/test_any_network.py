@@ -176,8 +176,10 @@ def test_each_exit_of_the_encoder_decoder_reads_the_newest_level(unet):
     ]
     newest = ['down3_conv2', 'up2_conv2', 'up0_conv2']
     assert [[name in names for name in newest] for names in reached] == [
-        [True, False, False], [True, True, False], [True, True, True],
-    ]  # fmt: skip
+        [True, False, False],
+        [True, True, False],
+        [True, True, True],
+    ]
 
 
 def test_folding_pixels_is_exact(getkey):

@@ -84,8 +84,11 @@ class Feed(nn.Module):
 @pytest.fixture(scope='module')
 def resnet():
     network, images = ResNet(), jax.random.normal(jax.random.key(0), (7, 8, 8, 3))
-    model = attach(network, {'block1_1': None, 'block0_0': (nn.Conv(4, (3, 3), 2), nn.relu, lambda x: x.mean((1, 2)),
-                             nn.Dense(5))}, inputs=images)  # fmt: skip
+    model = attach(
+        network,
+        {'block1_1': None, 'block0_0': (nn.Conv(4, (3, 3), 2), nn.relu, lambda x: x.mean((1, 2)), nn.Dense(5))},
+        inputs=images,
+    )
     return network, model, model.init(jax.random.key(1), images), images
 
 
@@ -356,8 +359,10 @@ def test_training_moves_statistics_but_not_those_of_a_frozen_trunk(resnet):
     for a, b in zip(jax.tree.leaves(model.trained(frozen)), jax.tree.leaves(own), strict=True):
         np.testing.assert_array_equal(a, b)
     assert side_head_names(model) == {'exit_block0_0', 'exit_block1_1'}
-    assert (frozen['params']['exit_block1_1']['layers']['Dense_0']['kernel']
-            != start['params']['exit_block1_1']['layers']['Dense_0']['kernel']).any()  # fmt: skip
+    assert (
+        frozen['params']['exit_block1_1']['layers']['Dense_0']['kernel']
+        != start['params']['exit_block1_1']['layers']['Dense_0']['kernel']
+    ).any()
 
 
 def test_the_loss_of_the_last_exit_has_the_networks_own_gradient(resnet):
@@ -419,8 +424,9 @@ def test_attached_networks_are_exported(encoder, resnet, tmp_path):
         tmp_path / 'tokens', model, variables, thresholds=[0.5, 0.5], batch_size=3, platforms=['cpu']
     )
     assert {array['name']: array['dtype'] for array in manifest['input']['arrays']} == {
-        "['mask']": 'bool', "['tokens']": 'int32',
-    }  # fmt: skip
+        "['mask']": 'bool',
+        "['tokens']": 'int32',
+    }
     assert manifest['programs']['staged']['conditionals'] == 2
     content = (tmp_path / 'tokens' / manifest['programs']['staged']['file']).read_bytes()
     program = jax.export.deserialize(bytearray(content))

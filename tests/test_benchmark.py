@@ -33,9 +33,21 @@ def test_benchmark_writes_its_cells(done):
     assert {cell['executor'] for cell in record['cells']} == {'dense', 'compacted', 'planned'}
     for cell in record['cells']:
         assert {
-            'network', 'batch', 'exit_fractions', 'executor', 'ms', 'baseline_ms', 'gain', 'mac_limit', 'time_limit_ms',
-            'realised', 'slowdown_low', 'slowdown_high', 'compile_s', 'peak_memory_mb',
-        } <= set(cell)  # fmt: skip
+            'network',
+            'batch',
+            'exit_fractions',
+            'executor',
+            'ms',
+            'baseline_ms',
+            'gain',
+            'mac_limit',
+            'time_limit_ms',
+            'realised',
+            'slowdown_low',
+            'slowdown_high',
+            'compile_s',
+            'peak_memory_mb',
+        } <= set(cell)
         assert (cell['network'], cell['batch']) == ('b-lenet', 3)
         np.testing.assert_allclose(cell['exit_fractions'], [2 / 3, 1 / 3])
         costs = bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1))

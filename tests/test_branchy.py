@@ -103,14 +103,18 @@ class Around(nn.Module):
         return nn.Dense(2, name='own')(self.inner(x))
 
 
-@pytest.mark.parametrize('exits_of', [
-    lambda head: (head, head),
-    lambda head: ((nn.relu, head), head),
-    lambda head: (head, Around(head)),
-    lambda head: (Around(head), Around(head)),
-    lambda head: (Around(head), head),
-    lambda head: (nn.Dense(2), head),
-], ids=['same', 'in a tuple', 'inside the last', 'inside both', 'inside the first', 'not shared'])  # fmt: skip
+@pytest.mark.parametrize(
+    'exits_of',
+    [
+        lambda head: (head, head),
+        lambda head: ((nn.relu, head), head),
+        lambda head: (head, Around(head)),
+        lambda head: (Around(head), Around(head)),
+        lambda head: (Around(head), head),
+        lambda head: (nn.Dense(2), head),
+    ],
+    ids=['same', 'in a tuple', 'inside the last', 'inside both', 'inside the first', 'not shared'],
+)
 def test_what_the_trunk_shares_with_a_side_head_is_the_trunk_s(exits_of):
     """A change of what belongs to side heads leaves the last exit as it was, with unnamed modules too."""
     model = bj.BranchyNet(stages=(nn.Dense(2), nn.relu), exits=exits_of(nn.Dense(2)))

@@ -40,11 +40,11 @@ def test_another_network_is_refused(tmp_path, state):
     ('change', 'told'),
     [
         (lambda state: {'kernel': state['weights'], 'step': state['step']}, 'kernel'),
-        (lambda state: {**state, 'weights': state['weights'].astype(jnp.bfloat16)}, "float32.* there, .*bfloat16"),
-        (lambda state: {**state, 'step': jnp.float32(4)}, "int32.* there, .*float32"),
+        (lambda state: {**state, 'weights': state['weights'].astype(jnp.bfloat16)}, 'float32.* there, .*bfloat16'),
+        (lambda state: {**state, 'step': jnp.float32(4)}, 'int32.* there, .*float32'),
         (lambda state: [state['step'], state['weights']], 'step'),
     ],
-)  # fmt: skip
+)
 def test_another_structure_or_dtype_is_refused(tmp_path, state, change, told):
     checkpoint.save(tmp_path, 1, state)
     with pytest.raises(ValueError, match=f'directory: cannot resume.*{told}'):

@@ -36,9 +36,13 @@ def compiled(network, run, policy, **executor):
 
 def test_operations_are_counted_not_their_names():
     assert chips.counts(TEXT) == {
-        'conditionals': 1, 'loops': 1, 'fusions': 1, 'copies': 2,
-        'custom_calls': {'__cublas$gemm': 2, 'xla_ffi_python_gpu_callback': 1}, 'host_transfers': 3,
-    }  # fmt: skip
+        'conditionals': 1,
+        'loops': 1,
+        'fusions': 1,
+        'copies': 2,
+        'custom_calls': {'__cublas$gemm': 2, 'xla_ffi_python_gpu_callback': 1},
+        'host_transfers': 3,
+    }
 
 
 def test_staged_has_a_conditional_per_side_exit_and_vmap_turns_them_into_selects(network):
@@ -64,8 +68,10 @@ def test_a_call_of_the_host_is_seen():
 
 def test_results_of_the_other_chip_stay_on_the_page(tmp_path, monkeypatch):
     counted = {**chips.counts(TEXT), 'temporary_bytes': 2_000_000, 'compile_s': 1.0, 'jax': '0'}
-    before = [{'platform': p, 'network': 'b-lenet', 'executor': 'staged', 'command': f'for {p}', **counted}
-              for p in ('tpu', 'cuda')]  # fmt: skip
+    before = [
+        {'platform': p, 'network': 'b-lenet', 'executor': 'staged', 'command': f'for {p}', **counted}
+        for p in ('tpu', 'cuda')
+    ]
     write_json(tmp_path / 'chips.json', {'programs': before})
     monkeypatch.setattr(chips, '_as_if_there', lambda: None)
     monkeypatch.setattr(chips, '_devices', lambda platform: jax.devices())
@@ -80,9 +86,14 @@ def test_results_of_the_other_chip_stay_on_the_page(tmp_path, monkeypatch):
 
 def test_page_tells_commands_and_calls():
     row = {
-        'platform': 'tpu', 'network': 'b-lenet', 'executor': 'staged', 'command': 'the command', 'jax': '0.1',
-        **chips.counts(TEXT), 'temporary_bytes': 2_000_000,
-    }  # fmt: skip
+        'platform': 'tpu',
+        'network': 'b-lenet',
+        'executor': 'staged',
+        'command': 'the command',
+        'jax': '0.1',
+        **chips.counts(TEXT),
+        'temporary_bytes': 2_000_000,
+    }
     page = chips.page({'programs': [row, row]})
     assert page.count('the command') == 1
     assert '| TPU v5e | b-lenet | staged   | 1 ' in page

@@ -21,9 +21,18 @@ def trained(tmp_path_factory):
     arrays = {'x_train': images[:80], 'y_train': labels[:80], 'x_test': images[80:], 'y_test': labels[80:]}
     np.savez(place / 'squares.npz', **{name: value.astype(np.uint8) for name, value in arrays.items()})
     command.main(
-        ['train', 'b-lenet', f'--dataset={place / "squares.npz"}', f'--to={place / "run"}', '--epochs=3',
-         '--batch_size=8', '--exit_weights', '1', '0.3']
-    )  # fmt: skip
+        [
+            'train',
+            'b-lenet',
+            f'--dataset={place / "squares.npz"}',
+            f'--to={place / "run"}',
+            '--epochs=3',
+            '--batch_size=8',
+            '--exit_weights',
+            '1',
+            '0.3',
+        ]
+    )
     return place
 
 

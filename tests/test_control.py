@@ -31,10 +31,12 @@ def images(generator, count, hardness):
 def table_of(uncertainty):
     exits, inputs = uncertainty.shape
     return ExitTable(
-        uncertainty=uncertainty, statistics=np.ones((exits, inputs, 1)),
-        costs=StageCosts(stages=np.ones(exits), exits=np.zeros(exits)), criterion=bj.criteria.margin,
+        uncertainty=uncertainty,
+        statistics=np.ones((exits, inputs, 1)),
+        costs=StageCosts(stages=np.ones(exits), exits=np.zeros(exits)),
+        criterion=bj.criteria.margin,
         split='validation',
-    )  # fmt: skip
+    )
 
 
 def run(controller, hardness_of, steps, batch=20, seeds=12):
@@ -100,8 +102,13 @@ def test_steps_are_bounded(path):
 
 LARGEST = float(np.finfo(np.float32).max)
 ABSURD = [
-    [np.inf], [-np.inf, np.inf], [np.nan], [LARGEST, -LARGEST], [LARGEST] * 1000 + [-LARGEST] * 1000, [1e30, -3e38, 0.0]
-]  # fmt: skip
+    [np.inf],
+    [-np.inf, np.inf],
+    [np.nan],
+    [LARGEST, -LARGEST],
+    [LARGEST] * 1000 + [-LARGEST] * 1000,
+    [1e30, -3e38, 0.0],
+]
 
 
 @pytest.mark.parametrize('observed', ABSURD)
@@ -165,10 +172,23 @@ def test_infinite_settings_become_the_nearest_finite_ones():
 
 @pytest.mark.parametrize(
     'changes',
-    [{'scale': 0.0}, {'target': np.nan}, {'horizon': 0.0}, {'largest_step': 0.0}, {'position': 2.0},
-     {'scale': np.inf}, {'scale': 1e-40}, {'horizon': np.inf}, {'target': 1e39}, {'criterion': 'entropy'},
-     {'path': [[1.0]]}, {'path': [[0.0], [1.0]]}, {'path': [[np.nan], [1.0]]}, {'path': [[np.inf], [-np.inf]]}],
-)  # fmt: skip
+    [
+        {'scale': 0.0},
+        {'target': np.nan},
+        {'horizon': 0.0},
+        {'largest_step': 0.0},
+        {'position': 2.0},
+        {'scale': np.inf},
+        {'scale': 1e-40},
+        {'horizon': np.inf},
+        {'target': 1e39},
+        {'criterion': 'entropy'},
+        {'path': [[1.0]]},
+        {'path': [[0.0], [1.0]]},
+        {'path': [[np.nan], [1.0]]},
+        {'path': [[np.inf], [-np.inf]]},
+    ],
+)
 def test_impossible_controllers_are_refused(changes):
     options = {'path': [[1.0], [0.0]], 'target': 1.0, 'scale': 1.0, **changes}
     with pytest.raises(ValueError, match=r'path: expected|path: it must lead|target, scale|criterion: got'):

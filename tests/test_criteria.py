@@ -72,11 +72,16 @@ def test_dense_predictions_average_over_their_axes():
 @pytest.mark.parametrize(
     ('uncertainty', 'threshold', 'expected'),
     [
-        (0.5, 0.6, True), (0.5, 0.5, False), (0.5, 0.4, False),
-        (0.0, -np.inf, False), (-np.inf, -np.inf, False), (1e30, np.inf, True),
-        (np.nan, np.inf, False), (0.5, np.nan, False),
+        (0.5, 0.6, True),
+        (0.5, 0.5, False),
+        (0.5, 0.4, False),
+        (0.0, -np.inf, False),
+        (-np.inf, -np.inf, False),
+        (1e30, np.inf, True),
+        (np.nan, np.inf, False),
+        (0.5, np.nan, False),
     ],
-)  # fmt: skip
+)
 def test_is_confident_is_strict(uncertainty, threshold, expected):
     assert bool(is_confident(jnp.float32(uncertainty), jnp.float32(threshold))) is expected
 
@@ -84,12 +89,17 @@ def test_is_confident_is_strict(uncertainty, threshold, expected):
 @pytest.mark.parametrize(
     'criterion',
     [
-        bj.criteria.entropy, bj.criteria.margin, bj.criteria.max_probability, bj.criteria.patience,
-        bj.criteria.ensemble(), bj.criteria.ensemble('geometric'), bj.criteria.pixelwise([0.5]),
+        bj.criteria.entropy,
+        bj.criteria.margin,
+        bj.criteria.max_probability,
+        bj.criteria.patience,
+        bj.criteria.ensemble(),
+        bj.criteria.ensemble('geometric'),
+        bj.criteria.pixelwise([0.5]),
         bj.criteria.with_temperatures([1.0, 1.0]),
     ],
     ids=repr,
-)  # fmt: skip
+)
 @pytest.mark.parametrize('shape', [(4, 1), (4, 2, 2, 1)], ids=['images', 'pixels'])
 def test_heads_with_one_logit_are_refused(criterion, shape):
     """The softmax of one logit is 1: all would leave at the first exit, whatever they are."""
@@ -189,13 +199,19 @@ def test_criteria_refuse_exits_they_know_nothing_of():
 @pytest.mark.parametrize(
     'criterion',
     [
-        bj.criteria.entropy, bj.criteria.margin, bj.criteria.max_probability, bj.criteria.patience,
-        bj.criteria.ensemble(), bj.criteria.ensemble('geometric'), bj.criteria.pixelwise([0.5, 0.5]),
-        bj.criteria.with_temperatures([1.0] * 3), from_logits(EveryOther(entropy_of_logits), name='every other'),
+        bj.criteria.entropy,
+        bj.criteria.margin,
+        bj.criteria.max_probability,
+        bj.criteria.patience,
+        bj.criteria.ensemble(),
+        bj.criteria.ensemble('geometric'),
+        bj.criteria.pixelwise([0.5, 0.5]),
+        bj.criteria.with_temperatures([1.0] * 3),
+        from_logits(EveryOther(entropy_of_logits), name='every other'),
         bj.criteria.ensemble(uncertainty_of=EveryOther(entropy_of_logits)),
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_nan_is_never_confident(criterion):
     """One NaN among the logits of an answer makes its uncertainty NaN, which no threshold takes for sure."""
     logits = jnp.zeros((3, 2, 1, 2, 4)).at[:, 0, 0, 1, 2].set(jnp.nan)
@@ -216,10 +232,16 @@ def test_unknown_ensembles_are_refused():
 
 @pytest.mark.parametrize(
     'criterion',
-    [bj.criteria.max_probability, bj.criteria.margin, bj.criteria.patience, bj.criteria.ensemble('geometric'),
-     bj.criteria.with_temperatures([2.0, 1.0, 0.5], bj.criteria.ensemble()), 'learned'],
+    [
+        bj.criteria.max_probability,
+        bj.criteria.margin,
+        bj.criteria.patience,
+        bj.criteria.ensemble('geometric'),
+        bj.criteria.with_temperatures([2.0, 1.0, 0.5], bj.criteria.ensemble()),
+        'learned',
+    ],
     ids=lambda criterion: getattr(criterion, 'name', criterion),
-)  # fmt: skip
+)
 def test_every_criterion_runs_in_every_executor(network, criterion):
     model, variables, images = network
     if criterion == 'learned':
@@ -250,12 +272,16 @@ def test_every_criterion_runs_in_every_executor(network, criterion):
 
 
 ALL = [
-    bj.criteria.entropy, bj.criteria.max_probability, bj.criteria.margin, bj.criteria.patience,
-    bj.criteria.ensemble('geometric'), bj.criteria.with_temperatures([2.0, 1.0], bj.criteria.margin),
+    bj.criteria.entropy,
+    bj.criteria.max_probability,
+    bj.criteria.margin,
+    bj.criteria.patience,
+    bj.criteria.ensemble('geometric'),
+    bj.criteria.with_temperatures([2.0, 1.0], bj.criteria.margin),
     bj.criteria.pixelwise([0.5]),
     from_logits(bj.criteria.entropy_of_logits, name='worst pixel', pool=bj.criteria.QuantileOverPixels(1.0)),
     from_logits(bj.criteria.entropy_of_logits, name='patch', pool=bj.criteria.QuantileOverPatches(1.0, size=2)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize('criterion', ALL, ids=lambda criterion: criterion.name)

@@ -19,9 +19,12 @@ def arrays(train=40, test=10, classes=4, **changes):
     images = generator.integers(0, 256, (train + test, 6, 5)).astype(np.uint8)
     labels = np.arange(train + test) % classes
     return {
-        'x_train': images[:train], 'y_train': labels[:train], 'x_test': images[train:], 'y_test': labels[train:],
+        'x_train': images[:train],
+        'y_train': labels[:train],
+        'x_test': images[train:],
+        'y_test': labels[train:],
         **changes,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -208,8 +211,10 @@ def test_augmented_images_are_shifts_and_mirrors(getkey):
         padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
         candidates = {
             (row, column, step): padded[row : row + 5, column : column + 5][:, ::step]
-            for row in range(3) for column in range(3) for step in (1, -1)
-        }  # fmt: skip
+            for row in range(3)
+            for column in range(3)
+            for step in (1, -1)
+        }
         matches = [kind for kind, candidate in candidates.items() if (candidate == result).all()]
         assert len(matches) == 1
         kinds.update(matches)

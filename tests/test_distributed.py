@@ -109,9 +109,12 @@ def test_a_dead_process_ends_the_others_with_a_clear_error(together):
 def test_the_run_goes_on_alone_where_its_checkpoint_stands(alone, together):
     done = []
     state = loopback.train(
-        training.fit, loopback.fresh(), loopback.Recorded(), directory=together[0] / 'checkpoints',
+        training.fit,
+        loopback.fresh(),
+        loopback.Recorded(),
+        directory=together[0] / 'checkpoints',
         on_step=lambda epoch, step, steps, metrics: done.append(epoch * steps + step),
-    )  # fmt: skip
+    )
     assert done[0] > KILLED_AFTER - loopback.SAVE_EVERY  # in the middle of an epoch, not at the start
     assert done == list(range(done[0], 3 * STEPS + 1))
     check_same(jax.tree.leaves(state.params), jax.tree.leaves(alone.params))

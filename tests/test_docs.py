@@ -47,8 +47,12 @@ def test_readme_table_is_what_the_records_say(run):
     stored = ROOT / 'experiments' / 'results' / run
     report, clock = (bj.report.read_json(stored / f'{name}.json') for name in ('report', 'batches'))
     clock, row = clock['batches'][0], report['rows'][1]
-    told = [f'{100 * row["test_accuracy"]:.2f}', f'{clock["gain"]:.2f}', f'{clock["gain_plain"]:.2f}',
-            f'{100 * row["exit_fractions"][0]:.1f} %']  # fmt: skip
+    told = [
+        f'{100 * row["test_accuracy"]:.2f}',
+        f'{clock["gain"]:.2f}',
+        f'{clock["gain_plain"]:.2f}',
+        f'{100 * row["exit_fractions"][0]:.1f} %',
+    ]
     table = [line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('| B-')]
     start = f'| {row["network"]},'.replace('-', '')
     (line,) = (line for line in table if line.lower().replace('-', '').startswith(start))

@@ -74,10 +74,15 @@ def test_everyone_leaves_at_one_exit(network, name, leaves):
 
 
 @pytest.mark.parametrize('exits', [(2,), (0, 2), (1, 2)])
-@pytest.mark.parametrize('build', [
-    dense, sequential, functools.partial(compacted, chunk_size=3, on_host=False),
-    functools.partial(compacted, chunk_size=3, on_host=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'build',
+    [
+        dense,
+        sequential,
+        functools.partial(compacted, chunk_size=3, on_host=False),
+        functools.partial(compacted, chunk_size=3, on_host=True),
+    ],
+)
 def test_exits_left_out_are_thresholds_of_minus_infinity(network, uncertainty, exits, build):
     model, variables, images = network
     thresholds = np.median(uncertainty['entropy'][:2], axis=1)
@@ -99,11 +104,16 @@ def test_single_images_with_exits_left_out(network, uncertainty):
 @pytest.mark.parametrize(
     'build',
     [
-        dense, staged, sequential, functools.partial(compacted, chunk_size=2),
-        functools.partial(compacted, chunk_size=2, on_host=False), functools.partial(dense, max_batch=2),
-        functools.partial(sequential, max_batch=2), functools.partial(compacted, chunk_size=2, max_batch=2),
+        dense,
+        staged,
+        sequential,
+        functools.partial(compacted, chunk_size=2),
+        functools.partial(compacted, chunk_size=2, on_host=False),
+        functools.partial(dense, max_batch=2),
+        functools.partial(sequential, max_batch=2),
+        functools.partial(compacted, chunk_size=2, max_batch=2),
     ],
-)  # fmt: skip
+)
 def test_compiler_options_reach_the_compiler(network, build):
     model, variables, images = network
     with pytest.raises(Exception, match='no_such_option'):
@@ -261,10 +271,12 @@ def test_no_program_writes_or_reads_behind_a_buffer(network, uncertainty, name):
     model, variables, images = network
     mesh = bj.sharding.data_mesh(1)
     run = {
-        'dense': dense, 'sequential': sequential, 'staged': staged,
+        'dense': dense,
+        'sequential': sequential,
+        'staged': staged,
         'loop': functools.partial(compacted, chunk_size=5, on_host=False),
         'sharded': functools.partial(bj.inference.sharded, mesh=mesh, chunk_size=5),
-    }[name](model)  # fmt: skip
+    }[name](model)
     policy = bj.ExitPolicy(bj.criteria.entropy, np.median(uncertainty['entropy'][:2], axis=1).astype(np.float32))
     inputs = images[0] if name == 'staged' else images
     modes = [

@@ -65,9 +65,13 @@ def tiny(tmp_path_factory):
 
 # A residual network that grows, as its exits allow or not.
 _GROWN = {
-    'network': 'b-resnet110', 'placement': 'text', 'network_options': {'depth': 20}, 'exit_weights': (1.0, 1.0, 1.0),
-    'regime': 'joint', 'banded': False,
-}  # fmt: skip
+    'network': 'b-resnet110',
+    'placement': 'text',
+    'network_options': {'depth': 20},
+    'exit_weights': (1.0, 1.0, 1.0),
+    'regime': 'joint',
+    'banded': False,
+}
 
 
 @pytest.fixture(scope='module')
@@ -83,9 +87,17 @@ def test_report_keeps_its_contract(done):
     baseline, branchy = report['rows']
     for row in (baseline, branchy):
         assert {
-            'network', 'test_accuracy', 'exit_accuracy', 'thresholds', 'exit_fractions', 'batch', 'latency_ms',
-            'gain', 'macs', 'mac_gain',
-        } <= set(row)  # fmt: skip
+            'network',
+            'test_accuracy',
+            'exit_accuracy',
+            'thresholds',
+            'exit_fractions',
+            'batch',
+            'latency_ms',
+            'gain',
+            'macs',
+            'mac_gain',
+        } <= set(row)
         assert sum(row['exit_fractions']) == pytest.approx(1)
         assert row['latency_ms'] > 0
     assert (baseline['network'], branchy['network']) == ('lenet', 'b-lenet')

@@ -240,8 +240,16 @@ def test_reader_needs_jax_and_numpy_only(exported, network, thresholds, tmp_path
     # The packages that a machine without this library would not have cannot be imported here.
     blocked = "import sys, runpy; sys.modules.update(dict.fromkeys(['branchy_jax', 'flax', 'optax', 'experiments']))"
     code = f'{blocked}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    command = [sys.executable, '-c', code, READER, exported[0], f'--images={tmp_path}/images.npy',
-               f'--expect={tmp_path}/answers.npz', '--program=parts']  # fmt: skip
+    command = [
+        sys.executable,
+        '-c',
+        code,
+        READER,
+        exported[0],
+        f'--images={tmp_path}/images.npy',
+        f'--expect={tmp_path}/answers.npz',
+        '--program=parts',
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert 'exit_index: 0 of 6 differ' in result.stdout

@@ -60,9 +60,11 @@ def write_dataset(folder, name, images, labels, splits=('train', 'test'), superv
 def folder(tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp('tfds'), np.random.default_rng(0)
     write_dataset(
-        folder, 'patterns', generator.integers(0, 256, (500, SIZE, SIZE, 1)).astype(np.uint8),
+        folder,
+        'patterns',
+        generator.integers(0, 256, (500, SIZE, SIZE, 1)).astype(np.uint8),
         generator.integers(0, 3, 500),
-    )  # fmt: skip
+    )
     sizes = [generator.integers(0, 256, (size, 9, 1)).astype(np.uint8) for size in (7, 8) * 20]
     write_dataset(folder, 'uneven', sizes, np.arange(40) % 3)
     masks = [
@@ -143,14 +145,20 @@ def prepare(key, batch):
 def train(fit, network, data, **options):
     model, variables, _ = network
     return fit(
-        create_train_state(model, variables, OPTIMIZER), data, jnp.ones(3), jax.random.key(5), epochs=2,
-        prepare=prepare, **{'batch_size': BATCH, **options},
-    )  # fmt: skip
+        create_train_state(model, variables, OPTIMIZER),
+        data,
+        jnp.ones(3),
+        jax.random.key(5),
+        epochs=2,
+        prepare=prepare,
+        **{'batch_size': BATCH, **options},
+    )
 
 
 def check_same_state(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.variables,
-                 expected.variables)  # fmt: skip
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.variables, expected.variables
+    )
     assert int(found.step) == int(expected.step) == 2 * 22
 
 

@@ -111,8 +111,10 @@ def test_no_label_reaches_an_exit_decision():
     _, exits = losses_along(path(), table, losses)
     _, with_others = losses_along(path(), table, 1 - losses)
     np.testing.assert_array_equal(exits, with_others)
-    expected = [[next((n for n in range(2) if u[n] < t[n]), 2) for u in table.uncertainty.astype(np.float32).T]
-                for t in path().astype(np.float32)]  # fmt: skip
+    expected = [
+        [next((n for n in range(2) if u[n] < t[n]), 2) for u in table.uncertainty.astype(np.float32).T]
+        for t in path().astype(np.float32)
+    ]
     np.testing.assert_array_equal(exits, expected)
 
 
@@ -245,13 +247,19 @@ def test_a_promise_is_of_a_policy_of_the_tables_criterion():
 
 @pytest.mark.parametrize(
     ('changes', 'message'),
-    [({'epsilon': 0.0}, 'epsilon and delta'), ({'delta': 1.0}, 'epsilon and delta'),
-     ({'method': 'luck'}, 'method: got'),
-     ({'losses': np.full((3, 50), 2.0)}, 'losses: got'), ({'losses': np.zeros((2, 50))}, 'losses: expected'),
-     ({'losses': np.ones((3, 50))}, 'losses: the last row'), ({'losses': np.full((3, 50), np.nan)}, 'losses: got'),
-     ({'paths': np.zeros((4, 3))}, 'paths: expected'), ({'paths': np.array([[np.nan, 0.0]])}, 'paths: got NaN'),
-     ({'paths': [path(), np.array([[np.nan, 0.0]])]}, 'paths: got NaN')],
-)  # fmt: skip
+    [
+        ({'epsilon': 0.0}, 'epsilon and delta'),
+        ({'delta': 1.0}, 'epsilon and delta'),
+        ({'method': 'luck'}, 'method: got'),
+        ({'losses': np.full((3, 50), 2.0)}, 'losses: got'),
+        ({'losses': np.zeros((2, 50))}, 'losses: expected'),
+        ({'losses': np.ones((3, 50))}, 'losses: the last row'),
+        ({'losses': np.full((3, 50), np.nan)}, 'losses: got'),
+        ({'paths': np.zeros((4, 3))}, 'paths: expected'),
+        ({'paths': np.array([[np.nan, 0.0]])}, 'paths: got NaN'),
+        ({'paths': [path(), np.array([[np.nan, 0.0]])]}, 'paths: got NaN'),
+    ],
+)
 def test_impossible_requests_are_refused(changes, message):
     table, losses = population(50)
     options = {'paths': path(), 'table': table, 'losses': losses, 'epsilon': 0.1, 'delta': 0.1, **changes}

@@ -46,8 +46,16 @@ def test_python_of_a_page_runs(name):
 def test_no_python_hides_behind_another_name():
     kinds = {found[2] for text in PAGES.values() for found in FENCE.finditer(text)}
     assert kinds <= {
-        'python', 'bash', 'text', 'bibtex', '{code-cell}', '{toctree}', '{include}', '{eval-rst}', '{note}',
-    }  # fmt: skip
+        'python',
+        'bash',
+        'text',
+        'bibtex',
+        '{code-cell}',
+        '{toctree}',
+        '{include}',
+        '{eval-rst}',
+        '{note}',
+    }
 
 
 def public_names(module):

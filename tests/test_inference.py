@@ -218,9 +218,11 @@ def test_a_supply_that_fails_is_heard(network):
     with pytest.raises(OSError, match='the disk is gone'):
         exit_outputs(model, variables, failing())
     for bad, message in (
-        (iter([]), 'images: got none'), (5, 'images: expected arrays'), ([images[:4, :2]], 'images: expected'),
+        (iter([]), 'images: got none'),
+        (5, 'images: expected arrays'),
+        ([images[:4, :2]], 'images: expected'),
         ([images[:4], images[:4, :2]], 'are to be alike'),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             exit_outputs(model, variables, bad)
 

@@ -27,9 +27,20 @@ ALLOWED = {
     'command': GROUND | {'data', 'models', 'losses', 'training', 'thresholds', 'inference', 'export', 'report'},
 }
 ON_USE = {
-    'flatbuffers', 'grain', 'huggingface_hub', 'mlxtend', 'onnx', 'onnxruntime', 'orbax', 'matplotlib', 'pynvml',
-    'rich', 'safetensors', 'tensorflow_datasets', 'zeus',
-}  # fmt: skip
+    'flatbuffers',
+    'grain',
+    'huggingface_hub',
+    'mlxtend',
+    'onnx',
+    'onnxruntime',
+    'orbax',
+    'matplotlib',
+    'pynvml',
+    'rich',
+    'safetensors',
+    'tensorflow_datasets',
+    'zeus',
+}
 EXPERIMENTS_ONLY = {'absl', 'ml_collections', 'experiments', 'rich'}
 MAY_TOO = {'data': {'absl'}}  # grain reads flags that absl is to have parsed
 NEVER = {'pickle', 'dill', 'cloudpickle', 'tensorflow', 'torch'}
@@ -67,8 +78,11 @@ def test_file_imports_only_what_it_may(path):
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_calls_nothing_dangerous(path):
-    calls = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
-             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
     assert not calls & {'eval', 'exec', 'compile', '__import__'}
 
 
@@ -83,9 +97,18 @@ def test_root_is_kept_clean():
         pytest.skip('not a git checkout')
     tracked = {name.split('/')[0] for name in listed.stdout.splitlines()}
     assert tracked - {'docs', 'CONTRIBUTING.md', 'CITATION.cff', '.github', '.pre-commit-config.yaml'} == {
-        'branchy_jax', 'experiments', 'tests', 'setup.cfg', 'requirements.txt', 'pyproject.toml', 'README.md',
-        'LICENSE', 'CHANGELOG.md', '.ci', '.gitignore',
-    }  # fmt: skip
+        'branchy_jax',
+        'experiments',
+        'tests',
+        'setup.cfg',
+        'requirements.txt',
+        'pyproject.toml',
+        'README.md',
+        'LICENSE',
+        'CHANGELOG.md',
+        '.ci',
+        '.gitignore',
+    }
 
 
 def test_experiments_are_commands_and_rooms():

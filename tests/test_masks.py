@@ -99,10 +99,13 @@ def test_screen_of_masks_is_brute_force():
     uncertainty = generator.uniform(size=(3, 20))
     grid = np.array([[-np.inf, 0.3, 0.6, np.inf]] * 2)
     table = thresholds.ExitTable(
-        uncertainty=uncertainty, statistics=thresholds.iou_statistics(logits, labels),
-        costs=bj.costs.StageCosts([1, 1, 1], [0, 0, 0]), criterion=criteria.entropy, metric=thresholds.mean_iou,
+        uncertainty=uncertainty,
+        statistics=thresholds.iou_statistics(logits, labels),
+        costs=bj.costs.StageCosts([1, 1, 1], [0, 0, 0]),
+        criterion=criteria.entropy,
+        metric=thresholds.mean_iou,
         split='validation',
-    )  # fmt: skip
+    )
     screened = table.screen(grid)
     for setting, found in zip(screened.thresholds, screened.accuracy, strict=True):
         exits = thresholds.answering_exits(uncertainty, setting)

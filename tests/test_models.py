@@ -73,12 +73,15 @@ def test_own_heads(getkey):
     ('name', 'options', 'message'),
     [
         ('b-lenett', {}, r"name: unknown network 'b-lenett'; choose from b-lenet, b-alexnet, b-resnet110"),
-        ('lenet5', {}, 'name: unknown'), ('b-resnet', {}, 'name: unknown'), (None, {}, 'name: unknown'),
-        ('b-resnet111', {}, 'depth: got 111'), ('b-resnet2', {}, 'depth: got 2'),
+        ('lenet5', {}, 'name: unknown'),
+        ('b-resnet', {}, 'name: unknown'),
+        (None, {}, 'name: unknown'),
+        ('b-resnet111', {}, 'depth: got 111'),
+        ('b-resnet2', {}, 'depth: got 2'),
         ('b-lenet', {'placement': 'txt'}, "placement: got 'txt'; choose from 'text', 'released', 'tuned'"),
         ('b-lenet', {'clases': 3}, "options: 'b-lenet' takes no clases; choose from num_classes"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_exist_is_refused_with_the_choices(name, options, message):
     with pytest.raises(ValueError, match=message):
         bj.models.create(name, **options)
@@ -88,10 +91,12 @@ def test_what_does_not_exist_is_refused_with_the_choices(name, options, message)
 def test_max_pool_rounds_up(getkey, size, window, stride):
     x = np.asarray(jax.random.normal(getkey(), (1, size, size, 2)))
     out = -(-(size - window) // stride) + 1
-    expected = np.array([
-        [x[0, i * stride : i * stride + window, j * stride : j * stride + window].max((0, 1)) for j in range(out)]
-        for i in range(out)
-    ])  # fmt: skip
+    expected = np.array(
+        [
+            [x[0, i * stride : i * stride + window, j * stride : j * stride + window].max((0, 1)) for j in range(out)]
+            for i in range(out)
+        ]
+    )
     np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x), window=window, stride=stride)[0], expected)
 
 

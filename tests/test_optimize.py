@@ -105,10 +105,21 @@ def test_pixels_together_give_what_each_gives(size, window, strides, padding, ch
     check_same(model, variables, images, TOGETHER)
 
 
-@pytest.mark.parametrize(('channels', 'features', 'pixels'), [
-    (1, 16, 2), (3, 16, 4), (3, 32, 2), (4, 4, 8), (16, 16, 2),
-    (3, 64, 1), (4, 32, 1), (3, 4, 1), (1, 5, 1), (20, 16, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ('channels', 'features', 'pixels'),
+    [
+        (1, 16, 2),
+        (3, 16, 4),
+        (3, 32, 2),
+        (4, 4, 8),
+        (16, 16, 2),
+        (3, 64, 1),
+        (4, 32, 1),
+        (3, 4, 1),
+        (1, 5, 1),
+        (20, 16, 1),
+    ],
+)
 def test_pixels_are_taken_together_where_they_fill_the_processor(getkey, channels, features, pixels):
     shape = (8, 8, channels)
     model = bj.BranchyNet(stages=(nn.Conv(features, (3, 3)),), exits=(lambda x: x,), image_shape=shape)
@@ -142,23 +153,27 @@ def test_value_that_others_look_at_is_computed_once(getkey):
 def test_shift_before_a_convolution_stays_before_it(getkey):
     """BatchNorm ahead of a padded convolution cannot be folded forward: the padding is zero after the shift."""
     model = bj.BranchyNet(
-        stages=((nn.BatchNorm(), nn.Conv(3, (3, 3))),), exits=((lambda x: x.max((1, 2)), nn.Dense(3)),),
+        stages=((nn.BatchNorm(), nn.Conv(3, (3, 3))),),
+        exits=((lambda x: x.max((1, 2)), nn.Dense(3)),),
         image_shape=IMAGE_SHAPE,
-    )  # fmt: skip
+    )
     images = jax.random.normal(getkey(), (2, *IMAGE_SHAPE))
     check_same(model, with_statistics(model.init(getkey(), images), getkey()), images)
 
 
-@pytest.mark.parametrize('operation', [
-    lambda y, w: y * w,
-    lambda y, w: w - y,
-    lambda y, w: y / (w + 2),
-    lambda y, w: (w + 2) / (jnp.abs(y) + 1),
-    lambda y, w: y + w[:, None] * jnp.ones(4),
-    lambda y, w: y + jax.lax.broadcast_in_dim(w, y.shape, (1,)),
-    lambda y, w: y * 3 - 1,
-    lambda y, w: -y + w,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'operation',
+    [
+        lambda y, w: y * w,
+        lambda y, w: w - y,
+        lambda y, w: y / (w + 2),
+        lambda y, w: (w + 2) / (jnp.abs(y) + 1),
+        lambda y, w: y + w[:, None] * jnp.ones(4),
+        lambda y, w: y + jax.lax.broadcast_in_dim(w, y.shape, (1,)),
+        lambda y, w: y * 3 - 1,
+        lambda y, w: -y + w,
+    ],
+)
 def test_arithmetic_with_weights(getkey, operation):
     """Every way a known vector can meet a product: some fold, some must not."""
 
@@ -177,11 +192,20 @@ def test_arithmetic_with_weights(getkey, operation):
         jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
-@pytest.mark.parametrize(('dtype', 'result', 'multiply', 'scale'), [
-    (jnp.int8, jnp.int32, jax.lax.dot, lambda y: jax.lax.div(y, jnp.int32(7))),
-    (jnp.int32, jnp.int32, jax.lax.dot, lambda y: jax.lax.div(y, jnp.int32(7))),
-    (jnp.bfloat16, jnp.float32, functools.partial(jax.lax.conv, window_strides=(), padding='VALID'), lambda y: 3.0 * y),
-], ids=['int8', 'int32', 'bfloat16'])  # fmt: skip
+@pytest.mark.parametrize(
+    ('dtype', 'result', 'multiply', 'scale'),
+    [
+        (jnp.int8, jnp.int32, jax.lax.dot, lambda y: jax.lax.div(y, jnp.int32(7))),
+        (jnp.int32, jnp.int32, jax.lax.dot, lambda y: jax.lax.div(y, jnp.int32(7))),
+        (
+            jnp.bfloat16,
+            jnp.float32,
+            functools.partial(jax.lax.conv, window_strides=(), padding='VALID'),
+            lambda y: 3.0 * y,
+        ),
+    ],
+    ids=['int8', 'int32', 'bfloat16'],
+)
 def test_scale_that_a_kernel_cannot_hold_stays_behind_it(getkey, dtype, result, multiply, scale):
     class Layer(nn.Module):
         @nn.compact

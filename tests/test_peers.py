@@ -42,8 +42,15 @@ def measure(forced, **them):
 
 
 def record_of(*found):
-    rows = [{**json.loads(json.dumps(cell, default=vars)), 'command': 'python -m experiments.peers', 'device': 'a CPU',
-             'packages': {'torch': '2.14.1'}} for cell in found]  # fmt: skip
+    rows = [
+        {
+            **json.loads(json.dumps(cell, default=vars)),
+            'command': 'python -m experiments.peers',
+            'device': 'a CPU',
+            'packages': {'torch': '2.14.1'},
+        }
+        for cell in found
+    ]
     return {'unit': 'ms per image', 'cells': rows}
 
 
@@ -116,8 +123,9 @@ def test_images_leave_in_exactly_the_shares_asked_for(data):
     ends = np.round(np.cumsum(shares[:-1]) * count).astype(int)
     np.testing.assert_array_equal(np.bincount(left, minlength=exits), np.diff([0, *ends, count]))
     confident = uncertainty[:-1] < np.array(thresholds)[:, None]
-    np.testing.assert_array_equal(left, [next((n for n in range(exits - 1) if confident[n, m]), exits - 1)
-                                         for m in range(count)])  # fmt: skip
+    np.testing.assert_array_equal(
+        left, [next((n for n in range(exits - 1) if confident[n, m]), exits - 1) for m in range(count)]
+    )
     assert margin >= 0.5
 
 
@@ -139,8 +147,14 @@ def test_shares_that_nothing_meets_are_refused(lenet, monkeypatch):
 
 
 def test_everyone_takes_part_or_says_why_not(forced, capsys):
-    found = measure(forced, planned=fake.obedient, plain=fake.without_exits, gone=fake.missing, mortal=fake.mortal,
-                    stillborn=fake.stillborn)  # fmt: skip
+    found = measure(
+        forced,
+        planned=fake.obedient,
+        plain=fake.without_exits,
+        gone=fake.missing,
+        mortal=fake.mortal,
+        stillborn=fake.stillborn,
+    )
     planned, plain = found.contenders
     assert (planned.name, planned.shares, planned.told, planned.ratio) == ('planned', (0.75, 0.25), 'as told', 1.0)
     assert (plain.name, plain.shares, len(plain.ms_of_rounds)) == ('plain', (0.0, 1.0), 3)
@@ -259,8 +273,16 @@ def test_command_adds_to_what_is_there(tmp_path, monkeypatch, lenet):
 
     def measured(forced, them, *, rounds):
         seen.append((forced.job.network, forced.job.batch, forced.job.cores, list(them), rounds))
-        return cells.Cell('b-lenet', forced.job.batch, forced.job.cores, 100, rounds, (0.94, 0.06),
-                          (timed('planned here', 0.05, 1, 1, 1), timed('PyTorch', 0.1, 2, 2, 2)), {})  # fmt: skip
+        return cells.Cell(
+            'b-lenet',
+            forced.job.batch,
+            forced.job.cores,
+            100,
+            rounds,
+            (0.94, 0.06),
+            (timed('planned here', 0.05, 1, 1, 1), timed('PyTorch', 0.1, 2, 2, 2)),
+            {},
+        )
 
     monkeypatch.setattr(cells, 'measure', measured)
     flags = [f'--workdir={tmp_path}', '--networks=b-lenet']
@@ -268,12 +290,21 @@ def test_command_adds_to_what_is_there(tmp_path, monkeypatch, lenet):
     command.main([*flags, '--batches=1', '--one_core'])
     command.main([*flags, '--batches=4'])
     everyone = list(contenders.CONTENDERS)
-    assert seen == [('b-lenet', batch, cores, everyone, rounds) for batch, cores, rounds in
-                    [(1, os.cpu_count(), 2), (4, os.cpu_count(), 2), (1, 1, 20), (4, os.cpu_count(), 20)]]  # fmt: skip
+    assert seen == [
+        ('b-lenet', batch, cores, everyone, rounds)
+        for batch, cores, rounds in [
+            (1, os.cpu_count(), 2),
+            (4, os.cpu_count(), 2),
+            (1, 1, 20),
+            (4, os.cpu_count(), 20),
+        ]
+    ]
     rows = bj.report.read_json(tmp_path / 'peers.json')['cells']
     assert {(row['batch'], row['cores'], row['rounds']) for row in rows} == {
-        (1, 1, 20), (1, os.cpu_count(), 2), (4, os.cpu_count(), 20),
-    }  # fmt: skip
+        (1, 1, 20),
+        (1, os.cpu_count(), 2),
+        (4, os.cpu_count(), 20),
+    }
     assert (tmp_path / 'peers.md').read_text().startswith('# Beside PyTorch')
     assert (tmp_path / 'peers.png').exists()
 

@@ -196,8 +196,10 @@ def test_what_cannot_win_is_not_compiled(cores):
     confident = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
     light, heavy = linear_times([0.1, 0.1, 0.1], [0, 0, 0]), linear_times([10, 10, 10], [0, 0, 0])
     assert {name.split(' ×')[0] for name in names_of(ways_to_race(light, confident, 16, 16, skip=True)[0])} == {
-        'baseline', 'sequential', 'compacted'
-    }  # fmt: skip
+        'baseline',
+        'sequential',
+        'compacted',
+    }
     raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=True)
     several = ['all cores'] if cores > 1 else ['']
     alone = [('sequential', cores, 'one core')]
@@ -266,10 +268,14 @@ def test_plan_of_a_network_without_image_shape(network):
 
 @pytest.mark.parametrize(
     ('options', 'message'),
-    [({'batch_size': 0}, 'batch_size: got'), ({'batch_size': 25}, 'batch_size: got'),
-     ({'batch_size': 2.5}, 'batch_size: got'), ({'passes': 0}, 'passes: got'),
-     ({'times': linear_times([1, 1], [1, 1])}, 'times: are of')],
-)  # fmt: skip
+    [
+        ({'batch_size': 0}, 'batch_size: got'),
+        ({'batch_size': 25}, 'batch_size: got'),
+        ({'batch_size': 2.5}, 'batch_size: got'),
+        ({'passes': 0}, 'passes: got'),
+        ({'times': linear_times([1, 1], [1, 1])}, 'times: are of'),
+    ],
+)
 def test_plan_refuses_impossible_settings(network, options, message):
     with pytest.raises(ValueError, match=message):
         plan(*network, [0.0, 0.0], **options)
@@ -380,9 +386,13 @@ def test_plan_tells_what_it_does_and_keeps_to_its_budget(network, uncertainty):
     model, variables, images = network
     told = []
     planned = plan(
-        model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), budget_seconds=0.0,
+        model,
+        variables,
+        images,
+        thresholds_at(uncertainty, SETTINGS[0]),
+        budget_seconds=0.0,
         on_progress=lambda text, share: told.append((text, share)),
-    )  # fmt: skip
+    )
     texts, shares = zip(*told, strict=True)
     assert texts[:2] == ('rewriting the network', 'stages and heads at 8 images')
     assert texts[-1] == f'chosen: {planned.executor}'

@@ -76,10 +76,12 @@ def test_plans_of_other_networks_are_refused(network, planned, path):
     sharper = model.clone(exits=(*model.exits[:2], (jnp.tanh, model.exits[2])))  # other layers, the same variables
     wider = model.clone(exits=(*model.exits[:2], nn.Dense(4, name='head3')))
     for other, weights in (
-        (sharper, variables), (wider, wider.init(jax.random.key(0), images)),
+        (sharper, variables),
+        (wider, wider.init(jax.random.key(0), images)),
         (bj.models.select_exits(model, [0, 2]), variables),
-        (model.clone(image_shape=(5, 5, 1)), variables), (model.clone(image_shape={'a': SPEC, 'b': SPEC}), variables),
-    ):  # fmt: skip
+        (model.clone(image_shape=(5, 5, 1)), variables),
+        (model.clone(image_shape={'a': SPEC, 'b': SPEC}), variables),
+    ):
         with pytest.raises(ValueError, match='path: the plan in .* is of another network'):
             Plan.load(path, other, weights)
     with pytest.raises(ValueError, match='variables: got the collections'):

@@ -114,11 +114,18 @@ def test_curves_stand_against_the_papers(tmp_path, drawn):
 
 def test_cells_are_drawn_by_their_shares(tmp_path, drawn):
     cells = [
-        {'batch': batch, 'shares': (0.9, 0.1), 'executor': executor, 'gain': gain, 'mac_limit': 4.0, 'ms': 0.5 / gain,
-         'baseline_ms': 0.5}
+        {
+            'batch': batch,
+            'shares': (0.9, 0.1),
+            'executor': executor,
+            'gain': gain,
+            'mac_limit': 4.0,
+            'ms': 0.5 / gain,
+            'baseline_ms': 0.5,
+        }
         for executor, gains in (('planned', (3.0, 2.0)), ('dense', (1.0, 1.0)))
         for batch, gain in zip((256, 1), gains, strict=True)
-    ]  # fmt: skip
+    ]
     for picture in (pictures.gain_against_batch, pictures.time_against_batch, pictures.time_against_macs):
         picture(tmp_path / 'a.png', cells)
     gain, time, follows = (lines_of(figure.axes[0]) for figure in drawn)

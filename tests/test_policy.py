@@ -218,13 +218,16 @@ def test_only_criteria_of_the_library_are_saved(tmp_path):
         bj.criteria.load_policy(tmp_path / 'weights')
 
 
-@pytest.mark.parametrize('record', [
-    {'criterion': {'kind': 'system', 'fields': {}}, 'thresholds': {'array': 'array0'}},
-    {'criterion': {'kind': 'fit_learned', 'fields': {}}, 'thresholds': {'array': 'array0'}},
-    {'criterion': {'function': 'os.system'}, 'thresholds': {'array': 'array0'}},
-    {'criterion': {'kind': '_Ensemble', 'fields': {}}, 'thresholds': {'array': 'array0'}},
-    {'thresholds': {'array': 'nowhere'}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'record',
+    [
+        {'criterion': {'kind': 'system', 'fields': {}}, 'thresholds': {'array': 'array0'}},
+        {'criterion': {'kind': 'fit_learned', 'fields': {}}, 'thresholds': {'array': 'array0'}},
+        {'criterion': {'function': 'os.system'}, 'thresholds': {'array': 'array0'}},
+        {'criterion': {'kind': '_Ensemble', 'fields': {}}, 'thresholds': {'array': 'array0'}},
+        {'thresholds': {'array': 'nowhere'}},
+    ],
+)
 def test_records_of_something_else_are_refused(record):
     with pytest.raises(ValueError, match='policy: cannot be read'):
         bj.criteria.policy.decode_policy(record, {'array0': np.zeros(2)})
@@ -238,10 +241,14 @@ def test_records_of_something_else_are_refused(record):
         (bj.ExitPolicy(bj.criteria.margin, jnp.array([0.0, jnp.nan])), 'thresholds: got NaN'),
         (bj.ExitPolicy('margin', jnp.zeros(2)), "criterion: got 'margin'; give a value"),
         (bj.ExitPolicy(bj.criteria.with_temperatures([1.0, 2.0]), jnp.zeros(2)), 'was learned for 2 exits'),
-        (bj.ExitPolicy(bj.criteria.with_temperatures([1.0] * 3).replace(temperatures=jnp.full(3, jnp.nan)),
-                       jnp.zeros(2)), 'has learned NaN'),
+        (
+            bj.ExitPolicy(
+                bj.criteria.with_temperatures([1.0] * 3).replace(temperatures=jnp.full(3, jnp.nan)), jnp.zeros(2)
+            ),
+            'has learned NaN',
+        ),
     ],
-)  # fmt: skip
+)
 def test_policies_that_do_not_fit_are_refused(network, executor, policy, message):
     with pytest.raises(ValueError, match=message):
         run(executor, *network, policy)

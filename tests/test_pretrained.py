@@ -77,9 +77,14 @@ def folder(written, tmp_path):
     _, _, variables, points = written
     normalization = bj.Normalization(mean=jnp.array([0.5]), deviation=jnp.array([0.25]))
     bj.models.save_pretrained(
-        tmp_path / 'mine', 'b-lenet', variables, normalization=normalization, operating_points=points,
-        options={'num_classes': 4, 'image_shape': (12, 12, 1)}, card={'licence': 'MIT', 'dataset': 'squares'},
-    )  # fmt: skip
+        tmp_path / 'mine',
+        'b-lenet',
+        variables,
+        normalization=normalization,
+        operating_points=points,
+        options={'num_classes': 4, 'image_shape': (12, 12, 1)},
+        card={'licence': 'MIT', 'dataset': 'squares'},
+    )
     return tmp_path / 'mine'
 
 

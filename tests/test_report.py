@@ -6,13 +6,23 @@ import pytest
 from branchy_jax import report
 
 BASELINE = {
-    'network': 'lenet', 'test_accuracy': 0.97, 'thresholds': [], 'exit_fractions': [1.0], 'latency_ms': 0.5,
+    'network': 'lenet',
+    'test_accuracy': 0.97,
+    'thresholds': [],
+    'exit_fractions': [1.0],
+    'latency_ms': 0.5,
     'gain': 1.0,
-}  # fmt: skip
+}
 BRANCHY = {
-    'network': 'b-lenet', 'test_accuracy': 0.975, 'thresholds': [0.5, float('inf')],
-    'exit_fractions': [0.9, 0.06, 0.04], 'latency_ms': 0.2, 'gain': 2.5, 'gain_plain': 3.0, 'mac_gain': 4.0,
-}  # fmt: skip
+    'network': 'b-lenet',
+    'test_accuracy': 0.975,
+    'thresholds': [0.5, float('inf')],
+    'exit_fractions': [0.9, 0.06, 0.04],
+    'latency_ms': 0.2,
+    'gain': 2.5,
+    'gain_plain': 3.0,
+    'mac_gain': 4.0,
+}
 
 
 def test_records_round_trip_through_strict_json(tmp_path):
@@ -42,9 +52,7 @@ def test_unreadable_report_is_refused(tmp_path):
 def test_table_shows_every_figure_and_dashes_for_what_is_missing():
     lines = report.table_of_networks([BASELINE, BRANCHY]).splitlines()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
-    assert cells[0] == [
-        'network', 'accuracy %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %'
-    ]  # fmt: skip
+    assert cells[0] == ['network', 'accuracy %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %']
     assert cells[2] == ['lenet', '97.00', '0.500', '1.00', '–', '–', '–', '100.0']
     assert cells[3] == ['b-lenet', '97.50', '0.200', '2.50', '3.00', '4.00', '0.5, inf', '90.0, 6.0, 4.0']
     assert len({len(line) for line in lines}) == 1

@@ -68,9 +68,13 @@ def test_seeds_are_paired_and_trained_once(small_data, network, tmp_path, monkey
     """A seed trains alike whoever trains before it; another seed trains otherwise. What is trained is read back."""
     model = network[0]
     dataset = bj.data.Dataset(
-        name='small', train=small_data, validation=small_data, test=small_data, num_classes=3,
+        name='small',
+        train=small_data,
+        validation=small_data,
+        test=small_data,
+        num_classes=3,
         normalization=bj.data.fit_normalization(small_data.image),
-    )  # fmt: skip
+    )
     recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, crop_padding=0, flip=False)
     one = Seeds(dataset, recipe, count=1, directory=tmp_path / 'one').train('any', model, [1.0, 1.0, 1.0])
     two = Seeds(dataset, recipe, count=2, directory=tmp_path / 'two').train('any', model, [1.0, 1.0, 1.0])

@@ -99,9 +99,12 @@ def test_phases_share_a_directory(network, train, tmp_path):
 
 @pytest.mark.parametrize(
     ('change', 'message'),
-    [({'batch_size': 8}, 'batch_size: 16 there, 8 here'), ({'key': jax.random.key(8)}, 'key: '),
-     ({'exit_weights': jnp.zeros(3)}, 'exit_weights: ')],
-)  # fmt: skip
+    [
+        ({'batch_size': 8}, 'batch_size: 16 there, 8 here'),
+        ({'key': jax.random.key(8)}, 'key: '),
+        ({'exit_weights': jnp.zeros(3)}, 'exit_weights: '),
+    ],
+)
 def test_checkpoints_of_another_recipe_are_refused(network, train, tmp_path, change, message):
     model, variables, _ = network
     new = functools.partial(create_train_state, model, variables, SGD)
@@ -129,15 +132,21 @@ def test_checkpoints_numbered_by_epochs_are_refused(network, train, tmp_path):
 def test_a_folder_in_use_is_refused(network, train, tmp_path):
     model, variables, _ = network
     other = subprocess.Popen(
-        [sys.executable, '-c', textwrap.dedent(f"""
+        [
+            sys.executable,
+            '-c',
+            textwrap.dedent(f"""
             import fcntl, os, sys, time
             lock = open({str(tmp_path / '.lock')!r}, 'w')
             fcntl.flock(lock, fcntl.LOCK_EX)
             lock.write(str(os.getpid())); lock.flush()
             print('locked', flush=True)
             time.sleep(60)
-        """)], stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        """),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert other.stdout.readline() == 'locked\n'
         with pytest.raises(ValueError, match=f'is in use by process {other.pid}'):

@@ -287,9 +287,15 @@ def test_a_caller_who_stops_ends_the_reading(network, thresholds, answer):
 
 @pytest.mark.parametrize(
     ('options', 'message'),
-    [({'deadline': -1.0}, 'deadline'), ({'deadline': float('nan')}, 'deadline'), ({'workers': 0}, 'workers'),
-     ({'ahead': 0}, 'ahead'), ({'chunk_size': 0}, 'chunk_size'), ({'exits': [0]}, 'exits')],
-)  # fmt: skip
+    [
+        ({'deadline': -1.0}, 'deadline'),
+        ({'deadline': float('nan')}, 'deadline'),
+        ({'workers': 0}, 'workers'),
+        ({'ahead': 0}, 'ahead'),
+        ({'chunk_size': 0}, 'chunk_size'),
+        ({'exits': [0]}, 'exits'),
+    ],
+)
 def test_impossible_settings_are_refused(network, options, message):
     with pytest.raises(ValueError, match=message):
         stream(network[0], **{'chunk_size': 2, **options})

@@ -85,9 +85,8 @@ def test_frontier_is_brute_force(screened):
     found = screened.frontier()
     points = list(zip(screened.cost, screened.accuracy, strict=True))
     best = {
-        point for point in points
-        if not any(c <= point[0] and a >= point[1] and (c, a) != point for c, a in points)
-    }  # fmt: skip
+        point for point in points if not any(c <= point[0] and a >= point[1] and (c, a) != point for c, a in points)
+    }
     assert list(zip(found.cost, found.accuracy, strict=True)) == sorted(best)
 
 

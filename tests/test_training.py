@@ -80,9 +80,10 @@ def test_training_learns_and_state_counts(network, train):
     model, variables, _ = network
     seen = []
     state = train(
-        create_train_state(model, variables, optax.adam(1e-2)), epochs=12,
+        create_train_state(model, variables, optax.adam(1e-2)),
+        epochs=12,
         on_epoch=lambda epoch, state, metrics: seen.append((epoch, float(metrics['loss']))),
-    )  # fmt: skip
+    )
     assert [epoch for epoch, _ in seen] == list(range(1, 13))
     assert seen[-1][1] < 0.6 * seen[0][1]
     assert int(state.step) == 12 * 5
@@ -92,10 +93,11 @@ def test_metrics_go_to_any_writer_as_numbers(network, train):
     model, variables, _ = network
     written, averages = [], []
     train(
-        create_train_state(model, variables, SGD), epochs=1.4,
+        create_train_state(model, variables, SGD),
+        epochs=1.4,
         on_metrics=lambda step, scalars: written.append((step, scalars)),
         on_epoch=lambda epoch, state, metrics: averages.append(metrics),
-    )  # fmt: skip
+    )
     assert [step for step, _ in written] == [5, 7]  # the part of an epoch at the end, too
     for name, values in averages[0].items():
         for n, value in enumerate(np.atleast_1d(values), 1):
@@ -109,11 +111,13 @@ def test_scanned_epochs_are_epochs_step_by_step(network, train, small_data, getk
     calls = []
     results = [
         train(
-            create_train_state(model, variables, SGD), epochs=2, scan=scan,
+            create_train_state(model, variables, SGD),
+            epochs=2,
+            scan=scan,
             on_step=lambda epoch, step, steps, metrics, scan=scan: calls.append((scan, epoch, step, steps)),
         )
         for scan in (True, False)
-    ]  # fmt: skip
+    ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
     assert calls == [
         *((True, epoch, 5, 5) for epoch in range(2)),
@@ -156,10 +160,16 @@ def test_every_step_of_every_epoch_draws_anew(network, small_data, scan):
     def losses():
         found = []
         fit(
-            create_train_state(model, variables, optax.set_to_zero()), data, jnp.array([1.0, 0.0, 0.0]),
-            jax.random.key(0), epochs=2, batch_size=20, prepare=noise, scan=scan,
+            create_train_state(model, variables, optax.set_to_zero()),
+            data,
+            jnp.array([1.0, 0.0, 0.0]),
+            jax.random.key(0),
+            epochs=2,
+            batch_size=20,
+            prepare=noise,
+            scan=scan,
             on_step=lambda epoch, step, steps, metrics: found.append(float(metrics['loss'])),
-        )  # fmt: skip
+        )
         return found
 
     first, again = losses(), losses()
@@ -186,7 +196,7 @@ def test_baseline_initialisation_reports_what_it_did(network):
     start, report = initialize_from_baseline(variables, trained)
     assert set(report.fresh) == {
         *(f'params/head{n}/{leaf}' for n in (1, 2, 3) for leaf in ('kernel', 'bias')),
-    }  # fmt: skip
+    }
     assert set(report.left) == {'params/head3/kernel', 'params/head3/scale'}
     assert len(report.taken) + len(report.fresh) == len(jax.tree.leaves(variables))
     check_equal(start['params']['layer2'], trained['params']['layer2'])
@@ -326,10 +336,12 @@ def test_a_grown_network_answers_as_before(placement):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'epochs': -1}, 'epochs: got -1'), ({'epochs': float('nan')}, 'epochs: got nan'),
-        ({'batch_size': 0}, 'batch_size: got 0'), ({'batch_size': 2.5}, 'batch_size: got 2.5'),
+        ({'epochs': -1}, 'epochs: got -1'),
+        ({'epochs': float('nan')}, 'epochs: got nan'),
+        ({'batch_size': 0}, 'batch_size: got 0'),
+        ({'batch_size': 2.5}, 'batch_size: got 2.5'),
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_are_refused(network, train, options, message):
     model, variables, _ = network
     with pytest.raises(ValueError, match=message):
@@ -366,8 +378,12 @@ def test_other_tasks_bring_their_loss_and_their_metrics(network, batch, getkey):
 
     state = create_train_state(model, variables, SGD)
     state, metrics = bj.training.train_step(
-        state, bj.Batch(batch.image, targets), jnp.ones(3), getkey(),
-        loss=squared_error, metrics=lambda logits, targets: {'exit_error': squared_error(logits, targets) ** 0.5},
-    )  # fmt: skip
+        state,
+        bj.Batch(batch.image, targets),
+        jnp.ones(3),
+        getkey(),
+        loss=squared_error,
+        metrics=lambda logits, targets: {'exit_error': squared_error(logits, targets) ** 0.5},
+    )
     assert set(metrics) == {'loss', 'exit_loss', 'exit_error'}
     np.testing.assert_allclose(metrics['exit_error'], np.sqrt(metrics['exit_loss']), rtol=1e-6)

@@ -20,9 +20,7 @@ def test_batch_knows_its_length():
 
 
 def point_of(policy):
-    return bj.OperatingPoint(
-        policy=policy, accuracy=0.9, split='validation', exit_fractions=np.ones(2) / 2, cost=3.0
-    )  # fmt: skip
+    return bj.OperatingPoint(policy=policy, accuracy=0.9, split='validation', exit_fractions=np.ones(2) / 2, cost=3.0)
 
 
 def test_records_pass_through_transformations():

@@ -112,8 +112,11 @@ def load_dataset(
             return _in_memory(name, check_arrays(read_arrays(Path(name)), name), task, **split)
         digits = load_dataset(
             name[len(_CANVASES) + 1 :] or 'mnist5k',
-            validation_fraction=validation_fraction, seed=seed, cache=cache, download=download,
-        )  # fmt: skip
+            validation_fraction=validation_fraction,
+            seed=seed,
+            cache=cache,
+            download=download,
+        )
         return digit_canvases(digits, seed=seed)
     prepared = find_prepared(name, task=task, download=download)
     decoding = Decoding(prepared.image_key, prepared.label_key, image_size=image_size, transform=transform)
@@ -164,9 +167,16 @@ def _in_memory(name: str, arrays: Arrays, task: str, *, fraction: float, seed: i
 
 
 def _on_disk(
-    name: str, prepared: Prepared, decoding: Decoding, folder: Path, *, workers: int, prefetch: int, fraction: float,
+    name: str,
+    prepared: Prepared,
+    decoding: Decoding,
+    folder: Path,
+    *,
+    workers: int,
+    prefetch: int,
+    fraction: float,
     seed: int,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     classes = _classes(prepared, folder)
     decoding = dataclasses.replace(decoding, first_class=int(classes['first']))
     kept, held_out = _split_rows(name, classes['train'], fraction=fraction, seed=seed)

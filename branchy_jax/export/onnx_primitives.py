@@ -96,8 +96,9 @@ def _select(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> Va
         raise ValueError('it selects among more than two')
     if spec.dtype != np.bool_:
         return _elementwise(scope, 'Where', [which, cases[1], cases[0]], spec)
-    chosen = [_elementwise(scope, 'And', pair, spec) for pair in
-              ([which, cases[1]], [_unary('Not')(scope, which), cases[0]])]  # fmt: skip
+    chosen = [
+        _elementwise(scope, 'And', pair, spec) for pair in ([which, cases[1]], [_unary('Not')(scope, which), cases[0]])
+    ]
     return _elementwise(scope, 'Or', chosen, spec)
 
 
@@ -310,11 +311,15 @@ def _convolution(scope: Scope, params: Params, inputs: list[Value], spec: Spec) 
         raise ValueError('it pads by less than nothing')
     x, kernel = (scope.full(value) for value in inputs)
     name = scope.node(
-        'Conv', scope.read(x, numbers.lhs_spec), scope.read(kernel, numbers.rhs_spec),
-        kernel_shape=[kernel.shape[axis] for axis in numbers.rhs_spec[2:]], strides=params['window_strides'],
-        pads=[edge[side] for side in (0, 1) for edge in padding], dilations=params['rhs_dilation'],
+        'Conv',
+        scope.read(x, numbers.lhs_spec),
+        scope.read(kernel, numbers.rhs_spec),
+        kernel_shape=[kernel.shape[axis] for axis in numbers.rhs_spec[2:]],
+        strides=params['window_strides'],
+        pads=[edge[side] for side in (0, 1) for edge in padding],
+        dilations=params['rhs_dilation'],
         group=params['feature_group_count'],
-    )  # fmt: skip
+    )
     shape = tuple(spec.shape)
     return Value(shape, np.dtype(spec.dtype), name, held=shape, order=tuple(numbers.out_spec))
 
@@ -351,16 +356,45 @@ def _product(scope: Scope, params: Params, inputs: list[Value], spec: Spec) -> V
 
 
 TABLE: dict[str, Handler] = {
-    **{name: _simple(op) for name, op in {
-        'abs': 'Abs', 'add': 'Add', 'add_any': 'Add', 'ceil': 'Ceil', 'cos': 'Cos', 'eq': 'Equal',
-        'erf': 'Erf', 'exp': 'Exp', 'floor': 'Floor', 'ge': 'GreaterOrEqual', 'gt': 'Greater', 'le': 'LessOrEqual',
-        'log': 'Log', 'logistic': 'Sigmoid', 'lt': 'Less', 'min': 'Min', 'mul': 'Mul', 'neg': 'Neg', 'pow': 'Pow',
-        'sign': 'Sign', 'sin': 'Sin', 'sqrt': 'Sqrt', 'sub': 'Sub', 'tanh': 'Tanh',
-    }.items()},
+    **{
+        name: _simple(op)
+        for name, op in {
+            'abs': 'Abs',
+            'add': 'Add',
+            'add_any': 'Add',
+            'ceil': 'Ceil',
+            'cos': 'Cos',
+            'eq': 'Equal',
+            'erf': 'Erf',
+            'exp': 'Exp',
+            'floor': 'Floor',
+            'ge': 'GreaterOrEqual',
+            'gt': 'Greater',
+            'le': 'LessOrEqual',
+            'log': 'Log',
+            'logistic': 'Sigmoid',
+            'lt': 'Less',
+            'min': 'Min',
+            'mul': 'Mul',
+            'neg': 'Neg',
+            'pow': 'Pow',
+            'sign': 'Sign',
+            'sin': 'Sin',
+            'sqrt': 'Sqrt',
+            'sub': 'Sub',
+            'tanh': 'Tanh',
+        }.items()
+    },
     **{name: _on_booleans(op) for name, op in {'and': 'And', 'not': 'Not', 'or': 'Or', 'xor': 'Xor'}.items()},
-    **{name: _reduce(op) for name, op in {
-        'reduce_max': 'ReduceMax', 'reduce_min': 'ReduceMin', 'reduce_prod': 'ReduceProd', 'reduce_sum': 'ReduceSum',
-    }.items()},
+    **{
+        name: _reduce(op)
+        for name, op in {
+            'reduce_max': 'ReduceMax',
+            'reduce_min': 'ReduceMin',
+            'reduce_prod': 'ReduceProd',
+            'reduce_sum': 'ReduceSum',
+        }.items()
+    },
     **dict.fromkeys(('copy', 'copy_p', 'stop_gradient', 'optimization_barrier'), _unchanged),
     'argmax': _arg('ArgMax'),
     'argmin': _arg('ArgMin'),
@@ -394,4 +428,4 @@ TABLE: dict[str, Handler] = {
     'squeeze': _squeeze,
     'top_k': _top_k,
     'transpose': _transpose,
-}  # fmt: skip
+}

@@ -19,6 +19,21 @@ from branchy_jax.inference.staged import sequential as sequential
 from branchy_jax.inference.staged import staged as staged
 
 __all__ = [
-    'ALL_CORES', 'COMMAND_BUFFERS', 'ONE_CORE', 'ExitOutputs', 'Plan', 'SegmentTimes', 'compacted', 'dense',
-    'exit_outputs', 'exit_table', 'optimize', 'plan', 'segment_times', 'sequential', 'sharded', 'staged', 'stream',
-]  # fmt: skip
+    'ALL_CORES',
+    'COMMAND_BUFFERS',
+    'ONE_CORE',
+    'ExitOutputs',
+    'Plan',
+    'SegmentTimes',
+    'compacted',
+    'dense',
+    'exit_outputs',
+    'exit_table',
+    'optimize',
+    'plan',
+    'segment_times',
+    'sequential',
+    'sharded',
+    'staged',
+    'stream',
+]

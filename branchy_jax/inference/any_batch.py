@@ -55,9 +55,14 @@ class AnyBatch:
 
 
 def any_batch(
-    run: Counted, plain: Executor, model: BranchyNet, sizes: Sequence[int], *, traceable: Executor | None = None,
+    run: Counted,
+    plain: Executor,
+    model: BranchyNet,
+    sizes: Sequence[int],
+    *,
+    traceable: Executor | None = None,
     workers: int = 1,
-) -> AnyBatch:  # fmt: skip
+) -> AnyBatch:
     """Builds an executor of batches of any size.
 
     Args:

@@ -97,9 +97,13 @@ def compacted(
 
 @compiled_once
 def _compacted(
-    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int,
+    model: BranchyNet,
+    asked: tuple[int, ...],
+    chunk_sizes: tuple[int, ...],
+    on_host: bool,
+    workers: int,
     options: Options,
-) -> Executor:  # fmt: skip
+) -> Executor:
     loops, run = _programs(model, asked, chunk_sizes, on_host, workers, options)
     return guarded(run, model, traceable=loops)
 
@@ -127,9 +131,13 @@ def _compacted_of_any_batch(
 
 @compiled_once
 def _programs(
-    model: BranchyNet, asked: tuple[int, ...], chunk_sizes: tuple[int, ...], on_host: bool, workers: int,
+    model: BranchyNet,
+    asked: tuple[int, ...],
+    chunk_sizes: tuple[int, ...],
+    on_host: bool,
+    workers: int,
     options: Options,
-) -> tuple[Callable[..., ExitPrediction], Callable[..., ExitPrediction]]:  # fmt: skip
+) -> tuple[Callable[..., ExitPrediction], Callable[..., ExitPrediction]]:
     """Returns the program of loops, and what runs in its place; each takes a count of images after the policy."""
     loops = jit_predicting(options)(_build_loops(build_steps(model, asked), chunk_sizes))
     return loops, _build_host_driven(jitted_steps(model, asked, options), chunk_sizes, workers) if on_host else loops

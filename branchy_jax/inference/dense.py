@@ -271,9 +271,14 @@ def exit_table(
     run = functools.partial(_statistics(model, mesh, statistics), criterion=criterion, prepare=_as_pytree(prepare))
     checked = (check(batch) for batch in itertools.chain([first], batches))
     found, uncertainty = _in_batches(
-        run, variables, checked if supplied else next(checked), batch_size, mesh, supplied=supplied,
+        run,
+        variables,
+        checked if supplied else next(checked),
+        batch_size,
+        mesh,
+        supplied=supplied,
         on_progress=on_progress,
-    )  # fmt: skip
+    )
     return ExitTable(
         uncertainty=uncertainty, statistics=found, costs=costs, criterion=criterion, metric=metric, split=split
     )

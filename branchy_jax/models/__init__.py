@@ -23,8 +23,25 @@ from branchy_jax.models.unet import b_unet as b_unet
 from branchy_jax.models.vit import b_vit as b_vit
 
 __all__ = [
-    'Branch', 'Functional', 'Pretrained', 'Route', 'attach', 'b_alexnet', 'b_lenet', 'b_resnet', 'b_unet', 'b_vit',
-    'banded_convolution', 'create', 'from_nnx', 'layers', 'load_pretrained', 'names', 'pretrained_names',
+    'Branch',
+    'Functional',
+    'Pretrained',
+    'Route',
+    'attach',
+    'b_alexnet',
+    'b_lenet',
+    'b_resnet',
+    'b_unet',
+    'b_vit',
+    'banded_convolution',
+    'create',
+    'from_nnx',
+    'layers',
+    'load_pretrained',
+    'names',
+    'pretrained_names',
     'save_pretrained',
-    'select_exits', 'tree', 'without_branches',
-]  # fmt: skip
+    'select_exits',
+    'tree',
+    'without_branches',
+]

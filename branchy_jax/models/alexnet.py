@@ -60,21 +60,30 @@ def b_alexnet(
     conv2 = conv(64, (5, 5), padding=2, name='conv2')
     conv3 = conv(96, (3, 3), padding=1, name='conv3')
     rest = (
-        nn.relu, conv(96, (3, 3), padding=1, name='conv4'),
-        nn.relu, conv(64, (3, 3), padding=1, name='conv5'),
-        nn.relu, _pool, flatten,
-    )  # fmt: skip
+        nn.relu,
+        conv(96, (3, 3), padding=1, name='conv4'),
+        nn.relu,
+        conv(64, (3, 3), padding=1, name='conv5'),
+        nn.relu,
+        _pool,
+        flatten,
+    )
     classify1, classify2 = dense(num_classes, name='exit1_fc'), dense(num_classes, name='exit2_fc')
     as_in_text = (conv1, *_pool_and_normalize), (conv2, *_pool_and_normalize), (conv3, *rest)
 
     def strided_heads(conv: Callable[..., nn.Module]) -> tuple[Layers, Layers]:
         return (
             (
-                conv(strides=2, name='exit1_conv1'), nn.relu,
-                conv(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
+                conv(strides=2, name='exit1_conv1'),
+                nn.relu,
+                conv(name='exit1_conv2'),
+                nn.relu,
+                _pool,
+                flatten,
+                classify1,
             ),
             (conv(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
-        )  # fmt: skip
+        )
 
     layouts = {
         'text': (as_in_text, strided_heads(small)),
@@ -82,18 +91,28 @@ def b_alexnet(
             ((conv1, *_pool_and_normalize, conv2), (*_pool_and_normalize, conv3), rest),
             (
                 (
-                    *_pool_and_normalize, small(name='exit1_conv1'), nn.relu,
-                    small(name='exit1_conv2'), nn.relu, _pool, flatten, classify1,
+                    *_pool_and_normalize,
+                    small(name='exit1_conv1'),
+                    nn.relu,
+                    small(name='exit1_conv2'),
+                    nn.relu,
+                    _pool,
+                    flatten,
+                    classify1,
                 ),
                 (*_pool_and_normalize, small(name='exit2_conv1'), nn.relu, _pool, flatten, classify2),
             ),
         ),
         'tuned': (as_in_text, strided_heads(wide)),
-    }  # fmt: skip
+    }
     stages, side_heads = choose_layout(layouts, placement=placement, heads=heads)
     last_head = (
-        dense(256, name='fc1'), nn.relu, nn.Dropout(0.5, name='dropout1'),
-        dense(128, name='fc2'), nn.relu, nn.Dropout(0.5, name='dropout2'),
+        dense(256, name='fc1'),
+        nn.relu,
+        nn.Dropout(0.5, name='dropout1'),
+        dense(128, name='fc2'),
+        nn.relu,
+        nn.Dropout(0.5, name='dropout2'),
         dense(num_classes, name='fc3'),
-    )  # fmt: skip
+    )
     return BranchyNet(stages=stages, exits=(*side_heads, last_head), image_shape=image_shape)

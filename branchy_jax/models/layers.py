@@ -125,9 +125,15 @@ class ResidualBlock(nn.Module):
         """Maps ``[B, H, W, C]`` to ``[B, ceil(H / stride), ceil(W / stride), features]``."""
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         conv = functools.partial(
-            nn.Conv, self.features, (3, 3), padding=1, use_bias=False, kernel_init=he_normal, dtype=self.dtype,
+            nn.Conv,
+            self.features,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=he_normal,
+            dtype=self.dtype,
             conv_general_dilated=self.convolution,
-        )  # fmt: skip
+        )
         y = nn.relu(norm(name='norm1')(conv(strides=self.stride, name='conv1')(x)))
         y = norm(name='norm2')(conv(name='conv2')(y))
         shortcut = x[:, :: self.stride, :: self.stride]

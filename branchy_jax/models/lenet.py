@@ -55,10 +55,15 @@ def b_lenet(
     dense = functools.partial(nn.Dense, dtype=dtype)
     conv1 = conv(5, (5, 5), padding=3, name='conv1')
     rest = (
-        conv(10, (5, 5), padding=3, name='conv2'), _pool, nn.relu,
-        conv(20, (5, 5), padding=3, name='conv3'), _pool, nn.relu,
-        flatten, dense(84, name='fc1'),
-    )  # fmt: skip
+        conv(10, (5, 5), padding=3, name='conv2'),
+        _pool,
+        nn.relu,
+        conv(20, (5, 5), padding=3, name='conv3'),
+        _pool,
+        nn.relu,
+        flatten,
+        dense(84, name='fc1'),
+    )
     classify = dense(num_classes, name='exit1_fc')
     branch = functools.partial(conv, 32, padding=0)
     layouts = {
@@ -74,11 +79,15 @@ def b_lenet(
             ((), (conv1, _pool, nn.relu, *rest)),
             (
                 (
-                    branch(kernel_size=(6, 6), strides=3, name='exit1_conv1'), nn.relu,
-                    branch(kernel_size=(3, 3), strides=2, name='exit1_conv2'), nn.relu, flatten, classify,
+                    branch(kernel_size=(6, 6), strides=3, name='exit1_conv1'),
+                    nn.relu,
+                    branch(kernel_size=(3, 3), strides=2, name='exit1_conv2'),
+                    nn.relu,
+                    flatten,
+                    classify,
                 ),
             ),
         ),
-    }  # fmt: skip
+    }
     stages, side_heads = choose_layout(layouts, placement=placement, heads=heads)
     return BranchyNet(stages=stages, exits=(*side_heads, dense(num_classes, name='fc2')), image_shape=image_shape)

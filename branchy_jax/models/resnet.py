@@ -102,11 +102,15 @@ def b_resnet(
             (normalized_conv('conv1', 16, padding=0), (first, *others), (*group2, *group3, _average_6x6, flatten)),
             (
                 (
-                    conv(64, (5, 5), padding=2, use_bias=True, name='exit1_conv1'), nn.relu,
+                    conv(64, (5, 5), padding=2, use_bias=True, name='exit1_conv1'),
+                    nn.relu,
                     local_response_normalization,
-                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv2'), nn.relu,
-                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv3'), nn.relu,
-                    flatten, classify1,
+                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv2'),
+                    nn.relu,
+                    conv(32, (3, 3), padding=1, use_bias=True, name='exit1_conv3'),
+                    nn.relu,
+                    flatten,
+                    classify1,
                 ),
                 (block(16, name='exit2_block1'), flatten, classify2),
             ),
@@ -114,7 +118,9 @@ def b_resnet(
         'tuned': (
             (
                 (*normalized_conv('conv1', 16, padding=1), first),
-                (*others, *group2[:half]), tuple(group2[half:]), (*group3, global_average_pool),
+                (*others, *group2[:half]),
+                tuple(group2[half:]),
+                (*group3, global_average_pool),
             ),
             (
                 head('exit1', 32, 64, 64, strides=2, classify=classify1),
@@ -122,6 +128,6 @@ def b_resnet(
                 head('exit3', 64, 64, strides=1, classify=classify3),
             ),
         ),
-    }  # fmt: skip
+    }
     stages, side_heads = choose_layout(layouts, placement=placement, heads=heads)
     return BranchyNet(stages=stages, exits=(*side_heads, dense(num_classes, name='fc')), image_shape=image_shape)

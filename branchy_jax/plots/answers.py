@@ -38,9 +38,13 @@ def reliability_diagrams(path: Path | str, found: Mapping[str, Sequence[Reliabil
             bins = of_exits[n]
             full = bins.count > 0
             axes.plot(
-                bins.confidence[full], bins.accuracy[full], '-o', color=color, markersize=4,
+                bins.confidence[full],
+                bins.accuracy[full],
+                '-o',
+                color=color,
+                markersize=4,
                 label=name if n == 0 else None,
-            )  # fmt: skip
+            )
         errors = ' → '.join(f'{100 * of_exits[n].error:.2f}' for of_exits in found.values())
         axes.set_title(f'exit {n + 1}: ECE {errors} %', fontsize=9, loc='left')
         axes.set_xlabel('confidence')
@@ -92,9 +96,16 @@ def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def masks(
-    path: Path | str, images: Array, labels: Array, predictions: Array, exit_index: Array, *, num_classes: int,
-    class_names: Sequence[str] | None = None, title: str = '',
-) -> None:  # fmt: skip
+    path: Path | str,
+    images: Array,
+    labels: Array,
+    predictions: Array,
+    exit_index: Array,
+    *,
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+    title: str = '',
+) -> None:
     """Draws one image per row: input, truth, and the mask of each exit; the exit that answered is framed.
 
     Args:
@@ -137,8 +148,15 @@ def masks(
     for axes, name in zip(grid[0], ['input', 'truth', *(f'exit {n + 1}' for n in range(exits))], strict=True):
         axes.set_title(name, fontsize=10, color=INK)
     patches = [Patch(facecolor=colors(k), edgecolor=INK, linewidth=0.4, label=name) for k, name in enumerate(names)]
-    save(figure, path, legend_columns=min(num_classes, 12), handles=patches, fontsize=8,
-         handlelength=1, columnspacing=0.9)  # fmt: skip
+    save(
+        figure,
+        path,
+        legend_columns=min(num_classes, 12),
+        handles=patches,
+        fontsize=8,
+        handlelength=1,
+        columnspacing=0.9,
+    )
 
 
 def _colors(count: int) -> list[tuple[float, ...]]:

@@ -28,8 +28,26 @@ from branchy_jax.thresholds.statistics import standard_error as standard_error
 from branchy_jax.thresholds.table import ExitTable as ExitTable
 
 __all__ = [
-    'accuracy_statistics', 'answering_exits', 'conformal_risk_control', 'confusion', 'Controller', 'create_controller',
-    'create_monitor', 'ExitTable', 'Guarantee', 'iou_per_class', 'iou_statistics', 'learn_then_test',
-    'losses_against_full', 'losses_along', 'mean_iou', 'mean_of_statistic', 'Monitor', 'path_by_shares',
-    'quantile_grid', 'Screen', 'standard_error', 'threshold_path',
-]  # fmt: skip
+    'accuracy_statistics',
+    'answering_exits',
+    'conformal_risk_control',
+    'confusion',
+    'Controller',
+    'create_controller',
+    'create_monitor',
+    'ExitTable',
+    'Guarantee',
+    'iou_per_class',
+    'iou_statistics',
+    'learn_then_test',
+    'losses_against_full',
+    'losses_along',
+    'mean_iou',
+    'mean_of_statistic',
+    'Monitor',
+    'path_by_shares',
+    'quantile_grid',
+    'Screen',
+    'standard_error',
+    'threshold_path',
+]

@@ -350,8 +350,10 @@ def conformal_risk_control(path: Array, table: ExitTable, losses: Array, *, epsi
     on_path, exits = losses_along(path, table, losses)
     count = losses.shape[1]
     envelope = np.maximum.accumulate(on_path, axis=0).mean(axis=1)
-    passes = [_never(setting) or count / (count + 1) * risk + 1 / (count + 1) <= epsilon
-              for setting, risk in zip(path, envelope, strict=True)]  # fmt: skip
+    passes = [
+        _never(setting) or count / (count + 1) * risk + 1 / (count + 1) <= epsilon
+        for setting, risk in zip(path, envelope, strict=True)
+    ]
     found = _guarantee(path, last_passed(passes), on_path, exits, table)
     words = (
         f'In expectation over {count} exchangeable calibration inputs and the next, the loss is at most {epsilon:g}.'

@@ -144,8 +144,11 @@ def confusion(labels: Array, answers: Array, exits: Array, *, num_exits: int, nu
         [[[1, 0], [0, 0]], [[0, 0], [1, 0]]]
     """
     labels, answers, exits = (np.asarray(values) for values in (labels, answers, exits))
-    for name, values, count in (('labels', labels, num_classes), ('answers', answers, num_classes),
-                                ('exits', exits, num_exits)):  # fmt: skip
+    for name, values, count in (
+        ('labels', labels, num_classes),
+        ('answers', answers, num_classes),
+        ('exits', exits, num_exits),
+    ):
         if values.shape != labels.shape:
             raise ValueError(f'{name}: expected one per input, shape {labels.shape}, got {values.shape}')
         if values.size and not 0 <= values.min() <= values.max() < count:

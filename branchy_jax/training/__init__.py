@@ -10,6 +10,12 @@ from branchy_jax.training.state import paper_adam as paper_adam
 from branchy_jax.training.step import train_step as train_step
 
 __all__ = [
-    'TrainState', 'create_train_state', 'epoch_order', 'fit', 'initialize_from_baseline', 'initialize_from_shallower',
-    'paper_adam', 'train_step',
-]  # fmt: skip
+    'TrainState',
+    'create_train_state',
+    'epoch_order',
+    'fit',
+    'initialize_from_baseline',
+    'initialize_from_shallower',
+    'paper_adam',
+    'train_step',
+]

@@ -18,12 +18,14 @@ def page(record: Mapping[str, Any]) -> str:
     rows = []
     for name, variant in record['variants'].items():
         test, train = np.array(variant['test_accuracy']), np.array(variant['train_accuracy'])
-        rows.append([
-            name,
-            ', '.join(_with_interval(values) for values in 100 * test.T),
-            _with_interval(100 * (train - test)[:, -1]),
-            f'{variant["seconds"]:.0f}',
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                ', '.join(_with_interval(values) for values in 100 * test.T),
+                _with_interval(100 * (train - test)[:, -1]),
+                f'{variant["seconds"]:.0f}',
+            ]
+        )
     columns = ['variant', 'test accuracy of each exit, %', 'train − test of the last', 'seconds']
     note = f'\n\n{JPEG_NOTE}' if settings['dataset'] == 'cifar10' else ''
     return f"""# The paper's claims on {settings['network']}, {settings['dataset']}

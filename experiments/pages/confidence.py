@@ -10,24 +10,43 @@ from experiments.pages.tables import table
 
 Record = dict[str, Any]
 _PROMISES = {
-    'loss': '{loss}', 'method': '{method}', 'ε': '{epsilon:g}', 'δ': '{delta:g}', 'broken %': '{broken:.1%}',
-    'allowed %': '{allowed:.1%}', 'cost saved %': '{cost_saved:.1%}',
-}  # fmt: skip
+    'loss': '{loss}',
+    'method': '{method}',
+    'ε': '{epsilon:g}',
+    'δ': '{delta:g}',
+    'broken %': '{broken:.1%}',
+    'allowed %': '{allowed:.1%}',
+    'cost saved %': '{cost_saved:.1%}',
+}
 _COMPARISON = {
-    'loss': '{loss}', 'method': '{method}', 'ε': '{epsilon:g}', 'broken %': '{broken:.1%}',
-    'mean risk': '{mean_risk:.4f}', 'cost saved %': '{cost_saved:.1%}',
-}  # fmt: skip
+    'loss': '{loss}',
+    'method': '{method}',
+    'ε': '{epsilon:g}',
+    'broken %': '{broken:.1%}',
+    'mean risk': '{mean_risk:.4f}',
+    'cost saved %': '{cost_saved:.1%}',
+}
 _CALIBRATION = {
-    'exit': '{exit}', 'temperature': '{temperature:.3f}', 'ECE %': '{ece_before:.2%}', 'ECE % after': '{ece_after:.2%}',
-    'one shared': '{ece_after_shared:.2%}', 'adaptive ECE %': '{adaptive_ece_before:.2%}',
-    'adaptive ECE % after': '{adaptive_ece_after:.2%}', 'Brier': '{brier_before:.4f}',
+    'exit': '{exit}',
+    'temperature': '{temperature:.3f}',
+    'ECE %': '{ece_before:.2%}',
+    'ECE % after': '{ece_after:.2%}',
+    'one shared': '{ece_after_shared:.2%}',
+    'adaptive ECE %': '{adaptive_ece_before:.2%}',
+    'adaptive ECE % after': '{adaptive_ece_after:.2%}',
+    'Brier': '{brier_before:.4f}',
     'Brier after': '{brier_after:.4f}',
-}  # fmt: skip
+}
 _SEARCH = {
-    'bound ms': '{bound_ms:.4f}', 'method': '{method}', 'accuracy %': '{accuracy:.2%}', 'gap to exact': '{gap:.2%}',
-    'ms': '{cost:.4f}', 'seconds': '{seconds:.3f}', 'test accuracy %': '{test_accuracy:.2%}',
+    'bound ms': '{bound_ms:.4f}',
+    'method': '{method}',
+    'accuracy %': '{accuracy:.2%}',
+    'gap to exact': '{gap:.2%}',
+    'ms': '{cost:.4f}',
+    'seconds': '{seconds:.3f}',
+    'test accuracy %': '{test_accuracy:.2%}',
     'test ms': '{test_cost:.4f}',
-}  # fmt: skip
+}
 _EXACT_SEARCH = (
     'Exact search over {exits} exits, {inputs:,} inputs and {values} values a threshold takes {seconds:.2f} seconds.'
 )
@@ -36,43 +55,48 @@ _EXACT_SEARCH = (
 def page(record: Record) -> str:
     """Lays out the record in Markdown, with the pictures that lie beside it."""
     inputs = record['inputs']
-    return '\n\n'.join([
-        f'# Confidence of {record["network"]} on {record["dataset"]}',
-        f'`{record["command"]}`, {record["device"]}. Fitted and chosen on {inputs["validation"]:,} validation images, '
-        f'reported on {inputs["test"]:,} test images. Costs are multiply-accumulates unless they say ms.',
-        '## Promises',
-        f'{record["promises"][0]["splits"]:,} calibration sets of {inputs["calibration set"]:,} drawn from the test '
-        'outputs with replacement; a promise is broken when the risk of the whole population is above ε. '
-        'The share broken may be δ, and two standard errors more by chance.',
-        table(_PROMISES, record['promises']),
-        'Without a guarantee: the cheapest setting that loses at most ε on the calibration set itself.',
-        table(_COMPARISON, record['comparison']),
-        'In expectation only (mean risk at most ε):',
-        table(_COMPARISON, record['expectations']),
-        '## Calibration',
-        table(_CALIBRATION, record['calibration']),
-        '![Reliability diagrams](reliability.png)',
-        '## Criteria',
-        'What is learned was fitted on one half of the validation data; thresholds were chosen on the other: the '
-        'cheapest that give up no more than so many points against the last exit. Then: cost on test data in thousand '
-        'MACs (change of test accuracy in points; cost at *equal* test accuracy, read off the test curve, against '
-        "entropy's). A dash: not reached.",
-        _criteria(record['criteria']),
-        '## Search',
-        'Under a bound on the expected time, from stages and heads measured here.',
-        table(_SEARCH, record['search']),
-        _EXACT_SEARCH.format_map(record['exact_search']),
-        '## At run time',
-        _control(record['control']),
-        '![The cost held](control.png)',
-        '## Anytime and budgeted batch',
-        _protocol({'exit': '{exit}', 'thousand MACs': '{thousands:.1f}'}, record['protocols']['anytime']),
-        _protocol({'budget met: thousand MACs': '{thousands:.1f}'}, record['protocols']['budgeted'][::3]),
-        '![Accuracy against cost](protocols.png)',
-        '## Who leaves where, at the knee',
-        _exits(record['exits']),
-        '![Images that left at each exit](exits.png)',
-    ]) + '\n'  # fmt: skip
+    return (
+        '\n\n'.join(
+            [
+                f'# Confidence of {record["network"]} on {record["dataset"]}',
+                f'`{record["command"]}`, {record["device"]}. Fitted and chosen on {inputs["validation"]:,} validation images, '
+                f'reported on {inputs["test"]:,} test images. Costs are multiply-accumulates unless they say ms.',
+                '## Promises',
+                f'{record["promises"][0]["splits"]:,} calibration sets of {inputs["calibration set"]:,} drawn from the test '
+                'outputs with replacement; a promise is broken when the risk of the whole population is above ε. '
+                'The share broken may be δ, and two standard errors more by chance.',
+                table(_PROMISES, record['promises']),
+                'Without a guarantee: the cheapest setting that loses at most ε on the calibration set itself.',
+                table(_COMPARISON, record['comparison']),
+                'In expectation only (mean risk at most ε):',
+                table(_COMPARISON, record['expectations']),
+                '## Calibration',
+                table(_CALIBRATION, record['calibration']),
+                '![Reliability diagrams](reliability.png)',
+                '## Criteria',
+                'What is learned was fitted on one half of the validation data; thresholds were chosen on the other: the '
+                'cheapest that give up no more than so many points against the last exit. Then: cost on test data in thousand '
+                'MACs (change of test accuracy in points; cost at *equal* test accuracy, read off the test curve, against '
+                "entropy's). A dash: not reached.",
+                _criteria(record['criteria']),
+                '## Search',
+                'Under a bound on the expected time, from stages and heads measured here.',
+                table(_SEARCH, record['search']),
+                _EXACT_SEARCH.format_map(record['exact_search']),
+                '## At run time',
+                _control(record['control']),
+                '![The cost held](control.png)',
+                '## Anytime and budgeted batch',
+                _protocol({'exit': '{exit}', 'thousand MACs': '{thousands:.1f}'}, record['protocols']['anytime']),
+                _protocol({'budget met: thousand MACs': '{thousands:.1f}'}, record['protocols']['budgeted'][::3]),
+                '![Accuracy against cost](protocols.png)',
+                '## Who leaves where, at the knee',
+                _exits(record['exits']),
+                '![Images that left at each exit](exits.png)',
+            ]
+        )
+        + '\n'
+    )
 
 
 def _criteria(rows: Sequence[Record]) -> str:
@@ -100,10 +124,13 @@ def _control(rows: Sequence[Record]) -> str:
         'held from 2,000 images after the change on': '{after_2000:.4f} ({over:+.1%})',
         'thresholds from validation, left alone': '{left_alone:.4f} ({over_alone:+.1%})',
     }
-    return table(columns, [
-        {**row, 'over': row['after_2000'] / row['target'] - 1, 'over_alone': row['left_alone'] / row['target'] - 1}
-        for row in rows
-    ])  # fmt: skip
+    return table(
+        columns,
+        [
+            {**row, 'over': row['after_2000'] / row['target'] - 1, 'over_alone': row['left_alone'] / row['target'] - 1}
+            for row in rows
+        ],
+    )
 
 
 def _protocol(columns: dict[str, str], rows: Sequence[Record]) -> str:
@@ -113,7 +140,9 @@ def _protocol(columns: dict[str, str], rows: Sequence[Record]) -> str:
 
 def _exits(rows: Sequence[Record]) -> str:
     columns = {
-        'exit': '{exit}', 'share %': '{share:.1%}', 'error %': '{error:.2%}',
+        'exit': '{exit}',
+        'share %': '{share:.1%}',
+        'error %': '{error:.2%}',
         'most confused (answer for truth: times)': '{confused}',
-    }  # fmt: skip
+    }
     return table(columns, [{**row, 'confused': ', '.join(row['confused']) or '–'} for row in rows])

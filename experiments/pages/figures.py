@@ -27,9 +27,17 @@ Folders = Mapping[str, Folder]
 """Runs by the name of their folder; those that were not run are left out."""
 _DASH = '–'
 _COLUMNS = [
-    'network', 'run', 'device', 'batch', 'test accuracy %', 'ms an image', 'gain, end to end', 'gain over plain',
-    'gain, trunk only', 'exits %',
-]  # fmt: skip
+    'network',
+    'run',
+    'device',
+    'batch',
+    'test accuracy %',
+    'ms an image',
+    'gain, end to end',
+    'gain over plain',
+    'gain, trunk only',
+    'exits %',
+]
 
 
 def table_1(found: Folders) -> str:
@@ -62,10 +70,17 @@ def _rows_of(name: str, folder: Folder) -> list[list[str]]:
         network: str, accuracy: float, clock: Clock, exit_fractions: Numbers = (), trunk_only: str = _DASH
     ) -> list[str]:
         return [
-            network, name, device, f'{clock.batch:,}', f'{100 * accuracy:.2f}', f'{clock.latency_ms:.4f}',
-            f'{clock.gain:.2f} [{clock.gain_low:.2f}, {clock.gain_high:.2f}]', f'{clock.gain_plain:.2f}', trunk_only,
+            network,
+            name,
+            device,
+            f'{clock.batch:,}',
+            f'{100 * accuracy:.2f}',
+            f'{clock.latency_ms:.4f}',
+            f'{clock.gain:.2f} [{clock.gain_low:.2f}, {clock.gain_high:.2f}]',
+            f'{clock.gain_plain:.2f}',
+            trunk_only,
             percent(exit_fractions) or _DASH,
-        ]  # fmt: skip
+        ]
 
     rows = [row(record.network[2:], record.baseline.accuracy, record.baseline.clock, (1.0,))]
     for network, point in zip(networks, record.points, strict=True):
@@ -79,20 +94,32 @@ def _rows_of(name: str, folder: Folder) -> list[list[str]]:
 def _paper_row(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
     cpu, gpu = (baseline[key] / row[key] for key in ('latency_ms', 'gpu_latency_ms'))
     return [
-        row['network'], _DASH, 'CPU / GPU', '1', f'{100 * row["test_accuracy"]:.2f}',
-        f'{row["latency_ms"]:.2f} / {row["gpu_latency_ms"]:.2f}', _DASH, _DASH, f'{cpu:.1f} / {gpu:.1f}',
+        row['network'],
+        _DASH,
+        'CPU / GPU',
+        '1',
+        f'{100 * row["test_accuracy"]:.2f}',
+        f'{row["latency_ms"]:.2f} / {row["gpu_latency_ms"]:.2f}',
+        _DASH,
+        _DASH,
+        f'{cpu:.1f} / {gpu:.1f}',
         percent(row['exit_fractions']),
-    ]  # fmt: skip
+    ]
 
 
 def energy_table(found: Folders) -> str:
     """Lays out joules per image; where nothing was measured, it says why."""
     lines = [f'- {name}, {folder.energy_note}' for name, folder in found.items() if folder.energy_note]
     columns = {
-        'network': '{network} {operating_point}', 'run': '{run}', 'batch': '{batch}', 'mJ an image': '{mj:.3f}',
-        'with idle': '{mj_with_idle:.3f}', 'idle W': '{idle_watts:.1f}', 'W': '{watts:.1f}',
+        'network': '{network} {operating_point}',
+        'run': '{run}',
+        'batch': '{batch}',
+        'mJ an image': '{mj:.3f}',
+        'with idle': '{mj_with_idle:.3f}',
+        'idle W': '{idle_watts:.1f}',
+        'W': '{watts:.1f}',
         'resolution %': '{resolution:.2%}',
-    }  # fmt: skip
+    }
     rows = [
         {**vars(row), 'run': name, 'mj': 1e3 * row.joules, 'mj_with_idle': 1e3 * row.joules_with_idle}
         for name, folder in found.items()
@@ -132,9 +159,15 @@ def figure_3(network: str, found: Folders, workdir: Path) -> str:
         note = _note(folder)
         source = f'{name}, {note}'
     pictures.against_paper(
-        workdir / f'figure3_{network}.png', ours, theirs, x="time per image, batch 1 ÷ baseline's",
-        y='test accuracy (%)', title=f'Figure 3: {network}', note=note, marked=marked,
-    )  # fmt: skip
+        workdir / f'figure3_{network}.png',
+        ours,
+        theirs,
+        x="time per image, batch 1 ÷ baseline's",
+        y='test accuracy (%)',
+        title=f'Figure 3: {network}',
+        note=note,
+        marked=marked,
+    )
     return f'## Figure 3, {network}\n\nOurs: {source}. Paper: GPU, trunk only.\n\n![](figure3_{network}.png)'
 
 
@@ -145,13 +178,21 @@ def figure_4(found: Folders, workdir: Path) -> str:
         name, folder = chosen
         points, note = folder.record.first_and_last, _note(folder)
         ours, source = {name: [(100 * point.share, 100 * point.accuracy) for point in points]}, f'{name}, {note}'
-        columns = {'leave first %': '{share:.0%}', 'test accuracy %': '{accuracy:.2%}',
-                   'largest entropy let through': '{threshold:.4g}'}  # fmt: skip
+        columns = {
+            'leave first %': '{share:.0%}',
+            'test accuracy %': '{accuracy:.2%}',
+            'largest entropy let through': '{threshold:.4g}',
+        }
         leaving = '\n\n' + table(columns, points[::4])
     pictures.against_paper(
-        workdir / 'figure4.png', ours, {'b-alexnet': paper.FIGURE_4_ACCURACY}, x='leave at the first exit (%)',
-        y='test accuracy (%)', title='Figure 4: B-AlexNet, first and last exit only', note=note,
-    )  # fmt: skip
+        workdir / 'figure4.png',
+        ours,
+        {'b-alexnet': paper.FIGURE_4_ACCURACY},
+        x='leave at the first exit (%)',
+        y='test accuracy (%)',
+        title='Figure 4: B-AlexNet, first and last exit only',
+        note=note,
+    )
     return f'## Figure 4\n\nOurs: {source}.{leaving}\n\n![](figure4.png)'
 
 
@@ -175,18 +216,25 @@ def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
             by_depth[name] = depths
     theirs = {'b-alexnet': [(n, value - paper.FIGURE_5[0]) for n, value in enumerate(paper.FIGURE_5)]}
     pictures.against_paper(
-        workdir / 'figure5.png', ours, theirs, x='convolutions in branch 1', y='last exit: points above depth 0',
-        title='Figure 5: how deep the first branch should be', note='; '.join(notes),
-    )  # fmt: skip
+        workdir / 'figure5.png',
+        ours,
+        theirs,
+        x='convolutions in branch 1',
+        y='last exit: points above depth 0',
+        title='Figure 5: how deep the first branch should be',
+        note='; '.join(notes),
+    )
     rows = [
         [
             str(depth),
-            *('{mean:.2f} [{low:.2f}, {high:.2f}]'.format(**depths[depth]) if depth in depths else NOT_RUN
-              for depths in by_depth.values()),
+            *(
+                '{mean:.2f} [{low:.2f}, {high:.2f}]'.format(**depths[depth]) if depth in depths else NOT_RUN
+                for depths in by_depth.values()
+            ),
             f'{paper.FIGURE_5[depth]:.1f}',
         ]
         for depth in DEPTHS
-    ]  # fmt: skip
+    ]
     told = f' {"; ".join([*notes, *devices])}.' if notes else ''
     missing = '' if 'claims_b-alexnet' in by_depth else ' B-AlexNet: not run.'
     found = bj.report.markdown_table(['convolutions', *by_depth, 'B-AlexNet (paper)'], rows)
@@ -201,9 +249,14 @@ def figure_6(found: Folders, workdir: Path) -> str:
         for row in folder.cache:
             ours.setdefault(f'{row.network}, {name}', []).append((row.latency_ms, 100 * row.last_level))
     pictures.against_paper(
-        workdir / 'figure6.png', ours, theirs, x='time per image, batch 1 (ms)', y='last-level cache misses (%)',
-        title='Figure 6: cache misses as the thresholds vary, CPU', log_x=True,
-    )  # fmt: skip
+        workdir / 'figure6.png',
+        ours,
+        theirs,
+        x='time per image, batch 1 (ms)',
+        y='last-level cache misses (%)',
+        title='Figure 6: cache misses as the thresholds vary, CPU',
+        log_x=True,
+    )
     source = '; '.join(dict.fromkeys(folder.cache_note for folder in found.values() if folder.cache_note)) or NOT_RUN
     return f'## Figure 6\n\nOurs: {source}, of all data accesses.\n\n![](figure6.png)'
 

@@ -12,9 +12,14 @@ def _row(
     network: str, accuracy: float, cpu_ms: float, gpu_ms: float, thresholds: list[float], exits: list[float]
 ) -> Any:
     return {
-        'network': f'{network} (paper)', 'test_accuracy': accuracy, 'latency_ms': cpu_ms, 'gpu_latency_ms': gpu_ms,
-        'thresholds': thresholds, 'exit_fractions': exits, 'note': _NOTE,
-    }  # fmt: skip
+        'network': f'{network} (paper)',
+        'test_accuracy': accuracy,
+        'latency_ms': cpu_ms,
+        'gpu_latency_ms': gpu_ms,
+        'thresholds': thresholds,
+        'exit_fractions': exits,
+        'note': _NOTE,
+    }
 
 
 # Table I: batch 1, 3.0 GHz CPU and GTX TITAN X. Keyed by branchy network: the baseline's row, then its own.
@@ -39,9 +44,10 @@ FIGURE_3 = {
     'b-lenet': ([(0.26, 98.57), (0.27, 98.92), (0.32, 99.23), (0.34, 99.25), (1.70, 99.27)], 3),
     'b-alexnet': ([(0.91, 74.9), (0.97, 76.0), (1.04, 77.1), (1.15, 78.1), (1.31, 79.19), (3.22, 79.16)], 4),
     'b-resnet110': (
-        [(1.95, 63.8), (17.8, 69.5), (19.9, 73.4), (32.4, 78.1), (37.2, 79.17), (60.8, 81.65), (72.9, 81.8)], 4,
+        [(1.95, 63.8), (17.8, 69.5), (19.9, 73.4), (32.4, 78.1), (37.2, 79.17), (60.8, 81.65), (72.9, 81.8)],
+        4,
     ),
-}  # fmt: skip
+}
 # Figure 4, B-AlexNet: (share that leaves first in %, accuracy %).
 FIGURE_4_ACCURACY = [(0, 79.16), (46, 79.51), (67, 79.11), (83, 77.35), (100, 74.90)]
 # Figure 5, B-AlexNet: accuracy % of the last exit with 0 to 4 convolutions in branch 1.

@@ -13,21 +13,38 @@ from experiments.pages.tables import percent, table
 
 _MARKS = 'oDs^vP'
 _RATIOS = {
-    'network': '{network}', 'batch': '{batch}', 'cores': '{cores}', 'exits %': '{exits}', 'best peer': '{best}',
-    'best peer ÷ planned': '{ratio}', 'planned': '{told}',
-}  # fmt: skip
+    'network': '{network}',
+    'batch': '{batch}',
+    'cores': '{cores}',
+    'exits %': '{exits}',
+    'best peer': '{best}',
+    'best peer ÷ planned': '{ratio}',
+    'planned': '{told}',
+}
 _ALL = {
-    'network': '{network}', 'batch': '{batch}', 'cores': '{cores}', 'contender': '{name}', 'settings': '{told}',
-    'exits %': '{exits}', 'ms': '{ms:.4f}', '÷ planned': '{shown}', 'busy while waiting': '{burnt:.3f}',
-}  # fmt: skip
+    'network': '{network}',
+    'batch': '{batch}',
+    'cores': '{cores}',
+    'contender': '{name}',
+    'settings': '{told}',
+    'exits %': '{exits}',
+    'ms': '{ms:.4f}',
+    '÷ planned': '{shown}',
+    'busy while waiting': '{burnt:.3f}',
+}
 
 _OURS = 'planned here'
 # The best peer's time ÷ planned, taken apart: of the networks without exits, and of what exits save to either.
 _WHY = {
-    'network': '{network}', 'batch': '{batch}', 'cores': '{cores}', 'best peer': '{best}',
-    'peer ÷ planned': '{ratio}', 'both bare': '{bare}', 'exits make planned faster': '{ours}',
+    'network': '{network}',
+    'batch': '{batch}',
+    'cores': '{cores}',
+    'best peer': '{best}',
+    'peer ÷ planned': '{ratio}',
+    'both bare': '{bare}',
+    'exits make planned faster': '{ours}',
     'exits make the peer faster': '{theirs}',
-}  # fmt: skip
+}
 
 _LEGEND = """\
 - planned here: what `bj.inference.plan` chose for the batch size, called with arrays of NumPy's or of jax's. Bare: what
@@ -50,25 +67,30 @@ def page(record: Record) -> str:
         for cell in cells
         for timed in cell['contenders']
     ]
-    return '\n\n'.join([
-        '# Beside PyTorch and ONNX Runtime',
-        _made_by(cells),
-        'Random weights, forced exits, the same in every runtime, from images in host memory to labels there. '
-        'Each contender has a process of its own and its best settings; tight loops, in turns. The ratio is the median '
-        'over rounds with its 95 % interval: above 1 what is planned here is faster.',
-        table(_RATIOS, [_ratio(cell) for cell in cells]),
-        _short(cells),
-        *_why(cells),
-        '![Time of each peer, as a multiple of what is planned here](peers.png)',
-        '## Milliseconds an image',
-        markdown_table(columns, times),
-        _absent(cells),
-        '## Everyone',
-        _LEGEND,
-        'Shares are those achieved: without exits all leave at the last, and a plan that skips a head serves its '
-        'images later. Busy while waiting: cores that a process used between its turns.',
-        table(_ALL, everyone),
-    ]) + '\n'  # fmt: skip
+    return (
+        '\n\n'.join(
+            [
+                '# Beside PyTorch and ONNX Runtime',
+                _made_by(cells),
+                'Random weights, forced exits, the same in every runtime, from images in host memory to labels there. '
+                'Each contender has a process of its own and its best settings; tight loops, in turns. The ratio is the median '
+                'over rounds with its 95 % interval: above 1 what is planned here is faster.',
+                table(_RATIOS, [_ratio(cell) for cell in cells]),
+                _short(cells),
+                *_why(cells),
+                '![Time of each peer, as a multiple of what is planned here](peers.png)',
+                '## Milliseconds an image',
+                markdown_table(columns, times),
+                _absent(cells),
+                '## Everyone',
+                _LEGEND,
+                'Shares are those achieved: without exits all leave at the last, and a plan that skips a head serves its '
+                'images later. Busy while waiting: cores that a process used between its turns.',
+                table(_ALL, everyone),
+            ]
+        )
+        + '\n'
+    )
 
 
 def sentence(cell: Record) -> str:
@@ -96,9 +118,11 @@ def picture(path: Path | str, record: Record) -> None:
     networks = list(dict.fromkeys(cell['network'] for cell in cells))
     peers = [name for name in _names(cells) if not _is_ours(name)]
     figure, axes = new_grid(
-        'Time ÷ planned here (right of the line: planned is faster)', 1, len(networks),
+        'Time ÷ planned here (right of the line: planned is faster)',
+        1,
+        len(networks),
         size=(max(7.0, 3.6 * len(networks) + 0.6), 1.6 + 0.9 * max(_count(cells, network) for network in networks)),
-    )  # fmt: skip
+    )
     for panel, network in zip(axes[0], networks, strict=True):
         _draw(panel, [cell for cell in cells if cell['network'] == network], peers)
         panel.set_title(network, color=INK, fontsize=10, loc='left')
@@ -111,12 +135,18 @@ def _draw(axes: Any, cells: Sequence[Record], peers: Sequence[str]) -> None:
 
     for place, (peer, mark, color) in enumerate(zip(peers, itertools.cycle(_MARKS), itertools.cycle(SERIES))):
         offset = 0.6 * ((place + 0.5) / len(peers) - 0.5)
-        found = [(row + offset, timed) for row, cell in enumerate(cells)
-                 for timed in cell['contenders'] if timed['name'] == peer]  # fmt: skip
+        found = [
+            (row + offset, timed)
+            for row, cell in enumerate(cells)
+            for timed in cell['contenders']
+            if timed['name'] == peer
+        ]
         if found:
             rows, ratios = [row for row, _ in found], [timed['ratio'] for _, timed in found]
-            ends = [[timed['ratio'] - timed['ratio_low'] for _, timed in found],
-                    [timed['ratio_high'] - timed['ratio'] for _, timed in found]]  # fmt: skip
+            ends = [
+                [timed['ratio'] - timed['ratio_low'] for _, timed in found],
+                [timed['ratio_high'] - timed['ratio'] for _, timed in found],
+            ]
             axes.errorbar(ratios, rows, xerr=ends, fmt=mark, color=color, markersize=5, linewidth=1, label=peer)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale('log')

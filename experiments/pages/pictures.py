@@ -20,9 +20,17 @@ _MARKS = (('o', _GREY), ('o', OURS), ('*', INK), ('D', INK))
 
 
 def against_paper(
-    path: Path | str, ours: Mapping[str, Points], paper: Mapping[str, Points], *, x: str, y: str, title: str,
-    note: str = '', marked: Mapping[str, tuple[float, float]] | None = None, log_x: bool = False,
-) -> None:  # fmt: skip
+    path: Path | str,
+    ours: Mapping[str, Points],
+    paper: Mapping[str, Points],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    note: str = '',
+    marked: Mapping[str, tuple[float, float]] | None = None,
+    log_x: bool = False,
+) -> None:
     """Draws curves of ours and of a paper on one pair of axes.
 
     Args:

@@ -35,11 +35,16 @@ def write(workdir: Path, record: RunRecord, config: ConfigDict) -> None:
     networks = bj.report.table_of_networks([baseline, branchy, *record.paper], metric=task.key, label=task.label)
     bj.report.write_text(workdir / 'report.md', page(record, config, networks))
     bj.plots.tradeoff(
-        workdir / 'tradeoff.png', stored['frontier'], baseline, branchy,
+        workdir / 'tradeoff.png',
+        stored['frontier'],
+        baseline,
+        branchy,
         knee=next((point for point in stored['frontier'] if point['knee']), None),
         title=f'{record.network} on {record.dataset}: {task.label} against time as the thresholds vary',
-        metric=task.key, label=task.label, batch=record.baseline.clock.batch,
-    )  # fmt: skip
+        metric=task.key,
+        label=task.label,
+        batch=record.baseline.clock.batch,
+    )
     print(f'\n{networks}\n\nWritten to {workdir}/report.md')
 
 
@@ -83,14 +88,21 @@ def page(record: RunRecord, config: ConfigDict, networks: str) -> str:
 
 def _points(record: RunRecord, label: str) -> str:
     columns = {
-        'operating point': '{name}', f'{label} %': '{accuracy:.2%}', 'gain': '{clock.gain:.2f}',
-        'gain over plain': '{clock.gain_plain:.2f}', 'MAC gain': '{mac_gain:.2f}', 'thresholds': '{thresholds}',
+        'operating point': '{name}',
+        f'{label} %': '{accuracy:.2%}',
+        'gain': '{clock.gain:.2f}',
+        'gain over plain': '{clock.gain_plain:.2f}',
+        'MAC gain': '{mac_gain:.2f}',
+        'thresholds': '{thresholds}',
         'exits %': '{exits}',
-    }  # fmt: skip
-    return table(columns, [
-        {**vars(point), 'thresholds': rounded(point.thresholds), 'exits': percent(point.exit_fractions)}
-        for point in record.points
-    ])  # fmt: skip
+    }
+    return table(
+        columns,
+        [
+            {**vars(point), 'thresholds': rounded(point.thresholds), 'exits': percent(point.exit_fractions)}
+            for point in record.points
+        ],
+    )
 
 
 def _criteria(record: RunRecord, label: str) -> str:
@@ -117,10 +129,13 @@ def _pixels(record: RunRecord) -> str:
     if not record.pixelwise:
         return ''
     columns = {
-        'pixel threshold': '{pixel_threshold:g}', 'pixels per exit %': '{pixels}',
-        'mIoU %, no image leaves': '{test_miou_of_mosaic:.2%}', 'mIoU %, images leave': '{test_miou_leaving:.2%}',
-        'images per exit %': '{images}', 'MAC gain': '{mac_gain_leaving:.2f}',
-    }  # fmt: skip
+        'pixel threshold': '{pixel_threshold:g}',
+        'pixels per exit %': '{pixels}',
+        'mIoU %, no image leaves': '{test_miou_of_mosaic:.2%}',
+        'mIoU %, images leave': '{test_miou_leaving:.2%}',
+        'images per exit %': '{images}',
+        'MAC gain': '{mac_gain_leaving:.2f}',
+    }
     rows = [
         {**vars(row), 'pixels': percent(row.pixel_fractions), 'images': percent(row.exit_fractions_leaving)}
         for row in record.pixelwise

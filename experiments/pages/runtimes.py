@@ -9,8 +9,11 @@ from experiments.pages.tables import percent, table
 
 _ANSWERS = {'network': '{network}', 'weights': '{weights}'}
 _DIFFERENCES = {
-    'images': '{images}', 'differ': '{differ}', 'differ at ties': '{ties}', 'exits %': '{shown_shares}',
-}  # fmt: skip
+    'images': '{images}',
+    'differ': '{differ}',
+    'differ at ties': '{ties}',
+    'exits %': '{shown_shares}',
+}
 
 
 def onnx_page(record: dict[str, Any]) -> str:
@@ -26,12 +29,20 @@ def onnx_page(record: dict[str, Any]) -> str:
         for row in record['rows']
     ]
     answers = {
-        **_ANSWERS, 'MB': '{megabytes:.2f}', '`If`': '{conditionals}', **_DIFFERENCES, 'exits asked': '{asked}',
-    }  # fmt: skip
+        **_ANSWERS,
+        'MB': '{megabytes:.2f}',
+        '`If`': '{conditionals}',
+        **_DIFFERENCES,
+        'exits asked': '{asked}',
+    }
     clocks = {
-        'network': '{network}', 'ms, without exits': '{ms}', 'gain': '{gain}', 'MAC limit': '{mac_limit:.2f}',
-        'of the limit': '{share}', 'device': '{device}',
-    }  # fmt: skip
+        'network': '{network}',
+        'ms, without exits': '{ms}',
+        'gain': '{gain}',
+        'MAC limit': '{mac_limit:.2f}',
+        'of the limit': '{share}',
+        'device': '{device}',
+    }
     return _page(
         'ONNX files in ONNX Runtime',
         record,
@@ -49,8 +60,12 @@ def onnx_page(record: dict[str, Any]) -> str:
 def iree_page(record: dict[str, Any]) -> str:
     """Returns the page of ``experiments.exported --iree``."""
     columns = {
-        **_ANSWERS, 'program': '{program}', 'text, MB': '{megabytes:.2f}', **_DIFFERENCES, 'ms': '{shown_ms}',
-    }  # fmt: skip
+        **_ANSWERS,
+        'program': '{program}',
+        'text, MB': '{megabytes:.2f}',
+        **_DIFFERENCES,
+        'ms': '{shown_ms}',
+    }
     rows = [{**_shown(row), 'shown_ms': f'{row["ms"]:.3f}' if 'ms' in row else '–'} for row in record['rows']]
     return _page(
         'StableHLO text by IREE',

@@ -145,9 +145,15 @@ def _lenet(layers: _Layers) -> Network:
 
     first = nn.Sequential(layers.conv('conv1', padding=3), pool(), nn.ReLU())
     rest = nn.Sequential(
-        layers.conv('conv2', padding=3), pool(), nn.ReLU(), layers.conv('conv3', padding=3), pool(), nn.ReLU(),
-        nn.Flatten(), layers.dense('fc1', channels=20),
-    )  # fmt: skip
+        layers.conv('conv2', padding=3),
+        pool(),
+        nn.ReLU(),
+        layers.conv('conv3', padding=3),
+        pool(),
+        nn.ReLU(),
+        nn.Flatten(),
+        layers.dense('fc1', channels=20),
+    )
     branch = nn.Sequential(
         layers.conv('exit1_conv1', stride=3), nn.ReLU(), nn.Flatten(), layers.dense('exit1_fc', channels=16)
     )
@@ -168,14 +174,15 @@ def _alexnet(layers: _Layers) -> Network:
     ]
     exits = [
         nn.Sequential(
-            *conv('exit1_conv1', stride=2), *conv('exit1_conv2'), pool(), nn.Flatten(),
+            *conv('exit1_conv1', stride=2),
+            *conv('exit1_conv2'),
+            pool(),
+            nn.Flatten(),
             layers.dense('exit1_fc', channels=32),
         ),
         nn.Sequential(*conv('exit2_conv1'), pool(), nn.Flatten(), layers.dense('exit2_fc', channels=32)),
-        nn.Sequential(
-            layers.dense('fc1', channels=64), nn.ReLU(), layers.dense('fc2'), nn.ReLU(), layers.dense('fc3')
-        ),
-    ]  # fmt: skip
+        nn.Sequential(layers.dense('fc1', channels=64), nn.ReLU(), layers.dense('fc2'), nn.ReLU(), layers.dense('fc3')),
+    ]
     return Network(stages, exits)
 
 
@@ -208,14 +215,15 @@ def _resnet(layers: _Layers, blocks: int) -> Network:
     ]
     exits = [
         nn.Sequential(
-            *normalized('exit1_conv1', 2), *normalized('exit1_conv2', 2), *normalized('exit1_conv3'),
-            _Mean(), layers.dense('exit1_fc'),
+            *normalized('exit1_conv1', 2),
+            *normalized('exit1_conv2', 2),
+            *normalized('exit1_conv3'),
+            _Mean(),
+            layers.dense('exit1_fc'),
         ),
-        nn.Sequential(
-            *normalized('exit2_conv1', 2), *normalized('exit2_conv2', 2), _Mean(), layers.dense('exit2_fc')
-        ),
+        nn.Sequential(*normalized('exit2_conv1', 2), *normalized('exit2_conv2', 2), _Mean(), layers.dense('exit2_fc')),
         layers.dense('fc'),
-    ]  # fmt: skip
+    ]
     return Network(stages, exits)
 
 

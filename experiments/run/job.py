@@ -82,9 +82,12 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> RunRe
     baseline_variables, variables = train_both(config, options, dataset, workdir, mesh)
     networks = Networks(config.network, options, variables, baseline_variables, dataset.normalization)
     look = functools.partial(
-        bj.inference.exit_table, statistics=task.statistics, metric=task.metric, prepare=dataset.normalization,
+        bj.inference.exit_table,
+        statistics=task.statistics,
+        metric=task.metric,
+        prepare=dataset.normalization,
         mesh=mesh,
-    )  # fmt: skip
+    )
     choice = _choose(config, task, dataset.validation, costs, networks, look)
 
     # The one look at the test data: everything above is settled.
@@ -167,9 +170,13 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 
 
 def _choose(
-    config: ConfigDict, task: Task, validation: bj.Batch, costs: bj.costs.StageCosts, networks: Networks,
+    config: ConfigDict,
+    task: Task,
+    validation: bj.Batch,
+    costs: bj.costs.StageCosts,
+    networks: Networks,
     look: Callable[..., ExitTable],
-) -> Choice:  # fmt: skip
+) -> Choice:
     """Screens the thresholds of each criterion on validation data; picks the table's setting and others worth showing.
 
     With ``choose = 'accuracy'``: the cheapest that is at most one standard error (or as many as the settings say)
@@ -230,11 +237,13 @@ def assemble(
     costs = branchy.costs
     tried = tuple(
         Tried(
-            criterion=point.policy.criterion.name, validation_accuracy=float(point.accuracy),
-            mac_gain=float(costs.trunk / point.cost), thresholds=_numbers(point.thresholds),
+            criterion=point.policy.criterion.name,
+            validation_accuracy=float(point.accuracy),
+            mac_gain=float(costs.trunk / point.cost),
+            thresholds=_numbers(point.thresholds),
         )
         for point in choice.tried
-    )  # fmt: skip
+    )
     return RunRecord(
         network=config.network,
         dataset=config.dataset,

@@ -53,10 +53,17 @@ def anytime(networks: Networks, test: bj.Batch, costs: bj.costs.StageCosts) -> t
 def _anytime(networks: Networks, test: bj.Batch, costs: bj.costs.StageCosts, threshold: float) -> Pixelwise:
     exits = networks.model.num_exits
     table = bj.inference.exit_table(
-        networks.model, networks.variables, test, criterion=bj.criteria.pixelwise((threshold,) * (exits - 1)),
-        statistics=bj.thresholds.iou_statistics, metric=bj.thresholds.mean_iou, costs=costs, split='test',
-        prepare=networks.normalization, batch_size=64,
-    )  # fmt: skip
+        networks.model,
+        networks.variables,
+        test,
+        criterion=bj.criteria.pixelwise((threshold,) * (exits - 1)),
+        statistics=bj.thresholds.iou_statistics,
+        metric=bj.thresholds.mean_iou,
+        costs=costs,
+        split='test',
+        prepare=networks.normalization,
+        batch_size=64,
+    )
     unsure = [1.0, *np.asarray(table.uncertainty).mean(axis=1)[:-1].tolist(), 0.0]
     leaving = table.evaluate(np.full((1, exits - 1), STILL_UNSURE)).point(0)
     return Pixelwise(
@@ -94,7 +101,12 @@ def picture(
     images = dataset.test.image[shown]
     logits = networks.model.apply(networks.variables, networks.normalization(images))
     bj.plots.masks(
-        path, images, dataset.test.label[shown], np.stack([np.argmax(z, axis=-1) for z in logits]), first[shown],
-        num_classes=dataset.num_classes, class_names=class_names(dataset.name, dataset.num_classes),
+        path,
+        images,
+        dataset.test.label[shown],
+        np.stack([np.argmax(z, axis=-1) for z in logits]),
+        first[shown],
+        num_classes=dataset.num_classes,
+        class_names=class_names(dataset.name, dataset.num_classes),
         title=f'The first test images that each exit answers (operating point: {name})',
-    )  # fmt: skip
+    )

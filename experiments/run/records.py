@@ -294,12 +294,19 @@ class RunRecord:
 
 _METRICS = {'classification': 'accuracy', 'segmentation': 'miou'}
 _KEYS = {
-    'accuracy': 'test_{}', 'validation_accuracy': 'validation_{}', 'exit_accuracy': 'exit_{}',
-    'points': 'operating_points', 'tried': 'criteria_tried',
-}  # fmt: skip
+    'accuracy': 'test_{}',
+    'validation_accuracy': 'validation_{}',
+    'exit_accuracy': 'exit_{}',
+    'points': 'operating_points',
+    'tried': 'criteria_tried',
+}
 _KINDS = {
-    'tried': Tried, 'points': Point, 'frontier': FrontierPoint, 'first_and_last': LeavingFirst, 'pixelwise': Pixelwise,
-}  # fmt: skip
+    'tried': Tried,
+    'points': Point,
+    'frontier': FrontierPoint,
+    'first_and_last': LeavingFirst,
+    'pixelwise': Pixelwise,
+}
 
 
 def read_record(workdir: Path | str) -> RunRecord:

@@ -63,16 +63,27 @@ def steps(workdir: Path, *, quick: bool) -> list[Step]:
     found = [step for name in _TRAINING_SECONDS for step in _run(workdir, name, quick=quick)]
     claims = workdir / 'claims'
     arguments = [
-        'experiments.claims', f'--workdir={claims}', '--network=b-alexnet', '--dataset=cifar10', '--batch_size=128',
-        '--learning_rate=0.003', '--weight_decay=0.01', '--dtype=bfloat16',
+        'experiments.claims',
+        f'--workdir={claims}',
+        '--network=b-alexnet',
+        '--dataset=cifar10',
+        '--batch_size=128',
+        '--learning_rate=0.003',
+        '--weight_decay=0.01',
+        '--dtype=bfloat16',
         *(['--seeds=2', '--epochs=1', '--most_examples=256'] if quick else ['--seeds=5', '--epochs=15']),
-    ]  # fmt: skip
+    ]
     found.append(Step('claims b-alexnet', arguments, claims / 'claims_b-alexnet.md', 210))
     for network in ('b-plain6', 'b-resnet8') if quick else ('b-plain30', 'b-resnet110'):
         arguments = [
-            'experiments.gradients', f'--workdir={claims}', f'--network={network}', '--dataset=cifar10',
-            f'--steps={2 if quick else 100}', f'--batch_size={4 if quick else 128}', f'--seeds={2 if quick else 5}',
-        ]  # fmt: skip
+            'experiments.gradients',
+            f'--workdir={claims}',
+            f'--network={network}',
+            '--dataset=cifar10',
+            f'--steps={2 if quick else 100}',
+            f'--batch_size={4 if quick else 128}',
+            f'--seeds={2 if quick else 5}',
+        ]
         found.append(Step(f'gradients {network}', arguments, claims / f'gradients_{network}.md', 50))
     figures = ['experiments.figures', f'--workdir={workdir / "figures"}', f'--runs={workdir}']
     return [*found, Step('figures', figures, workdir / 'figures' / 'figures.md', 10)]
@@ -82,9 +93,15 @@ def _run(workdir: Path, name: str, *, quick: bool) -> list[Step]:
     """Returns the steps of one run: training and thresholds, batches and, for tuned ones, energy and controls."""
     folder = workdir / name
     quick_flags = [
-        '--config.epochs=1', '--config.epochs_baseline=1', '--config.epochs_start=0', '--config.most_examples=300',
-        '--config.latency_images=5', '--config.latency_passes=2', '--config.batch_size=32', '--config.shallow_depth=0',
-    ]  # fmt: skip
+        '--config.epochs=1',
+        '--config.epochs_baseline=1',
+        '--config.epochs_start=0',
+        '--config.most_examples=300',
+        '--config.latency_images=5',
+        '--config.latency_passes=2',
+        '--config.batch_size=32',
+        '--config.shallow_depth=0',
+    ]
     if quick and 'resnet' in name:
         quick_flags += ['--config.network=b-resnet8']
     settings = quick_flags if quick else ['--config.banded=False']

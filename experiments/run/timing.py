@@ -136,9 +136,13 @@ def time_batches(
     planned: dict[str, bj.inference.Plan] = {}
     for name, policy in policies.items():  # what one measured of the stages holds at other thresholds
         planned[name] = bj.inference.plan(
-            networks.model, networks.variables, planned_on[: 8 * batch], policy, batch_size=batch,
+            networks.model,
+            networks.variables,
+            planned_on[: 8 * batch],
+            policy,
+            batch_size=batch,
             earlier=next(iter(planned.values()), None),
-        )  # fmt: skip
+        )
 
     def leaving_at(n: int) -> Callable[[Any], Any]:
         policy = _forced(criterion, exits, n)

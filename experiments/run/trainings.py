@@ -52,9 +52,12 @@ def train_both(
     example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
     train = functools.partial(train_network, config=config, dataset=dataset, workdir=workdir, mesh=mesh)
     train_baseline = functools.partial(
-        train, lambda **changed: bj.models.without_branches(build(**changed)),
-        jax.jit(bj.models.without_branches(build()).init)(keys[0], example), keys[1], [1.0],
-    )  # fmt: skip
+        train,
+        lambda **changed: bj.models.without_branches(build(**changed)),
+        jax.jit(bj.models.without_branches(build()).init)(keys[0], example),
+        keys[1],
+        [1.0],
+    )
     baseline_variables = train_baseline(name=config.network[2:], epochs=config.epochs_baseline)
     start = jax.jit(build().init)(keys[2], example)
     if config.regime != 'joint':
@@ -64,9 +67,14 @@ def train_both(
         start, taken = bj.training.initialize_from_baseline(start, trained)
         print(f'{config.network}: took {len(taken.taken)} arrays from the baseline, {len(taken.fresh)} start fresh')
     variables = train(
-        build, start, keys[3], config.exit_weights,
-        name=config.network, epochs=config.epochs, frozen_trunk=config.regime == 'frozen',
-    )  # fmt: skip
+        build,
+        start,
+        keys[3],
+        config.exit_weights,
+        name=config.network,
+        epochs=config.epochs,
+        frozen_trunk=config.regime == 'frozen',
+    )
     return baseline_variables, variables
 
 
@@ -109,9 +117,17 @@ def train_network(
     prepare = {side: _preparation(config, dataset, side=side) for side in phases}
     if config.shallow_depth and not frozen_trunk:
         variables = _grown(
-            build, variables, key, exit_weights, name=name, epochs=epochs, config=config, dataset=dataset,
-            workdir=workdir, mesh=mesh,
-        )  # fmt: skip
+            build,
+            variables,
+            key,
+            exit_weights,
+            name=name,
+            epochs=epochs,
+            config=config,
+            dataset=dataset,
+            workdir=workdir,
+            mesh=mesh,
+        )
         epochs, phases = config.epochs_grown, phases[-1:]
         config = _of_the_grown(config)
     optimizer = _optimizer(config, steps=round(epochs * (len(dataset.train) // config.batch_size)))
@@ -124,11 +140,20 @@ def train_network(
     with training_progress(name, epochs=epochs) as on_step:
         for phase, side in enumerate(phases, 1):
             state = bj.training.fit(
-                state, data, jnp.array(exit_weights), key, epochs=epochs * phase / len(phases),
-                directory=workdir / 'checkpoints' / name, batch_size=config.batch_size, prepare=prepare[side],
-                loss=_loss(config, model), metrics=TASKS[config.task].metrics, on_step=on_step,
-                save_every=config.save_every or None, scan=config.scan_epoch,
-            )  # fmt: skip
+                state,
+                data,
+                jnp.array(exit_weights),
+                key,
+                epochs=epochs * phase / len(phases),
+                directory=workdir / 'checkpoints' / name,
+                batch_size=config.batch_size,
+                prepare=prepare[side],
+                loss=_loss(config, model),
+                metrics=TASKS[config.task].metrics,
+                on_step=on_step,
+                save_every=config.save_every or None,
+                scan=config.scan_epoch,
+            )
     return off_the_mesh(state.variables)
 
 

@@ -114,9 +114,11 @@ def make_app(service: Service) -> Starlette:
         return HTMLResponse(_PAGE.read_text(encoding='utf-8'))
 
     routes = [
-        Route('/', page), Route('/stats', stats), Route('/recent', recent),
+        Route('/', page),
+        Route('/stats', stats),
+        Route('/recent', recent),
         Route('/classify', classify, methods=['POST']),
-    ]  # fmt: skip
+    ]
     return Starlette(routes=routes, lifespan=lifespan)
 
 

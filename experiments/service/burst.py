@@ -65,11 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     server.should_exit = True
     record = {
         'command': ' '.join(['python -m experiments.service.burst', *sys.argv[1:]]),
-        'network': options.network, 'floor': options.floor, 'target_ms': options.target_ms, 'sustained': sustained,
-        'capacity': options.capacity, 'deadline_ms': options.deadline_ms,
-        'phases': [phase(replies, n, load) for n, load in enumerate(loads)], 'service': service.stats(),
+        'network': options.network,
+        'floor': options.floor,
+        'target_ms': options.target_ms,
+        'sustained': sustained,
+        'capacity': options.capacity,
+        'deadline_ms': options.deadline_ms,
+        'phases': [phase(replies, n, load) for n, load in enumerate(loads)],
+        'service': service.stats(),
         'memory_grown_mb': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024,
-    }  # fmt: skip
+    }
     record['service'].pop('recent_ms')
     options.workdir.mkdir(parents=True, exist_ok=True)
     bj.report.write_json(options.workdir / 'burst.json', record)
@@ -167,14 +172,29 @@ def page(record: dict[str, Any]) -> str:
     last = max(int(n) for found in record['phases'] for n in found['exits'])
     rows = [
         [
-            name, f'{found["load"]:.0f}', str(found['sent']), str(found['refused']), str(found['late']),
-            f'{found["mean_ms"]:.1f}', f'{found["p99_ms"]:.1f}', f'{100 * found["accuracy"]:.2f}',
+            name,
+            f'{found["load"]:.0f}',
+            str(found['sent']),
+            str(found['refused']),
+            str(found['late']),
+            f'{found["mean_ms"]:.1f}',
+            f'{found["p99_ms"]:.1f}',
+            f'{100 * found["accuracy"]:.2f}',
             ', '.join(f'{100 * found["exits"].get(str(n), 0):.1f}' for n in range(1, 1 + last)),
         ]
         for name, found in zip(('before', 'burst', 'after'), record['phases'], strict=True)
-    ]  # fmt: skip
-    columns = ['phase', 'images a second', 'answered', 'refused, sent again', 'late', 'mean ms', '99 % ms',
-               'accuracy %', 'exits %']  # fmt: skip
+    ]
+    columns = [
+        'phase',
+        'images a second',
+        'answered',
+        'refused, sent again',
+        'late',
+        'mean ms',
+        '99 % ms',
+        'accuracy %',
+        'exits %',
+    ]
     counts = record['service']
     return f"""# Bursts over HTTP: {record['network']}
 

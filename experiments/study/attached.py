@@ -74,10 +74,17 @@ def latency(name: str, *, passes: int) -> list[dict[str, Any]]:
             seconds = interleaved_passes(functions, passes=passes)
             ratio: Ratio = paired_ratio(seconds['attached'], seconds['composed'])
             ms = {f'{way}_ms': float(np.median(values)) / _IMAGES * 1e3 for way, values in seconds.items()}
-            found.append({
-                'network': name, 'rewritten': rewritten, 'leave': leave, **ms,
-                'attached_over_composed': ratio.median, 'low': ratio.low, 'high': ratio.high,
-            })  # fmt: skip
+            found.append(
+                {
+                    'network': name,
+                    'rewritten': rewritten,
+                    'leave': leave,
+                    **ms,
+                    'attached_over_composed': ratio.median,
+                    'low': ratio.low,
+                    'high': ratio.high,
+                }
+            )
     return found
 
 
@@ -113,12 +120,16 @@ def page(found: list[dict[str, Any]], traced: dict[str, Any], *, passes: int, de
     """Returns the Markdown page."""
     rows = [
         [
-            row['network'], 'yes' if row['rewritten'] else 'no', row['leave'], f'{row["composed_ms"]:.4f}',
-            f'{row["attached_ms"]:.4f}', f'{row["attached_over_composed"]:.3f}',
+            row['network'],
+            'yes' if row['rewritten'] else 'no',
+            row['leave'],
+            f'{row["composed_ms"]:.4f}',
+            f'{row["attached_ms"]:.4f}',
+            f'{row["attached_over_composed"]:.3f}',
             f'{row["low"]:.3f} to {row["high"]:.3f}',
         ]
         for row in found
-    ]  # fmt: skip
+    ]
     columns = ['network', 'rewritten', 'leave', 'composed ms', 'attached ms', 'attached ÷ composed', '95 %']
     seconds = '\n'.join(f'- {what}: {value:.1f} s' for what, value in traced['seconds'].items())
     return f"""# Exits on a network that is one module

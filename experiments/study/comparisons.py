@@ -113,10 +113,17 @@ def searches(networks: Networks, stored: np.ndarray, validation: Cached, test: C
             policy = search(bound)
             seconds = time.perf_counter() - start
             found, carried = table.evaluate(policy).point(0), on_test.evaluate(policy).point(0)
-            rows.append({
-                'method': method, 'bound_ms': bound, 'accuracy': float(found.accuracy), 'cost': float(found.cost),
-                'seconds': seconds, 'test_accuracy': float(carried.accuracy), 'test_cost': float(carried.cost),
-            })  # fmt: skip
+            rows.append(
+                {
+                    'method': method,
+                    'bound_ms': bound,
+                    'accuracy': float(found.accuracy),
+                    'cost': float(found.cost),
+                    'seconds': seconds,
+                    'test_accuracy': float(carried.accuracy),
+                    'test_cost': float(carried.cost),
+                }
+            )
         exact = next(row for row in rows if row['method'] == 'exact')
         records += [{**row, 'gap': exact['accuracy'] - row['accuracy']} for row in rows]
     return records
@@ -172,17 +179,23 @@ def control(
         controller = update(controller, jnp.asarray(spent))
         held.extend(spent)
         left_alone.extend(relative[bj.thresholds.answering_exits(batch, fixed)])
-    averages = {name: _moving_average(np.array(values))
-                for name, values in (('controlled', held), ('thresholds left alone', left_alone))}  # fmt: skip
+    averages = {
+        name: _moving_average(np.array(values))
+        for name, values in (('controlled', held), ('thresholds left alone', left_alone))
+    }
     length, settled = len(labels), min(_SETTLED_AFTER, len(labels) // 2)
     starts = [length * k for k in range(len(parts))]
     pictures.controlled_cost(picture, averages, target, starts[1:], title=f'{title}: a cost held while images change')
     after = [slice(start + settled, start + length) for start in starts]
     return [
-        {'part': name, 'target': target, 'after_2000': float(np.mean(held[rows])),
-         'left_alone': float(np.mean(left_alone[rows]))}
+        {
+            'part': name,
+            'target': target,
+            'after_2000': float(np.mean(held[rows])),
+            'left_alone': float(np.mean(left_alone[rows])),
+        }
         for name, rows in zip(parts, after, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
@@ -226,11 +239,13 @@ def who_leaves_where(images: np.ndarray, validation: Cached, test: Cached, pictu
     for n, counts in enumerate(confusions):
         wrong = counts * (1 - np.eye(num_classes, dtype=int))
         most = np.unravel_index(np.argsort(wrong, axis=None)[::-1][:3], wrong.shape)
-        records.append({
-            'exit': n + 1,
-            'share': float(counts.sum() / len(exits)),
-            'error': float(wrong.sum() / max(1, counts.sum())),
-            'confused': [f'{a} for {b}: {wrong[b, a]}' for b, a in zip(*most, strict=True) if wrong[b, a]],
-            'confusion': counts.tolist(),
-        })  # fmt: skip
+        records.append(
+            {
+                'exit': n + 1,
+                'share': float(counts.sum() / len(exits)),
+                'error': float(wrong.sum() / max(1, counts.sum())),
+                'confused': [f'{a} for {b}: {wrong[b, a]}' for b, a in zip(*most, strict=True) if wrong[b, a]],
+                'confusion': counts.tolist(),
+            }
+        )
     return records

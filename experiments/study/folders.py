@@ -154,8 +154,12 @@ def write_rows(
     """
     config = finished.config
     record = {
-        'network': config.network, 'placement': config.placement, 'dataset': config.dataset, **provenance(by), **more,
+        'network': config.network,
+        'placement': config.placement,
+        'dataset': config.dataset,
+        **provenance(by),
+        **more,
         key: [encode(row) for row in rows],
-    }  # fmt: skip
+    }
     bj.report.write_json(finished.workdir / f'{name}.json', record)
     return record

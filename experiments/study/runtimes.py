@@ -106,10 +106,16 @@ def run_as_onnx(exported: Exported, workdir: Path, python: Path, *, passes: int)
         found.update(ms=np.median(seconds, axis=0).tolist(), gain=[ratio.median, ratio.low, ratio.high], passes=passes)
     costs = bj.costs.count_macs(exported.model, exported.model.image_shape)
     mac_limit = bj.costs.mac_limit(costs, np.bincount(exits, minlength=exported.model.num_exits) / len(exits))
-    return [{
-        'network': exported.name, 'weights': exported.weights, 'bytes': files[0].stat().st_size,
-        'conditionals': conditionals(files[0]), **found, 'mac_limit': mac_limit,
-    }]  # fmt: skip
+    return [
+        {
+            'network': exported.name,
+            'weights': exported.weights,
+            'bytes': files[0].stat().st_size,
+            'conditionals': conditionals(files[0]),
+            **found,
+            'mac_limit': mac_limit,
+        }
+    ]
 
 
 def run_by_iree(exported: Exported, workdir: Path, python: Path, *, passes: int) -> list[dict[str, Any]]:
@@ -139,9 +145,7 @@ def run_by_iree(exported: Exported, workdir: Path, python: Path, *, passes: int)
         if seconds := told.pop('ms of each pass'):
             told.update(ms=float(np.median(seconds)), passes=passes)
         size = manifest['programs'][program]['text']['bytes']
-        found.append({
-            'network': exported.name, 'weights': exported.weights, 'program': program, 'bytes': size, **told
-        })  # fmt: skip
+        found.append({'network': exported.name, 'weights': exported.weights, 'program': program, 'bytes': size, **told})
     return found
 
 

@@ -79,9 +79,14 @@ class Seeds:
     mesh: Mesh | None = None
 
     def train(
-        self, name: str, model: bj.BranchyNet, exit_weights: Sequence[float], *,
-        starts: Sequence[Variables] | None = None, epochs: int | None = None,
-    ) -> Trained:  # fmt: skip
+        self,
+        name: str,
+        model: bj.BranchyNet,
+        exit_weights: Sequence[float],
+        *,
+        starts: Sequence[Variables] | None = None,
+        epochs: int | None = None,
+    ) -> Trained:
         """Trains and evaluates one variant from every seed, each resumed where it was stopped.
 
         Args:
@@ -102,11 +107,16 @@ class Seeds:
                 variables, _ = bj.training.initialize_from_baseline(variables, starts[seed])
             state = bj.training.create_train_state(model, variables, optimizer)
             trained = bj.training.fit(
-                state if mesh is None else bj.sharding.replicate(mesh, state), data, exit_weights,
-                jax.random.fold_in(jax.random.key(1), seed), epochs=epochs, batch_size=self.recipe.batch_size,
-                prepare=self._prepare, scan=None if mesh is None else False,
+                state if mesh is None else bj.sharding.replicate(mesh, state),
+                data,
+                exit_weights,
+                jax.random.fold_in(jax.random.key(1), seed),
+                epochs=epochs,
+                batch_size=self.recipe.batch_size,
+                prepare=self._prepare,
+                scan=None if mesh is None else False,
                 directory=self.directory / name / str(seed),
-            )  # fmt: skip
+            )
             every.append(off_the_mesh(trained.variables))
         train, test = (self._accuracy(model, every, part) for part in (self.dataset.train, self.dataset.test))
         return Trained(every, train, test)

@@ -34,19 +34,34 @@ def run(finished: FinishedRun, *, mesh: Mesh | None = None) -> list[StaticRow]:
             return first_stages(build(**changed), n)
 
         start = jax.jit(build_static().init)(jax.random.key(config.seed), jnp.zeros((1, *dataset.image_shape)))
-        static.append(train_network(
-            build_static, start, jax.random.key(config.seed + 1), [1.0], name=f'static{n + 1}',
-            epochs=config.epochs_baseline, config=config, dataset=dataset, workdir=finished.workdir,
-            mesh=mesh,
-        ))  # fmt: skip
+        static.append(
+            train_network(
+                build_static,
+                start,
+                jax.random.key(config.seed + 1),
+                [1.0],
+                name=f'static{n + 1}',
+                epochs=config.epochs_baseline,
+                config=config,
+                dataset=dataset,
+                workdir=finished.workdir,
+                mesh=mesh,
+            )
+        )
     images = np.asarray(dataset.normalization(dataset.test.image[: config.latency_images]))
     clocks = time_static(networks, static, images, passes=config.latency_passes)
     task, rows = TASKS[config.task], []
     for n, (variables, clock) in enumerate(zip(static, clocks, strict=True)):
         table = bj.inference.exit_table(
-            first_stages(networks.model, n), variables, dataset.test, split='test', statistics=task.statistics,
-            metric=task.metric, criterion=task.criteria[0], prepare=dataset.normalization,
-        )  # fmt: skip
+            first_stages(networks.model, n),
+            variables,
+            dataset.test,
+            split='test',
+            statistics=task.statistics,
+            metric=task.metric,
+            criterion=task.criteria[0],
+            prepare=dataset.normalization,
+        )
         name = f'{config.network[2:]}, first {n + 1} of {exits} stages'
         rows.append(StaticRow(name, float(table.anytime().accuracy[-1]), clock, float(table.costs.trunk)))
     write_rows(finished, 'static', rows, by='main')

@@ -61,11 +61,15 @@ def compare(networks: tuple[str, ...] = ('b-resnet110', 'b-alexnet'), *, rounds:
                 print(f'{network}, {way}: {result["ms_per_image"]:.1f} ms an image', flush=True)
     return [
         Way(
-            network, way, _WAYS[way]['devices'], _WAYS[way]['batch_size'][network],
-            [result['ms_per_image'] for result in results], max(result['peak_gb'] for result in results),
+            network,
+            way,
+            _WAYS[way]['devices'],
+            _WAYS[way]['batch_size'][network],
+            [result['ms_per_image'] for result in results],
+            max(result['peak_gb'] for result in results),
         )
         for (network, way), results in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def _in_a_process(network: str, way: str) -> dict[str, float]:
@@ -114,12 +118,17 @@ def page(found: list[Way], *, device: str, command: str) -> str:
     first = {way.network: np.array(way.ms_per_image) for way in found if way.way == next(iter(_WAYS))}
     rows = [
         [
-            way.network, way.way, str(way.devices), str(way.batch_size), f'{np.median(way.ms_per_image):.1f}',
+            way.network,
+            way.way,
+            str(way.devices),
+            str(way.batch_size),
+            f'{np.median(way.ms_per_image):.1f}',
             f'{min(way.ms_per_image):.1f} to {max(way.ms_per_image):.1f}',
-            f'{np.median(first[way.network] / np.array(way.ms_per_image)):.2f}', f'{way.peak_gb:.1f}',
+            f'{np.median(first[way.network] / np.array(way.ms_per_image)):.2f}',
+            f'{way.peak_gb:.1f}',
         ]
         for way in found
-    ]  # fmt: skip
+    ]
     columns = ['network', 'way', 'devices', 'images a step', 'ms an image', 'rounds', 'times faster', 'peak GB']
     return f"""# A training step on a CPU
 

@@ -123,36 +123,58 @@ def _questions(network: str) -> dict[str, list[_Question]]:
     depths, places = [depth_name(depth) for depth in DEPTHS], [position_name(place) for place in positions(network)]
     return {
         'Joint training regularises': [
-            ([joint, 'baseline'],
-             'Is the last exit more accurate on test data than the baseline trained on its own?',
-             lambda of: of.last(joint) - of.last('baseline')),
-            ([joint, 'baseline'], 'Is its gap between training and test accuracy smaller?',
-             lambda of: of.gap('baseline') - of.gap(joint)),
+            (
+                [joint, 'baseline'],
+                'Is the last exit more accurate on test data than the baseline trained on its own?',
+                lambda of: of.last(joint) - of.last('baseline'),
+            ),
+            (
+                [joint, 'baseline'],
+                'Is its gap between training and test accuracy smaller?',
+                lambda of: of.gap('baseline') - of.gap(joint),
+            ),
         ],
         'Starting from the trained baseline is better than from random': [
-            ([start, joint], 'Is the last exit more accurate, after as many joint epochs?',
-             lambda of: of.last(start) - of.last(joint)),
-            ([start, longer], "And after as many epochs in all, the baseline's counted?",
-             lambda of: of.last(start) - of.last(longer)),
+            (
+                [start, joint],
+                'Is the last exit more accurate, after as many joint epochs?',
+                lambda of: of.last(start) - of.last(joint),
+            ),
+            (
+                [start, longer],
+                "And after as many epochs in all, the baseline's counted?",
+                lambda of: of.last(start) - of.last(longer),
+            ),
         ],
         'A larger weight on early exits helps later ones': [
-            ([falling, joint],
-             'Do weights from 1.0 on the first to 0.3 on the last exit make the last more accurate than equal ones?',
-             lambda of: of.last(falling) - of.last(joint)),
+            (
+                [falling, joint],
+                'Do weights from 1.0 on the first to 0.3 on the last exit make the last more accurate than equal ones?',
+                lambda of: of.last(falling) - of.last(joint),
+            ),
             ([falling, joint], 'And the first exit?', lambda of: of.first(falling) - of.first(joint)),
         ],
         'Deeper branches (Figure 5)': [
-            (depths, 'Does the last exit gain by each convolution in branch 1?',
-             lambda of: _slopes([of.last(name) for name in depths])),
+            (
+                depths,
+                'Does the last exit gain by each convolution in branch 1?',
+                lambda of: _slopes([of.last(name) for name in depths]),
+            ),
             (depths, "Does the branch's own exit?", lambda of: _slopes([of.first(name) for name in depths])),
         ],
         'Later branches': [
-            (places, "Is the branch's own exit more accurate, each place later?",
-             lambda of: _slopes([of.first(name) for name in places])),
-            (places, 'Does the last exit gain by a later branch, each place?',
-             lambda of: _slopes([of.last(name) for name in places])),
+            (
+                places,
+                "Is the branch's own exit more accurate, each place later?",
+                lambda of: _slopes([of.first(name) for name in places]),
+            ),
+            (
+                places,
+                'Does the last exit gain by a later branch, each place?',
+                lambda of: _slopes([of.last(name) for name in places]),
+            ),
         ],
-    }  # fmt: skip
+    }
 
 
 def _slopes(accuracies: Sequence[np.ndarray]) -> np.ndarray:

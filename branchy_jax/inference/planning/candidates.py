@@ -84,9 +84,7 @@ class Way:
         if mesh is not None:
             return self._build_on(mesh, network, batch_size)
         compiler_options = BY_NAME[self.compiled]
-        options: dict[str, Any] = {
-            'exits': self.exits, 'compiler_options': compiler_options, 'max_batch': batch_size
-        }  # fmt: skip
+        options: dict[str, Any] = {'exits': self.exits, 'compiler_options': compiler_options, 'max_batch': batch_size}
         if self.kind == 'baseline':
             return _pace(network)
         if self.kind == 'sequential':
@@ -232,9 +230,13 @@ def _ways(forecast: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool
             yield Way('sequential', 'sequential', exits)
         for workers in (1, 2) if on_cpu else ():
             yield Way(
-                f'compacted, host × {workers}, {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes,
-                on_host=True, workers=workers,
-            )  # fmt: skip
+                f'compacted, host × {workers}, {sizes}',
+                'compacted',
+                exits,
+                chunk_sizes=forecast.chunk_sizes,
+                on_host=True,
+                workers=workers,
+            )
         # On several cores none of these wins with a heavy network, and such networks take longest to compile.
         if not (on_cpu and heavy):
             yield Way(f'compacted, loop of {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes)

@@ -132,9 +132,17 @@ class Plan:
         networks = plain, _rewritten(plain) if kept.way.optimized else plain
         run, bound = _build(kept.way, networks, kept.batch_size, mesh)
         return cls(
-            kept.way, kept.policy, kept.batch_size, kept.candidates, kept.times, _run=run, _variables=bound,
-            _networks=networks, _inputs=inputs_of(model, kept.inputs), _devices=devices,
-        )  # fmt: skip
+            kept.way,
+            kept.policy,
+            kept.batch_size,
+            kept.candidates,
+            kept.times,
+            _run=run,
+            _variables=bound,
+            _networks=networks,
+            _inputs=inputs_of(model, kept.inputs),
+            _devices=devices,
+        )
 
     def __str__(self) -> str:
         lines = [f'{"":2}{"executor":44}{"exits asked":16}{"predicted ms":>14}{"measured ms":>14}   time ÷ baseline']
@@ -233,9 +241,13 @@ def plan(
     skip = skip_heads and not remembers
     build = functools.cache(functools.partial(_build, networks=networks, batch_size=batch_size, mesh=mesh))
     raced = race(
-        *ways_to_race(times, confident, batch_size, share, skip=skip, mesh=mesh), build,
-        _batches(images, confident, batch_size), jax.tree.map(jnp.asarray, policy), passes=passes, progress=progress,
-    )  # fmt: skip
+        *ways_to_race(times, confident, batch_size, share, skip=skip, mesh=mesh),
+        build,
+        _batches(images, confident, batch_size),
+        jax.tree.map(jnp.asarray, policy),
+        passes=passes,
+        progress=progress,
+    )
     chosen = choose(raced, model.num_exits)
     progress.done(f'chosen: {chosen.name}')
     applied = np.where(np.isin(np.arange(model.num_exits - 1), chosen.exits), thresholds, -np.inf)

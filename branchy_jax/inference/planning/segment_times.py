@@ -81,9 +81,14 @@ class SegmentTimes:
 
 
 def segment_functions(
-    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion = entropy,
+    model: BranchyNet,
+    variables: Variables,
+    images: Array,
+    batch_size: int,
+    *,
+    criterion: Criterion = entropy,
     compiler_options: Mapping[str, Any] | None = None,
-) -> dict[tuple[str, int, int], Callable[[], Any]]:  # fmt: skip
+) -> dict[tuple[str, int, int], Callable[[], Any]]:
     """Returns functions that run one stage or one head on the real input it has for the first images.
 
     Args:
@@ -109,9 +114,14 @@ def segment_functions(
 
 
 def compile_segments(
-    model: BranchyNet, variables: Variables, images: Array, batch_sizes: Sequence[int], *, criterion: Criterion,
+    model: BranchyNet,
+    variables: Variables,
+    images: Array,
+    batch_sizes: Sequence[int],
+    *,
+    criterion: Criterion,
     compiler_options: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Compiles all stages and heads, each while the next is traced: tracing holds the interpreter, XLA does not.
 
     Args:
@@ -141,9 +151,14 @@ def _spec(size: int, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def segment_uncertainty(
-    model: BranchyNet, variables: Variables, images: Array, batch_size: int, *, criterion: Criterion,
+    model: BranchyNet,
+    variables: Variables,
+    images: Array,
+    batch_size: int,
+    *,
+    criterion: Criterion,
     compiler_options: Mapping[str, Any] | None = None,
-) -> np.ndarray | None:  # fmt: skip
+) -> np.ndarray | None:
     """Runs stages and heads over images with the programs that `segment_functions` times: nothing more is compiled.
 
     Args:

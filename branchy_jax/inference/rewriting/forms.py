@@ -121,9 +121,14 @@ def as_banded_product(_: Any, params: Params, left: Array, kernel: Known, consta
     """Emits a convolution as a product of windows with a banded matrix."""
     band = kernel.map(band_matrix, stride=params['window_strides'][1])
     return multiply_band(
-        left, constant(band), kernel_shape=kernel.shape, strides=params['window_strides'], padding=params['padding'],
-        precision=params['precision'], preferred_element_type=params['preferred_element_type'],
-    )  # fmt: skip
+        left,
+        constant(band),
+        kernel_shape=kernel.shape,
+        strides=params['window_strides'],
+        padding=params['padding'],
+        precision=params['precision'],
+        preferred_element_type=params['preferred_element_type'],
+    )
 
 
 def pooled_by_slices(equation: jax_core.JaxprEqn, inputs: list[Array], forms: Forms) -> list[Array] | None:

@@ -38,9 +38,12 @@ def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
     if (platform or jax.default_backend()) != 'cpu':
         return Forms(dtype=dtype)
     return Forms(
-        _MOST_PAIRS_TOGETHER_ON_CPU, _MOST_CHANNEL_PAIRS_ON_CPU, sliced_pooling=True, transposed_weights=True,
+        _MOST_PAIRS_TOGETHER_ON_CPU,
+        _MOST_CHANNEL_PAIRS_ON_CPU,
+        sliced_pooling=True,
+        transposed_weights=True,
         dtype=dtype,
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
