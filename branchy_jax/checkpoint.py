@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,85 +18,77 @@ from flax import traverse_util
 
 from branchy_jax.types import Variables
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows has none; folders are not locked there
-    fcntl = None
+__all__ = ['load_weights', 'save_weights']
 
 State = TypeVar('State')
 
-_LOCK = '.lock'
 _RECIPE = 'recipe.json'
 
 
 @contextlib.contextmanager
 def locked(directory: Path | str) -> Iterator[None]:
-    """Keeps other processes of this machine out of a folder, until the block ends or the process dies.
+    """Locks a folder against other processes of this machine, until the block or the process ends.
 
-    Of several processes that share one run, the first one alone holds it.
+    Of several processes that share one run, the first one locks the folder for all.
 
     Raises:
-        ValueError: another process holds the folder.
+        ValueError: if another process has locked the folder.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() > 0 or fcntl is None:
+    if jax.process_index() > 0 or os.name == 'nt':  # Windows has no fcntl, so folders are not locked there
         yield
         return
-    with (path / _LOCK).open('a+') as lock:
+    import fcntl
+
+    with (path / '.lock').open('a+') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
-            raise ValueError(
-                f'directory: {path} is in use by process {lock.read() or "?"}; wait for it, stop it, or choose another'
-            ) from error
+            process = lock.read().strip() or '?'
+            raise ValueError(f'directory: {path} is in use by process {process}; wait, or choose another') from error
         lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        print(os.getpid(), file=lock, flush=True)
         yield
 
 
 def save(directory: Path | str, step: int, state: State, *, recipe: Mapping[str, Any] | None = None) -> None:
-    """Writes a checkpoint, then drops the older ones; a kill or a full disk at any moment leaves one that is whole.
+    """Writes a checkpoint and removes older ones. A kill or a full disk at any moment leaves one complete checkpoint.
 
     Args:
-        directory: where this run's checkpoints live.
-        step: number of the checkpoint, above those before.
+        directory: the folder of this run's checkpoints.
+        step: number of the checkpoint, above the numbers of earlier ones.
         state: any pytree of arrays.
-        recipe: what `restore` is to insist on, as JSON holds it.
+        recipe: JSON-able settings that `restore` compares.
 
     Raises:
-        OSError: the checkpoint cannot be written; the one before it is still there.
-        ValueError: the folder holds a checkpoint of this number or a later one; a recipe that is not JSON.
+        OSError: if the checkpoint cannot be written; the earlier one is still complete.
+        ValueError: if the folder holds a checkpoint of this or a later number, or ``recipe`` is not JSON-able.
     """
     import orbax.checkpoint as ocp
 
     path = Path(directory)
     try:
-        told = json.dumps(dict(recipe or {}))
+        text = json.dumps(dict(recipe or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f'recipe: {error}; give numbers, text, and lists or dicts of them') from error
     try:
         path.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            for half in path.glob('*.orbax-checkpoint-tmp*'):  # what a kill or a full disk left behind
-                shutil.rmtree(half, ignore_errors=True)
+            for partial in path.glob('*.orbax-checkpoint-tmp*'):  # left by a kill or a full disk
+                shutil.rmtree(partial, ignore_errors=True)
         with _manager(path) as manager:
             newest = manager.latest_step()
-            ascends = newest is None or newest < step
-            if ascends:  # otherwise orbax would write nothing, and say nothing
+            if newest is None or newest < step:  # otherwise orbax would silently write nothing
                 if recipe is not None:
-                    write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(told))
+                    write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(text))
                 manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
-    except Exception as error:  # orbax and tensorstore wrap what the system said in many kinds
-        raise OSError(
-            f'directory: cannot write checkpoint {step} to {path} ({type(error).__name__}: {str(error)[:300]}); the '
-            'one before it is whole: make room, and the same command goes on from there'
-        ) from error
-    if not ascends:
-        raise ValueError(f'step: got {step}, but {path} holds checkpoint {newest}; numbers ascend')
+    except Exception as error:  # orbax and tensorstore wrap system errors in many classes
+        message = f'directory: cannot write checkpoint {step} to {path} ({error!r:.300}); the earlier one is complete'
+        raise OSError(f'{message}: free some space and run the same command to resume') from error
+    if newest is not None and newest >= step:
+        raise ValueError(f'step: got {step}, but {path} holds checkpoint {newest}; give a higher number')
 
 
 def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None) -> tuple[int, State] | None:
@@ -104,81 +96,63 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
 
     Args:
         directory: as given to `save`.
-        like: a pytree of the same structure, shapes and dtypes; its static fields are kept. What is read is laid on
-            the devices that its arrays lie on, however many had written it.
-        recipe: what the checkpoint must have been saved with.
+        like: a pytree of the same structure, shapes and dtypes, which also gives the static fields of the result. Each
+            array is put on the devices of its counterpart in ``like``, however many devices wrote it.
+        recipe: the settings that the checkpoint must have been saved with.
 
     Returns:
         The number of the checkpoint and the state, or ``None`` if there is none.
 
     Raises:
-        ValueError: the checkpoint cannot be read, holds something else than ``like``, or was saved with another recipe.
+        ValueError: if the checkpoint cannot be read, does not match ``like``, or was saved with another recipe.
     """
     import orbax.checkpoint as ocp
 
-    if not Path(directory).is_dir():
+    path = Path(directory)
+    if not path.is_dir():
         return None
-    with _manager(directory) as manager:
-        step = manager.latest_step()
-        if step is None:
+    with _manager(path) as manager:
+        if (step := manager.latest_step()) is None:
             return None
-        if recipe is not None:
-            _check_recipe(Path(directory), recipe)
-        target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
-            for name, leaf in _arrays(like).items()
-        }
         try:
-            _check_arrays(manager.item_metadata(step).tree, target)
+            if recipe is not None and (path / _RECIPE).exists():
+                _check_equal(json.loads((path / _RECIPE).read_text()), recipe)
+            target = jax.tree.map(_spec, _arrays(like))
+            _check_equal(*(jax.tree.map(_kind, dict(tree)) for tree in (manager.item_metadata(step).tree, target)))
             arrays = manager.restore(step, args=ocp.args.StandardRestore(target))
-        except Exception as error:  # orbax and tensorstore raise many kinds; all mean: not this state
-            raise ValueError(
-                f'directory: cannot resume from checkpoint {step} in {directory}: it is damaged, or of another '
-                f'network, optimiser or version ({type(error).__name__}: {str(error)[:300]}); '
-                'delete the directory to start over'
-            ) from error
+        except Exception as error:  # orbax and tensorstore raise many classes
+            reasons = 'it is damaged, or of another recipe, network, optimiser or version'
+            message = f'directory: cannot resume from checkpoint {step} in {path}, because {reasons} ({error!r:.300})'
+            raise ValueError(f'{message}; give those that wrote it, or another directory') from error
     # Copies: buffers that orbax allocated may not be donated on every backend.
-    return step, jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[name]) for name in target])
+    return step, jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[name]) for name in _arrays(like)])
 
 
-def _check_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
-    path = directory / _RECIPE
-    if not path.exists():
-        return
-    found = json.loads(path.read_text())
-    other = sorted(name for name in {*found, *recipe} if found.get(name) != recipe.get(name))
-    if other:
-        told = '; '.join(f'{name}: {found.get(name)} there, {recipe.get(name)} here' for name in other)
-        raise ValueError(
-            f'directory: the checkpoint in {directory} is of another recipe ({told}); give that recipe, or another '
-            'directory'
-        )
+def _check_equal(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name in sorted({*stored, *given}):
+        if stored.get(name) != given.get(name):
+            raise ValueError(f'{name}: {stored.get(name)} in the checkpoint, {given.get(name)} given')
 
 
-def _check_arrays(found: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Refuses arrays of other names, shapes or dtypes, which orbax would cast."""
-    kinds = [
-        {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in tree.items()}
-        for tree in (found, expected)
-    ]
-    other = sorted(name for name in {*found, *expected} if kinds[0].get(name) != kinds[1].get(name))
-    if other:
-        there, here = (kind.get(other[0], 'nothing') for kind in kinds)
-        raise ValueError(f'{other[0]}: {there} there, {here} here')
+def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
+
+
+def _kind(leaf: Any) -> str:
+    """Returns dtype and shape, which must be equal: orbax would cast to another dtype."""
+    return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
 
 
 def _arrays(state: State) -> dict[str, jax.Array]:
-    """Returns the arrays by their place, which tells the structure that holds them, too."""
-    return {jax.tree_util.keystr(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    """Returns the arrays by path, which also records their structure."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def _manager(directory: Path | str):  # noqa: ANN202 - orbax is imported on use
+def _manager(path: Path):  # noqa: ANN202 - orbax is imported on use
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(
-        Path(directory).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
-    )
+    return ocp.CheckpointManager(path.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
 
 def save_weights(path: Path | str, variables: Variables, metadata: dict[str, str] | None = None) -> None:
@@ -200,7 +174,7 @@ def load_weights(path: Path | str) -> tuple[Variables, dict[str, str]]:
     """Reads variables and metadata that `save_weights` wrote.
 
     Raises:
-        ValueError: the file is missing, truncated or not a safetensors file.
+        ValueError: if the file is missing, truncated or no safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -214,20 +188,17 @@ def load_weights(path: Path | str) -> tuple[Variables, dict[str, str]]:
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a temporary path beside ``path``, then renames: no reader ever sees half a file.
+    """Calls ``write`` with a temporary path beside ``path``, then renames the file: readers never see a partial file.
 
     Args:
-        path: the file that results.
-        write: writes a whole file at the path it is given.
+        path: the file to write.
+        write: writes a whole file at its argument.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f'.{path.stem}-{uuid.uuid4().hex}{path.suffix}')
     try:
         write(temporary)
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,10 +1,8 @@
-"""Losses: one value per exit, from the logits of all of them and the targets. They add up and compose."""
+"""Losses: one value per exit, from the logits of all exits and the targets. `weighted_sum` combines them."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable, Mapping
 
 import jax
@@ -13,14 +11,24 @@ import optax
 
 from branchy_jax.types import Array, check_labels
 
+__all__ = [
+    'accuracy_per_exit',
+    'cross_entropy_per_exit',
+    'distillation',
+    'ensemble_of_exits',
+    'last_exit',
+    'next_exit',
+    'weighted_sum',
+]
+
 Loss = Callable[[tuple[Array, ...], Array], Array]
 """``(logits of N exits, targets) → losses [N]``."""
 
 MetricsOf = Callable[[tuple[Array, ...], Array], Mapping[str, Array]]
-"""``(logits of N exits, targets) → figures by name``, each scalar or [N]: what to look at while training."""
+"""``(logits of N exits, targets) → metrics by name``, each a scalar or [N]."""
 
 Teachers = Callable[[tuple[Array, ...]], tuple[Array, ...]]
-"""``logits of N exits → logits of the teacher of each``."""
+"""``logits of N exits → logits of the teacher of each exit``."""
 
 
 def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_smoothing: float = 0.0) -> Array:
@@ -34,11 +42,11 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_sm
         label_smoothing: share of each target's probability that is spread over all K classes, in ``[0, 1)``.
 
     Returns:
-        ``[N]`` float32, or float64 of such logits.
+        ``[N]`` float32, or float64 if the logits are.
 
     Raises:
-        ValueError: labels that are not integers, whose shape does not match the logits or, where values can be seen,
-            that are out of range.
+        ValueError: if ``labels`` are not integers, do not match the shape of the logits or, outside jit, are out of
+            range; or if ``label_smoothing`` is outside ``[0, 1)``.
 
     Example:
         >>> losses = cross_entropy_per_exit((jnp.zeros((2, 10)), jnp.zeros((2, 10))), jnp.array([3, 7]))
@@ -52,9 +60,9 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_sm
         raise ValueError(f'labels: expected integers in [0, K), got dtype {labels.dtype}; one-hot labels need argmax')
     for n, exit_logits in enumerate(logits):
         if exit_logits.shape[:-1] != labels.shape:
+            shape = exit_logits.shape
             raise ValueError(
-                f'labels: exit {n} gives logits of shape {exit_logits.shape}, so labels must have shape '
-                f'{exit_logits.shape[:-1]}; got {labels.shape}'
+                f'labels: the logits of exit {n} are {shape}; give labels {shape[:-1]}; got {labels.shape}'
             )
     check_labels(labels, logits[-1].shape[-1])
     if not 0 <= label_smoothing < 1:
@@ -68,7 +76,7 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_sm
 
 
 def accuracy_per_exit(logits: tuple[Array, ...], labels: Array) -> dict[str, Array]:
-    """Computes the share of right answers of every exit: the metric of `branchy_jax.training.train_step` by default.
+    """Computes the accuracy of every exit. `branchy_jax.training.train_step` uses it as its metric by default.
 
     Args:
         logits: N arrays ``[B, …, K]``.
@@ -84,48 +92,24 @@ def accuracy_per_exit(logits: tuple[Array, ...], labels: Array) -> dict[str, Arr
     return {'exit_accuracy': jnp.stack([jnp.mean(z.argmax(-1) == labels) for z in logits])}
 
 
-def weighted_exit_loss(exit_losses: Array, exit_weights: Array) -> Array:
-    r"""Sums the exits' losses with their weights: :math:`L = \sum_n w_n L_n`.
-
-    Args:
-        exit_losses: ``[N]``.
-        exit_weights: ``[N]``. The paper's best setting for two exits is 1.0 and 0.3: early exits regularise.
-
-    Returns:
-        Scalar.
-
-    Raises:
-        ValueError: not one weight per exit.
-
-    Example:
-        >>> float(weighted_exit_loss(jnp.array([2.0, 1.0]), jnp.array([1.0, 0.5])))
-        2.5
-    """
-    exit_weights = jnp.asarray(exit_weights, exit_losses.dtype)
-    if exit_weights.shape != exit_losses.shape:
-        raise ValueError(
-            f'exit_weights: expected one weight for each of the {exit_losses.shape[0]} exits, '
-            f'got shape {exit_weights.shape}'
-        )
-    return jnp.sum(exit_weights * exit_losses)
-
-
 @dataclasses.dataclass(frozen=True)
 class _WeightedSum:
     terms: tuple[tuple[float, Loss], ...]
 
     def __call__(self, logits: tuple[Array, ...], targets: Array) -> Array:
-        return functools.reduce(operator.add, (factor * term(logits, targets) for factor, term in self.terms))
+        return jnp.sum(jnp.stack([factor * term(logits, targets) for factor, term in self.terms]), axis=0)
 
 
 def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
-    r"""Builds the loss that adds others up: :math:`L_n = \sum_j \alpha_j L_n^{(j)}`.
+    r"""Returns the weighted sum of losses: :math:`L_n = \sum_j \alpha_j L_n^{(j)}`.
+
+    Sums of equal terms are equal, so a training step compiles once for them.
 
     Args:
         *terms: pairs of a factor and a loss, such as ``(1.0, cross_entropy_per_exit)``.
 
     Raises:
-        ValueError: no terms.
+        ValueError: if there are no terms.
 
     Example:
         >>> loss = weighted_sum((0.9, cross_entropy_per_exit), (0.1, distillation(last_exit, temperature=2.0)))
@@ -143,27 +127,28 @@ class _Distillation:
     temperature: float
 
     def __call__(self, logits: tuple[Array, ...], targets: Array) -> Array:
-        losses, warmth = [], self.temperature
+        losses = []
         for own, teacher in zip(logits, jax.lax.stop_gradient(self.teachers(logits)), strict=True):
-            student, wanted = jax.nn.log_softmax(own / warmth), jax.nn.log_softmax(teacher / warmth)
-            losses.append(warmth**2 * optax.losses.kl_divergence_with_log_targets(student, wanted).mean())
+            student, target = (jax.nn.log_softmax(z / self.temperature) for z in (own, teacher))
+            divergence = optax.losses.kl_divergence_with_log_targets(student, target).mean()
+            losses.append(self.temperature**2 * divergence)
         return jnp.stack(losses)
 
 
 def distillation(teachers: Teachers, *, temperature: float = 1.0) -> Loss:
-    r"""Builds the loss that draws each exit towards a teacher among the network's own exits.
+    r"""Returns the loss that trains each exit to match a teacher, which is made of the network's own exits.
 
     .. math:: L_n = \frac{T^2}{B} \sum_b \operatorname{KL}\left(\operatorname{softmax}(t_{n, b} / T) \,\middle\|\,
         \operatorname{softmax}(z_{n, b} / T)\right)
 
-    No gradient flows into a teacher, so an exit that teaches itself has loss and gradient 0. Labels are not used.
+    No gradient flows into a teacher, so an exit that is its own teacher has loss and gradient 0. Labels are unused.
 
     Args:
-        teachers: `last_exit`, `next_exit`, `ensemble_of_exits`, or your own.
-        temperature: T; above 1 the teacher's doubts weigh more.
+        teachers: `last_exit`, `next_exit`, `ensemble_of_exits`, or any function of N logits that returns N logits.
+        temperature: T; values above 1 give more weight to the teacher's less likely classes.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: if ``temperature`` is not positive.
 
     Example:
         >>> logits = (jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0]]))
@@ -180,16 +165,16 @@ def distillation(teachers: Teachers, *, temperature: float = 1.0) -> Loss:
 
 
 def last_exit(logits: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Teachers for `distillation`: the last exit teaches all."""
+    """Returns the teachers for `distillation` where the last exit teaches every exit."""
     return (logits[-1],) * len(logits)
 
 
 def next_exit(logits: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Teachers for `distillation`: each exit is taught by the one after it."""
+    """Returns the teachers for `distillation` where each exit is taught by the exit after it."""
     return (*logits[1:], logits[-1])
 
 
 def ensemble_of_exits(logits: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Teachers for `distillation`: the mean of all exits' probabilities teaches all."""
+    """Returns the teachers for `distillation` where the mean of all exits' probabilities teaches every exit."""
     log_probabilities = jnp.stack([jax.nn.log_softmax(z) for z in logits])
     return (jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(logits) * 1.0),) * len(logits)

@@ -1,8 +1,8 @@
-"""What a call costs: seconds, honestly compared, and joules, where the device has a meter.
+"""Measures seconds, as paired comparisons, and joules, where the device has an energy counter.
 
-Clocks are warmed up, wait until the result is ready, take turns, and are reported as medians of paired ratios. Energy
-comes from the device's own counter, idle power subtracted and shown. Counters are read through kept libraries, imported
-on use: NVIDIA's through nvidia-ml-py, RAPL of the processor through zeus. Where there is neither, there is no figure.
+Timing warms functions up, waits for every result, takes turns and reports medians of paired ratios. Energy comes from
+the device's own counter, minus idle power. Counters are read through maintained libraries that are imported on use:
+NVIDIA's through nvidia-ml-py, RAPL of the processor through zeus.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 from flax import struct
 from scipy import stats
 
+__all__ = ['interleaved_passes', 'measure_energy', 'paired_ratio']
+
 Name = TypeVar('Name', bound=Hashable)
 _UPDATES_TO_WATCH = 5
-_LONGEST_WAIT = 5.0  # seconds, for a meter to move so often
-_UPDATES_PER_RUN = 120  # both ends of a run are uncertain by one update: together below 2 %
+_LONGEST_WAIT = 5.0  # seconds until that many updates
+_UPDATES_PER_RUN = 120  # each end of a run is uncertain by one update: together below 2 %
 
 
 @struct.dataclass
@@ -42,22 +44,22 @@ class Ratio:
 def interleaved_passes(
     functions: Mapping[Name, Callable[[], Any]], *, passes: int = 20, warmup: int = 2, settle: int = 0
 ) -> dict[Name, np.ndarray]:
-    """Times several functions in turns, so that a drifting machine slows all of them alike.
+    """Times several functions in turns, so that a drift of the machine's speed affects all of them.
 
     Every pass calls each function once, in an order that rotates from pass to pass, and waits for its result.
 
     Args:
-        functions: name to a callable whose result is a pytree of arrays.
-        passes: how often each is timed.
-        warmup: uncounted passes before, which also compile.
-        settle: uncounted calls of a function right before each that counts: a program that is called again and again
-            does not meet memory that others' turns have left untouched, which is slow to touch again.
+        functions: name to a callable that returns a pytree of arrays.
+        passes: number of timed calls of each function.
+        warmup: number of untimed passes before, which also compile.
+        settle: number of untimed calls of a function before each timed call. Memory that was idle during the turns of
+            other functions is slow to access again; a program that runs in a loop does not see that.
 
     Returns:
         Name to seconds ``[passes]``; entry i of every array comes from the same pass.
 
     Raises:
-        ValueError: nothing to time.
+        ValueError: if there are no functions or no passes.
 
     Example:
         >>> seconds = interleaved_passes({'a': lambda: 1, 'b': lambda: 2}, passes=3)
@@ -65,7 +67,7 @@ def interleaved_passes(
         (3,)
     """
     if not functions or passes < 1:
-        raise ValueError(f'functions: nothing to time ({len(functions)} functions, {passes} passes)')
+        raise ValueError(f'functions: got {len(functions)} functions and {passes} passes; give at least one of each')
     names = list(functions)
     seconds: dict[Name, list[float]] = {name: [] for name in names}
     for number in range(-warmup, passes):
@@ -100,7 +102,7 @@ def paired_ratio(baseline: np.ndarray, candidate: np.ndarray) -> Ratio:
         candidate: ``[P]`` seconds of the same passes.
 
     Raises:
-        ValueError: no passes, or not as many of both.
+        ValueError: if there are no passes, or the two numbers of passes differ.
 
     Example:
         >>> paired_ratio(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0])).median
@@ -108,10 +110,8 @@ def paired_ratio(baseline: np.ndarray, candidate: np.ndarray) -> Ratio:
     """
     baseline, candidate = np.asarray(baseline), np.asarray(candidate)
     if baseline.ndim != 1 or baseline.shape != candidate.shape or not len(baseline):
-        raise ValueError(
-            f'candidate: expected seconds [P] of the same passes as the baseline, got {candidate.shape} for '
-            f'{baseline.shape}'
-        )
+        shapes = f'{candidate.shape} and {baseline.shape}'
+        raise ValueError(f'candidate: expected seconds [P] as for the baseline, got {shapes}')
     ratios = np.sort(baseline / candidate)
     below = max(int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)
     return Ratio(median=float(np.median(ratios)), low=float(ratios[below]), high=float(ratios[len(ratios) - 1 - below]))
@@ -119,7 +119,7 @@ def paired_ratio(baseline: np.ndarray, candidate: np.ndarray) -> Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """A counter of energy that only grows.
+    """An energy counter that only increases.
 
     Attributes:
         name: of the device and the library that reads it.
@@ -132,16 +132,16 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True)
 class Energy:
-    """What a call costs.
+    """Energy of a call.
 
     Attributes:
         joules: per call, idle power subtracted.
-        joules_with_idle: per call, all that the device drew meanwhile.
-        idle_watts: what the device draws with nothing to do.
-        watts: what it drew while it worked.
-        calls: how many were measured.
-        seconds: for how long.
-        resolution: what the meter's update period may be off by, as a share of the run.
+        joules_with_idle: per call, everything that the device drew.
+        idle_watts: power of the idle device.
+        watts: power during the calls.
+        calls: number of measured calls.
+        seconds: duration of the measured calls.
+        resolution: uncertainty from the meter's update period, as a share of the run.
         meter: its name.
     """
 
@@ -156,7 +156,7 @@ class Energy:
 
 
 def find_meter() -> Meter | None:
-    """Returns the meter of the device that JAX computes on, or ``None`` where it has none that can be read."""
+    """Returns the meter of the device that JAX computes on, or ``None`` if it has no readable one."""
     return _nvidia_meter() if jax.default_backend() in ('gpu', 'cuda') else _processor_meter()
 
 
@@ -174,57 +174,45 @@ def measure_energy(
 
     .. math:: J = \frac{E - P_{idle} t}{calls}
 
-    The device rests first and its idle power is read; then the function, already warm, runs again and again.
+    First the device rests and its idle power is read; then the warm function runs repeatedly.
 
     Args:
-        function: what to measure; its result is waited for.
+        function: returns a pytree of arrays, for which the measurement waits.
         meter: from `find_meter`.
-        seconds: to run for at least; longer if the meter is slow.
-        idle_seconds: to rest for before; as above.
-        idle_watts: from an earlier measurement, to save the rest.
+        seconds: shortest duration of the run; longer if the meter is slow.
+        idle_seconds: shortest duration of the rest; longer if the meter is slow.
+        idle_watts: from an earlier measurement, which saves the rest.
         clock: returns seconds.
-        sleep: rests for so many seconds.
+        sleep: rests for a number of seconds.
 
     Raises:
-        ValueError: the meter stands still.
+        ValueError: if the meter does not change.
 
     Example:
         >>> now = [0.0]
         >>> def work(): now[0] += 0.5
         >>> def rest(seconds): now[0] += seconds
-        >>> drawn = Meter('30 W', lambda: 30 * now[0])
-        >>> measure_energy(work, drawn, clock=lambda: now[0], sleep=rest).joules_with_idle
+        >>> meter = Meter('30 W', lambda: 30 * now[0])
+        >>> measure_energy(work, meter, clock=lambda: now[0], sleep=rest).joules_with_idle
         15.0
     """
+
+    def run(call: Callable[[], Any], at_least: float) -> tuple[float, int, float]:
+        """Returns watts, the number of calls and their duration."""
+        calls, start, before = 0, clock(), meter.read()
+        while (elapsed := clock() - start) < max(at_least, _UPDATES_PER_RUN * period):
+            jax.block_until_ready(call())
+            calls += 1
+        return (meter.read() - before) / elapsed, calls, elapsed
+
     jax.block_until_ready(function())
     period = _update_period(meter, clock, sleep)
     if idle_watts is None:
-        rest = max(idle_seconds, _UPDATES_PER_RUN * period)
-        idle_watts, _, _ = _run(lambda: sleep(period), meter, rest, clock)
-    watts, calls, elapsed = _run(
-        lambda: jax.block_until_ready(function()), meter, max(seconds, _UPDATES_PER_RUN * period), clock
-    )
-    return Energy(
-        joules=(watts - idle_watts) * elapsed / calls,
-        joules_with_idle=watts * elapsed / calls,
-        idle_watts=idle_watts,
-        watts=watts,
-        calls=calls,
-        seconds=elapsed,
-        resolution=2 * period / elapsed,
-        meter=meter.name,
-    )
-
-
-def _run(
-    function: Callable[[], Any], meter: Meter, seconds: float, clock: Callable[[], float]
-) -> tuple[float, int, float]:
-    """Returns mean watts, how many calls, and how long they took."""
-    calls, start, before = 0, clock(), meter.read()
-    while (elapsed := clock() - start) < seconds:
-        function()
-        calls += 1
-    return (meter.read() - before) / elapsed, calls, elapsed
+        idle_watts = run(lambda: sleep(period), idle_seconds)[0]
+    watts, calls, elapsed = run(function, seconds)
+    joules, resolution = watts * elapsed / calls, 2 * period / elapsed
+    idle = idle_watts * elapsed / calls
+    return Energy(joules - idle, joules, idle_watts, watts, calls, elapsed, resolution, meter.name)
 
 
 def _update_period(meter: Meter, clock: Callable[[], float], sleep: Callable[[float], None]) -> float:
@@ -233,7 +221,7 @@ def _update_period(meter: Meter, clock: Callable[[], float], sleep: Callable[[fl
     moments: list[float] = []
     while len(moments) <= _UPDATES_TO_WATCH:
         if clock() - start > _LONGEST_WAIT:
-            raise ValueError(f'meter: {meter.name} moved {len(moments)} times in {_LONGEST_WAIT} s; it cannot be used')
+            raise ValueError(f'meter: {meter.name} changed {len(moments)} times in {_LONGEST_WAIT} s; it is too slow')
         sleep(1e-3)
         if (value := meter.read()) != last:
             last = value
@@ -248,11 +236,10 @@ def _nvidia_meter() -> Meter | None:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(jax.local_devices()[0].local_hardware_id or 0)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # the library, the driver or the permission is missing: each says so in its own way
+    except Exception:  # the library, the driver or the permission is missing; each has its own class
         return None
-    return Meter(
-        f'{jax.devices()[0].device_kind} (NVML)', lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-    )
+    name = f'{jax.devices()[0].device_kind} (NVML)'
+    return Meter(name, lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
 
 
 def _processor_meter() -> Meter | None:
@@ -260,13 +247,11 @@ def _processor_meter() -> Meter | None:
         from zeus.device import get_cpus
 
         processors = get_cpus()
-        count = len(processors)
+        numbers = range(len(processors))
     except Exception:  # as above
-        return None
-    if not count:
         return None
 
     def read() -> float:
-        return sum(processors.get_total_energy_consumption(n).cpu_mj for n in range(count)) / 1e3
+        return sum(processors.get_total_energy_consumption(n).cpu_mj for n in numbers) / 1e3
 
-    return Meter('processor (RAPL, zeus)', read)
+    return Meter('processor (RAPL, zeus)', read) if numbers else None

@@ -10,18 +10,19 @@ from typing import Any
 
 from branchy_jax.checkpoint import write_atomically
 
+__all__ = ['markdown_table', 'read_json', 'write_json', 'write_text']
+
 Record = Mapping[str, Any]
-"""One row of a report: plain numbers, strings and lists."""
+"""One row of a report: numbers, strings and lists."""
 
 
 def write_json(path: Path | str, record: Record) -> None:
-    """Writes a record as JSON that any reader parses, atomically.
+    """Writes a record as strict JSON, atomically.
 
-    Infinite thresholds become the strings ``"inf"`` and ``"-inf"``, which JSON has no numbers for; `read_json` turns
-    them back.
+    JSON has no infinite numbers, so they become the strings ``"inf"`` and ``"-inf"``; `read_json` converts them back.
 
     Raises:
-        ValueError: the record holds NaN: a figure that is not known is to be left out, not written.
+        ValueError: if the record holds NaN. Leave out values that are not known.
     """
     write_text(path, json.dumps(_encoded(record), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
 
@@ -30,7 +31,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
     """Reads what `write_json` wrote.
 
     Raises:
-        ValueError: the file is missing or not JSON.
+        ValueError: if the file is missing or not JSON.
     """
     try:
         return _decoded(json.loads(Path(path).read_text(encoding='utf-8')))
@@ -44,14 +45,14 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lays out a table in Markdown, columns padded so that the source reads well too.
+    """Formats a Markdown table with padded columns.
 
     Args:
-        columns: their names.
-        rows: cells, as many in each as there are columns.
+        columns: names of the columns.
+        rows: cells; every row has one cell for each column.
 
     Raises:
-        ValueError: a row with another number of cells.
+        ValueError: if a row has another number of cells.
 
     Example:
         >>> print(markdown_table(['network', 'gain'], [['lenet', '1.00']]))
@@ -62,58 +63,23 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f'rows: expected {len(columns)} cells ({", ".join(columns)}), got {list(row)}')
-    cells = [columns, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + ' |' for row in cells
-    ]
-    rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
-    return '\n'.join([lines[0], rule, *lines[1:]])
-
-
-def table_of_networks(rows: Sequence[Record], *, metric: str = 'accuracy', label: str | None = None) -> str:
-    """Lays out Table I: one network per row, its accuracy, speed and exits.
-
-    Args:
-        rows: with the keys ``network``, ``test_<metric>``, ``latency_ms``, ``gain``, ``gain_plain``, ``mac_gain``,
-            ``thresholds`` and ``exit_fractions``; one that is missing shows as a dash.
-        metric: what ``test_<metric>`` is called.
-        label: what the column is called, if otherwise.
-    """
-    columns = ['network', f'{label or metric} %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %']
-    cells = [
-        [
-            str(row['network']),
-            _number(row.get(f'test_{metric}'), 2, scale=100),
-            _number(row.get('latency_ms'), 3),
-            _number(row.get('gain'), 2),
-            _number(row.get('gain_plain'), 2),
-            _number(row.get('mac_gain'), 2),
-            ', '.join(f'{threshold:.4g}' for threshold in row.get('thresholds', [])) or '–',
-            ', '.join(_number(share, 1, scale=100) for share in row.get('exit_fractions', [])) or '–',
-        ]
-        for row in rows
-    ]
-    return markdown_table(columns, cells)
-
-
-def _number(value: float | None, digits: int, *, scale: float = 1) -> str:
-    return '–' if value is None else f'{value * scale:.{digits}f}'
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [' | '.join(map(str.ljust, row, widths)) for row in (columns, *rows)]
+    rule = '|'.join('-' * (width + 2) for width in widths)
+    return '\n'.join([f'| {lines[0]} |', f'|{rule}|', *(f'| {line} |' for line in lines[1:])])
 
 
 def _encoded(value: Any, place: str = '') -> Any:
-    """Returns what JSON has words for; ``place`` tells where in the record the value stands."""
-    if hasattr(value, 'tolist'):  # arrays, and NumPy's own numbers
+    """Returns a value that strict JSON can hold; ``place`` is its path in the record."""
+    if hasattr(value, 'tolist'):  # arrays and NumPy's numbers
         value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _encoded(inner, f'{place}.{key}' if place else str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_encoded(inner, f'{place}[{n}]') for n, inner in enumerate(value)]
     if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f'record: {place} is NaN; leave out a figure that is not known')
-    if isinstance(value, float) and math.isinf(value):
-        return 'inf' if value > 0 else '-inf'
-    return value
+        raise ValueError(f'record: {place} is NaN; leave out values that are not known')
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _decoded(value: Any) -> Any:

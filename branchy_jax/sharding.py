@@ -1,7 +1,7 @@
-"""Many devices as one: a mesh with a single axis, and the two ways in which arrays lie on it.
+"""Several devices: a mesh with a single axis, on which parameters are replicated and batches are sharded by rows.
 
-Parameters are replicated, batches are sharded. Everything else follows from that: `jax.jit` sees where its arguments
-lie and computes each device's share, with losses and BatchNorm statistics of the whole batch.
+`jax.jit` reads the sharding of its arguments and computes the share of each device. Losses and BatchNorm statistics are
+those of the whole batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from branchy_jax.types import Array
 
+__all__ = ['data_mesh', 'replicate', 'shard']
+
 AXIS = 'batch'
 """The one axis of the mesh."""
 
@@ -24,32 +26,28 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh over devices, for batches.
 
     Args:
-        num_devices: how many of them; by default all, those of other processes included.
+        num_devices: how many devices; by default all, those of other processes included.
 
     Raises:
-        ValueError: more devices than there are, or, with several processes, not all of them.
+        ValueError: if there are fewer devices, or several processes do not use all of them.
 
     Example:
         >>> dict(data_mesh(1).shape)
         {'batch': 1}
     """
-    # By process, so that a process's share of a batch is one run of rows.
+    # Sorted by process, so that the rows of each process are contiguous.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     count = len(devices) if num_devices is None else num_devices
     if not 1 <= count <= len(devices):
-        raise ValueError(
-            f'num_devices: got {count}, but there are {len(devices)} devices ({devices[0].platform}); on a CPU, '
-            'XLA_FLAGS=--xla_force_host_platform_device_count=N before jax starts makes N'
-        )
+        advice = 'on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N before jax starts makes N'
+        raise ValueError(f'num_devices: got {count} of {len(devices)} devices ({devices[0].platform}); {advice}')
     if jax.process_count() > 1 and count != len(devices):
-        raise ValueError(
-            f'num_devices: got {count}; {jax.process_count()} processes use all their {len(devices)} devices'
-        )
+        raise ValueError(f'num_devices: got {count}; several processes use all {len(devices)} devices')
     return Mesh(np.array(devices[:count]), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that lays an array on every device whole."""
+    """Returns the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -59,11 +57,11 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
-    """Lays every array on every device whole. Arrays that lie so already are kept, all others are copied.
+    """Copies every array to every device. Arrays that are replicated already are returned without a copy.
 
     Args:
         mesh: from `data_mesh`.
-        tree: pytree of arrays, the same in every process: a `TrainState`, variables, a data set.
+        tree: pytree of arrays, equal in every process: a `TrainState`, variables, a data set.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,25 +69,23 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
         True
     """
     target = replicated(mesh)
+    # Copies: training donates its state, and the caller's arrays must stay.
+    return jax.tree.map(lambda x: x if _is_on(x, target) else jax.device_put(x, target, may_alias=False), tree)
 
-    def put(value: Array) -> Array:
-        if isinstance(value, jax.Array) and value.sharding == target:
-            return value
-        # A copy: training donates its state, and whoever gave the arrays keeps them.
-        return jax.device_put(value, target, may_alias=False)
 
-    return jax.tree.map(put, tree)
+def _is_on(value: Array, target: NamedSharding) -> bool:
+    return isinstance(value, jax.Array) and value.sharding == target
 
 
 def shard(mesh: Mesh, tree: Tree) -> Tree:
-    """Spreads the rows of every array over the devices.
+    """Splits the rows of every array among the devices.
 
     Args:
         mesh: from `data_mesh`.
-        tree: pytree of arrays ``[B, …]``, the same in every process; B a multiple of the number of devices.
+        tree: pytree of arrays ``[B, …]``, equal in every process; B a multiple of the number of devices.
 
     Raises:
-        ValueError: rows that the devices cannot share evenly.
+        ValueError: if B is not a multiple of the number of devices.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +95,7 @@ def shard(mesh: Mesh, tree: Tree) -> Tree:
     target = by_rows(mesh)
 
     def put(value: Array) -> Array:
-        if isinstance(value, jax.Array) and value.sharding == target:
+        if _is_on(value, target):
             return value
         check_divisible('tree', len(value), mesh)
         if target.is_fully_addressable:
@@ -111,24 +107,24 @@ def shard(mesh: Mesh, tree: Tree) -> Tree:
 
 
 def shard_local(mesh: Mesh, tree: Tree) -> Tree:
-    """Makes global arrays of what each process has read of them, without any process holding the whole.
+    """Returns global arrays whose rows each process holds a part of.
 
     Args:
         mesh: from `data_mesh`.
-        tree: pytree of arrays ``[B ÷ processes, …]``: the rows of this process, the first process's first.
+        tree: pytree of arrays ``[B ÷ processes, …]``: the rows of this process, in the order of the processes.
     """
     return jax.tree.map(lambda value: jax.make_array_from_process_local_data(by_rows(mesh), value), tree)
 
 
 def constrain(mesh: Mesh | None, tree: Tree) -> Tree:
-    """Inside jit: tells the compiler to spread rows over the devices. Without a mesh it does nothing."""
+    """Inside jit, makes the compiler split rows among the devices. Without a mesh, returns ``tree``."""
     if mesh is None:
         return tree
     return jax.tree.map(lambda value: jax.lax.with_sharding_constraint(value, by_rows(mesh)), tree)
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """Returns the mesh that the arrays of a pytree lie on; ``None`` if they lie on a single device."""
+    """Returns the mesh of the arrays of a pytree, or ``None`` if they are on a single device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, 'sharding', None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and AXIS in sharding.mesh.shape:
@@ -137,19 +133,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def check_divisible(argument: str, size: int, mesh: Mesh) -> None:
-    """Refuses a number of rows that the devices cannot share evenly.
-
-    Args:
-        argument: its name in the message.
-        size: rows.
-        mesh: of the devices.
-
-    Raises:
-        ValueError: not a multiple of the number of devices.
-    """
+    """Raises ValueError, which names the argument, if a number of rows is no multiple of the number of devices."""
     if size % mesh.size:
         near = max(mesh.size, round(size / mesh.size) * mesh.size)
-        raise ValueError(
-            f'{argument}: got {size} rows for {mesh.size} devices, which cannot share them evenly; give a multiple of '
-            f'{mesh.size}, such as {near}'
-        )
+        raise ValueError(f'{argument}: got {size} rows for {mesh.size} devices; give a multiple, such as {near}')

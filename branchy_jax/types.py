@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import core, struct
+from flax import struct
 
 if TYPE_CHECKING:
     from branchy_jax.criteria import Criterion
@@ -113,11 +113,11 @@ class ExitPrediction:
 class ExitPolicy(ByValue):
     """Says when an input leaves: at the first exit whose uncertainty is below its threshold, else at the last.
 
-    A frozen pytree: thresholds, and whatever the criterion has learned, are leaves; the criterion's kind is static.
-    Thresholds mean nothing without the criterion whose uncertainties they are compared with: the two travel together.
+    A frozen pytree: the thresholds and the arrays that a criterion has learned are leaves; all else is static. A policy
+    holds both, because thresholds mean nothing for another criterion.
 
     Attributes:
-        criterion: how unsure an exit is (`branchy_jax.criteria`).
+        criterion: the uncertainty of an exit (`branchy_jax.criteria`): a criterion, or a function of logits.
         thresholds: ``[N - 1]``, or ``[…, N - 1]`` under `jax.vmap`; −inf never exits, +inf always does.
 
     Example:
@@ -133,7 +133,7 @@ class ExitPolicy(ByValue):
 
 @struct.dataclass(eq=False)
 class OperatingPoint(ByValue):
-    """A policy, and what it gave on the data it was chosen on. Goes straight into an executor.
+    """A policy and its results on the data that it was chosen on. Goes wherever a policy goes.
 
     Attributes:
         policy: when an input leaves.
@@ -155,13 +155,8 @@ class OperatingPoint(ByValue):
         return self.policy.thresholds
 
 
-def spec_of(variable: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of what a variable of a jaxpr stands for."""
-    return variable.aval
-
-
-def num_rows(tree: Any) -> int:
-    """Returns B: with how many rows the leaves of a pytree lead.
+def num_rows(tree: Any, argument: str = 'inputs') -> Any:
+    """Returns B: the length of the first axis of every leaf of a pytree.
 
     Raises:
         ValueError: no leaves, a scalar among them, or leaves that differ.
@@ -170,78 +165,35 @@ def num_rows(tree: Any) -> int:
         >>> num_rows({'tokens': jnp.ones((2, 5)), 'mask': jnp.ones(2)})
         2
     """
-    if isinstance(tree, (jax.Array, np.ndarray)) and tree.shape:  # of what nearly every call brings, at once
+    if isinstance(tree, (jax.Array, np.ndarray)) and tree.shape:  # most calls bring one array
         return tree.shape[0]
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
-        raise ValueError(f'images: expected arrays that all lead with B, got shapes {shapes}')
+    shapes = [tuple(leaf.shape) if hasattr(leaf, 'shape') else () for leaf in jax.tree.leaves(tree)]
+    if not shapes or () in shapes or any(shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(f'{argument}: expected arrays that all lead with B, got shapes {shapes}')
     return shapes[0][0]
 
 
-def input_specs(image_shape: Any, size: Any) -> Any:
-    """Returns shapes and types of a batch of inputs.
+@struct.dataclass
+class StageCosts:
+    """Cost of one input in every stage and every head.
 
-    Args:
-        image_shape: ``(H, W, C)`` of float32 images, or a `jax.ShapeDtypeStruct` for each array of one input.
-        size: B.
-
-    Example:
-        >>> input_specs((28, 28, 1), 2)
-        ShapeDtypeStruct(shape=(2, 28, 28, 1), dtype=float32)
+    Attributes:
+        stages: ``[N]`` cost of stage n alone.
+        exits: ``[N]`` cost of head n alone; the last head is part of the last stage.
     """
-    if _is_shape(image_shape):
-        return jax.ShapeDtypeStruct((size, *image_shape), jnp.float32)
-    as_given = core.unfreeze(image_shape) if isinstance(image_shape, core.FrozenDict) else image_shape
-    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype), as_given)
 
+    stages: np.ndarray
+    exits: np.ndarray
 
-def _is_shape(image_shape: Any) -> bool:
-    return isinstance(image_shape, (tuple, list)) and all(isinstance(size, (int, np.integer)) for size in image_shape)
+    @property
+    def to_exit(self) -> np.ndarray:
+        """``[N]`` cost of an input that leaves at exit n: stages and heads 0…n, since every head on the way runs."""
+        return np.cumsum(np.asarray(self.stages) + np.asarray(self.exits))
 
-
-def check_inputs(inputs: Any, image_shape: Any) -> None:
-    """Refuses inputs that a network was not built for, at trace time.
-
-    Args:
-        inputs: an array ``[B, …]`` or a pytree of them.
-        image_shape: as for `input_specs`.
-
-    Raises:
-        ValueError: another structure, rank, size or kind of dtype; the message says what arrived and what to do.
-    """
-    if isinstance(inputs, (jax.Array, np.ndarray)) and inputs.shape[1:] == image_shape and inputs.dtype == np.float32:
-        return  # what nearly every call brings: at batch 1 all that follows would cost as much as a small stage
-    specs = input_specs(image_shape, 1)
-    if isinstance(specs, jax.ShapeDtypeStruct):
-        _check_input('images', inputs, specs)
-        return
-    structure: Any = jax.tree.structure(specs)
-    found: Any = jax.tree.structure(inputs)
-    if found != structure:
-        raise ValueError(f'images: expected a pytree {structure}, got {found}')
-    for (path, spec), value in zip(jax.tree.leaves_with_path(specs), jax.tree.leaves(inputs), strict=True):
-        _check_input(f'images{jax.tree_util.keystr(path)}', value, spec)
-    num_rows(inputs)
-
-
-def _check_input(name: str, value: Any, spec: jax.ShapeDtypeStruct) -> None:
-    floating, shape = jnp.issubdtype(spec.dtype, jnp.floating), spec.shape[1:]
-    expected = f'[{", ".join(("B", *map(str, shape)))}]'
-    if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
-        raise ValueError(f'{name}: expected an array {expected} of {spec.dtype}, got {type(value).__name__}')
-    if len(value.shape) != len(shape) + 1:
-        raise ValueError(
-            f'{name}: expected {expected}, got shape {tuple(value.shape)}; '
-            'add or drop axes, a single image needs a leading batch axis of 1'
-        )
-    if tuple(value.shape[1:]) != tuple(shape):
-        raise ValueError(f'{name}: expected {expected}, got shape {tuple(value.shape)}; resize or pad them')
-    if floating and not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f'{name}: expected a float dtype, got {value.dtype}; normalise them first')
-    # NumPy's integers have 64 bits until jax takes them.
-    taken = jax.dtypes.canonicalize_dtype(value.dtype) if isinstance(value, np.ndarray) else value.dtype
-    if not floating and taken != jax.dtypes.canonicalize_dtype(spec.dtype, allow_extended_dtype=True):
-        raise ValueError(f'{name}: expected {spec.dtype}, got {value.dtype}; convert them')
+    @property
+    def trunk(self) -> float:
+        """Cost of the network without its side branches: all stages and the last head."""
+        return float(np.sum(self.stages) + self.exits[-1])
 
 
 def check_labels(labels: Array, num_classes: int) -> None:

@@ -1,8 +1,8 @@
 """How Sphinx builds the guide: Markdown pages, notebooks, API pages made from docstrings.
 
-Three things are our own, each a few lines: inline code such as ``bj.inference.plan`` is
-made a link to its entry, formulas become MathML, which browsers show without a script from
-elsewhere, and the table of networks is laid out from the stored reports.
+Three extensions are our own, each a few lines: inline code such as ``bj.inference.plan``
+becomes a link to its entry, formulas become MathML, which browsers show without a script,
+and the table of networks comes from the stored reports.
 """
 
 from __future__ import annotations
@@ -99,13 +99,15 @@ def table_of_networks() -> str:
             ],
         ]
         for row, clock_of, paper in zip((trunk, branchy), clocks, papers, strict=True):
-            cells.append([
-                f'{row["network"]}, {report["dataset"]}',
-                f'{100 * row["test_accuracy"]:.2f}',
-                *clock_of,
-                f'{100 * paper["test_accuracy"]:.2f}',
-                f'{paper["gain"]:.2f}',
-            ])  # fmt: skip
+            cells.append(
+                [
+                    f'{row["network"]}, {report["dataset"]}',
+                    f'{100 * row["test_accuracy"]:.2f}',
+                    *clock_of,
+                    f'{100 * paper["test_accuracy"]:.2f}',
+                    f'{paper["gain"]:.2f}',
+                ]
+            )
     return markdown_table(columns, cells)
 
 
@@ -171,17 +173,15 @@ def described_where_defined(
     """Gives a value the description that stands below it in the file that defines it."""
     if what != 'data':
         return
-    room, _, own = name.rpartition('.')
-    file = Path(importlib.import_module(room).__file__)
-    modules = [room]
+    package, _, own = name.rpartition('.')
+    file = Path(importlib.import_module(package).__file__)
+    modules = [package]
     if file.stem == '__init__':
-        modules = [f'{room}.{path.stem}' for path in sorted(file.parent.glob('*.py'))]
+        modules = [f'{package}.{path.stem}' for path in sorted(file.parent.glob('*.py'))]
     for module in modules:
-        told = ModuleAnalyzer.for_module(module).find_attr_docs().get(('', own))
-        if (
-            told
-        ):  # read as a function's: of a value napoleon takes "type: description" apart
-            lines[:] = GoogleDocstring(told, app.config, app, 'function').lines()
+        description = ModuleAnalyzer.for_module(module).find_attr_docs().get(('', own))
+        if description:  # as a function's: napoleon splits a value's "type: description"
+            lines[:] = GoogleDocstring(description, app.config, app, 'function').lines()
 
 
 def readable_signature(

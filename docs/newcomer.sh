@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A newcomer's path, in a new environment from a clean clone, with the seconds that each step takes:
-# install → first result → a network of one's own → an exported file. Usage: bash docs/newcomer.sh
+# A newcomer's steps, in a new environment from a clean clone, with the seconds that each step takes:
+# install → a network of one's own, trained and run → an exported file → the console command. Usage: bash docs/newcomer.sh
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -30,9 +30,9 @@ EXTRACT
 cd "$work"
 step "clone and pip install '.[experiments,onnx]'" install
 blocks 1
-step "the README's example: data, training, thresholds, an answer" "$work/venv/bin/python" blocks.py
+step "the README's example: a network, training, thresholds, answers, a plan" "$work/venv/bin/python" blocks.py
 blocks 2
-step 'the same, then exits on a network of your own' "$work/venv/bin/python" blocks.py
+step 'the same, then an ONNX file' "$work/venv/bin/python" blocks.py
 step 'branchy-jax train: three epochs' venv/bin/branchy-jax train b-lenet --epochs=3 --to=run
 step 'branchy-jax report' venv/bin/branchy-jax report run
 step 'branchy-jax export: an ONNX file' venv/bin/branchy-jax export run --to=digits.onnx

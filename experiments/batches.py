@@ -66,7 +66,7 @@ def time_all(
         return
     timed, execute = (
         time_images(networks, images, policies, passes=passes),
-        bj.inference.dense(networks.model, max_batch=256),
+        bj.inference.dense(networks.model),
     )
     for name, policy in policies.items():
         answer = execute(networks.variables, images, policy)
@@ -84,7 +84,7 @@ def time_all(
 
 
 def _fractions(exits: np.ndarray, networks: Networks) -> Numbers:
-    return tuple((np.bincount(exits, minlength=networks.model.num_exits) / len(exits)).tolist())
+    return tuple((np.bincount(exits, minlength=networks.num_exits) / len(exits)).tolist())
 
 
 def time_batch(

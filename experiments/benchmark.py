@@ -2,10 +2,9 @@
 
     python -m experiments.benchmark --network=b-resnet110 --workdir=runs/benchmark_resnet110
     python -m experiments.benchmark --training --workdir=runs/benchmark_training
-    python -m experiments.benchmark --attached --one_core --workdir=runs/benchmark_attached
 
 The second, on a CPU, times a training step of B-ResNet-110 and B-AlexNet as jax starts by itself and as the commands
-start it. The third times exits attached to a network that is one module beside the same network composed of stages.
+start it.
 
 Random weights unless given: time does not depend on them. Writes ``benchmark.json``, ``benchmark.md``,
 ``gain.png`` (gain against batch size), ``cost.png`` (milliseconds a batch against batch size) and ``follows.png`` (time
@@ -27,8 +26,9 @@ from branchy_jax.report import write_json, write_text
 from experiments.pages import pictures
 from experiments.pages.tables import table
 from experiments.run import command
+from experiments.run.networks import count_exits, image_specs
 from experiments.run.timing import keep_to_one_core
-from experiments.study import attached, training_speed
+from experiments.study import training_speed
 from experiments.study.cells import Cell, images_needed, measure_cell, peak_memory_mb, prepare
 
 _SHARES_BY_EXITS = {2: ['94/6', '70/30', '0/100', '100/0'], 3: ['100/0/0', '70/20/10', '40/30/30', '0/0/100']}
@@ -41,13 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--network', help='A branchy network: b-lenet, b-alexnet, b-resnet110.')
     what.add_argument('--training', action='store_true', help='Times training steps instead of executors.')
-    what.add_argument('--attached', action='store_true', help='Times exits on one module beside composed stages.')
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
     parser.add_argument('--weights', type=Path, help='Safetensors of the network; random weights without.')
     parser.add_argument('--batches', type=command.positives, help='Batch sizes, such as 1,32,256.')
     parser.add_argument('--shares', help='Exit shares in percent, such as 70/20/10,100/0/0.')
     parser.add_argument('--passes', type=command.positive, default=20, help='Interleaved pairs per cell.')
-    parser.add_argument('--rounds', type=command.positive, default=3, help='Of --training: processes of each way.')
+    parser.add_argument('--rounds', type=command.positive, default=3, help='Of --training: processes of each setting.')
     parser.add_argument('--one_core', action='store_true', help='Keep to one CPU core: fastest for small networks.')
     parser.add_argument('--seed', type=int, default=0, help='Of the images.')
     options = parser.parse_args(arguments)
@@ -56,11 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.one_core:
         keep_to_one_core()
-    if options.attached:
-        attached.write(options.workdir, command.provenance('benchmark'), passes=options.passes)
-        return
     model = bj.models.create(options.network)
-    all_shares = _shares(options.shares, model.num_exits)
+    all_shares = _shares(options.shares, count_exits(model, image_specs(model.image_shape)))
     on_cpu = jax.default_backend() == 'cpu'
     batches = options.batches or ([1, 32, 256] if on_cpu else [1, 32, 256, 2048, 10000])
     count = max(images_needed(batch) for batch in batches)

@@ -27,6 +27,7 @@ import branchy_jax as bj
 from branchy_jax.report import read_json, write_json, write_text
 from experiments.pages.tables import table
 from experiments.run import command
+from experiments.run.networks import count_exits, image_specs
 
 _NETWORKS = ('b-lenet', 'b-alexnet', 'b-resnet110', 'b-vit')
 _BATCH, _CHUNK = 64, 16
@@ -98,6 +99,7 @@ def _devices(platform: str) -> Sequence[Any]:
 def _executors(name: str, place: NamedSharding) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Yields executors with the shapes of their arguments, for the network in the forms that suit such a chip."""
     model = bj.models.create(name)
+    exits = count_exits(model, image_specs(model.image_shape))
 
     def spec(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -105,7 +107,7 @@ def _executors(name: str, place: NamedSharding) -> Iterator[tuple[str, Any, tupl
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.image_shape)))
     variables = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), shapes)
     image, images = spec(model.image_shape), spec((_BATCH, *model.image_shape))
-    thresholds = spec((model.num_exits - 1,))
+    thresholds = spec((exits - 1,))
     inference = bj.inference
     yield 'without branches', jax.jit(bj.models.without_branches(model).apply), (variables, images)
     yield 'dense', inference.dense(model), (variables, images, thresholds)
@@ -180,10 +182,11 @@ def page(record: dict[str, Any]) -> str:
                 dict.fromkeys(f'- `{program["command"]}`, jax {program["jax"]}' for program in record['programs'])
             ),
             f'Compiled, not run: there is no such chip here. Batches of {_BATCH}, chunks of {_CHUNK} in `compacted` '
-            'without a host; `staged` takes one image. Conditionals that were turned into selects would be missing from '
-            'their column; counts are of the whole program, bodies of loops and branches included. On the H100 matrix '
-            'products are left to cuBLAS, since without the chip the tiles of fused ones cannot be tried; that the host '
-            'reads there what a conditional or a loop decides by is no operation of the program, and not counted.',
+            'without a host; `staged` takes one image. Conditionals that were turned into selects would be missing '
+            'from their column; counts are of the whole program, bodies of loops and branches included. On the H100 '
+            'matrix products are left to cuBLAS, since without the chip the tiles of fused ones cannot be tried; that '
+            'the host reads there what a conditional or a loop decides by is no operation of the program, and not '
+            'counted.',
             table(_COLUMNS, rows) + '\n',
         ]
     )

@@ -23,9 +23,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
+from branchy_jax.checkpoint import locked
 from experiments.configs import common
 from experiments.pages.claims import page
 from experiments.run import command
+from experiments.run.networks import count_exits, image_specs
 from experiments.run.processes import start_again_on_cpu
 from experiments.run.tasks import load
 from experiments.study.seeds import Recipe, Seeds, Trained
@@ -99,7 +101,7 @@ def run(
         mesh: devices that share every step.
     """
     checkpoints = workdir / 'checkpoints' / network
-    with contextlib.nullcontext() if judge_only else bj.checkpoint.locked(checkpoints):
+    with contextlib.nullcontext() if judge_only else locked(checkpoints):
         settings = {
             'network': network,
             'dataset': dataset.name,
@@ -143,7 +145,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, Callable[[str], Trained]]:
     """Returns by name what trains each variant under that name."""
     model = bj.models.create(network, **options)
-    exits, twice = model.num_exits, 2 * seeds.recipe.epochs
+    exits = count_exits(model, image_specs(options['image_shape']))
+    twice = 2 * seeds.recipe.epochs
     equal, falling = [1.0] * exits, np.linspace(1.0, 0.3, exits).tolist()
 
     @functools.cache  # of two variants

@@ -4,7 +4,7 @@
 
 Takes the networks that the main job left in the folder. Writes ``confidence.json``, ``confidence.md`` and pictures.
 What is fitted or chosen comes from the validation data; test data report, and serve as the population from which the
-simulation of the promises draws.
+simulation of the guarantees draws.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> dict[str, Any]:
         size: inputs in one.
     """
     networks, dataset, workdir = finished.networks, finished.dataset(), finished.workdir
-    costs = bj.costs.count_macs(networks.model, dataset.image_shape)
+    costs = bj.costs.count_macs(networks.model, inputs=networks.inputs)
 
     def cached(images: Any, labels: Any) -> Cached:
-        found = bj.inference.exit_outputs(networks.model, networks.variables, images, prepare=networks.normalization)
-        return Cached(found.logits, labels, costs)
+        outputs = bj.inference.exit_outputs(
+            networks.model, networks.variables, images, preprocess=networks.normalization
+        )
+        return Cached(outputs.logits, labels, costs)
 
     validation = cached(dataset.validation.image, dataset.validation.label)
     test = cached(dataset.test.image, dataset.test.label)
@@ -75,8 +77,8 @@ def _populations(validation: Cached, test: Cached, *, splits: int, size: int) ->
     """The paths come from validation data, the calibration sets from the test outputs."""
     found = {}
     for name, labels, test_labels in (('error gap', validation.labels, test.labels), ('disagreement', None, None)):
-        kept = 1 - bj.thresholds.losses_against_full(validation.logits, labels)
-        path = bj.thresholds.threshold_path(validation.table().replace(statistics=kept[..., None]).screen())
+        statistics = 1 - bj.thresholds.losses_against_full(validation.logits, labels)[..., None]
+        path = validation.table().replace(statistics=statistics).screen().path()
         losses = bj.thresholds.losses_against_full(test.logits, test_labels)
         found[name] = Population(path, test.table(split='test'), losses, size=size, splits=splits)
     return found

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digits = bj.data.load_dataset('mnist').test.image[: options.images]
     shutil.rmtree(folder, ignore_errors=True)
     manifest = bj.export.save(
-        folder, weights.model, weights.variables, thresholds=point, normalization=weights.normalization
+        folder, weights.model, weights.variables, point, inputs=weights.inputs, normalization=weights.normalization
     )
     for name, part in manifest['programs'].items():
         print(f'{name}: {part["bytes"]:,} bytes')
@@ -138,7 +138,8 @@ def _time(folder: str, digits: np.ndarray, passes: int) -> str:
     weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
     network = run_exported.load(folder, ['staged'])
     outside, thresholds = network.programs['staged'], jnp.asarray(network.thresholds)
-    inside = staged(bj.inference.optimize(weights.model, weights.variables), weights.operating_points[0].policy)
+    fast = bj.inference.optimize(weights.model, weights.variables, inputs=weights.inputs)
+    inside = staged(fast, weights.operating_points[0].policy)
     images = on_device(weights.normalize(digits))
     functions = {
         'in the library': bj.measure.one_by_one(inside, images),

@@ -39,22 +39,18 @@ def remake(runs: Path, workdir: Path) -> str:
     found = {name: folder for name, folder in folders.items() if folder is not None}
     claims = {path.stem: bj.report.read_json(path) for path in sorted((runs / 'claims').glob('*.json'))}
     workdir.mkdir(parents=True, exist_ok=True)
-    page = (
-        '\n\n'.join(
-            [
-                '# The paper, reproduced\n\nEvery picture and table here was made by `python -m experiments.figures` from '
-                f"stored runs; grey points and rows marked (paper) are the paper's. {JPEG_NOTE}",
-                '## Table I\n\n' + sections.table_1(found),
-                *(sections.figure_3(network, found, workdir) for network in sections.PLACES),
-                sections.figure_4(found, workdir),
-                sections.figure_5(claims, workdir),
-                sections.figure_6(found, workdir),
-                '## Energy\n\n' + sections.energy_table(found),
-                sections.claims(claims),
-            ]
-        )
-        + '\n'
-    )
+    parts = [
+        '# The paper, reproduced\n\nEvery picture and table here was made by `python -m experiments.figures` from '
+        f"stored runs; grey points and rows marked (paper) are the paper's. {JPEG_NOTE}",
+        '## Table I\n\n' + sections.table_1(found),
+        *(sections.figure_3(network, found, workdir) for network in sections.PLACES),
+        sections.figure_4(found, workdir),
+        sections.figure_5(claims, workdir),
+        sections.figure_6(found, workdir),
+        '## Energy\n\n' + sections.energy_table(found),
+        sections.claims(claims),
+    ]
+    page = '\n\n'.join(parts) + '\n'
     bj.report.write_text(workdir / 'figures.md', page)
     return page
 

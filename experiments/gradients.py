@@ -26,8 +26,9 @@ from experiments.pages import pictures
 from experiments.pages.claims import bullets
 from experiments.pages.paper import JPEG_NOTE
 from experiments.run import command
+from experiments.run.networks import count_exits, image_specs
 from experiments.run.tasks import load
-from experiments.study.variants import deep_plain, trunk_layers
+from experiments.study.variants import DeepPlain, trunk_layers
 from experiments.study.verdicts import judge
 
 
@@ -61,12 +62,13 @@ def run(
     settings = {'network': network, 'dataset': dataset.name, 'seeds': seeds, 'steps': steps, 'batch_size': batch_size}
     stored = bj.report.read_json(path) if path.exists() else {}
     model = _model(network, dataset)
+    layers = trunk_layers(model, dataset.image_shape)
     if settings.items() <= stored.items():  # measured before
         found = {name: np.array(values) for name, values in stored['norms'].items()}
     else:
         models = {'with branches': model, 'without': bj.models.without_branches(model)}
         found = {
-            name: np.array([_norms(model, dataset, seed, steps, batch_size) for seed in range(seeds)])
+            name: np.array([_norms(model, layers, dataset, seed, steps, batch_size) for seed in range(seeds)])
             for name, model in models.items()
         }  # [S, 2, layers]
     plain, branchy = found['without'], found['with branches']
@@ -74,7 +76,7 @@ def run(
     record = {
         **settings,
         **command.provenance('gradients'),
-        'layers': trunk_layers(model),
+        'layers': layers,
         'norms': {name: values.tolist() for name, values in found.items()},
         'answers': [
             {'when': when, **answer}
@@ -91,31 +93,31 @@ def run(
     return record
 
 
-def _model(network: str, dataset: bj.data.Dataset) -> bj.BranchyNet:
-    shape = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
+def _model(network: str, dataset: bj.data.Dataset) -> Any:
     if network.startswith('b-plain'):
-        return deep_plain(depth=int(network.removeprefix('b-plain')), branches=2, **shape)
-    return bj.models.create(network, **shape)
+        depth = int(network.removeprefix('b-plain'))
+        return DeepPlain(depth=depth, branches=2, num_classes=dataset.num_classes)
+    return bj.models.create(network, num_classes=dataset.num_classes, image_shape=dataset.image_shape)
 
 
 def _norms(
-    model: bj.BranchyNet, dataset: bj.data.Dataset, seed: int, steps: int, batch_size: int
+    model: Any, layers: Sequence[str], dataset: bj.data.Dataset, seed: int, steps: int, batch_size: int
 ) -> tuple[list[float], list[float]]:
     """Returns the root mean square gradient of every layer of the trunk, before and after training."""
     key = jax.random.key(seed)
     # With and without branches alike: parameters draw from the key by their own names.
-    variables = jax.jit(model.init)(key, jnp.zeros((1, *model.image_shape)))
+    variables = jax.jit(model.init)(key, jnp.zeros((1, *dataset.image_shape)))
     state = bj.training.create_train_state(model, variables, _OPTIMIZER)
     order = np.random.default_rng(seed).permutation(len(dataset.train))
     batches = [
         bj.Batch(dataset.normalization(dataset.train.image[rows]), jnp.asarray(dataset.train.label[rows]))
         for rows in np.resize(order, (steps + 1, batch_size))
     ]
-    before = _layer_norms(model, _gradients(state, batches[0], key))
-    weights = jnp.ones(model.num_exits)
+    before = _layer_norms(layers, _gradients(state, batches[0], key))
+    weights = jnp.ones(count_exits(model, image_specs(dataset.image_shape)))
     for batch in batches[:-1]:
         state, _ = bj.training.train_step(state, batch, weights, key)
-    return before, _layer_norms(model, _gradients(state, batches[-1], key))
+    return before, _layer_norms(layers, _gradients(state, batches[-1], key))
 
 
 _OPTIMIZER = optax.adam(1e-3)
@@ -137,13 +139,12 @@ def _gradients(state: bj.training.TrainState, batch: bj.Batch, key: jax.Array) -
     return jax.grad(loss)(state.params)
 
 
-def _layer_norms(model: bj.BranchyNet, gradients: Any) -> list[float]:
+def _layer_norms(layers: Sequence[str], gradients: Any) -> list[float]:
     flat = traverse_util.flatten_dict(gradients)
     of_layers = [
-        [np.ravel(leaf) for path, leaf in flat.items() if path[0] == name and path[-1] == 'kernel']
-        for name in trunk_layers(model)
+        [np.ravel(leaf) for path, leaf in flat.items() if path[0] == name and path[-1] == 'kernel'] for name in layers
     ]
-    kernels = [np.concatenate(found) for found in of_layers if found]
+    kernels = [np.concatenate(leaves) for leaves in of_layers]
     return [float(np.sqrt(np.mean(np.square(found, dtype=np.float64)))) for found in kernels]
 
 

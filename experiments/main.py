@@ -2,11 +2,11 @@
 
     python -m experiments.main --config=experiments/configs/lenet_mnist5k.py --workdir=runs/lenet_mnist5k
 
-A run that was interrupted goes on where it stopped when the same command is given again. On how many devices it runs,
-which may be others then, flags alone tell; configs do not change:
+The same command resumes a run that was interrupted. Flags set the number of devices, which may differ between starts;
+configs do not change:
 
     --num_devices=8                     eight devices of this process; 0 is all of them
-    --distributed                       as many processes as a cluster (Slurm, TPU pod, …) starts, which it tells itself
+    --distributed                       as many processes as a cluster (Slurm, TPU pod, …) starts
     --distributed --coordinator=HOST:PORT --num_processes=2 --process_id=0       the same without a cluster
 
 With ``--static`` the controls of the finished run follow: does early exit beat shrinking? For every side exit its
@@ -41,9 +41,9 @@ _NUM_DEVICES = flags.DEFINE_integer(
     lower_bound=0,
 )
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Whether this is one of several processes; uses all devices.')
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where no cluster tells it.')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes in all, where no cluster tells it.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process from 0, where no cluster tells it.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, without a cluster.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes in all, without a cluster.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process from 0, without a cluster.')
 
 _DEAD_AFTER_SECONDS = 30
 # Process 0 alone times and writes at the end; the others wait for it that long before they leave.
@@ -76,7 +76,7 @@ def _mesh(cpu_devices: int) -> Mesh | None:
     the run goes on from its checkpoint.
 
     Args:
-        cpu_devices: how many a CPU uses where no flag tells.
+        cpu_devices: how many a CPU uses without a flag.
 
     Raises:
         ValueError: flags that contradict each other, or more devices than there are.

@@ -7,7 +7,7 @@
 to compare with.
 
 Nothing is read before its checksum is verified, and nothing is executed but StableHLO: no custom calls, no host
-callbacks. Checksums tell damage, not malice: they are as trustworthy as the place that the folder came from.
+callbacks. Checksums detect damage, not malice: they are as trustworthy as the source of the folder.
 """
 
 from __future__ import annotations

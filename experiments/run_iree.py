@@ -109,15 +109,15 @@ def main() -> None:
     images = network.normalize(np.load(options.images, allow_pickle=False))
     found = PROGRAMS[options.program](network, images)
     shares = np.bincount(found['exit_index'], minlength=len(network.manifest['exits'])) / len(images)
-    told = {'images': len(images), 'shares': shares.tolist()}
+    result = {'images': len(images), 'shares': shares.tolist()}
     if options.expect is not None:
         with np.load(options.expect, allow_pickle=False) as expected:
-            told.update(compare(found, dict(expected)))
+            result.update(compare(found, dict(expected)))
     if options.output is not None:
         np.savez(options.output, **found)
-    told['ms of each pass'] = times(network, options.program, images, options.passes)
-    print(json.dumps({**told, 'compile_s': compile_s}))
-    if told.get('differ'):
+    result['ms of each pass'] = times(network, options.program, images, options.passes)
+    print(json.dumps({**result, 'compile_s': compile_s}))
+    if result.get('differ'):
         raise SystemExit(1)
 
 

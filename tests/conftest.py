@@ -2,13 +2,7 @@
 
 import functools
 import itertools
-
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
-
-# Shapes in annotations are checked wherever a test runs through them. An integer is a float, as PEP 484 has it.
-check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))
-install_import_hook(['branchy_jax.criteria.named', 'branchy_jax.thresholds.screen'], 'conftest.check_types')
+import sys
 
 import flax.linen as nn
 import jax
@@ -18,8 +12,6 @@ import pytest
 from hypothesis import settings
 
 import branchy_jax as bj
-from branchy_jax.inference.planning import candidates
-from branchy_jax.inference.planning import plan as planning
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
@@ -40,9 +32,9 @@ def equations(jaxpr):
                     yield from equations(getattr(inner, 'jaxpr', inner))
 
 
-def check_equal(found, expected):
+def check_equal(result, expected):
     """Checks two trees of arrays to the bit."""
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
 def thresholds_between(model, variables, inputs):
@@ -53,42 +45,50 @@ def thresholds_between(model, variables, inputs):
 
 
 @pytest.fixture(autouse=True)
-def compiled_as_xla_does(monkeypatch):
-    """Plans race what XLA compiles by itself, or every way would be traced three times.
+def xla_defaults(monkeypatch):
+    """Plans try only the compiler options that XLA has by itself: every other set compiles each candidate once more.
 
-    Whoever wants them all asks for `every_way`, or says how many cores there are.
+    A test that wants all of them asks for `all_compiler_options`.
     """
-    monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: False)
-    monkeypatch.setattr(candidates, 'may_use_one_core', lambda: False)
-    monkeypatch.setattr(planning, 'may_use_all_cores', lambda: False)
+    for name, module in list(sys.modules.items()):
+        for switch in ('may_use_all_cores', 'may_use_one_core'):
+            if name.startswith('branchy_jax.') and hasattr(module, switch):
+                monkeypatch.setattr(module, switch, lambda: False)
 
 
 @pytest.fixture
-def every_way(compiled_as_xla_does, monkeypatch):
-    """Lets plans try all that they try where a user calls them."""
+def all_compiler_options(xla_defaults, monkeypatch):
+    """Lets plans try every compiler option that they try where a user calls them."""
     monkeypatch.undo()
 
 
 @pytest.fixture
 def getkey():
-    """Hands out a new PRNG key at every call."""
+    """Returns a new PRNG key at every call."""
     numbers = itertools.count()
     return lambda: jax.random.key(next(numbers))
 
 
+class ThreeExits(nn.Module):
+    """Dense layers with BatchNorm and dropout."""
+
+    @nn.compact
+    def __call__(self, images, train=False, frozen_trunk=False):
+        learns = train and not frozen_trunk
+        x = nn.Dense(8, name='layer1')(images.reshape(images.shape[0], -1))
+        x = nn.relu(nn.BatchNorm(not learns, name='norm1')(x))
+        first = nn.Dense(CLASSES, name='head1')(x)
+        x = nn.relu(nn.Dense(8, name='layer2')(x))
+        second = nn.Dense(CLASSES, name='head2')(x)
+        x = nn.Dense(8, name='layer3')(x)
+        x = nn.relu(nn.Dropout(0.5, deterministic=not learns, name='dropout')(x))
+        return first, second, nn.Dense(CLASSES, name='head3')(x)
+
+
 @pytest.fixture(scope='session')
 def network():
-    """A three-exit network with BatchNorm and dropout, its variables, and images that spread over its exits."""
-    model = bj.BranchyNet(
-        stages=(
-            (bj.models.layers.flatten, nn.Dense(8, name='layer1'), nn.BatchNorm(name='norm1'), nn.relu),
-            (nn.Dense(8, name='layer2'), nn.relu),
-            (nn.Dense(8, name='layer3'), nn.Dropout(0.5, name='dropout'), nn.relu),
-        ),
-        exits=(nn.Dense(CLASSES, name='head1'), nn.Dense(CLASSES, name='head2'), nn.Dense(CLASSES, name='head3')),
-        image_shape=IMAGE_SHAPE,
-    )
-    images = jax.random.normal(jax.random.key(1), (24, *IMAGE_SHAPE))
+    """A network of three exits, its variables, and images that spread over its exits."""
+    model, images = ThreeExits(), jax.random.normal(jax.random.key(1), (24, *IMAGE_SHAPE))
     return model, model.init(jax.random.key(2), images), images
 
 
@@ -99,7 +99,8 @@ def small_data():
     return bj.Batch(image=images, label=images.reshape(80, -1)[:, :CLASSES].argmax(-1).astype(np.int32))
 
 
-def prepare(key, batch):
+def augment(key, batch):
+    """Scales stored pixels to floats."""
     return batch.replace(image=batch.image.astype(jnp.float32) / 255)
 
 
@@ -112,7 +113,7 @@ def train(small_data):
         exit_weights=jnp.ones(3),
         key=jax.random.key(7),
         batch_size=16,
-        prepare=prepare,
+        augment=augment,
     )
 
 
@@ -134,13 +135,13 @@ def compilations():
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Makes the digits that pages and the README load few: what a reader runs takes a minute, a test may not."""
-    whole = bj.data.load_dataset
+    """Makes the digits that pages and the README load few: a reader can wait for a minute, a test cannot."""
+    load = bj.data.load_dataset
 
     def few(name, **options):
-        found = whole(name, **options)
+        whole = load(name, **options)
         counts = {'train': 64, 'validation': 128, 'test': 192}
-        splits = {split: getattr(found, split) for split in counts}
-        return found.replace(**{k: bj.Batch(v.image[: counts[k]], v.label[: counts[k]]) for k, v in splits.items()})
+        splits = {split: getattr(whole, split) for split in counts}
+        return whole.replace(**{k: bj.Batch(v.image[: counts[k]], v.label[: counts[k]]) for k, v in splits.items()})
 
     monkeypatch.setattr(bj.data, 'load_dataset', few)

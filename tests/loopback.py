@@ -33,8 +33,9 @@ def data():
     return bj.Batch(images.astype(np.uint8), labels)
 
 
-def prepare(key, batch):
-    return batch.replace(image=bj.data.augment(key, batch.image.astype(jnp.float32) / 255, crop_padding=1, flip=False))
+def augment(key, batch):
+    batch = batch.replace(image=batch.image.astype(jnp.float32) / 255)
+    return bj.data.augment(key, batch, crop_padding=1, flip=False)
 
 
 def fresh(mesh=None):
@@ -54,7 +55,7 @@ def train(fit, state, data, **options):
         jax.random.key(KEY),
         epochs=EPOCHS,
         batch_size=BATCH,
-        prepare=prepare,
+        augment=augment,
         **options,
     )
 
@@ -65,7 +66,7 @@ def evaluate(state, mesh=None):
         jax.tree.map(np.asarray, state.variables),
         data().image,
         batch_size=20,
-        prepare=lambda images: images.astype(jnp.float32) / 255,
+        preprocess=lambda images: images.astype(jnp.float32) / 255,
         mesh=mesh,
     )
 

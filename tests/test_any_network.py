@@ -1,222 +1,245 @@
-"""Networks that are not ours: misfits are named, functional forms and NNX, a transformer, an encoder–decoder."""
+"""Networks of users: every executor gives what the plain module gives alone; what is freed, and when."""
 
 import gc
-import importlib
 import weakref
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import CLASSES, check_equal, equations, thresholds_between
 from flax import nnx
+from jax.extend import core as jax_core
 
 import branchy_jax as bj
-from branchy_jax.models import Functional, from_nnx, without_branches
-from branchy_jax.models.branchy import side_head_names
-from branchy_jax.models.layers import depth_to_space, space_to_depth
+from branchy_jax.models import attach, from_nnx, select_exits
 
 
-@pytest.mark.parametrize(
-    ('stages', 'exits', 'message'),
-    [
-        ((nn.Dense(3), lambda x: x + jnp.ones((1, 4))), (nn.Dense(2),) * 2, r'stages\[1\]: .*shape \(2, 3\)'),
-        ((nn.Dense(3), lambda x: x.reshape(-1, 5)), (nn.Dense(2),) * 2, r'stages\[1\]: cannot take'),
-        ((nn.Dense(3),), (lambda x: x.reshape(7, 7),), r'exits\[0\]: cannot take a hidden value'),
-        ((nn.Dense(3),), (lambda x: x.argmax(-1),), r'exits\[0\]: a head returns logits .* got int32 \(2,\)'),
-        ((nn.Dense(3),), (lambda x: (x, x),), r'exits\[0\]: a head returns logits .* got tuple'),
-    ],
-)
-def test_layers_that_do_not_meet_are_named(stages, exits, message):
-    with pytest.raises(ValueError, match=message):
-        bj.BranchyNet(stages=stages, exits=exits).init(jax.random.key(0), jnp.ones((2, 6)))
+class Skips(nn.Module):
+    """What the first stage computes is read again behind the second exit."""
+
+    @nn.compact
+    def __call__(self, x):
+        first = x = nn.relu(nn.Dense(6)(x))
+        a = nn.Dense(CLASSES)(x)
+        x = nn.relu(nn.Dense(6)(x))
+        b = nn.Dense(CLASSES)(x)
+        return a, b, nn.Dense(CLASSES)(nn.relu(nn.Dense(6)(x)) + first)
 
 
-def test_variables_of_another_shape_name_the_stage():
-    model = bj.BranchyNet(stages=(nn.Dense(3), nn.Dense(3)), exits=(nn.Dense(2),) * 2)
-    variables = model.init(jax.random.key(0), jnp.ones((2, 6)))
-    variables['params']['stages_1']['kernel'] = jnp.ones((4, 3))
-    with pytest.raises(ValueError, match=r'stages\[1\]: .*kernel'):
-        model.apply(variables, jnp.ones((2, 6)))
+class Twig(nn.Module):
+    """A stem, a side branch with a branch of its own, and the trunk."""
+
+    @nn.compact
+    def __call__(self, x):
+        stem = jnp.tanh(nn.Dense(8, name='stem')(x))
+        side = jnp.tanh(nn.Dense(6, name='side')(stem))
+        twig = jnp.tanh(nn.Dense(8, name='twig')(side))
+        trunk = jnp.tanh(nn.Dense(8, name='trunk')(nn.relu(nn.Dense(32)(stem))))
+        return tuple(nn.Dense(CLASSES)(x) for x in (side, twig, trunk))
 
 
-def test_layers_that_cannot_be_traced_keep_their_error():
-    model = bj.BranchyNet(stages=(lambda x: x if x.sum() > 0 else -x,), exits=(nn.Dense(2),))
-    with pytest.raises(jax.errors.TracerBoolConversionError):
-        jax.jit(model.init)(jax.random.key(0), jnp.ones((2, 6)))
+class TwoInputs(nn.Module):
+    """Two arguments, the second not read before the second exit; named flags, keyword only."""
+
+    @nn.compact
+    def __call__(self, image, kind, *, deterministic=True):
+        x = nn.Dropout(0.5)(nn.relu(nn.Dense(6)(image)), deterministic=deterministic)
+        early = nn.Dense(CLASSES)(x)
+        x = jnp.concatenate([x, nn.Embed(3, 4)(kind)], axis=-1)
+        return early, nn.Dense(CLASSES)(nn.relu(nn.Dense(6)(x)))
 
 
-def test_functional_layers_train(getkey):
-    def initialize(key):
-        return {'w': jax.random.normal(key, (6, 3))}
+class OneDictionary(nn.Module):
+    """One argument that is a dictionary."""
 
-    layer = Functional(lambda p, x: jnp.tanh(x @ p['w']), initialize, name='plain')
-    model = bj.BranchyNet(stages=(layer,), exits=(nn.Dense(2),))
-    images = jax.random.normal(getkey(), (4, 6))
-    variables = model.init(getkey(), images)
-    kernel = variables['params']['plain']['parameters']['w']
-    (logits,) = model.apply(variables, images)
-    head = variables['params']['exits_0']
-    np.testing.assert_allclose(logits, jnp.tanh(images @ kernel) @ head['kernel'] + head['bias'][None], rtol=1e-5)
-    state = bj.training.create_train_state(model, variables)
-    state, _ = bj.training.train_step(state, bj.Batch(images, jnp.zeros(4, int)), jnp.ones(1), getkey())
-    assert (state.params['plain']['parameters']['w'] != kernel).any()
+    @nn.compact
+    def __call__(self, inputs):
+        x = nn.relu(nn.Dense(6)(inputs['image']) + nn.Embed(3, 6)(inputs['kind']))
+        return nn.Dense(CLASSES)(x), nn.Dense(CLASSES)(nn.relu(nn.Dense(6)(x)))
 
 
-def test_nnx_modules_give_what_they_give_alone(getkey):
-    trained = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(1)), nnx.relu, nnx.Linear(5, 4, rngs=nnx.Rngs(2)))
-    model = bj.BranchyNet(
-        stages=(from_nnx(lambda rngs: trained, name='trunk'), from_nnx(lambda rngs: nnx.Linear(4, 4, rngs=rngs))),
-        exits=(nn.Dense(3), from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs))),
-    )
-    images = jax.random.normal(getkey(), (2, 6))
-    variables = model.init(getkey(), images)
-    np.testing.assert_allclose(
-        model.apply(variables, images, 0, method='run_stage'), trained(images), rtol=1e-5, atol=1e-6
-    )
-    other = model.init(getkey(), images)['params']['stages_1']['parameters']
-    assert (other['kernel'] != variables['params']['stages_1']['parameters']['kernel']).any()
-    assert bj.inference.staged(model)(variables, images[0], [0.5]).label.shape == ()
+class Norms(nn.Module):
+    """BatchNorm and dropout before and behind the first exit; trains unless told otherwise."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        logits = []
+        for n in range(2):
+            x = nn.relu(nn.BatchNorm(not train, name=f'norm{n}')(nn.Dense(6, name=f'layer{n}')(x)))
+            x = nn.Dropout(0.5)(x, deterministic=not train)
+            logits.append(nn.Dense(CLASSES)(x))
+        return tuple(logits)
 
 
-@pytest.mark.parametrize('build', [lambda r: nnx.BatchNorm(3, rngs=r), lambda r: nnx.Dropout(0.5, rngs=r)])
-def test_nnx_state_beside_parameters_is_refused(build):
-    with pytest.raises(ValueError, match='build: .*(BatchStat|RngKey).*attach'):
-        from_nnx(build)
+class NnxNorms(nnx.Module):
+    """The same in Flax's newer form."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(4 if n == 0 else 6, 6, rngs=rngs) for n in range(2)])
+        self.norms = nnx.List([nnx.BatchNorm(6, rngs=rngs) for _ in range(2)])
+        self.heads = nnx.List([nnx.Linear(6, CLASSES, rngs=rngs) for _ in range(2)])
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        logits = []
+        for layer, norm, head in zip(self.layers, self.norms, self.heads, strict=True):
+            x = self.dropout(nnx.relu(norm(layer(x))))
+            logits.append(head(x))
+        return tuple(logits)
 
 
-@pytest.fixture(scope='module')
-def vit():
-    model = bj.models.b_vit(
-        image_shape=(4, 4, 1), patch_size=2, depth=3, width=8, num_heads=2, exits_after=(1, 2), num_classes=3
-    )
-    images = jax.random.normal(jax.random.key(0), (6, 4, 4, 1))
-    return model, model.init(jax.random.key(1), images), images
+def trained_nnx():
+    module = NnxNorms(nnx.Rngs(0))
+    module.train()
+    module(jax.random.normal(jax.random.key(9), (16, 4)))  # statistics that are not the first ones
+    module.eval()
+    return module
 
 
-def test_transformer_exits_after_the_blocks_asked_for(vit):
-    model, variables, images = vit
-    assert model.num_exits == 3
-    hidden = model.apply(variables, images, 0, method='run_stage')
-    assert hidden.shape == (6, 1 + 4, 8)
-    assert {'block1', 'block2', 'block3', 'embedding', 'exit1_fc', 'exit2_fc', 'head_fc'} <= set(variables['params'])
-    assert side_head_names(model) == {'exit1_fc', 'exit1_norm', 'exit2_fc', 'exit2_norm'}
-    assert without_branches(model).apply(variables, images)[0].shape == (6, 3)
-    single = bj.inference.staged(model)(variables, images[0], [0.0, 0.0])
-    np.testing.assert_allclose(single.logits, model.apply(variables, images[:1])[-1][0], rtol=1e-4, atol=1e-5)
+IMAGE = jax.random.normal(jax.random.key(0), (9, 4))
+KIND = jnp.arange(9) % 3
+NETWORKS = {
+    'skips': (Skips(), IMAGE),
+    'a branch of a branch': (Twig(), IMAGE),
+    'a tuple': (TwoInputs(), (IMAGE, KIND)),
+    'by name': (TwoInputs(), {'kind': KIND, 'image': IMAGE}),
+    'one dictionary': (OneDictionary(), {'kind': KIND, 'image': IMAGE}),
+    'BatchNorm and dropout': (Norms(), IMAGE),
+    'NNX': (from_nnx(trained_nnx()), IMAGE),
+}
 
 
-def test_transformer_block_is_the_float64_reference(vit):
-    """Attention and feed-forward of the first block, written out."""
-    model, variables, images = vit
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables['params'])
-    embedded = np.asarray(images).reshape(6, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(6, 4, 4)
-    patches = embedded @ p['embedding']['patches']['kernel'].reshape(4, 8) + p['embedding']['patches']['bias']
-    tokens = np.concatenate([np.broadcast_to(p['embedding']['class_token'], (6, 1, 8)), patches], axis=1)
-    x, block = tokens + p['embedding']['position'], p['block1']
-
-    def norm(x, layer):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-        return x * layer['scale'] + layer['bias']
-
-    y, a = norm(x, block['norm1']), block['attention']
-    q, k, v = (np.einsum('btf,fhd->bthd', y, a[n]['kernel']) + a[n]['bias'] for n in ('query', 'key', 'value'))
-    scores = np.einsum('bqhd,bkhd->bhqk', q, k) / np.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    mixed = np.einsum('bhqk,bkhd->bqhd', weights, v)
-    x = x + np.einsum('bqhd,hdf->bqf', mixed, a['out']['kernel']) + a['out']['bias']
-    h = norm(x, block['norm2']) @ block['expand']['kernel'] + block['expand']['bias']
-    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-    x = x + h @ block['contract']['kernel'] + block['contract']['bias']
-    np.testing.assert_allclose(model.apply(variables, images, 0, method='run_stage'), x, rtol=1e-3, atol=1e-4)
+def alone(name, model, variables, inputs):
+    """Calls the module as its author would."""
+    if name == 'NNX':
+        return trained_nnx()(inputs)
+    if name == 'a tuple':
+        return model.apply(variables, *inputs)
+    if name == 'by name':
+        return model.apply(variables, **inputs)
+    return model.apply(variables, inputs, **({'train': False} if name == 'BatchNorm and dropout' else {}))
 
 
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'patch_size': 5}, 'patch_size: got 5'),
-        ({'num_heads': 5}, 'num_heads: got 5'),
-        ({'exits_after': (6,)}, 'exits_after: got'),
-        ({'exits_after': (3, 1)}, 'exits_after: got'),
-        ({'pool': 'max'}, "pool: got 'max'"),
-        ({'heads': [None]}, 'heads: got 1'),
-    ],
-)
-def test_impossible_transformers_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        bj.models.b_vit(**options)
+@pytest.fixture(scope='module', params=NETWORKS)
+def own(request):
+    model, inputs = NETWORKS[request.param]
+    variables = bj.calling.init(model, jax.random.key(1), inputs)
+    return model, variables, inputs, alone(request.param, model, variables, inputs)
 
 
-@pytest.fixture(scope='module')
-def unet():
-    model = bj.models.b_unet(width=2, head_width=2, image_shape=(16, 16, 1), num_classes=3)
-    images = jax.random.normal(jax.random.key(0), (9, 16, 16, 1))
-    return model, model.init(jax.random.key(1), images), images
+def products_by_depth(jaxpr, depth=0):
+    """How many matrix products lie under how many conditionals."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == 'dot_general':
+            yield depth
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, (jax_core.Jaxpr, jax_core.ClosedJaxpr)):
+                    inner = inner.jaxpr if isinstance(inner, jax_core.ClosedJaxpr) else inner
+                    yield from products_by_depth(inner, depth + (equation.primitive.name == 'cond'))
 
 
-def test_masks_have_the_size_of_the_image(unet):
-    model, variables, images = unet
-    assert [logits.shape for logits in model.apply(variables, images)] == [(9, 16, 16, 3)] * 3
-    baseline = without_branches(model)
-    np.testing.assert_array_equal(baseline.apply(variables, images)[0], model.apply(variables, images)[-1])
-    assert not any('exit' in name for name in baseline.init(jax.random.key(0), images)['params'])
-    costs = bj.costs.count_macs(model, (16, 16, 1))
-    assert costs.exits[0] + costs.stages[0] < bj.costs.count_macs(baseline, (16, 16, 1)).trunk / 2
+def products(function, *arguments):
+    closed = jax.make_jaxpr(function)(*arguments)
+    return sum(equation.primitive.name == 'dot_general' for equation in equations(closed.jaxpr))
 
 
-def test_each_exit_of_the_encoder_decoder_reads_the_newest_level(unet):
-    model, variables, images = unet
-    gradients = [
-        jax.grad(lambda p, n=n: (model.apply({**variables, 'params': p}, images)[n] ** 2).sum())(variables['params'])
-        for n in range(3)
-    ]
-    reached = [
-        {name for name, g in gradient.items() if any(x.any() for x in jax.tree.leaves(g))} for gradient in gradients
-    ]
-    newest = ['down3_conv2', 'up2_conv2', 'up0_conv2']
-    assert [[name in names for name in newest] for names in reached] == [
-        [True, False, False],
-        [True, True, False],
-        [True, True, True],
-    ]
+def test_stages_and_heads_are_the_module(own):
+    model, variables, inputs, expected = own
+    parts, hidden, counts = bj.program.stages(model, variables, inputs), inputs, []
+    for n, logits in enumerate(expected):
+        before, hidden = hidden, parts.run_stage(n, variables, hidden)
+        np.testing.assert_allclose(parts.run_exit(n, variables, hidden), logits, atol=1e-5)
+        counts.append(products(lambda v, h, n=n: parts.run_stage(n, v, h), variables, before))
+        counts[-1] += products(lambda v, h, n=n: parts.run_exit(n, v, h), variables, hidden)
+    assert sum(counts) == products(lambda v, x: bj.calling.apply(model, v, x), variables, inputs)
+    one = jax.tree.map(lambda x: x[0], inputs)
+    staged = jax.make_jaxpr(bj.inference.staged(model))(variables, one, np.zeros(len(expected) - 1, np.float32))
+    depths = list(products_by_depth(staged.jaxpr))
+    assert [depths.count(n) for n in range(len(expected))] == counts  # a stage and its head under each conditional
 
 
-def test_folding_pixels_is_exact(getkey):
-    x = jax.random.normal(getkey(), (2, 4, 6, 3))
-    folded = space_to_depth(x, size=2)
-    np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
-    np.testing.assert_array_equal(depth_to_space(folded, size=2), x)
+def test_every_executor_answers_as_the_module(own):
+    model, variables, inputs, logits = own
+    policy = thresholds_between(model, variables, inputs)
+    oracle = bj.inference.dense(model)(variables, inputs, policy)
+    np.testing.assert_allclose(oracle.logits, jnp.stack(logits)[oracle.exit_index, jnp.arange(9)], atol=1e-5)
+    assert len(set(oracle.exit_index.tolist())) > 1
+    staged = bj.inference.staged(model)
+    singles = [staged(variables, jax.tree.map(lambda x, n=n: x[n], inputs), policy) for n in range(9)]
+    fast, weights = bj.inference.optimize(model, variables, inputs=inputs)
+    answers = {
+        'host': bj.inference.compacted(model, chunk_size=4, on_host=True)(variables, inputs, policy),
+        'loop': bj.inference.compacted(model, chunk_size=4, on_host=False)(variables, inputs, policy),
+        'staged': jax.tree.map(lambda *values: jnp.stack(values), *singles),
+        'optimized': bj.inference.dense(fast)(weights, inputs, policy),
+        'planned': bj.inference.plan(model, variables, inputs, policy, skip_heads=False, passes=1)(inputs),
+    }
+    for name, answer in answers.items():
+        np.testing.assert_array_equal(answer.exit_index, oracle.exit_index, err_msg=name)
+        np.testing.assert_array_equal(answer.label, oracle.label, err_msg=name)
+        np.testing.assert_allclose(answer.logits, oracle.logits, atol=1e-4, err_msg=name)
 
 
-def test_executors_agree_on_masks(unet):
-    model, variables, images = unet
-    criterion = bj.criteria.from_logits(
-        bj.criteria.entropy_of_logits, name='patches', pool=bj.criteria.QuantileOverPatches(1.0, size=4)
-    )
-    outputs = bj.inference.exit_outputs(model, variables, images, criterion=criterion)
-    thresholds = np.quantile(outputs.uncertainty[:2], [0.4, 0.6], axis=1).diagonal()
-    policy = bj.ExitPolicy(criterion, jnp.asarray(thresholds))
-    expected = bj.inference.dense(model)(variables, images, policy)
-    found = bj.inference.compacted(model, chunk_size=4)(variables, images, policy)
-    np.testing.assert_array_equal(found.exit_index, expected.exit_index)
-    np.testing.assert_array_equal(found.label, expected.label)
-    assert found.label.shape == (9, 16, 16)
-    assert len(set(expected.exit_index.tolist())) > 1
-    one = bj.inference.staged(model)(variables, images[0], policy)
-    assert one.exit_index == expected.exit_index[0]
-    np.testing.assert_array_equal(one.label, expected.label[0])
+def test_other_executors_take_dictionaries():
+    model, inputs = NETWORKS['by name']
+    variables = bj.calling.init(model, jax.random.key(1), inputs)
+    policy = thresholds_between(model, variables, inputs)
+    oracle = bj.inference.dense(model)(variables, inputs, policy)
+    supply = [jax.tree.map(lambda x: x[:3], inputs), jax.tree.map(lambda x: x[3:], inputs)]
+    for part in bj.inference.stream(model, chunk_size=2)(variables, supply, policy):
+        np.testing.assert_array_equal(part.prediction.exit_index, np.asarray(oracle.exit_index)[part.ids])
+    sharded = bj.inference.sharded(model, chunk_size=2, mesh=bj.sharding.data_mesh(1))
+    np.testing.assert_array_equal(sharded(variables, inputs, policy).exit_index, oracle.exit_index)
+    table = bj.inference.exit_table(model, variables, bj.Batch(inputs, KIND), batch_size=4)
+    np.testing.assert_array_equal(table.costs.stages, bj.costs.count_macs(model, inputs=inputs).stages)
+    with pytest.raises(ValueError, match='all lead with B'):
+        bj.inference.dense(model)(variables, {**inputs, 'kind': KIND[:2]}, policy)
 
 
-def test_impossible_encoder_decoders_are_refused():
-    with pytest.raises(ValueError, match='image_shape: got .* multiples of 16'):
-        bj.models.b_unet(image_shape=(20, 16, 1))
-    with pytest.raises(ValueError, match='heads: this network has 2 side heads, got 1'):
-        bj.models.b_unet(heads=[None])
+def trained(model, images, **options):
+    variables = bj.calling.init(model, jax.random.key(1), images)
+    state = bj.training.create_train_state(model, variables, optax.sgd(0.1), **options)
+    return variables, bj.training.train_step(state, bj.Batch(images, KIND), jnp.ones(2), jax.random.key(3))[0].variables
+
+
+def test_the_newer_form_trains_as_the_older():
+    """Statistics of the first layer move by the batch, whatever drops; weights move."""
+    (linen, images), module = NETWORKS['BatchNorm and dropout'], trained_nnx()
+    before, after = trained(linen, images)
+    inside = (images @ before['params']['layer0']['kernel']).mean(0)  # the bias starts at zero
+    np.testing.assert_allclose(after['batch_stats']['norm0']['mean'], 0.01 * inside, atol=1e-6)
+    before, after = trained(from_nnx(module), images)
+    mean = before['batch_stats']['norms']['0']['mean']
+    inside = module.layers[0](images).mean(0)
+    np.testing.assert_allclose(after['batch_stats']['norms']['0']['mean'], 0.99 * mean + 0.01 * inside, atol=1e-6)
+    assert (after['params']['layers']['1']['kernel'] != before['params']['layers']['1']['kernel']).any()
+    nnx.update(module, from_nnx(module).trained(after))
+    np.testing.assert_allclose(module(images)[1], bj.calling.apply(from_nnx(module), after, images)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['BatchNorm and dropout', 'NNX'])
+def test_a_frozen_trunk_stays_as_it_is(name):
+    model, images = NETWORKS[name]
+    before, after = trained(model, images, frozen_trunk=True, inputs=images)
+    read = bj.program.leaves_read(model, before, images, [1])
+    assert 0 < len(read) < len(jax.tree.leaves(before))
+    for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        assert (a != b).any() == (jax.tree_util.keystr(path) not in read), path
 
 
 def test_regression_end_to_end(getkey):
     """A task that is neither classification nor segmentation: mean and log variance, own loss and metric."""
+
+    class Regression(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.tanh(nn.Dense(4)(x))
+            early, x = nn.Dense(2)(x), nn.tanh(nn.Dense(32)(x))
+            return early, nn.Dense(2)(nn.tanh(nn.Dense(32)(x)))
 
     def no_metrics(outputs, targets):  # one function: another at every step would be compiled at every step
         return {}
@@ -224,24 +247,20 @@ def test_regression_end_to_end(getkey):
     def negative_log_likelihood(outputs, targets):
         return jnp.stack([0.5 * jnp.mean(z[:, 1] + (targets - z[:, 0]) ** 2 / jnp.exp(z[:, 1])) for z in outputs])
 
-    variance = bj.criteria.from_logits(
+    variance = bj.criteria.as_criterion(
         lambda z: jnp.exp(z[..., 1]), name='predicted variance', decide=lambda z: z[..., 0]
     )
     inputs = jax.random.uniform(getkey(), (256, 2), minval=-1)
     targets = jnp.where(inputs[:, 1] > 0, jnp.sin(4 * inputs[:, 0]), 0.0)  # half of it needs no deep network
-    model = bj.BranchyNet(
-        stages=((nn.Dense(4), nn.tanh), (nn.Dense(32), nn.tanh)),
-        exits=(nn.Dense(2), (nn.Dense(32), nn.tanh, nn.Dense(2))),
-    )
+    model = Regression()
     state = bj.training.create_train_state(model, model.init(getkey(), inputs), bj.training.paper_adam(1e-2))
-    batch, key = bj.Batch(inputs, targets), getkey()
-    first = None
+    batch, key, losses = bj.Batch(inputs, targets), getkey(), []
     for _ in range(150):
         state, metrics = bj.training.train_step(
             state, batch, jnp.ones(2), key, loss=negative_log_likelihood, metrics=no_metrics
         )
-        first = metrics['loss'] if first is None else first
-    assert metrics['loss'] < first
+        losses.append(float(metrics['loss']))
+    assert losses[-1] < losses[0]
     outputs = bj.inference.exit_outputs(model, state.variables, inputs, criterion=variance)
     errors = (outputs.logits[..., 0] - np.asarray(targets)) ** 2
     table = bj.thresholds.ExitTable(
@@ -255,38 +274,119 @@ def test_regression_end_to_end(getkey):
     chosen = table.screen().for_cost(6.0)
     expected = bj.inference.dense(model)(state.variables, inputs, chosen)
     assert -np.mean((expected.label - targets) ** 2) == pytest.approx(chosen.accuracy, rel=1e-4)
-    found = bj.inference.compacted(model, chunk_size=64)(state.variables, inputs, chosen)
-    np.testing.assert_allclose(found.label, expected.label, rtol=1e-5, atol=1e-6)
-    assert found.label.dtype == jnp.float32
+    compacted = bj.inference.compacted(model, chunk_size=64)(state.variables, inputs, chosen)
+    np.testing.assert_allclose(compacted.label, expected.label, rtol=1e-5, atol=1e-6)
+    assert compacted.label.dtype == jnp.float32
 
 
-class Large:
-    """Something that a layer closes over."""
+def run_everything(model, variables, images, policy):
+    jax.block_until_ready(
+        [
+            bj.inference.dense(model)(variables, images, policy),
+            bj.inference.staged(model)(variables, images[0], policy),
+            bj.inference.compacted(model, chunk_size=4, on_host=True)(variables, images, policy),
+            bj.inference.compacted(model, chunk_size=4, on_host=False)(variables, images, policy),
+            bj.inference.dense(model, compiler_options={'xla_cpu_enable_fast_math': False})(variables, images, policy),
+        ]
+    )
+    list(bj.inference.stream(model, chunk_size=4)(variables, [images], policy))
 
 
-def network_around(kept):
-    """Returns a network with a layer that closes over ``kept``."""
-
-    def layer(x):
-        return x if kept is not None else -x
-
-    return bj.BranchyNet(stages=((layer, nn.Dense(3)), nn.relu), exits=(nn.Dense(3), nn.Dense(3)))
-
-
-@pytest.mark.parametrize('name', [None, 'dense', 'staged'])
-def test_what_a_layer_closes_over_is_freed_with_the_network(getkey, name):
-    kept, images = Large(), jnp.ones((2, 4))
-    freed, model = weakref.ref(kept), network_around(kept)
-    variables = model.init(getkey(), images)
-    if name is not None:
-        getattr(bj.inference, name)(model)(variables, images if name == 'dense' else images[0], [0.5])
-        module = importlib.import_module(f'branchy_jax.inference.{name}')
-        builders = [value for value in vars(module).values() if hasattr(value, 'cache_clear')]
-    del kept, model
-    if name is not None:  # equal networks compile once: the last 128 builds are kept
-        gc.collect()
-        assert freed() is not None
-        for builder in builders:
-            builder.cache_clear()
+@pytest.mark.parametrize('kind', ['Linen', 'NNX', 'attached NNX', 'selected NNX'])
+def test_executors_keep_no_weights(kind):
+    """Neither those of the variables nor those that an NNX module came with."""
+    module, images = trained_nnx(), np.asarray(IMAGE)
+    if kind == 'Linen':
+        model = Norms()
+    elif kind == 'attached NNX':
+        model = attach(nnx.Sequential(*module.layers), ['layers/0'], inputs=images)
+    else:
+        model = select_exits(from_nnx(module), [0, 1]) if kind == 'selected NNX' else from_nnx(module)
+    variables = bj.calling.init(model, jax.random.key(1), images)
+    variables = jax.tree.map(lambda x: x + 0, variables) if kind != 'Linen' else variables
+    run_everything(model, variables, images, [0.5])
+    freed = [weakref.ref(leaf) for leaf in jax.tree.leaves(variables)]
+    freed += [] if kind == 'Linen' else [weakref.ref(leaf) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))]
+    assert all(ref() is not None for ref in freed)
+    del model, variables, module
     gc.collect()
-    assert freed() is None
+    assert [ref() for ref in freed if ref() is not None] == []
+
+
+def test_many_policies_and_weights_leave_memory_where_it_was():
+    model, images = Skips(), np.asarray(IMAGE)
+    policy = bj.ExitPolicy(bj.criteria.entropy, np.float32([0.5, 0.5]))
+    run_everything(model, model.init(jax.random.key(0), images), images, policy)
+    execute = bj.inference.dense(model)
+    gc.collect()
+    before = len(jax.live_arrays())
+    for n in range(50):
+        variables = model.init(jax.random.key(n), images)
+        for thresholds in (jnp.full(2, n / 50), np.full(2, n / 50, np.float32)):
+            execute(variables, images, thresholds)
+            execute(variables, images, bj.ExitPolicy(bj.criteria.entropy, thresholds))
+    del variables, thresholds
+    gc.collect()
+    assert len(jax.live_arrays()) <= before
+
+
+def test_a_plan_frees_what_it_owns():
+    """Weights, rewritten weights, policy and compiled programs go with the plan."""
+    images, refs = np.asarray(IMAGE), []
+    for width in (5, 6, 7):
+
+        class Wide(nn.Module):
+            width: int
+
+            @nn.compact
+            def __call__(self, x):
+                x = nn.relu(nn.Dense(self.width)(x))
+                return nn.Dense(CLASSES)(x), nn.Dense(CLASSES)(nn.relu(nn.Dense(5)(x)))
+
+        model = Wide(width)
+        variables = model.init(jax.random.key(0), images)
+        fast, weights = bj.inference.optimize(model, variables, inputs=images)
+        planned = bj.inference.plan(fast, weights, images, [0.5], batch_size=4, passes=1)
+        planned(images[:4])
+        arrays = jax.tree.leaves((variables, weights))
+        refs += [weakref.ref(thing) for thing in (model, planned, *arrays)]
+        del model, variables, fast, weights, planned, arrays
+    gc.collect()
+    assert [ref() for ref in refs if ref() is not None] == []
+
+
+class WithList(nn.Module):
+    """A module whose field is a list, which has no hash."""
+
+    layers: list
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(5)(x))
+        return nn.Dense(CLASSES)(x), nn.Sequential(self.layers)(x)
+
+
+@pytest.mark.parametrize('options', [None, {'xla_cpu_enable_fast_math': False}])
+@pytest.mark.parametrize('make', [Skips, lambda: WithList([nn.Dense(7), nn.Dense(CLASSES)]), Norms])
+def test_equal_executors_compile_once(compilations, make, options):
+    model, images = make(), np.asarray(IMAGE)
+    variables = bj.calling.init(model, jax.random.key(0), images)
+    policy = np.full(2 if isinstance(model, Skips) else 1, 0.5, np.float32)
+
+    def run(model):
+        build = bj.inference
+        build.dense(model, compiler_options=options)(variables, images, policy)
+        build.sequential(model, compiler_options=options)(variables, images, policy)
+        build.staged(model, compiler_options=options)(variables, images[0], policy)
+        for on_host in (True, False):
+            build.compacted(model, chunk_size=4, on_host=on_host, compiler_options=options)(variables, images, policy)
+        build.exit_outputs(model, variables, images)
+
+    run(model)
+    before = compilations.count
+    run(model)
+    run(make())
+    assert compilations.count == before
+    first, second = bj.inference.dense(model), bj.inference.dense(make())
+    assert first == second
+    check_equal(first(variables, images, policy), second(variables, images, policy))

@@ -36,8 +36,8 @@ def test_gradients_equal_the_convolutions(getkey):
         return jnp.sum(jnp.sin(convolve(images, kernel, (2, 1), 'SAME', dimension_numbers=NHWC)))
 
     expected = jax.grad(loss, argnums=(1, 2))(lax.conv_general_dilated, images, kernel)
-    found = jax.grad(loss, argnums=(1, 2))(banded_convolution, images, kernel)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    result = jax.grad(loss, argnums=(1, 2))(banded_convolution, images, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
 
 
 def test_is_a_drop_in_for_flax(getkey):

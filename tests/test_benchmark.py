@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -50,7 +51,8 @@ def test_benchmark_writes_its_cells(done):
         } <= set(cell)
         assert (cell['network'], cell['batch']) == ('b-lenet', 3)
         np.testing.assert_allclose(cell['exit_fractions'], [2 / 3, 1 / 3])
-        costs = bj.costs.count_macs(bj.models.create('b-lenet'), (28, 28, 1))
+        inputs = jax.ShapeDtypeStruct((1, 28, 28, 1), np.float32)
+        costs = bj.costs.count_macs(bj.models.create('b-lenet'), inputs=inputs)
         assert cell['mac_limit'] == pytest.approx(costs.trunk / (costs.to_exit @ [2 / 3, 1 / 3]))
         assert cell['slowdown_low'] <= 1 / cell['gain'] <= cell['slowdown_high'] * 1.001
     assert 'b-lenet batch 3 exits 67/33' in printed

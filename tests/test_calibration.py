@@ -1,3 +1,5 @@
+"""Temperatures against SciPy's minimum, bins against counting, and a learned criterion on a case made for it."""
+
 import itertools
 
 import jax
@@ -26,30 +28,23 @@ def cross_entropy(logits, labels, temperature):
 
 def test_temperatures_minimise_the_cross_entropy():
     logits, labels = overconfident()
-    found = fit_temperatures(logits, labels)
-    for n in range(2):
-        best = optimize.minimize_scalar(
-            lambda t, n=n: cross_entropy(logits[n], labels, t), bounds=(0.1, 50), method='bounded'
-        )
-        np.testing.assert_allclose(found[n], best.x, rtol=1e-2)
-    assert 2.5 < found[0] < 3.6
+    result, shared = fit_temperatures(logits, labels), fit_temperatures(logits, labels, shared=True)
+
+    def best(exits):
+        def loss(temperature):
+            return sum(cross_entropy(logits[n], labels, temperature) for n in exits)
+
+        return optimize.minimize_scalar(loss, bounds=(0.1, 50), method='bounded').x
+
+    np.testing.assert_allclose(result, [best([0]), best([1])], rtol=1e-2)
+    np.testing.assert_allclose(shared, [best([0, 1])] * 2, rtol=1e-2)
+    assert 2.5 < result[0] < 3.6
 
 
-def test_an_exit_that_knows_nothing_has_the_largest_temperature():
+def test_an_exit_no_better_than_chance_has_the_largest_temperature():
     logits, _ = overconfident()
     labels = np.random.default_rng(9).integers(0, 4, logits.shape[1])
     assert 1000 >= fit_temperatures(logits, labels)[0] > 10
-
-
-def test_a_shared_temperature_minimises_the_sum():
-    logits, labels = overconfident()
-    found = fit_temperatures(logits, labels, shared=True)
-    assert found.shape == (2,)
-    assert found[0] == found[1]
-    best = optimize.minimize_scalar(
-        lambda t: sum(cross_entropy(one, labels, t) for one in logits), bounds=(0.1, 50), method='bounded'
-    )
-    np.testing.assert_allclose(found[0], best.x, rtol=1e-2)
 
 
 def test_temperatures_lower_the_calibration_error():
@@ -66,73 +61,58 @@ def test_temperatures_lower_the_calibration_error():
 def test_reliability_is_counted_bin_by_bin(seed, bins, equal):
     generator = np.random.default_rng(seed)
     confidence, right = generator.random(50), generator.random(50) < 0.5
-    found = reliability(confidence, right, bins=bins, equal_counts=equal)
+    result = reliability(confidence, right, bins=bins, equal_counts=equal)
     if equal:
         ordered, place = np.argsort(confidence), np.arange(50) * bins // 50
         groups = [ordered[place == k] for k in range(bins)]
-        assert found.count.max() - found.count.min() <= 1
+        assert result.count.max() - result.count.min() <= 1
     else:
         edges = np.linspace(0, 1, bins + 1)
         groups = [np.flatnonzero((confidence > a) & (confidence <= b)) for a, b in itertools.pairwise(edges)]
     expected = sum(len(g) * abs(confidence[g].mean() - right[g].mean()) for g in groups if len(g)) / 50
-    np.testing.assert_allclose(found.error, expected, atol=1e-12)
-    assert found.count.sum() == 50
+    np.testing.assert_allclose(result.error, expected, atol=1e-12)
+    assert result.count.sum() == 50
 
 
-def test_perfect_and_worst_calibration():
+def test_scores_by_hand():
     assert reliability(np.ones(4), np.ones(4)).error == 0
     assert reliability(np.ones(4), np.zeros(4)).error == 1
-
-
-def test_brier_score_by_hand():
     # Probabilities (.8, .2): squared distance from class 0 .04 + .04, from class 1 .64 + .64.
     assert brier_score(np.log([[0.8, 0.2], [0.8, 0.2]]), [0, 1]) == pytest.approx((0.08 + 1.28) / 2, rel=1e-6)
 
 
-def test_learned_recognises_what_entropy_cannot():
-    """An exit that is right exactly where its second and third probability are equal: entropy hardly tells."""
+def test_a_learned_criterion_recognises_what_entropy_cannot():
+    """An exit that is right exactly where its second and third probability are equal: entropy hardly differs."""
     generator = np.random.default_rng(0)
     even = generator.random(800) < 0.5
     rest = np.where(even[:, None], [0.2, 0.2], [0.3, 0.1])
     probability = np.concatenate([np.full((800, 1), 0.6), rest], axis=1) + generator.uniform(0, 0.01, (800, 3))
     logits = np.log(probability)[None].astype(np.float32)
-    labels = np.where(even, 0, 1)
-    criterion = fit_learned(logits[:, :400], labels[:400], jax.random.key(0), steps=400)
-    _, wrong, _ = criterion.update(jnp.asarray(logits[0, 400:]), (), 0)
+    criterion = fit_learned(logits[:, :400], np.where(even, 0, 1)[:400], jax.random.key(0), steps=400)
+    _, wrong, _ = criterion(jnp.asarray(logits[0, 400:]), None, 0)
     assert np.asarray(wrong)[even[400:]].max() < 0.2
     assert np.asarray(wrong)[~even[400:]].min() > 0.8
-    assert criterion.name == 'learned'
+    reversed_classes = criterion(jnp.asarray(logits[0, 400:, ::-1]), None, 0)[1]
+    np.testing.assert_allclose(wrong, reversed_classes, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match='was learned on the 3 largest probabilities, this network has 7'):
+        criterion(jnp.zeros((2, 7)), None, 0)
 
 
-def test_learned_takes_the_order_of_classes_for_nothing():
-    logits, labels = overconfident()
-    criterion = fit_learned(logits, labels, jax.random.key(1), steps=20)
-    some = jnp.asarray(logits[0, :5])
-    np.testing.assert_allclose(
-        criterion.update(some, (), 1)[1], criterion.update(some[:, ::-1], (), 1)[1], rtol=1e-5, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize(
-    'fit', [fit_temperatures, lambda logits, labels: fit_learned(logits, labels, jax.random.key(0))]
-)
-def test_fitting_refuses_what_does_not_fit(fit):
-    logits = np.zeros((2, 4, 3))
-    with pytest.raises(ValueError, match='logits: expected'):
-        fit(logits, [0, 1])
-    with pytest.raises(ValueError, match='labels: got'):
-        fit(logits, [0, 1, 2, 3])
-
-
-def test_reliability_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match='confidence: expected'):
-        reliability([0.5], [True, False])
-
-
-def test_impossible_settings_are_refused():
-    logits, labels = np.random.default_rng(0).normal(size=(2, 6, 3)), np.arange(6) % 3
+def test_impossible_data_and_settings_are_refused():
+    logits, labels, key = np.random.default_rng(0).normal(size=(2, 6, 3)), np.arange(6) % 3, jax.random.key(0)
+    for fit in (fit_temperatures, lambda *data: fit_learned(*data, key)):
+        with pytest.raises(ValueError, match='logits: expected'):
+            fit(logits, [0, 1])
+        with pytest.raises(ValueError, match='labels: expected classes'):
+            fit(logits, labels + 1)
     for name, bad in (('width', 0), ('steps', 0), ('learning_rate', -1.0)):
         with pytest.raises(ValueError, match=f'{name}: got {bad}'):
-            fit_learned(logits, labels, jax.random.key(0), **{name: bad})
+            fit_learned(logits, labels, key, **{name: bad})
     with pytest.raises(ValueError, match='steps: got -1'):
         fit_temperatures(logits, labels, steps=-1)
+    for value in (-np.inf, np.nan):
+        logits[1, 2, 0] = value
+        with pytest.raises(ValueError, match='logits: got values that are not finite'):
+            fit_temperatures(logits, labels)
+    with pytest.raises(ValueError, match='confidence: expected'):
+        reliability([0.5], [True, False])

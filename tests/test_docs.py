@@ -20,26 +20,29 @@ def test_examples_in_docstrings_run(name):
     assert result.failed == 0
 
 
-def test_examples_were_found():
+def test_docstrings_have_examples():
     finder = doctest.DocTestFinder()
-    found = [test.name for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
-    assert len(found) > 25
+    tests = [test for name in MODULES for test in finder.find(importlib.import_module(name))]
+    assert sum(bool(test.examples) for test in tests) > 25
 
 
 def test_everything_exported_exists_and_is_documented():
-    for name in ('branchy_jax', 'branchy_jax.models', 'branchy_jax.inference', 'branchy_jax.thresholds'):
-        module = importlib.import_module(name)
-        assert all(getattr(module, public).__doc__ for public in module.__all__)
+    for package in ('branchy_jax', 'branchy_jax.models', 'branchy_jax.inference', 'branchy_jax.thresholds'):
+        module = importlib.import_module(package)
+        public = getattr(module, '__all__', [name for name in vars(module) if not name.startswith('_')])
+        assert all(getattr(module, name).__doc__ for name in public)
 
 
 @pytest.mark.usefixtures('few_digits')
-def test_readme_examples_run(capsys):
+def test_readme_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the example writes a file
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     assert blocks
     namespace = {}
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), namespace)
     assert capsys.readouterr().out
+    assert (tmp_path / 'digits.onnx').stat().st_size
 
 
 @pytest.mark.parametrize('run', ['lenet_mnist_tuned', 'alexnet_cifar10', 'resnet110_cifar10_tuned'])
@@ -47,7 +50,7 @@ def test_readme_table_is_what_the_records_say(run):
     stored = ROOT / 'experiments' / 'results' / run
     report, clock = (bj.report.read_json(stored / f'{name}.json') for name in ('report', 'batches'))
     clock, row = clock['batches'][0], report['rows'][1]
-    told = [
+    expected = [
         f'{100 * row["test_accuracy"]:.2f}',
         f'{clock["gain"]:.2f}',
         f'{clock["gain_plain"]:.2f}',
@@ -57,7 +60,7 @@ def test_readme_table_is_what_the_records_say(run):
     start = f'| {row["network"]},'.replace('-', '')
     (line,) = (line for line in table if line.lower().replace('-', '').startswith(start))
     cells = [cell.strip() for cell in line.split('|')]
-    assert [cells[n] for n in (2, 4, 5, 6)] == told
+    assert [cells[n] for n in (2, 4, 5, 6)] == expected
 
 
 def test_readme_commands_and_links_exist():

@@ -1,4 +1,4 @@
-"""The guide says what is: its Python runs, its API pages hold every public name once, its links lead somewhere."""
+"""The Python of the guide runs, its API pages document every public name once, and its links exist."""
 
 import ast
 import collections
@@ -25,9 +25,9 @@ FENCE = re.compile(r'^(`{3,})(\{[\w-]+\}|\w*)([^\n]*)\n(.*?)^\1$', re.S | re.M)
 
 def blocks(text, kind):
     """Yields ``(number of the line before, text)`` of each fenced block of a kind."""
-    for found in FENCE.finditer(text):
-        if found[2].strip('{}') == kind:
-            yield text[: found.start(4)].count('\n'), found[4]
+    for match in FENCE.finditer(text):
+        if match[2].strip('{}') == kind:
+            yield text[: match.start(4)].count('\n'), match[4]
 
 
 def prose(text):
@@ -44,7 +44,7 @@ def test_python_of_a_page_runs(name):
 
 
 def test_no_python_hides_behind_another_name():
-    kinds = {found[2] for text in PAGES.values() for found in FENCE.finditer(text)}
+    kinds = {match[2] for text in PAGES.values() for match in FENCE.finditer(text)}
     assert kinds <= {
         'python',
         'bash',
@@ -59,47 +59,49 @@ def test_no_python_hides_behind_another_name():
 
 
 def public_names(module):
-    """Returns what a room offers: its ``__all__``, or what its file defines and describes."""
+    """Returns the public names of a module: its ``__all__``, or what its file defines or imports by the same name."""
     if hasattr(module, '__all__'):
         return set(module.__all__)
     body = ast.parse(inspect.getsource(module)).body
-    found = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    imports = [alias for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    names |= {alias.name for alias in imports if alias.asname == alias.name}
     for node, after in itertools.pairwise(body):
         described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if isinstance(node, ast.Assign) and described:
-            found |= {target.id for target in node.targets}
-    return {name for name in found if not name.startswith('_')}
+            names |= {target.id for target in node.targets}
+    return {name for name in names if not name.startswith('_')}
 
 
-def all_public_names(module=bj, place='branchy_jax'):
-    """Yields every public name of a room and of the rooms within, by the place where a user finds it."""
+def all_public_names(module=bj, prefix='branchy_jax'):
+    """Yields the full name of every public name of a package and of the packages within."""
     for name in public_names(module):
         value = getattr(module, name)
         if isinstance(value, types.ModuleType):
-            yield from all_public_names(value, f'{place}.{name}')
+            yield from all_public_names(value, f'{prefix}.{name}')
         else:
-            yield f'{place}.{name}'
+            yield f'{prefix}.{name}'
 
 
-def test_api_pages_hold_every_public_name_once():
+def test_api_pages_document_every_public_name_once():
     text = '\n'.join(text for name, text in PAGES.items() if name.startswith('api/'))
-    described = re.findall(r'^\.\. auto(?:function|class|data):: (\S+)$', text, re.M)
-    assert collections.Counter(described) == collections.Counter(all_public_names())
+    documented = re.findall(r'^\.\. auto(?:function|class|data):: (\S+)$', text, re.M)
+    assert collections.Counter(documented) == collections.Counter(all_public_names())
 
 
-def test_every_room_has_a_page():
+def test_every_package_has_a_page():
     titles = '\n'.join(text for name, text in PAGES.items() if name.startswith('api/'))
-    rooms = {place.rsplit('.', 1)[0] for place in all_public_names()}
-    assert rooms == set(re.findall(r'^\.\. py:module:: (\S+)$', titles, re.M))
+    packages = {name.rsplit('.', 1)[0] for name in all_public_names()}
+    assert packages == set(re.findall(r'^\.\. py:module:: (\S+)$', titles, re.M))
 
 
 @pytest.mark.parametrize('name', PAGES)
 def test_names_in_inline_code_exist(name):
     for code in re.findall(r'`([^`\n]+)`', prose(PAGES[name])):
-        found = re.fullmatch(r'bj((?:\.\w+)+)(\(.*\))?', code)
-        if found is not None:
+        match = re.fullmatch(r'bj((?:\.\w+)+)(\(.*\))?', code)
+        if match is not None:
             value = bj
-            for part in found[1].split('.')[1:]:
+            for part in match[1].split('.')[1:]:
                 value = getattr(value, part)
 
 
@@ -110,7 +112,7 @@ def anchors(text):
 
 
 @pytest.mark.parametrize('name', PAGES)
-def test_links_lead_somewhere(name):
+def test_links_exist(name):
     page = DOCS / name
     links = re.findall(r'\]\(<?([^)>]+)>?\)', prose(PAGES[name]))
     includes = re.findall(r'^`{3}\{include\} (.*)$', PAGES[name], re.M)
@@ -120,7 +122,7 @@ def test_links_lead_somewhere(name):
             continue
         target = (page.parent / path).resolve() if path else page
         assert target.is_file(), link
-        # Sphinx finds no page outside the guide; of another kind, a file is handed on as it is.
+        # Sphinx knows no page outside the guide, and copies files of other kinds.
         assert link in includes or target.suffix != '.md' or DOCS in target.parents, link
         assert not anchor or anchor in anchors(target.read_text()), link
 
@@ -165,8 +167,7 @@ def test_tutorials_are_five_notebooks_that_end_with_a_picture():
         assert not any(blocks(text, 'output'))
 
 
-def test_the_guide_needs_no_pages_that_are_not_there():
-    """The scripts of the guide name files; all of them exist."""
+def test_files_that_scripts_name_exist():
     for script in [*DOCS.glob('*.sh'), *DOCS.glob('*/*.sh')]:
         for path in re.findall(r'docs/[\w/]+\.(?:sh|py|txt|md)\b', script.read_text()):
             assert (ROOT / path).is_file(), f'{script.name}: {path}'

@@ -28,11 +28,11 @@ def exported(network, tmp_path_factory):
     """Thresholds, a folder with weights in the programs, one with weights beside them."""
     thresholds = thresholds_between(*network).astype(np.float32)
     place = tmp_path_factory.mktemp('iree')
-    options = {'thresholds': thresholds, 'batch_size': 8, 'chunk_size': 4, 'platforms': ['cpu']}
-    bj.export.save(place / 'embedded', *network[:2], **options)
+    inputs, options = network[2], {'batch_size': 8, 'chunk_size': 4, 'platforms': ['cpu']}
+    bj.export.save(place / 'embedded', *network[:2], thresholds, inputs=inputs, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs_module, '_MOST_EMBEDDED_BYTES', 0)
-        bj.export.save(place / 'beside', *network[:2], **options)
+        bj.export.save(place / 'beside', *network[:2], thresholds, inputs=inputs, **options)
     return thresholds, place
 
 
@@ -71,9 +71,12 @@ def test_every_text_is_plain_stablehlo_for_one_platform(exported, weights):
 
 def test_what_is_more_than_stablehlo_has_no_text():
     spec = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-    inverse = programs_module.Program('staged', lambda weights, x: (jnp.linalg.inv(x),), {}, {'image': spec}, ('x',))
-    assert programs_module.plain_text(inverse) is None
-    unused = programs_module.Program('staged', lambda weights, x, y: (x,), {}, {'x': spec, 'y': spec}, ('x',))
+
+    def program(function, *names):
+        return programs_module.Program('staged', function, function, {}, dict.fromkeys(names, spec), ('x',))
+
+    assert programs_module.plain_text(program(lambda weights, x: (jnp.linalg.inv(x),), 'image')) is None
+    unused = program(lambda weights, x, y: (x,), 'x', 'y')
     assert '%arg1' in programs_module.plain_text(unused)
 
 

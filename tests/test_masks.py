@@ -11,39 +11,44 @@ import branchy_jax as bj
 from branchy_jax import criteria, thresholds
 
 
+def pooled(values, **options):
+    """Pools ``[B, H, W]`` as a criterion does whose uncertainty these values are."""
+    criterion = criteria.as_criterion(lambda logits: logits[..., 0], **options)
+    return criterion(jnp.asarray(values)[..., None], None, 0)[1]
+
+
 def test_pools_are_their_numpy_references(getkey):
     values = jax.random.uniform(getkey(), (3, 5, 7))
     flat = np.asarray(values, np.float64).reshape(3, -1)
-    np.testing.assert_allclose(criteria.mean_over_pixels(values), flat.mean(-1), rtol=1e-5)
-    np.testing.assert_allclose(criteria.QuantileOverPixels(0.9)(values), np.quantile(flat, 0.9, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(pooled(values), flat.mean(-1), rtol=1e-5)
+    np.testing.assert_allclose(pooled(values, quantile=0.9), np.quantile(flat, 0.9, axis=-1), rtol=1e-5)
     patches = [[np.asarray(image)[r : r + 3, c : c + 3].mean() for r in (0, 3) for c in (0, 3, 6)] for image in values]
-    found = criteria.QuantileOverPatches(0.75, size=3)(values)
+    found = pooled(values, quantile=0.75, patch=3)
     np.testing.assert_allclose(found, np.quantile(patches, 0.75, axis=-1), rtol=1e-5)
 
 
-def test_a_lone_unsure_pixel_does_not_make_an_unsure_patch():
+def test_a_lone_uncertain_pixel_does_not_make_an_uncertain_patch():
     edge, blob = np.zeros((2, 1, 8, 8))
     edge[0, 0, ::3], blob[0, :4, :4] = 1, 1
-    pool = criteria.QuantileOverPatches(1.0, size=4)
-    assert pool(jnp.array(blob))[0] == 1
-    assert pool(jnp.array(edge))[0] == 0.125
-    assert criteria.QuantileOverPixels(1.0)(jnp.array(edge))[0] == 1
+    assert pooled(blob, quantile=1.0, patch=4)[0] == 1
+    assert pooled(edge, quantile=1.0, patch=4)[0] == 0.125
+    assert pooled(edge, quantile=1.0)[0] == 1
 
 
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: criteria.QuantileOverPixels(1.5), 'quantile: got 1.5'),
-        (lambda: criteria.QuantileOverPatches(0.5, size=0), 'size: got 0'),
-        (lambda: criteria.QuantileOverPatches(0.5, size=2)(jnp.ones(3)), r'uncertainty: patches need \[B, H, W\]'),
-        (lambda: criteria.EveryOther(criteria.entropy_of_logits, stride=0), 'stride: got 0'),
+        (lambda: pooled(jnp.ones((1, 2, 2)), quantile=1.5), 'quantile: got 1.5'),
+        (lambda: pooled(jnp.ones((1, 2, 2)), patch=0), 'stride and patch: got 1 and 0'),
+        (lambda: pooled(jnp.ones(3), patch=2), r'logits: got shape .* need \[B, H, W, K\]'),
+        (lambda: criteria.as_criterion(criteria.entropy, stride=0), 'stride and patch: got 0'),
         (lambda: criteria.pixelwise([[0.1]]), 'pixel_thresholds: expected one number'),
         (lambda: criteria.pixelwise([np.nan]), 'pixel_thresholds'),
         (
-            lambda: criteria.pixelwise([]).update(jnp.ones((1, 2, 2)), (0, 0), 1),
-            'pixel_thresholds and the last exit: there are 1',
+            lambda: criteria.replay(criteria.pixelwise([]), jnp.ones((2, 1, 2, 2))),
+            'criterion: .* for 1 exits, not for 2',
         ),
-        (lambda: criteria.pixel_exits(jnp.ones((3, 1, 2, 2)), [0.1]), 'pixel_thresholds: expected 2'),
+        (lambda: criteria.pixelwise([0.1]).pixel_exits(jnp.ones((3, 1, 2, 2))), 'pixel_thresholds: got 1 for 3 exits'),
     ],
 )
 def test_impossible_pools_and_pixels_are_refused(build, message):
@@ -57,11 +62,11 @@ def test_mosaic_is_built_pixel_by_pixel(seed, limits):
     logits = np.random.default_rng(seed).normal(0, 2, (3, 2, 3, 4, 3)).astype(np.float32)
     criterion = criteria.pixelwise(limits)
     answers, uncertainty = criteria.replay(criterion, logits)
-    entropy = np.asarray(criteria.entropy_of_logits(jnp.asarray(logits)))
+    entropy = np.asarray(criteria.entropy.uncertainty_of(jnp.asarray(logits)))
     exits = np.full((2, 3, 4), 2)
     for n in (1, 0):
         exits[entropy[n] < np.float32(limits[n])] = n
-    np.testing.assert_array_equal(criteria.pixel_exits(jnp.asarray(logits), limits), exits)
+    np.testing.assert_array_equal(criterion.pixel_exits(jnp.asarray(logits)), exits)
     expected = np.take_along_axis(logits, exits[None, ..., None], axis=0)[0]
     np.testing.assert_array_equal(answers[2], expected)
     for n in range(2):
@@ -86,7 +91,7 @@ def test_mean_iou_is_that_of_all_pixels_together():
     assert statistics.shape == (2, 6, 8)
     for n in range(2):
         expected = brute_force_iou(logits[n].argmax(-1), labels, 4)
-        np.testing.assert_allclose(thresholds.iou_per_class(statistics[n].sum(0)), expected)
+        np.testing.assert_allclose(thresholds.statistics.iou_per_class(statistics[n].sum(0)), expected)
         assert thresholds.mean_iou(statistics[n].sum(0), 6) == pytest.approx(np.nanmean(expected))
     traced = jax.jit(thresholds.iou_statistics)(logits.astype(np.float32), labels)
     np.testing.assert_array_equal(traced, statistics)
@@ -108,17 +113,24 @@ def test_screen_of_masks_is_brute_force():
     )
     screened = table.screen(grid)
     for setting, found in zip(screened.thresholds, screened.accuracy, strict=True):
-        exits = thresholds.answering_exits(uncertainty, setting)
+        exits = table.answering_exits(setting)
         predictions = logits.argmax(-1)[exits, np.arange(20)]
         assert found == pytest.approx(np.nanmean(brute_force_iou(predictions, labels, 3)))
 
 
 def test_standard_error_of_an_accuracy_is_the_binomial_one():
-    right = (np.random.default_rng(0).uniform(size=(400, 1)) < 0.9).astype(float)
+    right = (np.random.default_rng(0).uniform(size=(1, 400, 1)) < 0.9).astype(float)
+    table = thresholds.ExitTable(
+        uncertainty=np.zeros((1, 400)),
+        statistics=right,
+        costs=bj.costs.StageCosts([1], [0]),
+        criterion=criteria.entropy,
+        split='validation',
+    )
     p = right.mean()
-    assert thresholds.standard_error(right) == pytest.approx((p * (1 - p) / 399) ** 0.5)
+    assert table.standard_error([]) == pytest.approx((p * (1 - p) / 399) ** 0.5)
     with pytest.raises(ValueError, match='at least 2 inputs'):
-        thresholds.standard_error(right[:1])
+        table.rows(slice(1)).standard_error([])
 
 
 @pytest.mark.parametrize(
@@ -199,11 +211,12 @@ def test_npz_may_hold_masks_of_the_images_size(tmp_path):
     for image, mask in zip(loaded.train.image, loaded.train.label, strict=True):
         np.testing.assert_array_equal(pairs[image.tobytes()], mask)
     np.savez(path, x_train=images[:15], y_train=masks[:15, :5], x_test=images[15:], y_test=masks[15:])
-    with pytest.raises(ValueError, match=r'y_train .* or a mask of its size \(15, 6, 5\)'):
+    with pytest.raises(ValueError, match=r'train.* masks \(15, 6, 5\)'):
         bj.data.load_dataset(str(path))
 
 
 def test_masks_move_with_their_images(getkey):
     pixels, key = jax.random.randint(getkey(), (8, 6, 6, 1), 1, 9), getkey()
-    image, mask = (bj.data.augment(key, values, crop_padding=2) for values in (pixels, pixels))
-    np.testing.assert_array_equal(image, mask)
+    moved = bj.data.augment(key, bj.Batch(pixels, pixels[..., 0]), crop_padding=2)
+    np.testing.assert_array_equal(moved.image[..., 0], moved.label)
+    assert (moved.label != pixels[..., 0]).any()

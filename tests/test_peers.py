@@ -131,7 +131,7 @@ def test_images_leave_in_exactly_the_shares_asked_for(data):
 
 def test_forced_images_are_told_apart_clearly(lenet):
     found = forcing.force('b-lenet', *lenet, (0.94, 0.06), 32, cores=1)
-    uncertainty = np.asarray(bj.criteria.entropy_of_logits(found.logits))[0]
+    uncertainty = np.asarray(bj.criteria.entropy.uncertainty_of(found.logits))[0]
     assert np.bincount(found.exits).tolist() == [30, 2]
     assert np.abs(uncertainty - found.job.thresholds[0]).min() > 1e-4
     assert uncertainty.std() > 0.1

@@ -1,55 +1,60 @@
-"""The planner: forecasts against brute force, choices that keep their promise, plans that equal `dense`."""
+"""The planner: forecasts against brute force, trials, and plans that equal `dense`."""
 
+import gc
 import itertools
 import time
+import weakref
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_inference import CRITERIA, check_same
 
 import branchy_jax as bj
-from branchy_jax.inference import SegmentTimes, dense, exit_outputs, plan, segment_times
-from branchy_jax.inference.planning import candidates as candidates_room
-from branchy_jax.inference.planning import plan as plan_room
-from branchy_jax.inference.planning import race as race_room
-from branchy_jax.inference.planning.candidates import Candidate, Way, ways_to_race
-from branchy_jax.inference.planning.forecast import forecast
+from branchy_jax.inference import dense, exit_outputs, plan, segment_times
+from branchy_jax.inference.planning import candidates, segments
+from branchy_jax.inference.planning.candidates import Candidate, Progress, candidates_to_try, choose, try_candidates
 from branchy_jax.inference.planning.plan import _batches
-from branchy_jax.inference.planning.progress import Progress
-from branchy_jax.inference.planning.race import choose, race
-from branchy_jax.measure import Ratio
+from branchy_jax.inference.planning.programs import Programs
+from branchy_jax.inference.planning.times import SegmentTimes, forecast
+
+LOOKING_BACK = bj.criteria.ensemble()
+
+
+def check_same(result, expected):
+    assert result.label.shape == expected.label.shape
+    np.testing.assert_array_equal(result.label, expected.label)
+    np.testing.assert_array_equal(result.exit_index, expected.exit_index)
+    np.testing.assert_allclose(result.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-5)
 
 
 def linear_times(stages, exits, sizes=(1, 4, 16), overhead=0.0):
     """Times that grow linearly with the batch, plus an overhead per call."""
     sizes = np.array(sizes)
-    return SegmentTimes(
-        batch_sizes=sizes,
-        stages=overhead + sizes[:, None] * np.array(stages, float),
-        exits=sizes[:, None] * np.array(exits, float),
-    )
+    grid = sizes[:, None]
+    return SegmentTimes(sizes, overhead + grid * np.array([stages], float), grid * np.array([exits], float))
 
 
 def brute_force(stages, exits, confident):
-    """Mean cost of an image by walking it through the network, for every choice of exits."""
+    """Mean cost of an input that walks through the network, for every choice of exits."""
     num_exits, count = len(stages), confident.shape[1]
-    found = {}
+    costs = {}
     for k in range(num_exits):
         for side in itertools.combinations(range(num_exits - 1), k):
             total = 0.0
-            for image in range(count):
+            for row in range(count):
                 for n in range(num_exits):
                     total += stages[n]
                     if n in side or n == num_exits - 1:
                         total += exits[n]
-                        if n < num_exits - 1 and confident[n, image]:
+                        if n < num_exits - 1 and confident[n, row]:
                             break
-            found[*side, num_exits - 1] = total / count
-    return found
+            costs[*side, num_exits - 1] = total / count
+    return costs
 
 
 @given(
@@ -57,56 +62,43 @@ def brute_force(stages, exits, confident):
     exits=st.lists(st.floats(0.01, 10), min_size=4, max_size=4),
     seed=st.integers(0, 1000),
 )
-def test_forecast_without_overhead_is_the_mean_cost_of_an_image(stages, exits, seed):
-    confident = np.random.default_rng(seed).random((3, 8)) < 0.5
-    found = forecast(linear_times(stages, exits), np.repeat(confident, 2, axis=1), 1)
-    # Chunks of one image have no remainder; draws of one image scatter, so compare at the same draws.
-    rows = np.random.default_rng(0).integers(16, size=(32, 1)).ravel() // 2
+def test_forecast_without_overhead_is_the_mean_cost_of_an_input(stages, exits, seed):
+    confident = np.repeat(np.random.default_rng(seed).random((3, 8)) < 0.5, 2, axis=1)
+    results = forecast(linear_times(stages, exits), confident, 1)
+    # Chunks of one input have no remainder; draws of one input scatter, so the same draws are compared.
+    rows = np.random.default_rng(0).integers(16, size=(32, 1)).ravel()
     expected = brute_force(stages, exits, confident[:, rows])
-    useful = {exits for exits in expected if all(confident[n].any() for n in exits[:-1])}
-    assert {option.exits for option in found} == useful
-    for option in found:
-        np.testing.assert_allclose(option.ms, expected[option.exits], rtol=1e-9)
-    assert [option.ms for option in found] == sorted(option.ms for option in found)
+    assert {asked for _, asked, _ in results} == {e for e in expected if all(confident[n].any() for n in e[:-1])}
+    for ms, asked, _ in results:
+        np.testing.assert_allclose(ms, expected[asked], rtol=1e-9)
+    assert results == sorted(results)
 
 
 def test_forecast_skips_a_head_that_costs_more_than_it_saves():
     confident = np.array([[True] * 2 + [False] * 8, [True] * 8 + [False] * 2])
-    # The first head costs 3 and saves two images of ten a stage of 10: 2 an image.
-    best = forecast(linear_times([1, 10, 10], [3, 1, 1]), confident, 10)[0]
-    assert best.exits == (1, 2)
-    # At a cost of 1 it is worth it.
-    assert forecast(linear_times([1, 10, 10], [1, 1, 1]), confident, 10)[0].exits == (0, 1, 2)
-    # Nobody leaves: no head at all, even where a cut between stages would allow better chunks.
-    nobody = forecast(linear_times([1, 10, 10], [0, 0, 0], overhead=5.0), confident & False, 10)
-    assert [option.exits for option in nobody] == [(2,)]
-    assert forecast(linear_times([1, 10, 10], [9, 9, 1]), confident, 10, may_skip=False)[0].exits == (0, 1, 2)
+    # The first head costs 3 and saves two inputs of ten a stage of 10, which is 2 an input.
+    assert forecast(linear_times([1, 10, 10], [3, 1, 1]), confident, 10)[0][1] == (1, 2)
+    assert forecast(linear_times([1, 10, 10], [1, 1, 1]), confident, 10)[0][1] == (0, 1, 2)
+    never = forecast(linear_times([1, 10, 10], [0, 0, 0], overhead=5.0), confident & False, 10)
+    assert [asked for _, asked, _ in never] == [(2,)]
+    assert forecast(linear_times([1, 10, 10], [9, 9, 1]), confident, 10, may_skip=False)[0][1] == (0, 1, 2)
 
 
 def test_forecast_counts_the_remainders_of_chunks():
-    """16 images, 5 survive. An overhead of 1 a chunk and 1 an image: 5 + 1 in one chunk of 5."""
-    times = linear_times([1, 1], [0, 0], overhead=1.0)
-    confident = np.array([[True] * 11 + [False] * 5])
-    best = forecast(times, np.tile(confident, (1, 1)), 16)
-    assert best[0].exits == (0, 1)
-    sizes = best[0].chunk_sizes
-    assert sizes[0] == 16
-    assert 4 <= sizes[1] <= 8  # batches drawn from the images leave 2 to 8 survivors
+    """Of 16 inputs 5 survive, 2 to 8 in batches that are drawn. An overhead of 1 a chunk and 1 an input."""
+    _, asked, sizes = forecast(linear_times([1, 1], [0, 0], overhead=1.0), np.array([[True] * 11 + [False] * 5]), 16)[0]
+    assert (asked, sizes[0]) == ((0, 1), 16)
+    assert 4 <= sizes[1] <= 8
 
 
-def test_times_are_interpolated_and_the_best_size_is_found():
-    times = SegmentTimes(
-        batch_sizes=np.array([1, 4]),
-        stages=np.array([[2.0, 2.0], [4.0, 12.0]]),
-        exits=np.array([[1.0, 1.0], [4.0, 4.0]]),
-    )
+def test_times_are_interpolated_and_the_best_size_is_taken():
+    times = SegmentTimes(np.array([1, 4]), np.array([[2.0, 2.0], [4.0, 12.0]]), np.array([[1.0, 1.0], [4.0, 4.0]]))
     np.testing.assert_allclose(times.per_image(2).stages, [1.5, 2.5])
     np.testing.assert_allclose(times.per_image(64).stages, [1.0, 3.0])
-    few = SegmentTimes(batch_sizes=np.array([8]), stages=np.array([[4.0, 8.0]]), exits=np.array([[4.0, 4.0]]))
+    few = SegmentTimes(np.array([8]), np.array([[4.0, 8.0]]), np.array([[4.0, 4.0]]))
     np.testing.assert_allclose(few.per_image(2).stages, [2.0, 4.0])  # as long as eight
-    assert not few.heavy
-    heavy = few.replace(stages=2 * few.stages, exits=2 * few.exits)
-    assert heavy.heavy
+    heavy = SegmentTimes(few.batch_sizes, 2 * few.stages, 2 * few.exits)
+    assert (few.heavy, heavy.heavy) == (False, True)
     # A quarter of what eight need, 8 and 16, and two eighths of the rest.
     np.testing.assert_allclose(heavy.per_image(2).stages * 2, [2 + 1.5, 4 + 3])
     best = times.best()
@@ -114,16 +106,13 @@ def test_times_are_interpolated_and_the_best_size_is_found():
     assert bj.costs.expected_cost(best, [0.5, 0.5]) == 3.5
 
 
-def test_segments_are_measured_on_this_device(network):
+def test_stages_and_heads_are_measured(network):
     times = segment_times(*network, batch_sizes=[4, 2, 4], passes=2)
     assert times.batch_sizes.tolist() == [2, 4]
     assert times.stages.shape == times.exits.shape == (2, 3)
     assert (times.stages > 0).all()
     with pytest.raises(ValueError, match='batch_sizes'):
         segment_times(*network, batch_sizes=[0])
-
-
-SETTINGS = [(0.7, 0.5), (-np.inf, -np.inf), (np.inf, -np.inf), (0.3, np.inf)]
 
 
 @pytest.fixture(scope='module')
@@ -135,16 +124,12 @@ def thresholds_at(uncertainty, quantiles):
     return np.array([q if np.isinf(q) else np.quantile(uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32)
 
 
-def names_of(ways):
-    return [way.name.split(',')[0].split(' of')[0] for way, _ in ways]
-
-
 @pytest.fixture(params=[1, 2], ids=['one core', 'two cores'])
 def cores(request, monkeypatch):
-    """How many cores to plan for; a CPU that has another number compiles the same."""
-    monkeypatch.setattr(candidates_room, 'num_cores', lambda: request.param)
-    monkeypatch.setattr(candidates_room, 'may_use_all_cores', lambda: request.param > 1)
-    monkeypatch.setattr(candidates_room, 'may_use_one_core', lambda: True)
+    """The number of cores to plan for; a CPU that has another number compiles the same."""
+    monkeypatch.setattr(candidates, 'num_cores', lambda: request.param)
+    monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: request.param > 1)
+    monkeypatch.setattr(candidates, 'may_use_one_core', lambda: True)
     return request.param
 
 
@@ -153,117 +138,165 @@ def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size,
     model, variables, images = network
     thresholds = thresholds_at(uncertainty, (0.7, 0.5))
     times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
-    confident = uncertainty[:2] < thresholds[:, None]
-    ways, otherwise = ways_to_race(times, confident, batch_size, batch_size, skip=True)
-    names = names_of(ways)
-    assert names[0] == 'baseline'
-    assert set(names[1:]) - {'sequential × 2'} == ({'staged'} if batch_size == 1 else {'sequential', 'compacted'})
-    assert ('sequential × 2' in names) == (batch_size > 1 and cores > 1)
-    for way, _ in (*ways, *otherwise):
-        run = way.build(model, batch_size)
-        if way.kind == 'baseline':
-            expected = model.apply(variables, images)[-1]
-            np.testing.assert_allclose(run(variables, images, None)[0], expected, rtol=1e-5, atol=1e-6)
-            continue
-        as_if = np.where(np.isin([0, 1], way.exits), thresholds, -np.inf)
-        expected = dense(model)(variables, images[:batch_size], as_if)
-        check_same(run(variables, images[:batch_size], thresholds), expected)
-
-
-@pytest.mark.parametrize('batch_size', [1, 24])
-def test_ways_are_compiled_as_suits_them(network, uncertainty, batch_size, cores):
-    """What runs image by image for one core, too; what shares a batch among workers not for all cores."""
-    confident = uncertainty[:2] < thresholds_at(uncertainty, (0.7, 0.5))[:, None]
-    times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
-    ways, otherwise = ways_to_race(times, confident, batch_size, batch_size, skip=True)
-    several, one, found = ['all cores'] * (cores > 1), ['one core'], {}
-    for way, _ in (*ways, *otherwise):
-        if way.exits in (ways[1][0].exits, (2,)) and way.optimized:  # the best choice of exits, or the last alone
-            found.setdefault((way.kind, way.kind == 'sequential' and way.workers > 1), []).append(way.compiled)
-            assert way.name.endswith(way.compiled)
-    expected = {('sequential', False): [*one, *several, ''], ('dense', False): [*several, '']}
+    first, reserve = candidates_to_try(times, uncertainty[:2] < thresholds[:, None], batch_size, may_skip=True)
+    baseline, *others = [*first, *reserve]
+    programs = Programs(model, variables, bj.calling.with_batch(images, 1), None)
+    policy = bj.ExitPolicy(bj.criteria.entropy, jnp.asarray(thresholds))
+    expected = model.apply(variables, images)[-1]
+    np.testing.assert_allclose(programs.runner(baseline, policy, batch_size)(images)[0], expected, rtol=1e-5, atol=1e-6)
+    compiled = {}
+    for candidate in others:
+        applied = np.where(np.isin([0, 1], candidate.exits), thresholds, -np.inf)
+        expected = dense(model)(variables, images[:batch_size], applied)
+        check_same(programs.runner(candidate, policy, batch_size)(images[:batch_size]), expected)
+        if candidate.exits in (first[1].exits, (2,)) and candidate.optimized:
+            options = compiled.setdefault((candidate.executor, candidate.name.startswith('sequential ×')), [])
+            options.append(candidate.compiler_options)
+    several = ['all cores'] * (cores > 1)
+    expected = {('sequential', False): ['one core', *several, ''], ('dense', False): [*several, '']}
     if batch_size == 1:
-        expected['dense', False] = [*one, *several, '']
+        expected['dense', False] = ['one core', *several, '']
     else:
         expected['compacted', False] = [*several, ''] * 3
-        if cores > 1:
-            expected['sequential', True] = [*one, '']
-    assert found == expected
+    if batch_size > 1 and cores > 1:
+        expected['sequential', True] = ['one core', '']
+    assert compiled == expected
 
 
-def test_what_cannot_win_is_not_compiled(cores):
-    """Of a heavy network few ways; without branches only where the forecast is close to it."""
+def test_of_a_heavy_network_few_candidates_are_compiled(cores):
     confident = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
-    light, heavy = linear_times([0.1, 0.1, 0.1], [0, 0, 0]), linear_times([10, 10, 10], [0, 0, 0])
-    assert {name.split(' ×')[0] for name in names_of(ways_to_race(light, confident, 16, 16, skip=True)[0])} == {
-        'baseline',
-        'sequential',
-        'compacted',
-    }
-    raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=True)
-    several = ['all cores'] if cores > 1 else ['']
-    alone = [('sequential', cores, 'one core')]
-    driven = [('compacted', workers, *several) for workers in (1, 2)]
-    assert [(way.kind, way.workers, way.compiled) for way, _ in raced[1:]] == [*alone, *driven]
-    assert names_of(otherwise) == ['last exit'] * (cores + 1)
-    raced, otherwise = ways_to_race(heavy, confident & False, 16, 16, skip=True)
-    assert names_of(raced)[-1] == 'last exit'
-    assert len(otherwise) == 1
-    raced, otherwise = ways_to_race(heavy, confident, 16, 16, skip=False)
-    assert names_of(otherwise) == ['dense'] * cores
+    heavy = linear_times([10, 10, 10], [0, 0, 0])
+    first, reserve = candidates_to_try(heavy, confident, 16, may_skip=True)
+    several = 'all cores' if cores > 1 else ''
+    hosted = [('compacted', workers, several) for workers in (1, 2)]
+    settings = [(c.executor, c.workers, c.compiler_options) for c in first[1:]]
+    assert settings == [('sequential', cores, 'one core'), *hosted]
+    assert [c.exits for c in reserve] == [(2,)] * (cores + 1)
+    first, reserve = candidates_to_try(heavy, confident & False, 16, may_skip=True)
+    assert first[-1].name == 'last exit, optimized'  # nearly as fast, by the forecast
+    first, reserve = candidates_to_try(heavy, confident, 16, may_skip=False)
+    assert [c.exits for c in (*first[1:], *reserve)] == [(0, 1, 2)] * (3 + cores)
 
 
-def test_workers_take_turns_at_pieces_that_last(cores):
-    """2 ms at least, and as many for each worker."""
-    confident = np.ones((2, 10), bool)
-    shared = {}
+def test_workers_take_pieces_of_two_milliseconds(monkeypatch):
+    monkeypatch.setattr(candidates, 'num_cores', lambda: 2)
+    pieces = []
     for ms in (0.01, 1.0, 100.0):
-        ways, _ = ways_to_race(linear_times([ms, 0, 0], [0, 0, 0]), confident, 64, 64, skip=True)
-        shared[ms] = [way.chunk_sizes for way, _ in ways if way.kind == 'sequential' and way.workers > 1][:1]
-    assert shared == ({0.01: [(32,)], 1.0: [(2,)], 100.0: [(1,)]} if cores > 1 else {ms: [] for ms in shared})
+        first, _ = candidates_to_try(linear_times([ms, 0, 0], [0, 0, 0]), np.ones((2, 10), bool), 64, may_skip=True)
+        pieces += [c.chunk_sizes for c in first if c.executor == 'sequential' and c.workers > 1][:1]
+    assert pieces == [(32,), (2,), (1,)]
+
+
+SETTINGS = [(0.7, 0.5), (-np.inf, -np.inf), (0.3, np.inf)]
 
 
 @pytest.mark.parametrize(
-    ('batch_size', 'quantiles', 'ways'),
-    [(1, SETTINGS[0], ''), (8, SETTINGS[0], 'every_way'), (24, SETTINGS[1], ''), (24, SETTINGS[3], '')],
+    ('batch_size', 'quantiles', 'options'),
+    [(1, SETTINGS[0], ''), (8, SETTINGS[0], 'all_compiler_options'), (24, SETTINGS[1], ''), (24, SETTINGS[2], '')],
 )
-def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quantiles, ways, request):
-    if ways:
-        request.getfixturevalue(ways)
+def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quantiles, options, request):
+    if options:
+        request.getfixturevalue(options)
     model, variables, images = network
     thresholds = thresholds_at(uncertainty, quantiles)
     times = segment_times(model, variables, images, batch_sizes=[1, 8], passes=2)
     planned = plan(model, variables, images, thresholds, batch_size=batch_size, times=times, passes=2)
-    kept = np.isin([0, 1], planned.exits)
-    np.testing.assert_array_equal(planned.thresholds, np.where(kept, thresholds, -np.inf).astype(np.float32))
-    for size in {batch_size, 5}:
-        found = planned(images[:size])
-        check_same(found, dense(model)(variables, images[:size], planned.thresholds))
+    asked = np.isin([0, 1], planned.exits)
+    np.testing.assert_array_equal(planned.thresholds, np.where(asked, thresholds, -np.inf).astype(np.float32))
+    for size in {batch_size, 5, 0}:
+        check_same(planned(images[:size]), dense(model)(variables, images[:size], planned.thresholds))
     table = str(planned).splitlines()
     assert table[0] == f'batches of {batch_size}'
     assert [line.startswith(f'> {planned.executor} ') for line in table].count(True) == 1
-    assert ('sequential, one core' in str(planned)) == (ways == 'every_way')
-    assert isinstance(hash(planned), int)
+    assert ('sequential, one core' in str(planned)) == bool(options)
+    with pytest.raises(ValueError, match='plan: cannot run under jit'):
+        jax.jit(planned)(images)
+    with pytest.raises(ValueError, match='inputs: expected'):
+        planned(images[:, :2])
 
 
-def test_plan_keeps_all_heads_where_it_is_told_to(network, uncertainty):
+def test_a_criterion_that_looks_back_or_a_guarantee_asks_every_exit(network):
     model, variables, images = network
-    planned = plan(model, variables, images, [-np.inf, -np.inf], skip_heads=False, passes=1)
-    assert planned.exits == (0, 1, 2)
+    policy = bj.ExitPolicy(LOOKING_BACK, jnp.full(2, -jnp.inf))
+    for arguments, options in ((policy, {}), ([-np.inf, -np.inf], {'skip_heads': False})):
+        planned = plan(model, variables, images, arguments, passes=1, **options)
+        assert planned.exits == (0, 1, 2)
+        check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 
-def test_plan_with_a_criterion_that_remembers_asks_every_exit(network):
+class TwoInputs(nn.Module):
+    """A plain module of two inputs, one of them integers."""
+
+    @nn.compact
+    def __call__(self, image, tokens, deterministic=True):
+        x = nn.relu(nn.Dense(8)(image) + nn.Embed(5, 8)(tokens).mean(axis=1))
+        early = nn.Dense(3)(x)
+        return early, nn.Dense(3)(nn.relu(nn.Dense(8)(nn.Dropout(0.5)(x, deterministic=deterministic))))
+
+
+class AsksForTheBatch(nn.Module):
+    """A module that cannot be traced with a symbolic batch size."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(8)(x if int(x.shape[0]) > 4 else x * 1))
+        return nn.Dense(3)(x), nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(8, name='first')(x))
+        return nn.Dense(3)(nn.relu(nn.Dense(8, name='second')(x)))
+
+
+def networks_of_users():
+    image = jax.random.normal(jax.random.key(0), (12, 6))
+    tokens = np.arange(48).reshape(12, 4) % 5
+    return {
+        'two inputs': (TwoInputs(), (image, tokens)),
+        'a dictionary': (TwoInputs(), {'image': image, 'tokens': tokens}),
+        'attached': (bj.models.attach(Plain(), ['first'], inputs=image), image),
+        'fixed batch': (AsksForTheBatch(), image),
+    }
+
+
+@pytest.mark.parametrize('name', ['two inputs', 'a dictionary', 'attached', 'fixed batch'])
+def test_networks_of_users_are_planned(name, tmp_path):
+    model, inputs = networks_of_users()[name]
+    variables = bj.calling.init(model, jax.random.key(1), inputs)
+    policy = [float(np.median(exit_outputs(model, variables, inputs).uncertainty[0]))]
+    planned = plan(model, variables, inputs, policy, batch_size=6, passes=1, skip_heads=False)
+    planned.warm_up()
+    planned.save(tmp_path / 'plan.json')
+    for each in (planned, bj.inference.Plan.load(tmp_path / 'plan.json', model, variables)):
+        for size in (1, 6, 7):
+            rows = jax.tree.map(lambda leaf, size=size: leaf[:size], inputs)
+            check_same(each(rows), dense(model)(variables, rows, policy))
+
+
+def test_a_deleted_plan_frees_models_weights_and_programs():
+    inputs, freed = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32), []
+    for width in (3, 4, 5):
+        model = bj.models.attach(Plain(name=f'net{width}'), ['first'], inputs=inputs)
+        variables = bj.calling.init(model, jax.random.key(width), inputs)
+        planned = plan(model, variables, inputs, [0.5], passes=1, skip_heads=False)
+        planned(inputs)
+        programs = planned._programs
+        fast_model, fast_variables = programs.optimized
+        leaves = jax.tree.leaves((variables, fast_variables))
+        freed += [weakref.ref(value) for value in (planned, programs, model, fast_model, *leaves)]
+        freed += [weakref.ref(value) for value in programs._functions.values() if callable(value)]
+        del model, variables, planned, programs, fast_model, fast_variables, leaves
+    gc.collect()
+    assert [reference() for reference in freed if reference() is not None] == []
+
+
+def test_large_weights_are_arguments(network, monkeypatch):
+    monkeypatch.setattr(segments, '_MOST_EMBEDDED_BYTES_ON_CPU', 0)
     model, variables, images = network
-    planned = plan(model, variables, images, bj.ExitPolicy(CRITERIA[1], jnp.full(2, -np.inf)), passes=1)
-    assert planned.exits == (0, 1, 2)
-    assert planned.policy.criterion == CRITERIA[1]
+    planned = plan(model, variables, images, [0.5, 0.5], passes=1)
     check_same(planned(images), dense(model)(variables, images, planned.policy))
-
-
-def test_plan_of_a_network_without_image_shape(network):
-    model, variables, images = network
-    planned = plan(model.clone(image_shape=None), variables, images, [0.0, 0.0], passes=1)
-    assert planned(images).label.shape == (24,)
 
 
 @pytest.mark.parametrize(
@@ -276,40 +309,50 @@ def test_plan_of_a_network_without_image_shape(network):
         ({'times': linear_times([1, 1], [1, 1])}, 'times: are of'),
     ],
 )
-def test_plan_refuses_impossible_settings(network, options, message):
+def test_impossible_settings_are_refused(network, options, message):
     with pytest.raises(ValueError, match=message):
         plan(*network, [0.0, 0.0], **options)
+    with pytest.raises(ValueError, match='thresholds: a network with 3 exits'):
+        plan(*network, [0.0])
 
 
-def raced(name, low, median, high, *, exits=(0, 2), finalist=True):
-    way = Way(name, 'baseline' if name == 'pace' else 'dense', exits)
-    return Candidate(way, measured_ms=1.0, slowdown=Ratio(median, low, high), finalist=finalist)
+def test_an_exit_that_saves_nothing_is_warned_of():
+    class LastLayerFirst(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8)(nn.relu(nn.Dense(8)(x)))
+            return nn.Dense(64)(nn.relu(x)), nn.Dense(2)(x)
+
+    images = jnp.ones((4, 6))
+    model = LastLayerFirst()
+    with pytest.warns(UserWarning, match='exit 0 costs 624 MACs'):
+        plan(model, model.init(jax.random.key(0), images), images, [0.0], passes=1)
 
 
-PACE = raced('pace', 1, 1, 1, exits=(2,))
-WITHOUT = raced('without', 0.9, 1.0, 1.1, exits=(2,))
+def tried(name, low, median, high, *, exits=(0, 2), eliminated=False):
+    executor = 'baseline' if name == 'baseline' else 'dense'
+    return Candidate(name, executor, exits, measured_ms=1.0, ratio=(median, low, high), eliminated=eliminated)
+
+
+BASELINE = tried('baseline', 1, 1, 1, exits=(2,))
+WITHOUT = tried('without', 0.9, 1.0, 1.1, exits=(2,))
 
 
 @pytest.mark.parametrize(
-    ('others', 'chosen'),
+    ('candidates', 'chosen'),
     [
-        ([raced('a', 0.5, 0.6, 0.7), raced('b', 0.6, 0.7, 0.8)], 'a'),
-        ([raced('a', 0.8, 0.95, 1.1), raced('b', 0.97, 0.98, 0.99)], 'b'),  # a is faster, but not for certain
-        ([raced('a', 0.8, 0.95, 1.1), raced('b', 1.2, 1.3, 1.4)], 'without'),
-        ([raced('a', 0.3, 0.4, 0.5, finalist=False), raced('b', 0.6, 0.7, 0.8)], 'b'),  # a was timed thrice
+        ([WITHOUT, tried('a', 0.5, 0.6, 0.7), tried('b', 0.6, 0.7, 0.8)], 'a'),
+        ([WITHOUT, tried('a', 0.8, 0.95, 1.1), tried('b', 0.97, 0.98, 0.99)], 'b'),  # a is not certain
+        ([WITHOUT, tried('a', 0.8, 0.95, 1.1), tried('b', 1.2, 1.3, 1.4)], 'without'),
+        ([WITHOUT, tried('a', 0.3, 0.4, 0.5, eliminated=True), tried('b', 0.6, 0.7, 0.8)], 'b'),
+        ([tried('a', 0.8, 0.95, 1.1), tried('b', 1.2, 1.3, 1.4)], 'a'),  # without branches is no candidate
     ],
 )
-def test_what_does_not_beat_the_baseline_for_certain_loses(others, chosen):
-    candidates = [PACE, WITHOUT, *others]
-    assert choose(candidates, 3).name == chosen
+def test_a_candidate_that_does_not_beat_the_baseline_for_certain_loses(candidates, chosen):
+    assert choose([BASELINE, *candidates], 3).name == chosen
 
 
-def test_where_the_network_without_branches_is_no_choice_the_fastest_wins():
-    candidates = [PACE, raced('a', 0.8, 0.95, 1.1), raced('b', 1.2, 1.3, 1.4)]
-    assert choose(candidates, 3).name == 'a'
-
-
-def test_race_batches_hold_the_shares_of_all_images():
+def test_batches_of_a_trial_hold_the_shares_of_all_images():
     confident = np.array([[True] * 700 + [False] * 300, [True] * 900 + [False] * 100])
     images = np.arange(1000, dtype=np.float32)
     batches = _batches(images, confident, 32)
@@ -317,83 +360,56 @@ def test_race_batches_hold_the_shares_of_all_images():
     drawn = np.concatenate(batches)
     assert abs((drawn < 700).mean() - 0.7) < 0.02
     assert abs((drawn >= 900).mean() - 0.1) < 0.02
-    assert isinstance(_batches(images, confident, 1000)[0], jax.Array)
-    assert len(_batches(jnp.asarray(images), confident, 1000)) == 1
+    assert len(_batches(images, confident, 1000)) == 1
 
 
-def run_race(seconds, *, otherwise=None, budget=None, passes=6):
-    """Races ways that sleep; returns the candidates by name, who was built, and what was told."""
-    built, told = [], []
-
-    def build(way):
-        built.append(way.name)
-        return lambda variables, batch, policy: time.sleep((seconds | (otherwise or {}))[way.name]), None
-
-    def ways(names):
-        return [
-            (Way(n, 'baseline' if n == 'pace' else 'dense', (2,) if n == 'without' else (0, 2)), 1.0) for n in names
-        ]
-
-    progress = Progress(lambda text, share: told.append((text, share)), budget)
-    found = race(ways(seconds), ways(otherwise or {}), build, [None], None, passes=passes, progress=progress)
-    return {candidate.name: candidate for candidate in found}, built, told
+SECONDS = 0.02
 
 
-PACE_SECONDS = 0.02
+def run_trial(seconds, *, budget=None, passes=12):
+    """Tries candidates that sleep; returns them by name, and what was reported."""
+    reports = []
+    given = [Candidate(name, 'baseline' if name == 'baseline' else 'dense', (0, 2)) for name in seconds]
+    results = try_candidates(
+        given,
+        (),
+        lambda candidate: lambda batch: time.sleep(seconds[candidate.name]),
+        [None],
+        passes=passes,
+        progress=Progress(lambda text, share: reports.append((text, share)), budget),
+    )
+    return {candidate.name: candidate for candidate in results}, reports
 
 
-def test_the_network_without_branches_is_compiled_only_where_it_may_be_needed():
-    slow, fast = {'pace': PACE_SECONDS, 'a': PACE_SECONDS * 1.2}, {'pace': PACE_SECONDS, 'a': PACE_SECONDS / 4}
-    _, built, _ = run_race(fast, otherwise={'without': PACE_SECONDS})
-    assert built == ['pace', 'a']
-    found, built, _ = run_race(slow, otherwise={'without': PACE_SECONDS})
-    assert built == ['pace', 'a', 'without']
-    assert found['without'].finalist
-    assert choose(list(found.values()), 3).name == 'without'
+def test_a_clear_trial_is_short_and_slow_candidates_are_eliminated(monkeypatch):
+    passes, timed = [], candidates.interleaved_passes
 
-
-def test_a_clear_race_is_short_and_losers_leave_in_the_heat(monkeypatch):
-    passes = []
-    timed = race_room.interleaved_passes
-
-    def note(functions, **options):
+    def record(functions, **options):
         passes.append((len(functions), options['passes']))
         return timed(functions, **options)
 
-    monkeypatch.setattr(race_room, 'interleaved_passes', note)
-    found, _, told = run_race({'pace': PACE_SECONDS, 'a': PACE_SECONDS / 8, 'b': PACE_SECONDS * 2}, passes=12)
+    monkeypatch.setattr(candidates, 'interleaved_passes', record)
+    results, reports = run_trial({'baseline': SECONDS, 'a': SECONDS / 8, 'b': SECONDS * 2})
     assert passes == [(3, 1), (3, 3), (2, 6)]
-    assert [found[name].finalist for name in ('pace', 'a', 'b')] == [True, True, False]
-    shares = [share for _, share in told]
+    assert [results[name].eliminated for name in ('baseline', 'a', 'b')] == [False, False, True]
+    assert results['a'].ratio[0] < 0.5 < results['b'].ratio[0]
+    shares = [share for _, share in reports]
     assert shares == sorted(shares)
-    assert shares[-1] <= 1
-    assert told[0][0] == 'racing: pace'
+    assert reports[0] == ('trying baseline', 0.0)
 
 
-def test_chunks_are_no_smaller_than_what_was_measured_without_need():
-    confident = np.tile([[True] * 48 + [False] * 16], (1, 1))
-    best = forecast(linear_times([40, 40], [0, 0], sizes=(8, 64)), confident, 64)[0]
-    assert min(best.chunk_sizes) >= 8
+def test_a_budget_that_is_spent_leaves_one_candidate():
+    results, _ = run_trial({'baseline': SECONDS, 'a': SECONDS / 4, 'b': SECONDS / 8}, budget=0.0)
+    assert list(results) == ['baseline', 'a']
+    assert choose(list(results.values()), 3).name == 'a'
 
 
-def test_a_budget_that_is_spent_leaves_one_choice():
-    found, built, _ = run_race({'pace': PACE_SECONDS, 'a': PACE_SECONDS / 4, 'b': PACE_SECONDS / 8}, budget=0.0)
-    assert built == ['pace', 'a']
-    assert choose(list(found.values()), 3).name == 'a'
-
-
-def test_plan_tells_what_it_does_and_keeps_to_its_budget(network, uncertainty):
+def test_plan_reports_its_steps_and_keeps_to_its_budget(network, uncertainty):
     model, variables, images = network
-    told = []
-    planned = plan(
-        model,
-        variables,
-        images,
-        thresholds_at(uncertainty, SETTINGS[0]),
-        budget_seconds=0.0,
-        on_progress=lambda text, share: told.append((text, share)),
-    )
-    texts, shares = zip(*told, strict=True)
+    reports, thresholds = [], thresholds_at(uncertainty, SETTINGS[0])
+    options = {'budget_seconds': 0.0, 'on_progress': lambda text, share: reports.append((text, share))}
+    planned = plan(model, variables, images, thresholds, **options)
+    texts, shares = zip(*reports, strict=True)
     assert texts[:2] == ('rewriting the network', 'stages and heads at 8 images')
     assert texts[-1] == f'chosen: {planned.executor}'
     assert (shares[0], shares[-1]) == (0.0, 1.0)
@@ -402,14 +418,15 @@ def test_plan_tells_what_it_does_and_keeps_to_its_budget(network, uncertainty):
     check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 
-def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, uncertainty, monkeypatch):
+def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, uncertainty, compilations):
     model, variables, images = network
-    first = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), passes=1)
-    for name in ('optimize', 'segment_times'):
-        monkeypatch.setattr(plan_room, name, None)  # nobody calls these
-    second = plan(model, variables, images, thresholds_at(uncertainty, (0.5, 0.5)), passes=1, earlier=first)
+    options = {'passes': 1, 'skip_heads': False}
+    first = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), **options)
+    before = compilations.count
+    second = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), earlier=first, **options)
+    assert compilations.count == before
     assert second.times is first.times
-    check_same(second(images), dense(model)(variables, images, second.policy))
-    for other in ((model.clone(image_shape=None), variables), (model, jax.tree.map(jnp.copy, variables))):
-        with pytest.raises(ValueError, match='earlier: is a plan of another network or other weights'):
-            plan(*other, images, [0.0, 0.0], earlier=first)
+    third = plan(model, variables, images, thresholds_at(uncertainty, (0.5, 0.5)), earlier=first, **options)
+    check_same(third(images), dense(model)(variables, images, third.policy))
+    with pytest.raises(ValueError, match='earlier: is a plan of another network, other weights'):
+        plan(model, jax.tree.map(jnp.copy, variables), images, [0.0, 0.0], earlier=first)

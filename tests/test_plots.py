@@ -1,4 +1,4 @@
-"""Pictures hold what they were given: read back from Matplotlib's own objects."""
+"""Pictures hold the data given: read back from Matplotlib's own objects."""
 
 import types
 
@@ -18,9 +18,7 @@ BRANCHY = {'network': 'b-lenet', 'test_accuracy': 0.975, 'latency_ms': 0.2, 'gai
 def drawn(monkeypatch):
     """Figures, in the order in which they were written."""
     figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, 'savefig', lambda self, *given, **options: figures.append(self) or savefig(self, *given, **options)
-    )
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *to, **how: figures.append(self) or savefig(self, *to, **how))
     return figures
 
 
@@ -28,10 +26,9 @@ def lines_of(axes):
     return {line.get_label(): np.array(line.get_xydata()) for line in axes.lines}
 
 
-def test_tradeoff_draws_what_it_is_given(tmp_path, drawn):
-    frontier = [
-        {'latency_ms': ms, 'test_accuracy': accuracy} for ms, accuracy in [(0.1, 0.9), (0.2, 0.96), (0.4, 0.98)]
-    ]
+def test_tradeoff_draws_its_records(tmp_path, drawn):
+    points = [(0.1, 0.9), (0.2, 0.96), (0.4, 0.98)]
+    frontier = [{'latency_ms': ms, 'test_accuracy': accuracy} for ms, accuracy in points]
     plots.tradeoff(tmp_path / 'tradeoff.png', frontier, BASELINE, BRANCHY, knee=frontier[1], title='A title')
     (axes,) = drawn[0].axes
     lines = lines_of(axes)
@@ -66,7 +63,7 @@ def test_reliability_diagrams_leave_empty_bins_out(tmp_path, drawn):
     np.testing.assert_allclose(lines_of(first)['after'], [[0.6, 2 / 3]])
     assert second.get_title(loc='left') == 'exit 2: ECE 43.33 → 6.67 %'  # (2 × 0.4 + 0.5) / 3, 2/3 − 0.6
     for bad in ({}, {'before': []}, {'before': before, 'after': after[:1]}):
-        with pytest.raises(ValueError, match='found: expected one Reliability per exit'):
+        with pytest.raises(ValueError, match='measured: expected one Reliability per exit'):
             plots.reliability_diagrams(tmp_path / 'a.png', bad)
 
 
@@ -100,10 +97,10 @@ def test_the_exit_that_answered_is_framed(tmp_path, drawn):
 
 def test_curves_stand_against_the_papers(tmp_path, drawn):
     paper = {'b-lenet': [(1, 50), (2, 60)]}
-    pictures.against_paper(tmp_path / 'a.png', {}, paper, x='depth', y='%', title='Figure 5')
-    pictures.against_paper(
-        tmp_path / 'a.png', {'ours': [(0.5, 55), (2, 70)]}, paper, x='ms', y='%', title='', marked={'knee': (2, 60)}
-    )
+    options = {'x': 'ms', 'y': '%', 'title': 'Figure 5'}
+    pictures.against_paper(tmp_path / 'a.png', {}, paper, **options)
+    ours = {'ours': [(0.5, 55), (2, 70)]}
+    pictures.against_paper(tmp_path / 'a.png', ours, paper, marked={'knee': (2, 60)}, **options)
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ['ours: not run']
     lines = lines_of(drawn[1].axes[0])
     np.testing.assert_allclose(lines['b-lenet (paper)'], [[1, 50], [2, 60]])
@@ -113,19 +110,10 @@ def test_curves_stand_against_the_papers(tmp_path, drawn):
 
 
 def test_cells_are_drawn_by_their_shares(tmp_path, drawn):
-    cells = [
-        {
-            'batch': batch,
-            'shares': (0.9, 0.1),
-            'executor': executor,
-            'gain': gain,
-            'mac_limit': 4.0,
-            'ms': 0.5 / gain,
-            'baseline_ms': 0.5,
-        }
-        for executor, gains in (('planned', (3.0, 2.0)), ('dense', (1.0, 1.0)))
-        for batch, gain in zip((256, 1), gains, strict=True)
-    ]
+    common = {'shares': (0.9, 0.1), 'mac_limit': 4.0, 'baseline_ms': 0.5}
+    gains = [('planned', 256, 3.0), ('planned', 1, 2.0), ('dense', 256, 1.0), ('dense', 1, 1.0)]
+    rows = [{'executor': name, 'batch': batch, 'gain': gain, 'ms': 0.5 / gain} for name, batch, gain in gains]
+    cells = [common | row for row in rows]
     for picture in (pictures.gain_against_batch, pictures.time_against_batch, pictures.time_against_macs):
         picture(tmp_path / 'a.png', cells)
     gain, time, follows = (lines_of(figure.axes[0]) for figure in drawn)

@@ -45,13 +45,13 @@ def written(tmp_path_factory):
 
 def test_what_is_written_is_read(written):
     path, model, variables, points = written
-    found = read_pretrained(path)
-    assert found.model == model
-    jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
-    assert found.card['licence'] == 'Apache-2.0'
-    for point, expected in zip(found.operating_points, points, strict=True):
+    weights = read_pretrained(path)
+    assert weights.model == model
+    jax.tree.map(np.testing.assert_array_equal, weights.variables, variables)
+    assert weights.card['licence'] == 'Apache-2.0'
+    for point, expected in zip(weights.operating_points, points, strict=True):
         assert point == expected
-    np.testing.assert_allclose(found.normalize(np.full((1, 12, 12, 1), 255, np.uint8)), 2.0)
+    np.testing.assert_allclose(weights.normalize(np.full((1, 12, 12, 1), 255, np.uint8)), 2.0)
 
 
 def test_files_of_a_newer_format_are_refused(tmp_path):
@@ -90,9 +90,9 @@ def folder(written, tmp_path):
 
 def test_a_folder_is_saved_and_loaded(written, folder):
     _, model, variables, points = written
-    for found in (bj.models.load_pretrained(folder), bj.models.load_pretrained(str(folder))):
-        assert (found.model, found.operating_points) == (model, tuple(points))
-        jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+    for weights in (bj.models.load_pretrained(folder), bj.models.load_pretrained(str(folder))):
+        assert (weights.model, weights.operating_points) == (model, tuple(points))
+        jax.tree.map(np.testing.assert_array_equal, weights.variables, variables)
     assert 'license: mit' in (folder / 'README.md').read_text()
     assert sorted(path.name for path in folder.iterdir()) == ['README.md', 'model.safetensors']
 
@@ -110,9 +110,9 @@ def test_weights_of_another_network_are_not_saved(written, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.parametrize('told', ['right', 'wrong', 'nothing'])
-def test_what_comes_from_a_hub_is_checked(written, folder, monkeypatch, told):
-    """The hub is a stand-in that serves the folder; what it tells of the file is or is not the truth."""
+@pytest.mark.parametrize('checksum', ['right', 'wrong', 'nothing'])
+def test_what_comes_from_a_hub_is_checked(written, folder, monkeypatch, checksum):
+    """The hub is a stand-in that serves the folder and gives a right checksum, a wrong one, or none."""
     right = hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
     lfs = {
         'right': types.SimpleNamespace(sha256=right),
@@ -124,7 +124,7 @@ def test_what_comes_from_a_hub_is_checked(written, folder, monkeypatch, told):
     class HfApi:
         def model_info(self, repository, *, revision, files_metadata):
             asked.append((repository, revision, files_metadata))
-            siblings = [types.SimpleNamespace(rfilename='model.safetensors', lfs=lfs[told])]
+            siblings = [types.SimpleNamespace(rfilename='model.safetensors', lfs=lfs[checksum])]
             return types.SimpleNamespace(sha='c0ffee', siblings=siblings)
 
     def hf_hub_download(repository, name, *, revision):
@@ -133,12 +133,12 @@ def test_what_comes_from_a_hub_is_checked(written, folder, monkeypatch, told):
 
     hub = types.SimpleNamespace(HfApi=HfApi, hf_hub_download=hf_hub_download)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
-    if told != 'right':
-        with pytest.raises(ValueError, match='SHA-256' if told == 'wrong' else 'with a checksum'):
+    if checksum != 'right':
+        with pytest.raises(ValueError, match='SHA-256' if checksum == 'wrong' else 'with a checksum'):
             bj.models.load_pretrained('someone/squares', revision='v1')
         return
     assert bj.models.load_pretrained('someone/squares', revision='v1').operating_points == tuple(written[3])
-    # The commit that the checksum was told of is the one that is fetched.
+    # The commit that the checksum belongs to is the one that is fetched.
     assert asked == [('someone/squares', 'v1', True), ('someone/squares', 'model.safetensors', 'c0ffee')]
 
 
@@ -154,7 +154,7 @@ def test_shipped_weights_are_whole(network, dataset):
     assert weights.operating_points[0].policy.criterion == bj.criteria.entropy
     assert weights.operating_points[0].split == 'test'
     assert {'exit_accuracy', 'baseline_accuracy', 'recipe', 'licence', 'dataset'} <= set(weights.card)
-    images = np.zeros((2, *weights.model.image_shape), np.uint8)
+    images = np.zeros((2, *weights.inputs.shape[1:]), np.uint8)
     answer = bj.inference.dense(weights.model)(
         weights.variables, weights.normalize(images), weights.operating_points[0]
     )
@@ -167,9 +167,9 @@ def test_shipped_lenet_has_the_accuracy_of_its_card(monkeypatch):
     test = bj.data.load_dataset('mnist').test
     weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
     table = bj.inference.exit_table(
-        weights.model, weights.variables, test, prepare=weights.normalization, batch_size=1000, split='test'
+        weights.model, weights.variables, test, preprocess=weights.normalize, batch_size=1000, split='test'
     )
-    found = table.evaluate(np.array([point.thresholds for point in weights.operating_points]))
-    for point, accuracy, cost in zip(weights.operating_points, found.accuracy, found.cost, strict=True):
+    evaluated = table.evaluate(np.array([point.thresholds for point in weights.operating_points]))
+    for point, accuracy, cost in zip(weights.operating_points, evaluated.accuracy, evaluated.cost, strict=True):
         assert accuracy == pytest.approx(point.accuracy, abs=5e-4)
         assert cost == pytest.approx(point.cost, rel=1e-3)

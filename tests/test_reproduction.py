@@ -4,6 +4,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import branchy_jax as bj
 from experiments import cache, figures
 from experiments.pages import paper
 from experiments.run import reproduce
+from experiments.run.networks import image_specs
 from experiments.study import variants
 from experiments.study.seeds import Recipe, Seeds
 from experiments.study.verdicts import DEPTHS, interval, judge, judge_all
@@ -94,23 +96,68 @@ def test_seeds_are_paired_and_trained_once(small_data, network, tmp_path, monkey
 @pytest.mark.parametrize('convolutions', [0, 2])
 def test_branches_go_anywhere(network, after, convolutions):
     model = variants.with_branch(network, after=after, convolutions=convolutions)
-    trunk = bj.models.create(network)
-    ours, theirs = (
-        jax.eval_shape(m.init, jax.random.key(0), jnp.zeros((1, *m.image_shape)))['params'] for m in (model, trunk)
-    )
-    assert set(ours) - set(theirs) == {'exit1_fc', *(f'exit1_conv{n + 1}' for n in range(convolutions))}
+    branchy, trunk = bj.models.create(f'b-{network}'), bj.models.create(network)
+    images = image_specs(branchy.image_shape)
+    ours, theirs = (jax.eval_shape(m.init, jax.random.key(0), images)['params'] for m in (model, trunk))
+    (head,) = set(ours) - set(theirs)
+    assert set(ours[head]) == {'Dense_0', *(f'Conv_{n}' for n in range(convolutions))}
     assert set(theirs) <= set(ours)
-    own = variants.trunk_layers(bj.BranchyNet(stages=model.stages[:1], exits=model.exits[:1]))
-    weighted = [name for name in own if not name.endswith('_norm')]
-    assert len(weighted) == after
+    read = bj.program.leaves_read(model, {'params': ours} | statistics_of(model, images), images, [0])
+    layers = variants.trunk_layers(branchy, branchy.image_shape)
+    assert [name for name in layers if any(f"['{name}']" in path for path in read)] == layers[:after]
+
+
+def statistics_of(model, images):
+    """The shapes of BatchNorm's statistics, where a network has any."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return {name: values for name, values in variables.items() if name != 'params'}
+
+
+@pytest.mark.parametrize(
+    ('network', 'after', 'following'),
+    [
+        ('lenet', 2, 'conv3'),
+        ('lenet', 3, 'fc1'),
+        ('alexnet', 1, 'conv2'),
+        ('alexnet', 3, 'conv4'),
+        ('alexnet', 5, 'fc1'),
+        ('resnet8', 1, 'block1'),
+        ('resnet8', 2, 'block2'),
+    ],
+)
+def test_a_branch_reads_what_the_next_layer_of_the_trunk_reads(network, after, following):
+    """The head repeats activation, pooling and normalisation."""
+    inputs = {}
+
+    def note(call, args, kwargs, context):
+        if context.method_name == '__call__':
+            inputs[context.module.name] = args[0]
+        return call(*args, **kwargs)
+
+    def run(variables, images):
+        with nn.intercept_methods(note):
+            model.apply(variables, images)
+        return [inputs[name].reshape(2, -1) for name in ('Conv_0', following)]
+
+    model = variants.with_branch(network, after=after, convolutions=1)
+    images = jax.random.normal(jax.random.key(0), (2, *bj.models.create(f'b-{network}').image_shape))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    generator = np.random.default_rng(0)
+    ours, theirs = jax.jit(run)(jax.tree.map(lambda x: generator.random(x.shape, np.float32), shapes), images)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_trunk_has_only_so_many_places():
+    with pytest.raises(ValueError, match='after: got 4; lenet has places after layers 1 to 3'):
+        variants.with_branch('lenet', after=4, convolutions=1)
 
 
 def test_deep_plain_networks_have_the_same_trunk_with_and_without_branches():
-    model = variants.deep_plain(depth=6, branches=2, image_shape=(8, 8, 1))
-    images = jnp.ones((1, 8, 8, 1))
+    model, images = variants.DeepPlain(depth=6, branches=2), jnp.ones((1, 8, 8, 1))
     with_branches = model.init(jax.random.key(0), images)
     without = bj.models.without_branches(model).init(jax.random.key(0), images)
-    assert model.num_exits == 3
+    assert len(model.apply(with_branches, images)) == 3
+    assert variants.trunk_layers(model, (8, 8, 1)) == [f'conv{n}' for n in range(1, 7)]
     for name, values in without['params'].items():
         jax.tree.map(np.testing.assert_array_equal, values, with_branches['params'][name])
 

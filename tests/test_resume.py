@@ -1,4 +1,4 @@
-"""A training goes on where it was stopped: to the bit, from whatever moment, and never from another's checkpoint."""
+"""A training resumes where it stopped, to the bit and from any moment, and refuses checkpoints of another training."""
 
 import functools
 import os
@@ -11,9 +11,10 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
-from conftest import check_equal, prepare
+from conftest import augment, check_equal
 
 import branchy_jax as bj
 from branchy_jax.training import create_train_state
@@ -22,13 +23,13 @@ SGD = optax.sgd(0.1)
 
 
 class Killed(BaseException):
-    """Not an Exception, like KeyboardInterrupt: nothing may swallow it."""
+    """Not an Exception, like KeyboardInterrupt: no handler may catch it."""
 
 
 @pytest.mark.parametrize('scan', [True, False])
 @pytest.mark.parametrize('moment', ['before a save', 'in a save', 'after a save'])
 def test_interrupted_run_ends_where_an_uninterrupted_one_does(network, train, tmp_path, monkeypatch, moment, scan):
-    """Step by step it is killed within an epoch of five steps, at step 6 of 20, a checkpoint every third."""
+    """Without scan the run is killed within an epoch of five steps, at step 6 of 20; every third step is saved."""
     model, variables, _ = network
     new = functools.partial(create_train_state, model, variables, SGD)
     train = functools.partial(train, epochs=4, scan=scan)
@@ -70,37 +71,37 @@ def test_scanned_epochs_are_saved_as_soon_as_they_are_due(network, train, tmp_pa
 def test_long_epochs_are_saved_by_the_clock(network, train, tmp_path, monkeypatch):
     model, variables, _ = network
     numbers, clock = [], iter(range(0, 10**6, 100))
-    monkeypatch.setattr('time.monotonic', lambda: next(clock))  # 100 seconds go by at every look
+    monkeypatch.setattr('time.monotonic', lambda: next(clock))  # every call is 100 seconds later
     monkeypatch.setattr(bj.checkpoint, 'save', lambda directory, step, state, **options: numbers.append(step))
     train(create_train_state(model, variables, SGD), epochs=2, scan=False, directory=tmp_path)
-    assert numbers == [3, 5, 8, 10]  # the end of an epoch, and what is more than four minutes after the last
+    assert numbers == [3, 5, 8, 10]  # the end of an epoch, and more than four minutes after the last
 
 
 def test_phases_share_a_directory(network, train, tmp_path):
-    """Each call goes on where the one before ended, and a resume in the second leaves the first alone."""
+    """Each call starts where the one before ended, and a finished run trains no further."""
     model, variables, _ = network
-    seen = []
 
     def darker(key, batch):
-        seen.append('darker')
-        return prepare(key, batch).replace(image=prepare(key, batch).image / 2)
+        return batch.replace(image=augment(key, batch).image / 2)
 
-    new = functools.partial(create_train_state, model, variables, SGD)
-    whole = train(train(new(), epochs=1.4), epochs=2, prepare=darker)
+    def both(**options):
+        state = train(create_train_state(model, variables, SGD), epochs=1.4, **options)
+        return train(state, epochs=2, augment=darker, **options)
+
+    whole, steps = both(), []
     assert int(whole.step) == 10
-    first = train(new(), epochs=1.4, directory=tmp_path)
-    assert int(first.step) == 7
-    for _ in range(2):
-        seen.clear()
-        resumed = train(train(new(), epochs=1.4, directory=tmp_path), epochs=2, prepare=darker, directory=tmp_path)
-        check_equal(resumed.params, whole.params)
-    assert not seen or int(resumed.step) == 10
+    for expected in ([6, 7, 8, 9, 10], []):
+        steps.clear()
+        resumed = both(directory=tmp_path, scan=False, on_step=lambda epoch, n, *_: steps.append(5 * epoch + n))
+        assert steps[-len(expected) :] == expected or not expected
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), resumed.params, whole.params)
+    assert not steps
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'batch_size': 8}, 'batch_size: 16 there, 8 here'),
+        ({'batch_size': 8}, 'batch_size: 16 in the checkpoint, 8 given'),
         ({'key': jax.random.key(8)}, 'key: '),
         ({'exit_weights': jnp.zeros(3)}, 'exit_weights: '),
     ],
@@ -109,44 +110,40 @@ def test_checkpoints_of_another_recipe_are_refused(network, train, tmp_path, cha
     model, variables, _ = network
     new = functools.partial(create_train_state, model, variables, SGD)
     train(new(), epochs=1, directory=tmp_path)
-    with pytest.raises(ValueError, match=f'is of another recipe .*{message}'):
+    with pytest.raises(ValueError, match=f'cannot resume from checkpoint 5 .* of another recipe.*{message}'):
         train(new(), epochs=2, directory=tmp_path, **change)
     assert int(train(new(), epochs=2, directory=tmp_path).step) == 10
 
 
-def test_checkpoints_of_another_optimiser_are_refused(network, train, tmp_path):
+def test_checkpoints_of_another_optimiser_or_version_are_refused(network, train, tmp_path):
     model, variables, _ = network
-    train(create_train_state(model, variables, optax.sgd(0.1, momentum=0.9)), epochs=1, directory=tmp_path)
+    new = functools.partial(create_train_state, model, variables)
+    state = train(new(optax.sgd(0.1, momentum=0.9)), epochs=1, directory=tmp_path / 'momentum')
     with pytest.raises(ValueError, match='directory: cannot resume from checkpoint 5'):
-        train(create_train_state(model, variables, optax.rmsprop(0.1)), epochs=2, directory=tmp_path)
+        train(new(optax.rmsprop(0.1)), epochs=2, directory=tmp_path / 'momentum')
+    bj.checkpoint.save(tmp_path / 'epochs', 1, state)
+    with pytest.raises(ValueError, match='directory: .* is of version 0.1, which numbered checkpoints by epochs'):
+        train(new(optax.sgd(0.1, momentum=0.9)), epochs=2, directory=tmp_path / 'epochs')
 
 
-def test_checkpoints_numbered_by_epochs_are_refused(network, train, tmp_path):
-    model, variables, _ = network
-    state = train(create_train_state(model, variables, SGD), epochs=1)
-    bj.checkpoint.save(tmp_path, 1, state)
-    with pytest.raises(ValueError, match='checkpoint 1 in .* was written after 5 steps'):
-        train(create_train_state(model, variables, SGD), epochs=2, directory=tmp_path)
+LOCK = """
+    import sys, time
+    from branchy_jax.checkpoint import locked
+
+    with locked(sys.argv[1]):
+        print('locked', flush=True)
+        time.sleep(60)
+"""
+
+
+def python(script, *arguments, **options):
+    command = [sys.executable, '-c', textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.Popen(command, **options)
 
 
 def test_a_folder_in_use_is_refused(network, train, tmp_path):
     model, variables, _ = network
-    other = subprocess.Popen(
-        [
-            sys.executable,
-            '-c',
-            textwrap.dedent(f"""
-            import fcntl, os, sys, time
-            lock = open({str(tmp_path / '.lock')!r}, 'w')
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.write(str(os.getpid())); lock.flush()
-            print('locked', flush=True)
-            time.sleep(60)
-        """),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    other = python(LOCK, tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == 'locked\n'
         with pytest.raises(ValueError, match=f'is in use by process {other.pid}'):
@@ -158,7 +155,7 @@ def test_a_folder_in_use_is_refused(network, train, tmp_path):
 
 
 def test_a_full_disk_loses_nothing(network, train, tmp_path):
-    """The system refuses files beyond a few bytes, as a full disk would; made room, the same call goes on."""
+    """The system refuses files beyond a few bytes, as a full disk would; with space again, the same call resumes."""
     model, variables, _ = network
     new = functools.partial(create_train_state, model, variables, SGD)
     train(new(), epochs=1, directory=tmp_path)
@@ -177,35 +174,33 @@ def test_a_full_disk_loses_nothing(network, train, tmp_path):
 
 
 SCRIPT = """
-    import sys, jax, jax.numpy as jnp, numpy as np, flax.linen as nn, optax
+    import sys, jax, jax.numpy as jnp, flax.linen as nn
     import branchy_jax as bj
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(6)(x)
+            return nn.Dense(4)(x), nn.Dense(4)(nn.Dense(6)(x))
 
     directory, result, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3])
     images = jax.random.randint(jax.random.key(0), (32, 4), 0, 256).astype(jnp.uint8)
     data = bj.Batch(images, images.argmax(-1))
-    model = bj.BranchyNet(stages=(nn.Dense(6), nn.Dense(6)), exits=(nn.Dense(4), nn.Dense(4)))
-    state = bj.training.create_train_state(model, model.init(jax.random.key(1), images / 255.0))
+    state = bj.training.create_train_state(Net(), Net().init(jax.random.key(1), images / 255.0))
     state = bj.training.fit(
         state, data, jnp.ones(2), jax.random.key(2), epochs=epochs, directory=directory, batch_size=8,
-        prepare=lambda key, batch: batch.replace(image=batch.image / 255.0),
+        augment=lambda key, batch: batch.replace(image=batch.image / 255.0),
     )
     bj.checkpoint.save_weights(result, state.variables)
 """
 
 
 def test_run_killed_by_the_system_resumes(tmp_path):
-    """SIGKILL at whatever moment it finds the run in, then the same command again."""
+    """SIGKILL at an arbitrary moment, then the same command again."""
 
     def start(name):
-        command = [
-            sys.executable,
-            '-c',
-            textwrap.dedent(SCRIPT),
-            str(tmp_path / name),
-            str(tmp_path / f'{name}.st'),
-            '60',
-        ]
-        return subprocess.Popen(command, env={**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+        environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+        return python(SCRIPT, tmp_path / name, tmp_path / f'{name}.st', 60, env=environment)
 
     untouched, victim = start('untouched'), start('victim')
     deadline = time.monotonic() + 120

@@ -19,9 +19,10 @@ from experiments.service.service import Service
 @pytest.fixture(scope='module')
 def weights():
     model = bj.models.create('b-lenet', num_classes=4, image_shape=(12, 12, 1))
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 12, 12, 1)))
+    inputs = jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32)
+    variables = model.init(jax.random.key(0), jnp.zeros(inputs.shape))
     normalization = bj.Normalization(mean=jnp.array([0.5]), deviation=jnp.array([0.25]))
-    return bj.models.Pretrained(model, variables, normalization, (), {})
+    return bj.models.Pretrained(model, variables, inputs, normalization, (), {})
 
 
 @pytest.fixture(scope='module')
@@ -32,14 +33,14 @@ def images():
 @pytest.fixture(scope='module')
 def table(weights, images):
     return bj.inference.exit_table(
-        weights.model, weights.variables, bj.Batch(images, np.arange(40) % 4), prepare=weights.normalize
+        weights.model, weights.variables, bj.Batch(images, np.arange(40) % 4), preprocess=weights.normalize
     )
 
 
 def controller(table, **options):
-    path = bj.thresholds.path_by_shares(table)
+    path = table.path_by_shares()
     settings = {'target': 1e6, 'scale': 1e6, 'position': 0.5, **options}
-    return bj.thresholds.create_controller(path, criterion=bj.criteria.entropy, **settings)
+    return bj.thresholds.Controller.create(path, criterion=bj.criteria.entropy, **settings)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_more_waiting_makes_images_leave_earlier(weights, images, table):
         service.submit(image).result(timeout=60)
     service.close()
     assert service.stats()['position'] == 0
-    np.testing.assert_array_equal(service.stats()['thresholds'], bj.thresholds.path_by_shares(table)[0])
+    np.testing.assert_array_equal(service.stats()['thresholds'], table.path_by_shares()[0])
 
 
 def test_closing_answers_what_was_taken(service, images):

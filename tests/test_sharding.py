@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -22,25 +21,16 @@ def eight():
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_parameters_after_20_steps_are_those_of_one_device(eight):
+def test_eight_devices_train_what_one_trains(eight):
+    """Parameters after 20 steps, the share of each device, and checkpoints restored on another number of devices."""
     training = eight['training']
-    assert training['scanned'] <= 1e-5
-    assert training['by hand'] <= 1e-5
+    for difference in ('scanned', 'by hand', 'eight to one', 'one to eight'):
+        assert training[difference] <= 1e-5, difference
     assert training['moved'] > 0.1  # it did train
-
-
-def test_each_device_computes_its_share_of_a_batch_only(eight):
-    training = eight['training']
     assert training['shares of batches on a device']
     assert not training['whole batches on a device']
     assert training['devices of parameters'] == [8]
     assert training['loss is everywhere']
-
-
-def test_checkpoints_restore_on_another_number_of_devices(eight):
-    training = eight['training']
-    assert training['eight to one'] <= 1e-5
-    assert training['one to eight'] <= 1e-5
     assert training['devices after restoring'] == [1, 8]
 
 
@@ -51,15 +41,15 @@ def test_sharded_inference_is_dense(eight, thresholds):
 
 
 def test_survivors_of_one_device_are_dispatched_to_all(eight):
-    found, dispatched = (np.array(eight['inference'][name]) for name in ('found', 'dispatched'))
-    assert found[1].tolist() == [12, 0, 0, 0, 0, 0, 0, 0]
-    np.testing.assert_array_equal(found.sum(1), dispatched.sum(1))
+    waiting, dispatched = (np.array(eight['inference'][name]) for name in ('waiting', 'dispatched'))
+    assert waiting[1].tolist() == [12, 0, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_array_equal(waiting.sum(1), dispatched.sum(1))
     assert (np.ptp(dispatched, axis=1) <= 1).all()
     assert dispatched[1].tolist() == [2] * 4 + [1] * 4
     assert 0 < dispatched[2].sum() < 12
     assert '100.0 %' in eight['inference']['report']
     assert eight['inference']['rows of a device'] == [12]
-    assert eight['inference']['uneven found'] == [13, 13, 13]  # rows that fill up the batch are not answered
+    assert eight['inference']['uneven waiting'] == [13, 13, 13]  # padding is not counted
 
 
 def test_plan_knows_the_mesh(eight):
@@ -67,16 +57,16 @@ def test_plan_knows_the_mesh(eight):
     assert eight['inference']['outputs']
 
 
-def test_what_devices_cannot_share_is_refused(eight):
+def test_impossible_shares_are_refused(eight):
     assert 'got 12 rows for 8 devices' in eight['refusals']['batch']
     assert 'num_devices: got 9' in eight['refusals']['devices']
 
 
-def test_balance_of_no_images_is_refused():
-    model = bj.BranchyNet(stages=(lambda inputs: inputs['a'],), exits=(nn.Dense(2),))
+def test_balance_of_no_images_is_refused(network):
+    model, variables, images = network
     run = bj.inference.sharded(model, mesh=sharding.data_mesh(1), chunk_size=2)
     with pytest.raises(ValueError, match='images: got none'):
-        run.balance({}, {'a': np.zeros((0, 4)), 'b': np.zeros((0, 4))}, [])
+        run.balance(variables, images[:0], [0.5, 0.5])
 
 
 def test_one_device_is_a_mesh_too(network):
@@ -84,7 +74,7 @@ def test_one_device_is_a_mesh_too(network):
     variables = sharding.replicate(mesh, network[1])
     assert sharding.mesh_of(variables) == mesh
     assert sharding.mesh_of(network[1]) is None
-    # Arrays that lie well are kept, others are copied: training donates its state.
+    # Replicated arrays are returned as they are, others are copied, because training donates its state.
     first, again = jax.tree.leaves(variables)[0], jax.tree.leaves(sharding.replicate(mesh, variables))[0]
     assert first is again
     jax.tree.map(lambda leaf: leaf.delete(), variables)

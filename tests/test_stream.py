@@ -4,15 +4,14 @@ import itertools
 import threading
 import time
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchy_jax.inference import dense, exit_outputs, stream
-from branchy_jax.inference.host.pipeline import Rows, Waiting
 
 
 @pytest.fixture(scope='module')
@@ -37,11 +36,11 @@ def answer_in_threads(network):
     return stream(network[0], chunk_size=3, workers=2)
 
 
-def check_answers(found, expected, sent):
+def check_answers(answered, expected, sent):
     """Every image sent is answered exactly once, as `dense` answers it. Image i of the fixture has id 100 + i."""
-    ids = np.concatenate([np.zeros(0, int), *(answers.ids for answers in found)])
+    ids = np.concatenate([np.zeros(0, int), *(answers.ids for answers in answered)])
     assert sorted(ids.tolist()) == sorted(100 + row for row in sent)
-    for answers in found:
+    for answers in answered:
         rows = answers.ids - 100
         np.testing.assert_array_equal(answers.prediction.label, expected.label[rows])
         np.testing.assert_array_equal(answers.prediction.exit_index, expected.exit_index[rows])
@@ -102,15 +101,6 @@ def test_survivors_of_several_batches_share_chunks(network):
     assert run_counts == [24]
 
 
-def test_a_batch_of_the_wrong_shape_is_refused_after_the_others_are_answered(network, thresholds, answer, expected):
-    _, variables, images = network
-    rows, found = np.arange(6), []
-    answers = answer(variables, [(rows + 100, images[:6]), images[:, :2], images], thresholds)
-    with pytest.raises(ValueError, match='images: expected'):
-        found.extend(iter(lambda: next(answers), None))
-    check_answers(found, expected, rows)
-
-
 def test_ids_that_do_not_fit_are_refused(network, thresholds, answer):
     _, variables, images = network
     with pytest.raises(ValueError, match='ids: got shape'):
@@ -149,7 +139,7 @@ def test_without_a_deadline_images_wait_for_a_whole_chunk(network, thresholds):
 
 
 def test_a_deadline_is_kept_while_other_images_keep_coming(network):
-    """One image goes on to a stage whose chunk of 100 nobody else helps to fill."""
+    """One image goes on to a stage whose chunk of 100 no other image helps to fill."""
     model, variables, images = network
     uncertainty = exit_outputs(model, variables, images).uncertainty[0]
     hardest, easier = int(uncertainty.argmax()), np.flatnonzero(uncertainty < np.sort(uncertainty)[-2])
@@ -185,7 +175,7 @@ def test_an_image_that_is_due_waits_for_no_others(network, thresholds, expected)
     for answers in stream(model, chunk_size=(1, 24, 24))(variables, supply(), [-np.inf, -np.inf]):
         found.append(answers.ids.tolist())
         answered.set()
-    assert found in ([[101], [100]], [[100, 101]], [[101, 100]])  # a chunk that runs takes along whoever waits
+    assert found in ([[101], [100]], [[100, 101]], [[101, 100]])  # a chunk that runs takes along the images that wait
     with pytest.raises(ValueError, match=r'due: got shape \(2,\) for 1 images'):
         list(stream(model, chunk_size=1)(variables, [(np.array([1]), images[:1], [0.0, 1.0])], thresholds))
 
@@ -222,35 +212,38 @@ def test_a_supply_may_fill_the_same_buffer_again(network, thresholds, expected, 
 
 
 @pytest.mark.parametrize(
-    'bad', [np.zeros((2, 5), np.float32), np.float32(1.0), None, (1, 2, 3), np.zeros((2, 4, 4, 1))]
+    'bad',
+    [np.zeros((2, 5), np.float32), np.float32(1.0), None, (1, 2, 3), np.zeros((2, 4, 4, 1)), np.zeros((2, 2, 4, 1))],
 )
 def test_what_is_no_batch_ends_the_stream_after_the_others_are_answered(network, thresholds, expected, bad):
     model, variables, images = network
-    answers = stream(model.clone(image_shape=None), chunk_size=24)(
-        variables, [(np.arange(100, 106), images[:6]), bad, images], thresholds
-    )
+    answers = stream(model, chunk_size=24)(variables, [(np.arange(100, 106), images[:6]), bad, images], thresholds)
     found = []
     with pytest.raises((ValueError, TypeError)):
         found.extend(iter(lambda: next(answers), None))
     check_answers(found, expected, range(6))
 
 
+class Sum(nn.Module):
+    """Two inputs, one exit."""
+
+    @nn.compact
+    def __call__(self, a, b):
+        return (nn.Dense(2)(a + b),)
+
+
 def test_inputs_that_are_a_tuple_come_with_ids():
-    import flax.linen as nn
-
-    import branchy_jax as bj
-
-    spec, pair = jax.ShapeDtypeStruct((4,), jnp.float32), (np.ones((3, 4), np.float32),) * 2
-    model = bj.BranchyNet(stages=(lambda pair: pair[0] + pair[1],), exits=(nn.Dense(2),), image_shape=(spec, spec))
-    variables, answer = model.init(jax.random.key(0), pair), stream(model, chunk_size=3)
-    (found,) = answer(variables, [(np.arange(3), pair)], [])
-    assert found.ids.tolist() == [0, 1, 2]
+    pair = (np.ones((3, 4), np.float32),) * 2
+    model = Sum()
+    variables, answer = model.init(jax.random.key(0), *pair), stream(model, chunk_size=3)
+    (answers,) = answer(variables, [(np.arange(3), pair)], [])
+    assert answers.ids.tolist() == [0, 1, 2]
     for bare in (pair, (*pair, pair[0]), pair[:1]):
-        with pytest.raises(ValueError, match=rf'supply: got a tuple of {len(bare)}; .* as \(ids, \(a, b\)\)'):
+        with pytest.raises(ValueError, match=r'(supply: got a tuple|ids: got shape|due: got|images: expected)'):
             list(answer(variables, [bare], []))
 
 
-def test_memory_is_bounded_while_nobody_asks(network, thresholds):
+def test_memory_is_bounded_while_no_answers_are_read(network, thresholds):
     """An endless supply is read a few batches ahead, no further."""
     model, variables, images = network
     read = itertools.count()
@@ -293,7 +286,7 @@ def test_a_caller_who_stops_ends_the_reading(network, thresholds, answer):
         ({'workers': 0}, 'workers'),
         ({'ahead': 0}, 'ahead'),
         ({'chunk_size': 0}, 'chunk_size'),
-        ({'exits': [0]}, 'exits'),
+        ({'exits': [2, 0]}, 'exits'),
     ],
 )
 def test_impossible_settings_are_refused(network, options, message):
@@ -307,34 +300,24 @@ def test_bad_thresholds_are_refused_before_anything_is_read(network, answer):
         yield
 
     with pytest.raises(ValueError, match='thresholds'):
-        answer(network[1], supply(), [0.0])
+        answer(network[1], supply(), [0.0, np.nan])
 
 
-def test_pool_hands_out_rows_in_order_and_pads_with_the_last():
-    pool = Waiting(4)
-    pool.add(Rows(np.arange(3), np.arange(3.0), due=2.0))
-    pool.add(Rows(np.arange(3, 6), np.arange(3.0, 6.0), due=1.0))
-    assert (pool.count, pool.due) == (6, 1.0)
-    first, second = pool.take(), pool.take()
-    assert (first.ids.tolist(), first.values.tolist(), first.due) == ([0, 1, 2, 3], [0, 1, 2, 3], 1.0)
-    assert (second.ids.tolist(), second.values.tolist()) == ([4, 5], [4, 5, 5, 5])
-    assert (pool.count, pool.due) == (0, float('inf'))
+class Integers(nn.Module):
+    """Hands on two arrays, one of them integers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(x.shape[0], -1)
+        large = (x > 0).astype(int).cumsum(1)
+        return nn.Dense(3)(x), nn.Dense(3)(x * large)
 
 
-def test_stages_may_pass_pytrees_of_any_dtype(network, thresholds):
-    """A hidden value of several leaves, one of them integers, survives the pools."""
-    import flax.linen as nn
-
-    import branchy_jax as bj
-
-    model = bj.BranchyNet(
-        stages=(lambda x: {'x': x.reshape(x.shape[0], -1), 'n': jnp.arange(x.shape[0])}, lambda hidden: hidden),
-        exits=((lambda hidden: hidden['x'], nn.Dense(3)), (lambda hidden: hidden['x'] * 2, nn.Dense(3))),
-    )
-    images = network[2]
+def test_stages_hand_on_arrays_of_any_dtype(network):
+    model, images = Integers(), network[2]
     variables = model.init(jax.random.key(0), images)
     oracle = dense(model)(variables, images, [0.9])
-    found = list(stream(model, chunk_size=5)(variables, [images], [0.9]))
-    for answers in found:
+    answered = list(stream(model, chunk_size=5)(variables, [images], [0.9]))
+    for answers in answered:
         np.testing.assert_array_equal(answers.prediction.exit_index, np.asarray(oracle.exit_index)[answers.ids])
-    assert sum(len(answers.ids) for answers in found) == len(images)
+    assert sum(len(answers.ids) for answers in answered) == len(images)

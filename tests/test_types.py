@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 import branchy_jax as bj
+from branchy_jax.types import check_labels, num_rows
 
 
 def test_normalization_is_affine_per_channel():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 2)).astype(np.uint8)
     mean, deviation = np.array([0.2, 0.6], np.float32), np.array([0.5, 0.25], np.float32)
     expected = (images.astype(np.float64) / 255 - mean) / deviation
-    found = bj.Normalization(mean, deviation)(images)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert found.dtype == np.float32
+    result = bj.Normalization(mean, deviation)(images)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+    assert result.dtype == np.float32
 
 
 def test_batch_knows_its_length():
@@ -75,11 +76,16 @@ def test_policies_are_frozen():
         policy.thresholds = jnp.array([0.1])
 
 
-@pytest.mark.parametrize(('labels', 'found'), [([0, 3], '0 to 3'), ([-1, 2], '-1 to 2')])
-def test_labels_that_no_class_has_are_refused(labels, found):
-    from branchy_jax.types import check_labels
-
-    with pytest.raises(ValueError, match=rf'labels: expected classes in \[0, 3\), got {found}'):
+@pytest.mark.parametrize(('labels', 'range_of'), [([0, 3], '0 to 3'), ([-1, 2], '-1 to 2')])
+def test_labels_that_no_class_has_are_refused(labels, range_of):
+    with pytest.raises(ValueError, match=rf'labels: expected classes in \[0, 3\), got {range_of}'):
         check_labels(jnp.array(labels), 3)
     check_labels(jnp.array([0, 2]), 3)
     jax.jit(lambda values: check_labels(values, 3))(jnp.array(labels))  # inside jit they cannot be seen
+
+
+def test_every_leaf_of_inputs_leads_with_b():
+    assert num_rows({'a': jnp.ones((2, 3)), 'b': (np.ones(2),)}) == 2
+    for bad in ({}, 1.0, {'a': jnp.ones(2), 'b': jnp.ones(3)}, (jnp.ones(2), jnp.ones(()))):
+        with pytest.raises(ValueError, match='inputs: expected arrays that all lead with B'):
+            num_rows(bad)

@@ -1,323 +1,486 @@
-"""What a criterion is, the one comparison that decides whether an exit answers, and how pixels become an image."""
+"""Criteria: the base class, the one comparison that decides whether an exit answers, and those of the literature."""
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from branchy_jax.types import Array, ByValue
 
 Kind = TypeVar('Kind')
 Carry = Any
-"""What a criterion remembers from exit to exit: any pytree whose leaves lead with B."""
+"""What a criterion remembers from exit to exit: a pytree whose leaves lead with B, or ``None``."""
 
-Pool = Callable[[Array], Array]
-"""``uncertainty [B, …] → [B]``; an uncertainty that is ``[B]`` already stays as it is."""
+STORED: dict[str, Any] = {}
+"""The kinds of criteria and the functions of logits that a stored policy may name."""
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(struct.field,))
+def stored(thing: Any) -> Any:
+    """Decorates a function or class that a stored policy may name."""
+    STORED[thing.__name__.removeprefix('_')] = thing
+    return thing
+
+
+def static(**options: Any) -> Any:
+    """Declares a field that is metadata of the pytree, not a leaf."""
+    return struct.field(pytree_node=False, **options)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(struct.field, static))
 def value(kind: type[Kind]) -> type[Kind]:
-    """Makes a class of criteria a frozen pytree; `Criterion` compares values."""
-    return struct.dataclass(kind, eq=False, repr=False)
+    """Decorates a class of criteria: a frozen pytree, compared by value, which a stored policy may name."""
+    return stored(struct.dataclass(kind, eq=False, repr=False))
 
 
 def is_confident(uncertainty: Array, threshold: Array) -> Array:
     """Decides whether an exit answers: ``uncertainty < threshold``, strictly.
 
-    The one rule of the library; searches and planners that work on arrays follow it. ``-inf`` never
-    exits, ``+inf`` exits on any finite uncertainty, and an uncertainty that is NaN goes on to the next exit: no early
-    exit answers with NaN, and NaN in the last exit's uncertainty tells that the answer is worth nothing.
+    The whole library follows this one rule. ``-inf`` never exits and ``+inf`` exits on any finite uncertainty. Where
+    the uncertainty is NaN, the input goes on to the next exit, so no early exit answers with NaN.
+
+    Example:
+        >>> is_confident(jnp.array([0.1, 0.5, jnp.nan]), jnp.float32(0.5)).tolist()
+        [True, False, False]
     """
     return uncertainty < threshold
 
 
+@stored
 def most_likely_class(logits: Array) -> Array:
     """Returns the label of logits ``[B, …, K]``: their argmax ``[B, …]`` int32."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def check_classes(logits: Array) -> None:
-    """Refuses one logit where probabilities of classes are compared: its softmax is 1, and every input would be sure.
-
-    Raises:
-        ValueError: K is below 2.
-    """
+    """Raises ValueError if K is below 2: the softmax of one logit is 1, so every input would leave at once."""
     if logits.shape[-1] < 2:
-        raise ValueError(
-            f'logits: got shape {tuple(logits.shape)}, of which a softmax is sure whatever the input; give heads that '
-            'end in two classes or more, or a criterion of your own (criteria.from_logits)'
-        )
+        advice = 'give heads that end in two classes or more, or a criterion of your own (criteria.as_criterion)'
+        raise ValueError(f'logits: got shape {tuple(logits.shape)}, whose softmax is 1 for every input; {advice}')
 
 
-class Criterion(ByValue, abc.ABC):
-    """A measure of uncertainty that may look back at the exits before: a frozen pytree, compared by value.
+class Criterion(ByValue):
+    """A measure of uncertainty that may use earlier exits: a frozen pytree, compared by value.
 
-    Executors call ``carry = init(logits)`` with the first exit's logits, then, at exit n,
-    ``answer, uncertainty, carry = update(logits, carry, n)``. What a criterion has learned (a temperature, a small
-    network) are its leaves; its kind is static. Subclasses are `flax.struct.dataclass` with ``eq=False``; most need no
-    class: see `from_logits`.
+    Executors call ``answer, uncertainty, carry = criterion(logits, carry, n)`` at exit n; ``carry`` is ``None`` at the
+    first one. What was learned (temperatures, a small network) are the leaves; all else is static. Most criteria need
+    no class, see `as_criterion`; one that looks back is a `flax.struct.dataclass` with ``eq=False`` that subclasses
+    this class and defines ``name`` and ``__call__``.
 
     Attributes:
-        name: how reports refer to it.
+        name: the criterion's name in reports.
+        num_exits: N of the networks that the criterion was fitted for; ``None`` fits any.
     """
 
-    if TYPE_CHECKING:  # an attribute of some kinds, a property of others
-
-        @property
-        def name(self) -> str:
-            """How reports refer to it."""
-            ...
+    name: str
+    num_exits: int | None = None
 
     def __repr__(self) -> str:
         return f'<criterion {self.name}>'
 
-    @property
-    def num_exits(self) -> int | None:
-        """N of the networks that it has learned something for; ``None`` fits any."""
-        return None
-
-    def init(self, logits: Array) -> Carry:
-        """Returns what is remembered before the first exit, given its logits ``[B, …, K]``."""
-        return ()
-
-    @abc.abstractmethod
-    def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
-        """Looks at exit ``n``, a Python int.
+    def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        """Judges exit ``n``, a Python int.
 
         Args:
             logits: ``[B, …, K]`` of its head.
-            carry: what was remembered.
+            carry: what the exit before returned; ``None`` at the first exit.
             n: number of the exit.
 
         Returns:
-            The answer's logits ``[B, …, K]``, the uncertainty ``[B]``, and what is remembered.
+            The answer's logits ``[B, …, K]``, the uncertainty ``[B]``, and what the next exit receives as ``carry``.
         """
+        raise NotImplementedError
 
     def decide(self, logits: Array) -> Array:
         """Returns the label of an answer's logits: `most_likely_class`, unless the task is another."""
         return most_likely_class(logits)
 
 
-def mean_over_pixels(uncertainty: Array) -> Array:
-    """Averages over all pixels: blind to a small part that is wrong, where most of an image is easy.
-
-    Example:
-        >>> mean_over_pixels(jnp.array([[[0.0, 1.0], [0.0, 0.0]]])).tolist()
-        [0.25]
-    """
-    return flat_pixels(uncertainty).mean(axis=-1)
-
-
-def flat_pixels(values: Array) -> Array:
-    """Returns ``[B, …]`` as ``[B, M]``, also for B = 0."""
-    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
+def mean_over_pixels(values: Array) -> Array:
+    """Averages ``[B, …]`` to ``[B]``, also for B = 0."""
+    return _flat(values).mean(axis=-1)
 
 
 def unless_nan(uncertainty: Array, answer: Array) -> Array:
-    """Makes an uncertainty ``[B]`` that does not come from all values of an answer's logits NaN where these are."""
+    """Makes an uncertainty ``[B]`` NaN where any logit of the answer is NaN."""
     return jnp.where(jnp.isnan(answer).any(axis=tuple(range(1, answer.ndim))), jnp.nan, uncertainty)
 
 
-def pooled(uncertainty_of: Callable[[Array], Array], pool: Pool, answer: Array) -> Array:
-    """Returns the uncertainty ``[B]`` of an answer's logits ``[B, …, K]``; NaN where these are NaN."""
-    uncertainty = uncertainty_of(answer)
-    # One that is not of every pixel, such as `EveryOther`, has not seen them all.
-    sees_all = uncertainty.shape == answer.shape[:-1]
-    return pool(uncertainty) if sees_all else unless_nan(pool(uncertainty), answer)
-
-
 @value
-class _FromLogits(Criterion):
-    uncertainty_of: Callable[[Array], Array] = struct.field(pytree_node=False)
-    name: str = struct.field(pytree_node=False)
-    pool: Pool = struct.field(pytree_node=False, default=mean_over_pixels)
+class _OfLogits(Criterion):
+    """A criterion of one exit's logits alone; `as_criterion` builds it and documents the fields."""
+
+    uncertainty_of: Callable[[Array], Array] = static()
+    name: str = static()
+    stride: int = static(default=1)
+    patch: int = static(default=1)
+    quantile: float | None = static(default=None)
     # A field in place of the method:
-    decide: Callable[[Array], Array] = struct.field(pytree_node=False, default=most_likely_class)  # type: ignore[assignment]
+    decide: Callable[[Array], Array] = static(default=most_likely_class)  # type: ignore[assignment]
 
-    def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
-        return logits, pooled(self.uncertainty_of, self.pool, logits), carry
+    def __post_init__(self) -> None:
+        if self.stride < 1 or self.patch < 1:
+            raise ValueError(f'stride and patch: got {self.stride} and {self.patch}; give pixels, at least 1')
+        if self.quantile is not None and not 0 <= self.quantile <= 1:
+            raise ValueError(f'quantile: got {self.quantile}; give a number in [0, 1]')
+
+    def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        return logits, self.uncertainty(logits), carry
+
+    def uncertainty(self, logits: Array) -> Array:
+        """Returns the uncertainty ``[B]`` of an answer's logits ``[B, …, K]``; NaN where any of these is NaN."""
+        if max(self.stride, self.patch) > 1 and logits.ndim != 4:
+            raise ValueError(f'logits: got shape {tuple(logits.shape)}; stride and patch need [B, H, W, K]')
+        of_pixels = self.uncertainty_of(logits[:, :: self.stride, :: self.stride] if self.stride > 1 else logits)
+        of_patches = _patch_means(of_pixels, self.patch) if self.patch > 1 else of_pixels
+        flat = _flat(of_patches)
+        pooled = flat.mean(axis=-1) if self.quantile is None else jnp.quantile(flat, float(self.quantile), axis=-1)
+        # Only an uncertainty of every pixel shows NaN in any of them.
+        return pooled if of_pixels.shape == logits.shape[:-1] else unless_nan(pooled, logits)
 
 
-def from_logits(
-    uncertainty_of: Callable[[Array], Array],
-    *,
-    name: str,
-    pool: Pool = mean_over_pixels,
-    decide: Callable[[Array], Array] = most_likely_class,
-) -> Criterion:
-    """Builds the criterion that looks at one exit's logits alone.
+def as_criterion(given: Any, **options: Any) -> Criterion:
+    """Returns a criterion: of a function of logits, or an existing one with other options.
 
-    Two of them are equal, and compile once, if they are given equal functions: define each function once.
+    A function is accepted wherever a criterion is; call this to set options. Two criteria are equal, and compile once,
+    if their functions and options are equal: define each function once.
 
     Args:
-        uncertainty_of: ``logits [B, …, K] → uncertainty [B, …]``.
-        name: the criterion's name in reports.
-        pool: ``uncertainty [B, …] → [B]``, where an exit answers for many pixels.
-        decide: ``logits → label``; for regression, say, ``lambda outputs: outputs[..., 0]``.
+        given: a criterion, or a function ``logits [B, …, K] → uncertainty [B, …]``, whose extra axes are pooled.
+        **options: ``name``: in reports; the function's own by default.
+            ``stride``: looks at every so many pixels along both sides only. The softmax of every pixel costs as much
+            as a small convolution; 2 looks at a quarter of the pixels.
+            ``patch``: averages the uncertainty within square patches of that many pixels first; a patch at the border
+            averages the pixels that it has. Single unsure pixels, as along every edge, then hardly count.
+            ``quantile``: pools pixels or patches by this quantile instead of their mean; 0.95 asks how unsure the
+            worst twentieth of the image is at least.
+            ``decide``: ``logits → label``; for regression, say, ``lambda outputs: outputs[..., 0]``.
+
+    Raises:
+        ValueError: neither a criterion nor a function, or an option out of range.
 
     Example:
-        >>> spread = from_logits(lambda logits: -jnp.ptp(logits, axis=-1), name='range')
-        >>> answer, uncertainty, _ = spread.update(jnp.array([[0.0, 3.0]]), (), 0)
+        >>> spread = as_criterion(lambda logits: -jnp.ptp(logits, axis=-1), name='range')
+        >>> answer, uncertainty, _ = spread(jnp.array([[0.0, 3.0]]), None, 0)
         >>> float(uncertainty[0])
         -3.0
+        >>> as_criterion(entropy, quantile=0.95, patch=8, name='worst patches')
+        <criterion worst patches>
     """
-    return _FromLogits(uncertainty_of, name, pool, decide)
+    if not callable(given):
+        raise ValueError(f'criterion: got {given!r}; give a value such as criteria.entropy, or a function of logits')
+    if not isinstance(given, Criterion):
+        given = _OfLogits(given, getattr(given, '__name__', type(given).__name__))
+    return given.replace(**options) if options else given
 
 
-def check_exit_number(n: int, count: int, argument: str) -> None:
-    """Refuses an exit for which a criterion has nothing of its own.
-
-    Raises:
-        ValueError: n is beyond the last.
-    """
-    if not 0 <= n < count:
-        raise ValueError(f'{argument}: there are {count}, one per exit, but the network asks for exit {n + 1}')
+def of_logits(given: Any) -> _OfLogits:
+    """Returns a criterion that judges one answer's logits, and raises ValueError for one that looks back."""
+    criterion = as_criterion(given)
+    if not isinstance(criterion, _OfLogits):
+        raise ValueError(f'criterion: got {criterion.name!r}; give one of single logits, such as entropy')
+    return criterion
 
 
-def check_criterion(criterion: Any, num_exits: int) -> None:
-    """Refuses what is no criterion, or one that was learned for another number of exits.
-
-    Raises:
-        ValueError: a criterion's name instead of a criterion, or one of another network.
-    """
-    if not isinstance(criterion, Criterion):
-        raise ValueError(
-            f'criterion: got {criterion!r}; give a value such as branchy_jax.criteria.entropy, not its name'
-        )
+def check_criterion(criterion: Criterion, num_exits: int) -> None:
+    """Raises ValueError if a criterion was fitted for another number of exits."""
     if criterion.num_exits not in (None, num_exits):
-        raise ValueError(
-            f'criterion: {criterion.name!r} was learned for {criterion.num_exits} exits, not for {num_exits}; fit it '
-            'on the outputs of this network'
-        )
+        fitted = f'{criterion.name!r} was learned for {criterion.num_exits} exits, not for {num_exits}'
+        raise ValueError(f'criterion: {fitted}; fit it on the outputs of this network')
 
 
-def replay(criterion: Criterion, logits: Array) -> tuple[Array, Array]:
+def replay(criterion: Any, logits: Array) -> tuple[Array, Array]:
     """Runs a criterion over cached logits of every exit, instead of over the network again.
 
     Args:
-        criterion: how unsure an exit is.
-        logits: ``[N, B, …, K]`` as the heads gave them.
+        criterion: a criterion, or a function of logits.
+        logits: ``[N, B, …, K]`` of the heads.
 
     Returns:
         Answer logits ``[N, B, …, K]`` and uncertainty ``[N, B]``.
 
+    Raises:
+        ValueError: a criterion that was fitted for another number of exits.
+
     Example:
-        >>> from branchy_jax.criteria import entropy
         >>> replay(entropy, jnp.zeros((2, 3, 4)))[1].shape
         (2, 3)
     """
-    logits = jnp.asarray(logits)
-    carry, answers, uncertainties = criterion.init(logits[0]), [], []
-    for n, one in enumerate(logits):
-        answer, uncertainty, carry = criterion.update(one, carry, n)
+    criterion, carry, answers, uncertainties = as_criterion(criterion), None, [], []
+    check_criterion(criterion, len(logits))
+    for n, of_exit in enumerate(jnp.asarray(logits)):
+        answer, uncertainty, carry = criterion(of_exit, carry, n)
         answers.append(answer)
         uncertainties.append(uncertainty)
     return jnp.stack(answers), jnp.stack(uncertainties)
 
 
-@dataclasses.dataclass(frozen=True)
-class QuantileOverPixels:
-    """Pool that returns a quantile of the pixels' uncertainty.
-
-    Attributes:
-        quantile: in [0, 1]; 0.95 asks how unsure the worst twentieth of the image is at least, which is the 5 %
-            quantile of its confidence.
-
-    Raises:
-        ValueError: a quantile outside [0, 1].
-
-    Example:
-        >>> QuantileOverPixels(1.0)(jnp.array([[[0.0, 1.0], [0.0, 0.5]]])).tolist()
-        [1.0]
-    """
-
-    quantile: float
-
-    def __post_init__(self) -> None:
-        _check_quantile(self.quantile)
-
-    def __call__(self, uncertainty: Array) -> Array:
-        """Maps ``[B, …]`` to ``[B]``."""
-        return jnp.quantile(flat_pixels(uncertainty), self.quantile, axis=-1)
+def _flat(values: Array) -> Array:
+    """Returns ``[B, …]`` as ``[B, M]``, also for B = 0."""
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
-@dataclasses.dataclass(frozen=True)
-class QuantileOverPatches:
-    """Pool that averages within square patches and returns a quantile of the patches.
-
-    A patch that is unsure as a whole counts; a lone unsure pixel, as there are along every edge, does not.
-
-    Attributes:
-        quantile: in [0, 1], of the patches; 1 is the most unsure patch.
-        size: side of a patch in pixels. Patches do not overlap; one that the border cuts averages what it has.
-
-    Raises:
-        ValueError: quantile outside [0, 1], size below 1; when applied, uncertainty that is not ``[B, H, W]``.
-
-    Example:
-        >>> QuantileOverPatches(1.0, size=2)(jnp.array([[[0.0, 1.0, 0.5], [0.0, 0.0, 0.5]]])).tolist()
-        [0.5]
-    """
-
-    quantile: float
-    size: int
-
-    def __post_init__(self) -> None:
-        _check_quantile(self.quantile)
-        if self.size < 1:
-            raise ValueError(f'size: got {self.size}; a patch is at least one pixel wide')
-
-    def __call__(self, uncertainty: Array) -> Array:
-        """Maps ``[B, H, W]`` to ``[B]``."""
-        if uncertainty.ndim != 3:
-            raise ValueError(f'uncertainty: patches need [B, H, W], got shape {uncertainty.shape}')
-        edges = [(0, 0), *((0, -length % self.size) for length in uncertainty.shape[1:])]
-        # Sums and counts of the same padded patches, so that padding counts for nothing.
-        total, count = (_sum_patches(jnp.pad(x, edges), self.size) for x in (uncertainty, jnp.ones_like(uncertainty)))
-        return jnp.quantile(flat_pixels(total / count), self.quantile, axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class EveryOther:
-    """Measure that looks at every so many pixels along each side only.
-
-    The softmax of every pixel costs as much as a small convolution; an image is as unsure as a sample of its pixels.
-
-    Attributes:
-        uncertainty_of: ``logits [B, H, W, K] → [B, H, W]``.
-        stride: 2 looks at a quarter of the pixels.
-
-    Raises:
-        ValueError: a stride below 1.
-
-    Example:
-        >>> EveryOther(lambda logits: logits[..., 0], stride=2)(jnp.arange(9.0).reshape(1, 3, 3, 1)).tolist()
-        [[[0.0, 2.0], [6.0, 8.0]]]
-    """
-
-    uncertainty_of: Callable[[Array], Array]
-    stride: int = 2
-
-    def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ValueError(f'stride: got {self.stride}; expected at least 1')
-
-    def __call__(self, logits: Array) -> Array:
-        """Maps ``[B, H, W, K]`` to uncertainty of some pixels."""
-        return self.uncertainty_of(logits[:, :: self.stride, :: self.stride])
-
-
-def _sum_patches(values: Array, size: int) -> Array:
+def _patch_means(values: Array, size: int) -> Array:
     batch, height, width = values.shape
-    return values.reshape(batch, height // size, size, width // size, size).sum(axis=(2, 4))
+    rows, columns = -(-height // size), -(-width // size)
+
+    def sums(values: Array) -> Array:
+        padded = jnp.pad(values, [(0, 0), (0, rows * size - height), (0, columns * size - width)])
+        return padded.reshape(batch, rows, size, columns, size).sum(axis=(2, 4))
+
+    return sums(values) / sums(jnp.ones_like(values))  # counts of the same patches: padding counts for nothing
 
 
-def _check_quantile(quantile: float) -> None:
-    if not 0 <= quantile <= 1:
-        raise ValueError(f'quantile: got {quantile}; expected a share in [0, 1]')
+@stored
+def entropy_of_logits(logits: Array) -> Array:
+    r"""Computes the entropy of the softmax, in nats.
+
+    .. math:: e = -\sum_k \hat y_k \ln \hat y_k, \quad \hat y = \operatorname{softmax}(z)
+
+    Computed in float32 as a sum of positive terms, so that tiny entropies keep their digits: thresholds of 1e-4 are
+    common. With :math:`s = z - \max z` and :math:`m` the position of the maximum,
+
+    .. math:: e = \ln\left(1 + \sum_{k \ne m} \exp s_k\right) - \sum_k \hat y_k s_k
+
+    A probability of exactly 0 contributes 0.
+
+    Args:
+        logits: ``[..., K]`` with K at least 2.
+
+    Returns:
+        ``[...]`` float32 in ``[0, ln K]``.
+
+    Example:
+        >>> bool(jnp.allclose(entropy_of_logits(jnp.zeros(10)), jnp.log(10.0)))
+        True
+
+    References:
+        Teerapittayanon et al., BranchyNet, 2016, section III and Figure 2.
+    """
+    shifted, others = _shifted(logits)
+    weights, total = jnp.exp(shifted), others.sum(axis=-1)
+    expected = jnp.sum(weights * jnp.where(weights > 0, shifted, 0.0), axis=-1) / (1 + total)
+    return jnp.log1p(total) - expected
+
+
+@stored
+def max_probability_of_logits(logits: Array) -> Array:
+    r"""Computes :math:`1 - \max_k \hat y_k` of ``logits [..., K]``, to full relative precision also near 0."""
+    total = _shifted(logits)[1].sum(axis=-1)
+    return total / (1 + total)
+
+
+@stored
+def margin_of_logits(logits: Array) -> Array:
+    r"""Computes :math:`1 - (\hat y_{(1)} - \hat y_{(2)})` of ``logits [..., K]``, to full precision also near 0."""
+    _, others = _shifted(logits)
+    total = others.sum(axis=-1)
+    return (total + others.max(axis=-1)) / (1 + total)
+
+
+def _shifted(logits: Array) -> tuple[Array, Array]:
+    """Returns float32 logits minus their maximum, and the exponentials with 0 in place of the largest."""
+    check_classes(logits)
+    logits = logits.astype(jnp.float32)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    is_largest = jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=bool)
+    return shifted, jnp.where(is_largest, 0.0, jnp.exp(shifted))
+
+
+entropy = _OfLogits(entropy_of_logits, 'entropy')
+"""The paper's criterion: entropy of the exit's softmax, in nats; of any logits: ``entropy.uncertainty_of(logits)``."""
+
+max_probability = _OfLogits(max_probability_of_logits, 'max probability')
+"""One minus the largest probability."""
+
+margin = _OfLogits(margin_of_logits, 'margin')
+"""One minus the difference between the two largest probabilities."""
+
+
+@value
+class _Patience(Criterion):
+    """See `patience`; carries the label before and the number of agreements ``[B, …]``."""
+
+    name = 'patience'
+
+    def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_classes(logits)
+        # NaN's argmax is some class: a later exit must not agree with it.
+        label = jnp.where(jnp.isnan(logits).any(axis=-1), -1, most_likely_class(logits))
+        before, count = (-1, 0.0) if carry is None else carry
+        count = jnp.where((label == before) & (label >= 0), count + 1.0, 0.0)
+        return logits, unless_nan(-mean_over_pixels(count), logits), (label, count)
+
+
+patience = _Patience()
+"""Minus the number of exits in a row that agreed with the one before: a threshold of −1.5 waits for two agreements.
+
+References:
+    Zhou et al., BERT Loses Patience: Fast and Robust Inference with Early Exit, 2020.
+"""
+
+
+@value
+class _Ensemble(Criterion):
+    """See `ensemble`; carries the sum of the exits so far ``[B, …, K]``, of probabilities or of their logarithms."""
+
+    kind: str = static()
+    criterion: _OfLogits
+    name: str = static()
+
+    def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        check_classes(logits)
+        total, arithmetic = jax.nn.log_softmax(logits.astype(jnp.float32)), self.kind == 'arithmetic'
+        if carry is not None:
+            total = jnp.logaddexp(carry, total) if arithmetic else carry + total
+        answer = total - jnp.log(n + 1.0) if arithmetic else jax.nn.log_softmax(total / (n + 1))
+        return answer, self.criterion.uncertainty(answer), total
+
+    def decide(self, logits: Array) -> Array:
+        return self.criterion.decide(logits)
+
+
+def ensemble(kind: str = 'arithmetic', criterion: Any = entropy) -> Criterion:
+    r"""Builds the criterion whose answer at each exit is the mean of all exits so far.
+
+    .. math:: \bar y_n = \frac1n \sum_{i \le n} \hat y_i \quad\text{or}\quad
+        \bar y_n \propto \exp \frac1n \sum_{i \le n} \ln \hat y_i
+
+    Args:
+        kind: ``'arithmetic'`` or ``'geometric'`` mean of the probabilities.
+        criterion: judges the mean: a criterion of single logits, or a function of logits.
+
+    Raises:
+        ValueError: another kind of mean, or a criterion that looks back itself.
+
+    Example:
+        >>> criterion = ensemble()
+        >>> _, _, carry = criterion(jnp.log(jnp.array([[0.9, 0.1]])), None, 0)
+        >>> answer, _, _ = criterion(jnp.log(jnp.array([[0.5, 0.5]])), carry, 1)
+        >>> [round(float(p), 3) for p in jnp.exp(answer[0])]
+        [0.7, 0.3]
+
+    References:
+        Qendro et al., Early Exit Ensembles for Uncertainty Quantification, 2021.
+    """
+    if kind not in ('arithmetic', 'geometric'):
+        raise ValueError(f"kind: got {kind!r}; choose 'arithmetic' or 'geometric'")
+    return _Ensemble(kind, of_logits(criterion), f'{kind} ensemble')
+
+
+@value
+class _Calibrated(Criterion):
+    """See `with_temperatures`."""
+
+    temperatures: Array
+    criterion: Criterion
+    name: str = static()
+    num_exits: int = static()
+
+    def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        return self.criterion(logits / self.temperatures[n], carry, n)
+
+    def decide(self, logits: Array) -> Array:
+        return self.criterion.decide(logits)
+
+
+def with_temperatures(temperatures: Any, criterion: Any = entropy) -> Criterion:
+    """Builds a criterion on calibrated logits: those of exit n divided by its temperature.
+
+    Args:
+        temperatures: ``[N]`` positive, from `fit_temperatures`.
+        criterion: judges the calibrated logits: a criterion, or a function of logits.
+
+    Raises:
+        ValueError: a temperature that is not positive and finite.
+
+    Example:
+        >>> calibrated = with_temperatures([2.0, 1.0])
+        >>> calibrated(jnp.array([[2.0, 0.0]]), None, 0)[0].tolist()
+        [[1.0, 0.0]]
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, 2017.
+    """
+    values = np.asarray(temperatures, np.float32)
+    if values.ndim != 1 or not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f'temperatures: got {values.tolist()}; give one positive number per exit')
+    criterion = as_criterion(criterion)
+    return _Calibrated(jnp.asarray(values), criterion, f'{criterion.name}, calibrated', len(values))
+
+
+@value
+class _Pixelwise(Criterion):
+    """See `pixelwise`; carries the mosaic ``[B, …, K]`` and which pixels of it have answered ``[B, …]``."""
+
+    pixel_thresholds: Array
+    criterion: _OfLogits
+    num_exits: int = static()
+
+    name = 'pixelwise'
+
+    def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        mosaic, answered = (logits, jnp.zeros(logits.shape[:-1], bool)) if carry is None else carry
+        answer = jnp.where(answered[..., None], mosaic, logits)
+        if n < self.num_exits - 1:
+            answered = answered | is_confident(self.criterion.uncertainty_of(logits), self.pixel_thresholds[n])
+        return answer, unless_nan(mean_over_pixels(~answered), answer), (answer, answered)
+
+    def pixel_exits(self, logits: Array) -> Array:
+        """Returns which exit answers each pixel if no image leaves early.
+
+        Args:
+            logits: ``[N, B, …, K]`` of every exit.
+
+        Returns:
+            ``[B, …]`` int32 in ``[0, N)``.
+        """
+        if len(logits) != self.num_exits:
+            raise ValueError(f'pixel_thresholds: got {self.num_exits - 1} for {len(logits)} exits; the last has none')
+        confident = [
+            is_confident(self.criterion.uncertainty_of(logits[n]), threshold)
+            for n, threshold in enumerate(self.pixel_thresholds)
+        ]
+        return jnp.argmax(jnp.stack([*confident, jnp.ones(logits.shape[1:-1], bool)]), axis=0).astype(jnp.int32)
+
+
+def pixelwise(pixel_thresholds: Any, criterion: Any = entropy) -> _Pixelwise:
+    r"""Builds the criterion that lets each pixel answer at the first exit where it is confident.
+
+    The answer of exit n is a mosaic: confident pixels show the logits of the exit that they left at, the others those
+    of exit n. The uncertainty of the image is the share of pixels that are not confident yet: a threshold of 0.02 lets
+    an image leave once less than 2 % of it would still change.
+
+    **A confident pixel saves no time by itself:** convolutions compute whole images, and so do all executors here.
+    Time is saved when an image leaves; ``pixelwise(…).pixel_exits(logits)`` says which exit answers which pixel.
+
+    Args:
+        pixel_thresholds: ``[N - 1]``, in the unit of ``criterion``; compared pixel by pixel, strictly.
+        criterion: judges each pixel: a criterion of single logits, or a function ``[B, H, W, K] → [B, H, W]``.
+
+    Raises:
+        ValueError: thresholds that are not numbers in one dimension, or NaN; when run, another number of them than
+            side exits.
+
+    Example:
+        >>> criterion, sure, unsure = pixelwise([0.5]), jnp.array([9.0, 0.0]), jnp.array([0.0, 0.0])
+        >>> logits = jnp.stack([sure, unsure])[None, None]  # one image of 1 × 2 pixels
+        >>> _, uncertainty, carry = criterion(logits, None, 0)
+        >>> answer, _, _ = criterion(-logits - 1, carry, 1)
+        >>> uncertainty.tolist(), answer[0, 0].tolist()
+        ([0.5], [[9.0, 0.0], [-1.0, -1.0]])
+        >>> criterion.pixel_exits(jnp.stack([logits, logits])).tolist()
+        [[[0, 1]]]
+
+    References:
+        Liu et al., Anytime Dense Prediction with Confidence Adaptivity, 2022.
+    """
+    thresholds = np.asarray(pixel_thresholds, np.float32)
+    if thresholds.ndim != 1 or np.isnan(thresholds).any():
+        raise ValueError(f'pixel_thresholds: expected one number per side exit, got {thresholds.tolist()}')
+    return _Pixelwise(jnp.asarray(thresholds), of_logits(criterion), len(thresholds) + 1)

@@ -1,28 +1,26 @@
-"""Probabilities that mean what they say: temperatures, learned confidence, and how far off both are.
+"""Calibration: temperatures, a learned criterion, and measures of how far confidence is from accuracy.
 
-Everything here works on cached logits ``[N, B, K]`` (`branchy_jax.inference.exit_outputs`) of validation data, never
-on training data, on which a network is surer than it will be.
+All functions take cached logits ``[N, B, K]`` (`branchy_jax.inference.exit_outputs`) of validation data. On training
+data a network is more confident than on new inputs.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
 
-from branchy_jax.criteria.criterion import Carry, Criterion, check_classes, check_exit_number, mean_over_pixels, value
-from branchy_jax.types import Array
+from branchy_jax.criteria.criterion import Carry, Criterion, check_classes, mean_over_pixels, static, value
+from branchy_jax.types import Array, check_labels
 
-_MOST_FEATURES = 10
-_SMALLEST_PROBABILITY = 1e-8
-_MOST_LOG_TEMPERATURE = float(np.log(1000))  # an exit that knows nothing would have an infinite one
+_MOST_FEATURES = 10  # largest probabilities that the learned criterion reads
+_SMALLEST_PROBABILITY = 1e-8  # keeps logarithms finite
+_MOST_LOG_TEMPERATURE = float(np.log(1000))  # for an exit no better than chance the best temperature is infinite
 
 
 def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, steps: int = 50) -> np.ndarray:
@@ -53,26 +51,23 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
     """
     logits, labels = _checked(logits, labels)
     if not jnp.isfinite(logits).all():
-        raise ValueError(
-            f'logits: got {int((~jnp.isfinite(logits)).sum())} values that are not finite, of which no temperature can '
-            'be fitted; leave their inputs out, or put a large negative number in place of -inf'
-        )
+        advice = 'leave their inputs out, or put a large negative number in place of -inf'
+        raise ValueError(f'logits: got values that are not finite, to which no temperature can be fitted; {advice}')
     if steps < 0:
         raise ValueError(f'steps: got {steps}; give a number from 0 up')
-    exits = len(logits)
 
     def loss(log_temperature: Array) -> Array:
         scaled = logits * jnp.exp(-log_temperature)[:, None, None]
         losses = optax.softmax_cross_entropy_with_integer_labels(scaled, jnp.broadcast_to(labels, scaled.shape[:2]))
         return losses.mean(axis=1).sum()
 
-    found = _minimise(loss, jnp.zeros(1 if shared else exits), optax.lbfgs(), steps)
-    clipped = jnp.clip(found, -_MOST_LOG_TEMPERATURE, _MOST_LOG_TEMPERATURE)
-    return np.asarray(jnp.broadcast_to(jnp.exp(clipped), (exits,)), np.float32)
+    log_temperature = _minimise(loss, jnp.zeros(1 if shared else len(logits)), optax.lbfgs(), steps)
+    clipped = jnp.clip(log_temperature, -_MOST_LOG_TEMPERATURE, _MOST_LOG_TEMPERATURE)
+    return np.asarray(jnp.broadcast_to(jnp.exp(clipped), len(logits)), np.float32)
 
 
 def _minimise(loss: Callable[[Any], Array], start: Any, solver: optax.GradientTransformation, steps: int) -> Any:
-    solver = optax.with_extra_args_support(solver)  # L-BFGS searches along a line, which takes the loss itself
+    solver = optax.with_extra_args_support(solver)  # L-BFGS evaluates the loss along a line
 
     def step(carry: tuple[Any, optax.OptState], _: None) -> tuple[tuple[Any, optax.OptState], None]:
         point, state = carry
@@ -110,7 +105,7 @@ def reliability(confidence: Array, right: Array, *, bins: int = 15, equal_counts
     Args:
         confidence: ``[B]`` in ``[0, 1]``.
         right: ``[B]`` booleans.
-        bins: M.
+        bins: M, their number.
         equal_counts: bins of equally many answers (adaptive calibration error) instead of equal width.
 
     Raises:
@@ -125,17 +120,13 @@ def reliability(confidence: Array, right: Array, *, bins: int = 15, equal_counts
     """
     confidence, right = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
     if confidence.ndim != 1 or confidence.shape != right.shape or not len(confidence) or bins < 1:
-        raise ValueError(
-            f'confidence: expected two arrays [B] and at least one bin, got {confidence.shape}, {right.shape}, {bins}'
-        )
+        given = f'{confidence.shape}, {right.shape} and {bins}'
+        raise ValueError(f'confidence: expected two arrays [B] and at least one bin, got {given}')
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     if equal_counts:
-        rank = np.argsort(np.argsort(confidence, kind='stable'), kind='stable')
-        place = rank * bins // len(confidence)
-    else:
-        place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+        place[np.argsort(confidence, kind='stable')] = np.arange(len(confidence)) * bins // len(confidence)
     count = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, values, minlength=bins) for values in (confidence, right)]
-    means = [total / np.maximum(count, 1) for total in sums]
+    means = [np.bincount(place, values, minlength=bins) / np.maximum(count, 1) for values in (confidence, right)]
     return Reliability(confidence=means[0], accuracy=means[1], count=count)
 
 
@@ -157,7 +148,7 @@ def brier_score(logits: Array, labels: Array) -> float:
 
 @value
 class _Learned(Criterion):
-    """One small network per exit that predicts from its sorted probabilities whether it is right.
+    """See `fit_learned`: one small network per exit that predicts from sorted probabilities whether the exit is right.
 
     Attributes:
         mean: ``[N, F]`` of the features on the data it was fitted on.
@@ -174,39 +165,34 @@ class _Learned(Criterion):
     hidden_bias: Array
     output: Array
     output_bias: Array
+    num_exits: int = static()
 
     name = 'learned'
 
-    @property
-    def num_exits(self) -> int:
-        return len(self.output_bias)
-
-    def update(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
-        check_exit_number(n, self.num_exits, 'learned criterion')
-        features, own = _features(logits), jax.tree.map(lambda values: values[n], self)
+    def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
+        features, of_exit = _features(logits), jax.tree.map(lambda values: values[n], self)
         if features.shape[-1] != self.mean.shape[-1]:
-            raise ValueError(
-                f'criterion: was learned on the {self.mean.shape[-1]} largest probabilities, this network has '
-                f'{features.shape[-1]}; fit it on this network'
-            )
-        wrong = jax.nn.sigmoid(-_log_odds(own, features))
+            sizes = f'{self.mean.shape[-1]} largest probabilities, this network has {features.shape[-1]}'
+            raise ValueError(f'criterion: was learned on the {sizes}; fit it on this network')
+        wrong = jax.nn.sigmoid(-_log_odds(of_exit, features))
         return logits, mean_over_pixels(wrong), carry
 
 
 def fit_learned(
     logits: Array, labels: Array, key: Array, *, width: int = 32, steps: int = 1000, learning_rate: float = 3e-3
 ) -> Criterion:
-    """Fits the paper's meta-recognition: per exit a small network that tells from sorted probabilities if it is right.
+    """Fits the paper's meta-recognition: per exit, a small network that predicts whether the exit is right.
 
-    One hidden layer on the logarithms of the ten largest probabilities, trained on the whole data at once by AdamW.
+    Each network has one hidden layer on the logarithms of the ten largest probabilities; AdamW trains it on the whole
+    data at once.
 
     Args:
         logits: ``[N, B, K]`` on validation data.
         labels: ``[B]``.
-        key: of the initial weights.
+        key: PRNG key of the initial weights.
         width: of the hidden layer.
         steps: of AdamW.
-        learning_rate: its peak, decaying to zero.
+        learning_rate: of AdamW at first; it decays to zero.
 
     Returns:
         A `Criterion` whose uncertainty is the predicted probability of being wrong.
@@ -233,6 +219,7 @@ def fit_learned(
         hidden_bias=jnp.zeros((exits, width)),
         output=jax.random.normal(second, (exits, width)) / jnp.sqrt(width),
         output_bias=jnp.zeros(exits),
+        num_exits=exits,
     )
     solver = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-3)
 
@@ -244,13 +231,12 @@ def fit_learned(
     return _minimise(loss, start, solver, steps).replace(mean=start.mean, deviation=start.deviation)
 
 
-def _log_odds(own: _Learned, features: Array) -> Array:
+def _log_odds(of_exit: _Learned, features: Array) -> Array:
     """Returns the log odds of being right ``[…]`` from ``features […, F]``, for one exit."""
-    chex.assert_equal_shape_suffix([own.mean, features], 1)
-    spread = functools.partial(jnp.expand_dims, axis=tuple(range(features.ndim - 1)))
-    normal = (features - spread(own.mean)) / spread(own.deviation)
-    hidden = jax.nn.gelu(normal @ own.hidden + spread(own.hidden_bias))
-    return hidden @ own.output + own.output_bias
+    vectors = of_exit.mean, of_exit.deviation, of_exit.hidden_bias
+    mean, deviation, bias = (jnp.expand_dims(values, range(features.ndim - 1)) for values in vectors)
+    hidden = jax.nn.gelu((features - mean) / deviation @ of_exit.hidden + bias)
+    return hidden @ of_exit.output + of_exit.output_bias
 
 
 def _features(logits: Array) -> Array:
@@ -265,6 +251,5 @@ def _checked(logits: Array, labels: Array) -> tuple[Array, Array]:
     logits, labels = jnp.asarray(logits, jnp.float32), np.asarray(labels)
     if logits.ndim != 3 or labels.shape != logits.shape[1:2] or 0 in logits.shape:
         raise ValueError(f'logits: expected [N, B, K] with labels [B], got {logits.shape} and {labels.shape}')
-    if labels.min() < 0 or labels.max() >= logits.shape[-1]:
-        raise ValueError(f'labels: got {labels.min()} to {labels.max()}; expected classes in [0, {logits.shape[-1]})')
+    check_labels(labels, logits.shape[-1])
     return logits, jnp.asarray(labels)

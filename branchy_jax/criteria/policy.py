@@ -1,10 +1,10 @@
-"""What goes for a policy, what is refused, and how one is written to a file."""
+"""Policies: what is accepted as one, what is refused, and the one form in which a policy is stored."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from branchy_jax.checkpoint import load_weights, save_weights
-from branchy_jax.criteria import criterion as _criterion
-from branchy_jax.criteria import learned as _learned
-from branchy_jax.criteria import named as _named
-from branchy_jax.criteria.criterion import check_criterion
+from branchy_jax.checkpoint import write_atomically
+from branchy_jax.criteria import learned  # noqa: F401 - its kind of criterion may be stored
+from branchy_jax.criteria.criterion import STORED, Criterion, as_criterion, check_criterion, entropy
 from branchy_jax.types import Array, ExitPolicy
 
-_ROOMS = (_criterion, _named, _learned)
 
+def as_policy(given: Any, num_exits: int | None = None) -> ExitPolicy:
+    """Returns a policy with float32 thresholds and a criterion that is called.
 
-def as_policy(given: Any, num_exits: int) -> ExitPolicy:
-    """Returns what executors take as a policy whose thresholds are float32, or says what is wrong with it.
-
-    NaN is refused where values can be seen; inside `jax.jit` they cannot, and NaN never exits.
+    NaN is refused where values can be seen. Inside `jax.jit` they cannot; there NaN never exits.
 
     Args:
-        given: an `ExitPolicy`; whatever holds one as ``policy``, such as an `OperatingPoint`; or thresholds
+        given: an `ExitPolicy`; an object with an attribute ``policy``, such as an `OperatingPoint`; or thresholds
             ``[N - 1]`` alone, which are of `entropy`.
-        num_exits: N.
+        num_exits: N, if known.
 
     Raises:
-        ValueError: neither of these, thresholds that are not one per side exit, NaN, or a criterion that was learned
-            for another number of exits.
+        ValueError: none of these, thresholds that are not one per side exit, NaN, or a criterion that was fitted for
+            another number of exits.
 
     Example:
         >>> as_policy([0.5], 2).criterion.name
@@ -42,112 +38,132 @@ def as_policy(given: Any, num_exits: int) -> ExitPolicy:
     """
     policy = getattr(given, 'policy', given)
     if not isinstance(policy, ExitPolicy):
-        policy = ExitPolicy(_named.entropy, policy)
-    check_criterion(policy.criterion, num_exits)
-    policy = policy.replace(thresholds=_checked_thresholds(policy.thresholds, num_exits))
-    for leaf in jax.tree.leaves(policy.criterion):
-        if not isinstance(leaf, jax.core.Tracer) and np.isnan(np.asarray(leaf)).any():
-            raise ValueError(f'criterion: {policy.criterion.name!r} has learned NaN; fit it again')
+        policy = ExitPolicy(entropy, policy)
+    policy = ExitPolicy(as_criterion(policy.criterion), _as_float32(policy.thresholds))
+    if num_exits is not None:
+        check_policy(policy, num_exits)
+    if _has_nan(policy.thresholds):
+        values = np.asarray(policy.thresholds).tolist()
+        raise ValueError(f'thresholds: got NaN in {values}; use -inf to never exit and +inf to always do')
+    if any(_has_nan(leaf) for leaf in jax.tree.leaves(policy.criterion)):
+        raise ValueError(f'criterion: {policy.criterion.name!r} has learned NaN; fit it again')
     return policy
 
 
-def _checked_thresholds(thresholds: Any, num_exits: int) -> Array:
-    if not isinstance(thresholds, jax.Array):
-        try:
-            thresholds = np.asarray(thresholds, np.float32)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f'thresholds: expected {num_exits - 1} numbers, got {thresholds!r}') from error
-    if thresholds.shape != (num_exits - 1,):
-        raise ValueError(
-            f'thresholds: a network with {num_exits} exits takes {num_exits - 1} thresholds, shape '
-            f'({num_exits - 1},); got shape {tuple(thresholds.shape)}; the last exit always answers and has none'
-        )
-    if not jnp.issubdtype(thresholds.dtype, jnp.floating):
-        raise ValueError(f'thresholds: expected floats, got {thresholds.dtype}')
-    if not isinstance(thresholds, jax.core.Tracer) and np.isnan(values := np.asarray(thresholds)).any():
-        raise ValueError(f'thresholds: got NaN in {values.tolist()}; use -inf to never exit and +inf to always do')
-    return thresholds.astype(np.float32)  # a tie is decided alike, whatever the caller's precision
+def check_policy(policy: ExitPolicy, num_exits: int) -> None:
+    """Raises ValueError if a policy does not fit a network of N exits; looks at shapes alone, so also under jit."""
+    shape = np.shape(policy.thresholds)
+    if shape != (num_exits - 1,):
+        expected = f'a network with {num_exits} exits takes {num_exits - 1} thresholds'
+        raise ValueError(f'thresholds: {expected}; got shape {shape}; the last exit always answers and has none')
+    check_criterion(policy.criterion, num_exits)
 
 
 def save_policy(path: Path | str, policy: ExitPolicy) -> None:
-    """Writes a policy as a safetensors file, atomically: its arrays, and what its criterion is made of.
+    """Writes a policy as a JSON file, atomically.
 
     Args:
         path: the file to write.
         policy: with a criterion of `branchy_jax.criteria`.
 
     Raises:
-        ValueError: a criterion that holds a function which is not one of `branchy_jax.criteria`.
+        ValueError: a criterion with a function that is not one of `branchy_jax.criteria`.
     """
-    record, arrays = encode_policy(policy)
-    save_weights(path, arrays, metadata={'policy': json.dumps(record)})
+    text = json.dumps(encode_policy(policy), allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def load_policy(path: Path | str) -> ExitPolicy:
-    """Reads what `save_policy` wrote.
+    """Reads a file that `save_policy` wrote.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds no policy.
+        ValueError: the file is missing, damaged, holds no policy, or was written by version 0.2.
     """
-    arrays, metadata = load_weights(path)
-    if 'policy' not in metadata:
-        raise ValueError(f'path: {path} holds no policy; expected a file that save_policy wrote')
-    return decode_policy(json.loads(metadata['policy']), arrays)
+    try:
+        return decode_policy(json.loads(Path(path).read_bytes()))
+    except (OSError, ValueError) as error:
+        advice = 'give a file that save_policy of this version wrote; version 0.2 reads its own safetensors files'
+        raise ValueError(f'path: {path} holds no policy ({error}); {advice}') from error
 
 
-def encode_policy(policy: ExitPolicy) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Returns what a policy is made of, as JSON holds it, and its arrays by the names used there."""
-    arrays: dict[str, Array] = {}
-    return {'criterion': _encode(policy.criterion, arrays), 'thresholds': _encode(policy.thresholds, arrays)}, arrays
+def encode_policy(policy: ExitPolicy) -> dict[str, Any]:
+    """Returns a policy as JSON can hold it: arrays as lists, in which values that are not finite are text.
+
+    Raises:
+        ValueError: a criterion with a function that is not one of `branchy_jax.criteria`.
+    """
+    return {'criterion': _encode(as_criterion(policy.criterion)), 'thresholds': _encode(np.asarray(policy.thresholds))}
 
 
-def decode_policy(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> ExitPolicy:
-    """Makes the policy that `encode_policy` took apart.
+def decode_policy(record: Mapping[str, Any]) -> ExitPolicy:
+    """Builds the policy that `encode_policy` took apart, or that of an operating point on a card of version 0.2.
+
+    Args:
+        record: a dictionary with ``criterion`` and ``thresholds``; other keys are ignored.
 
     Raises:
         ValueError: a record of something else, or of a newer version.
     """
     try:
-        return ExitPolicy(**{name: _decode(value, arrays) for name, value in record.items()})
+        if isinstance(record['thresholds'], list):
+            return ExitPolicy(_criterion_of_card(record), jnp.asarray(np.array(record['thresholds'], np.float32)))
+        return ExitPolicy(as_criterion(_decode(record['criterion'])), _decode(record['thresholds']))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'policy: cannot be read ({type(error).__name__}: {error}); is it of a newer version?'
-        ) from error
+        raise ValueError(f'policy: cannot be read ({error!r}); is it of a newer version?') from error
 
 
-def _encode(value: Any, arrays: dict[str, Array]) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: _encode(getattr(value, field.name), arrays) for field in dataclasses.fields(value)}
-        return {'kind': _name_of(type(value)), 'fields': fields}
+def _as_float32(thresholds: Any) -> Array:
+    # One precision for all callers, so that a tie is decided alike.
+    if isinstance(thresholds, jax.Array):
+        if not jnp.issubdtype(thresholds.dtype, jnp.floating):
+            raise ValueError(f'thresholds: expected floats, got {thresholds.dtype}')
+        return thresholds if thresholds.dtype == np.float32 else thresholds.astype(np.float32)
+    try:
+        return np.asarray(thresholds, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'thresholds: expected a number for each side exit, got {thresholds!r}') from error
+
+
+def _has_nan(leaf: Array) -> bool:
+    return not isinstance(leaf, jax.core.Tracer) and bool(np.isnan(np.asarray(leaf)).any())
+
+
+def _criterion_of_card(point: Mapping[str, Any]) -> Criterion:
+    """Returns the criterion of an operating point as version 0.2 wrote it; only plain criteria of logits are read."""
+    if 'policy' not in point:  # the first cards
+        name = point['criterion']
+        return as_criterion(STORED[f'{name.replace(" ", "_")}_of_logits'], name=name)
+    fields = point['policy']['criterion']['fields']
+    if fields['pool'] != {'function': 'mean_over_pixels'}:
+        raise KeyError(fields['pool'])
+    return as_criterion(STORED[fields['uncertainty_of']['function']], name=fields['name'])
+
+
+def _encode(value: Any) -> Any:
     if isinstance(value, (jax.Array, np.ndarray)):
-        name = f'array{len(arrays)}'
-        arrays[name] = np.asarray(value)
-        return {'array': name}
+        array = np.asarray(value)
+        numbers = [number if math.isfinite(number) else str(number) for number in array.ravel().tolist()]
+        return {'dtype': array.dtype.name, 'shape': list(array.shape), 'values': numbers}
+    if isinstance(value, Criterion):
+        fields = {name: _encode(getattr(value, name)) for name in vars(value)}
+        return {'kind': _name_of(type(value)), 'fields': fields}
     return {'function': _name_of(value)} if callable(value) else value
 
 
-def _name_of(value: Callable[..., Any]) -> str:
-    name = getattr(value, '__name__', repr(value))
-    if not any(getattr(room, name, None) is value for room in _ROOMS):
-        raise ValueError(
-            f'policy: its criterion holds {name!r}, which is not one of branchy_jax.criteria and cannot be found again '
-            'when the file is read; keep the thresholds alone, and name the criterion in your code'
-        )
+def _name_of(thing: Any) -> str:
+    name = getattr(thing, '__name__', repr(thing)).removeprefix('_')
+    if STORED.get(name) is not thing:
+        advice = 'store the thresholds alone, and name the criterion in your code'
+        raise ValueError(f'policy: its criterion holds {name!r}, which is not one of branchy_jax.criteria; {advice}')
     return name
 
 
-def _decode(record: Any, arrays: Mapping[str, Array]) -> Any:
+def _decode(record: Any) -> Any:
     if not isinstance(record, dict):
         return record
-    if 'array' in record:
-        return jnp.asarray(arrays[record['array']])
-    name = record['kind'] if 'kind' in record else record['function']
-    named = (getattr(room, name, None) for room in _ROOMS)
-    found = next(
-        (value for value in named if getattr(value, '__module__', '').startswith('branchy_jax.criteria')), None
-    )
-    if found is None or isinstance(found, type) != ('kind' in record):
-        raise KeyError(name)
+    if 'values' in record:
+        numbers = np.array([float(number) for number in record['values']])
+        return jnp.asarray(numbers.astype(jnp.dtype(record['dtype'])).reshape(record['shape']))
     if 'function' in record:
-        return found
-    return found(**{field: _decode(value, arrays) for field, value in record['fields'].items()})
+        return STORED[record['function']]
+    return STORED[record['kind']](**{name: _decode(field) for name, field in record['fields'].items()})

@@ -6,43 +6,46 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from branchy_jax.types import Array
+from branchy_jax.types import Array, Batch
 
 
-def augment(key: Array, images: Array, *, crop_padding: int = 4, flip: bool = True) -> Array:
-    """Shifts each image by a random crop of its zero-padded self and mirrors half of them; traced inside jit.
+def augment(key: Array, batch: Batch, *, crop_padding: int = 4, flip: bool = True) -> Batch:
+    """Shifts each image by a random crop of its zero-padded copy and mirrors half of the images.
 
-    Under the same key masks ``[B, H, W, 1]`` move as their images do; what moves in is class 0.
+    Runs inside jit, in the function that `branchy_jax.training.fit` takes as ``augment``. A mask ``[B, H, W]`` moves
+    with its image; pixels that move in are 0.
 
     Args:
         key: PRNG key.
-        images: ``[B, H, W, C]``.
-        crop_padding: zeros around an image before the crop; 0 leaves its place alone.
+        batch: images ``[B, H, W, C]`` with masks ``[B, H, W]``, or with labels or other targets, which do not change.
+        crop_padding: width of the zero padding in pixels; 0 does not shift.
         flip: whether to mirror left and right. Not for digits.
 
     Returns:
-        Images of the same shape and dtype.
+        A batch of the same shapes and dtypes.
 
     Raises:
-        ValueError: images without four axes, or fewer than no zeros around them.
+        ValueError: if the images do not have four axes, or ``crop_padding`` is below 0.
 
     Example:
-        >>> augment(jax.random.key(0), jnp.ones((8, 28, 28, 1)), flip=False).shape
+        >>> batch = Batch(jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32))
+        >>> augment(jax.random.key(0), batch, flip=False).image.shape
         (8, 28, 28, 1)
     """
-    if images.ndim != 4 or crop_padding < 0:
-        raise ValueError(
-            f'images, crop_padding: expected [B, H, W, C] and at least 0, got {images.shape} and {crop_padding}; '
-            'give masks a last axis of 1'
-        )
+    shape = batch.image.shape
+    if len(shape) != 4 or crop_padding < 0:
+        raise ValueError(f'batch: got images {shape} and crop_padding {crop_padding}; expected [B, H, W, C] and ≥ 0')
     crop_key, flip_key = jax.random.split(key)
-    if crop_padding:
-        edge = (crop_padding, crop_padding)
-        padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)))
-        corners = jax.random.randint(crop_key, (images.shape[0], 2), 0, 2 * crop_padding + 1)
-        crop = jax.vmap(lambda image, at: lax.dynamic_slice(image, (at[0], at[1], 0), images.shape[1:]))
-        images = crop(padded, corners)
-    if flip:
-        mirrored = jax.random.bernoulli(flip_key, shape=(images.shape[0], 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
-    return images
+    corners = jax.random.randint(crop_key, (shape[0], 2), 0, 2 * crop_padding + 1)
+    mirrored = jax.random.bernoulli(flip_key, shape=(shape[0], 1, 1, 1))
+
+    def move(images: Array) -> Array:
+        if crop_padding:
+            edge = (crop_padding, crop_padding)
+            padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)))
+            crop = jax.vmap(lambda image, at: lax.dynamic_slice(image, (at[0], at[1], 0), images.shape[1:]))
+            images = crop(padded, corners)
+        return jnp.where(mirrored, images[:, :, ::-1], images) if flip else images
+
+    is_mask = getattr(batch.label, 'shape', None) == shape[:3]
+    return Batch(move(batch.image), move(batch.label[..., None])[..., 0] if is_mask else batch.label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import chex
 import numpy as np
 
 from branchy_jax.data.dataset import Dataset, fit_normalization
@@ -18,27 +17,28 @@ _SCRAP = 8
 def digit_canvases(
     digits: Dataset, *, side: int = 48, most_digits: int = 3, most_clutter: int = 8, seed: int = 0
 ) -> Dataset:
-    """Puts digits on square canvases: each pixel is background (0) or belongs to a digit d (class d + 1).
+    """Puts digits on square canvases: each pixel is background (class 0) or belongs to a digit d (class d + 1).
 
-    Canvases differ in difficulty: the number of digits is uniform in 1 to ``most_digits`` and that of clutter, scraps
-    of other digits that count as background, in 0 to ``most_clutter``. Later digits lie over earlier ones.
+    Canvases differ in difficulty: the number of digits is uniform in 1 to ``most_digits``. The number of pieces of
+    clutter is uniform in 0 to ``most_clutter``; clutter is cut from other digits and counts as background. Later digits
+    cover earlier ones.
 
-    Each split is made of its own digits only, so no digit is seen in two splits, and has as many canvases as digits.
-    The same digits, sizes and seed give the same canvases.
+    Each split uses its own digits only and has as many canvases as digits. The same digits, sizes and seed give the
+    same canvases.
 
     Args:
         digits: such as ``load_dataset('mnist5k')``; one channel.
         side: height and width of a canvas in pixels.
-        most_digits: upper end of their number on a canvas.
-        most_clutter: upper end of the number of scraps.
-        seed: of everything random.
+        most_digits: the largest number of digits on a canvas.
+        most_clutter: the largest number of pieces of clutter on a canvas.
+        seed: decides everything random.
 
     Returns:
         `Dataset` with images ``[M, side, side, 1]`` uint8, masks ``[M, side, side]`` uint8, and one class more.
 
     Raises:
-        ValueError: a canvas smaller than a digit, digits with several channels or left on disk, or no digits at all on
-            a canvas.
+        ValueError: if a canvas is smaller than a digit, the digits have several channels or are on disk, or
+            ``most_digits`` or ``most_clutter`` is too small.
 
     Example:
         >>> canvases = digit_canvases(load_dataset('mnist5k'))  # doctest: +SKIP
@@ -46,26 +46,21 @@ def digit_canvases(
         ((3600, 48, 48, 1), (3600, 48, 48))
     """
     if not isinstance(digits.train, Batch):
-        raise ValueError('digits: their training images lie on disk; load them with in_memory=True')
+        raise ValueError('digits: their training images are on disk; load them with in_memory=True')
     height, width, channels = digits.image_shape
     if channels != 1 or side < max(height, width):
-        raise ValueError(f'side: got {side} for digits of {digits.image_shape}; they need one channel and room')
+        raise ValueError(f'side: got {side} for digits of {digits.image_shape}; give at least their size, one channel')
     if most_digits < 1 or most_clutter < 0:
-        raise ValueError(f'most_digits: got {most_digits} digits, {most_clutter} scraps; expected at least 1 and 0')
+        raise ValueError(f'most_digits: got {most_digits}, and most_clutter {most_clutter}; expected at least 1 and 0')
     splits = {}
     for number, split in enumerate(('train', 'validation', 'test')):
         source: Batch = getattr(digits, split)
         generator = np.random.default_rng([seed, number])
         pairs = [_canvas(generator, source, side, most_digits, most_clutter) for _ in range(len(source))]
-        images, masks = (np.stack(part) for part in zip(*pairs, strict=True))
-        chex.assert_shape([images, masks], (len(source), side, side))
+        images, masks = map(np.stack, zip(*pairs, strict=True))
         splits[split] = Batch(images[..., None], masks)
-    return Dataset(
-        name=f'digit_canvases/{digits.name}',
-        **splits,
-        num_classes=digits.num_classes + 1,
-        normalization=fit_normalization(splits['train'].image),
-    )
+    name, normalization = f'digit_canvases/{digits.name}', fit_normalization(splits['train'].image)
+    return Dataset(name, num_classes=digits.num_classes + 1, normalization=normalization, **splits)
 
 
 def _canvas(
@@ -80,14 +75,13 @@ def _canvas(
     for _ in range(generator.integers(1, most_digits + 1)):
         chosen = generator.integers(len(digits))
         digit = digits.image[chosen, ..., 0]
-        place = _paint(generator, image, digit)
-        ink = digit >= _INK
-        mask[place][ink] = digits.label[chosen] + 1
+        position = _paint(generator, image, digit)
+        mask[position][digit >= _INK] = digits.label[chosen] + 1
     return image, mask
 
 
 def _paint(generator: np.random.Generator, image: np.ndarray, piece: Array) -> tuple[slice, slice]:
-    """Lays a piece anywhere on the image, the brighter pixel showing, and returns where."""
+    """Draws a piece at a random position, where the brighter pixel wins, and returns the position."""
     corner = [generator.integers(0, whole - part + 1) for whole, part in zip(image.shape, piece.shape, strict=True)]
     row, column = (slice(start, start + length) for start, length in zip(corner, piece.shape, strict=True))
     image[row, column] = np.maximum(image[row, column], piece)

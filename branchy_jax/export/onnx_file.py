@@ -1,270 +1,230 @@
-"""Networks as one ONNX file: a conditional for each side exit, or every exit's logits for batches."""
+"""Networks as one ONNX file: with a conditional at each early exit, or with the logits of every exit for batches."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core as jax_core
 
+from branchy_jax import calling, program
 from branchy_jax.checkpoint import write_atomically
-from branchy_jax.criteria import as_policy
-from branchy_jax.criteria.criterion import Criterion
-from branchy_jax.export.onnx_graph import AnySize, Names, Scope, Spec, Value, known
-from branchy_jax.export.onnx_translation import TRACED_BATCH, Unsupported, translate
+from branchy_jax.criteria import Criterion, as_policy
+from branchy_jax.export.programs import ANSWER, described
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.optimize import optimize
-from branchy_jax.models.attached.program import trace
-from branchy_jax.models.branchy import BranchyNet, run_segment
-from branchy_jax.types import ExitPolicy, Normalization, Variables, input_specs
+from branchy_jax.jaxprs import Equation, Program
+from branchy_jax.translate.onnx_graph import Graph, Value, computed, known
+from branchy_jax.translate.onnx_translation import (
+    UntranslatableError,
+    Values,
+    start,
+    translate,
+    translate_function,
+    value_in,
+)
+from branchy_jax.types import Normalization, Variables
 
 OPSET = 17
 """The version of ONNX's operators that files are written in."""
 
-_IR_VERSION = 8  # the one of opset 17's time: any reader of that opset reads it
+_IR_VERSION = 8  # of the time of opset 17, so that every reader of that opset reads the file
 _MOST_BYTES = 2**31 - 2**20  # what a protobuf message holds, less what the nodes take
-_ANSWER = ('label', 'exit_index', 'logits', 'uncertainty')
 
 
 def save_onnx(
     path: Path | str,
-    model: BranchyNet,
+    model: Any,
     variables: Variables,
+    policy: Any,
     *,
-    thresholds: Any,
+    inputs: Any,
     normalization: Normalization | None = None,
     batch: bool = False,
 ) -> None:
-    """Exports a trained network as one ONNX file whose conditionals skip what an exit makes superfluous.
+    """Exports a trained network as one ONNX file whose conditionals skip the stages after a confident exit.
 
     The file takes ``image`` ``[1, H, W, C]``, a batch of one, and returns ``label`` ``[1]``, ``exit_index`` ``[1]``,
     ``logits`` ``[1, K]`` and ``uncertainty`` ``[1]``. Each stage after the first lies in the else branch of an ``If``
-    on the exit before it, so that it does not run for an image that has left. Thresholds are the scalar initialisers
-    ``threshold_1``, ``threshold_2``, …: change them in the file, and nothing need be exported again. All numbers are
-    float32. The file's metadata tells the criterion, the thresholds and the
-    normalisation.
+    on the exit before it, so that the stage does not run for an image that has left. Thresholds are the scalar
+    initialisers ``threshold_1``, ``threshold_2``, …, which can be changed in the file without another export. All
+    floats are float32. The file's metadata holds the criterion, the thresholds and the normalisation.
 
-    The network is rewritten as `branchy_jax.inference.optimize` does, in the portable forms, and then translated
-    primitive by primitive. The file is checked by ``onnx.checker``, with the shapes of everything inferred, before it
-    takes its name.
+    The network is rewritten as `branchy_jax.inference.optimize` does, in forms that suit every platform, and then
+    translated primitive by primitive. ``onnx.checker`` checks the file, shapes included, before the file is renamed to
+    ``path``.
 
     Args:
         path: the file to write; its folder is made if missing.
-        model: a network with an ``image_shape``. Where one input is several arrays they are ``image_1``, ….
+        model: a network with N exits.
         variables: trained.
-        thresholds: a policy, whose criterion becomes part of the file, or ``[N - 1]`` thresholds of entropy.
-        normalization: makes it part of the file, which then takes stored pixels, uint8; ``None``: the file takes
+        policy: its criterion becomes part of the file; ``[N - 1]`` thresholds alone are of entropy.
+        inputs: an example of any batch size, or `jax.ShapeDtypeStruct`. Several arrays are called ``image_1``, ….
+        normalization: becomes part of the file, which then takes stored pixels, uint8; with ``None`` the file takes
             what the network takes.
-        batch: instead takes ``image`` ``[B, H, W, C]`` for any B, has no conditionals and no thresholds, and returns
-            the logits of every exit, ``logits_1`` ``[B, K]``, ``logits_2``, ….
+        batch: whether the file takes ``image`` ``[B, H, W, C]`` for any B instead, has no conditionals and no
+            thresholds, and returns the logits of every exit, ``logits_1`` ``[B, K]``, ``logits_2``, ….
 
     Raises:
         ValueError: an argument does not fit the network; the path is a folder or cannot be written; the network
-            computes something that has no ONNX form here (the message names the primitive and where it is), or in
-            another type than float32; the onnx package is missing.
+            computes something that has no ONNX form here (the message names the primitive and its place), or in
+            another dtype than float32; ``batch`` for a network that runs at one batch size alone; the onnx package is
+            missing.
 
     Example:
         >>> import tempfile, onnx, onnx.numpy_helper, branchy_jax as bj
         >>> weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
         >>> path = Path(tempfile.mkdtemp()) / 'digits.onnx'
-        >>> save_onnx(path, weights.model, weights.variables, thresholds=weights.operating_points[0],
+        >>> save_onnx(path, weights.model, weights.variables, weights.operating_points[0], inputs=weights.inputs,
         ...           normalization=weights.normalization)
         >>> file = onnx.load(path)
         >>> [array] = [array for array in file.graph.initializer if array.name == 'threshold_1']
         >>> array.CopyFrom(onnx.numpy_helper.from_array(np.float32(0.5), 'threshold_1'))
         >>> onnx.save(file, path)
     """
-    path, policy = Path(path), as_policy(thresholds, model.num_exits)
-    _check(path, model, variables, normalization)
-    network = optimize(model, variables, forms=Forms(), embed=False)
-    network = network[0], jax.tree.map(np.asarray, network[1])
-    graph = Scope(Names(), any_size=_input_names(model)[0] if batch else '')
-    inputs, hidden = _add_inputs(graph, model, normalization, AnySize() if batch else 1)
-    steps = _Steps(model, variables, network, policy.criterion)
-    if batch:
-        steps.every_exit(graph, hidden)
-    else:
-        for n, threshold in enumerate(np.asarray(policy.thresholds)):
-            graph.arrays[f'threshold_{n + 1}'] = np.array(threshold, np.float32)
-        steps.from_exit(graph, 0, hidden, ())
-    told = {} if batch else {'criterion': policy.criterion.name, 'thresholds': _texts(policy)}
-    _write(path, graph, inputs, {**told, 'normalization': _told(normalization)})
+    path, size = Path(path), program.BATCH if batch else 1
+    stages = program.stages(model, variables, inputs)
+    policy = as_policy(policy, stages.num_exits)
+    if batch and stages.fixed_because:
+        raise stages.refusal()
+    specs = calling.with_batch(inputs, size)
+    _check(path, variables, jax.tree.leaves(specs), normalization)
+    fast_model, fast_variables = optimize(model, variables, inputs=inputs, forms=Forms())
+    weights = jax.tree.leaves(fast_variables)
+    cut = program.cut(program.trace(fast_model, fast_variables, specs), len(weights), stages.exits)
+    network = _Network(program.trace(model, variables, specs), cut, policy.criterion)
+    graph = Graph()
+    file_inputs, images = _add_inputs(graph, specs, normalization)
+    values = start(cut.program, [*map(known, weights), *images])
+    metadata = {'normalization': 'none: the file takes what the network takes'}
+    if normalization is not None:
+        metadata['normalization'] = json.dumps(described(normalization))
+    try:
+        if batch:
+            graph.outputs = [(f'logits_{n + 1}', network.exit(graph, n, values)) for n in range(stages.num_exits)]
+        else:
+            network.from_exit(graph, 0, values, None)
+    except UntranslatableError as error:
+        raise network.refusal(error) from error
+    if not batch:
+        thresholds = np.asarray(policy.thresholds)
+        graph.arrays.update({f'threshold_{n + 1}': np.array(x, np.float32) for n, x in enumerate(thresholds)})
+        metadata['criterion'] = policy.criterion.name
+        metadata['thresholds'] = json.dumps([str(value) for value in thresholds.tolist()])
+    _write(path, graph, file_inputs, metadata)
 
 
-class _Steps:
-    """Translates a network's stages, heads and criterion one after the other."""
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A network to translate.
 
-    def __init__(
-        self, model: BranchyNet, variables: Variables, network: tuple[BranchyNet, Variables], criterion: Criterion
-    ) -> None:
-        self._original, self._network, self._criterion = (model, variables), network, criterion
-        self._count = model.num_exits
+    Attributes:
+        original: the program of the network before rewriting, at the batch size of the file.
+        cut: that of the rewritten network.
+        criterion: of the policy.
+    """
 
-    def every_exit(self, graph: Scope, hidden: Any) -> None:
-        """Adds all stages and heads; the logits of each are an output."""
-        for n in range(self._count):
-            hidden = self._segment(graph, 'stage', n, hidden)
-            logits = self._segment(graph, 'exit', n, hidden)
-            graph.outputs.append((f'logits_{n + 1}', logits))
+    original: Program
+    cut: program.Cut
+    criterion: Criterion
 
-    def from_exit(self, graph: Scope, n: int, hidden: Any, carry: Any) -> None:
-        """Adds stage n, its exit, and the conditional with all that follows; the answer is the graph's output."""
-        hidden = self._segment(graph, 'stage', n, hidden)
-        logits = self._segment(graph, 'exit', n, hidden)
-        criterion = self._criterion
+    def exit(self, graph: Graph, n: int, values: Values) -> Value:
+        """Adds stage and head n, and returns the logits."""
+        for kind, numbers in (('stage', self.cut.stages[n]), ('exit', self.cut.heads[n])):
+            graph.prefix = f'{kind}_{n + 1}/'
+            translate(graph, self.cut.program, numbers, values)
+        return value_in(values, self.cut.outputs[n])
 
-        def ask(logits: Any, carry: Any) -> Any:
-            answer, uncertainty, after = criterion.update(logits, criterion.init(logits) if n == 0 else carry, n)
-            return criterion.decide(answer), answer, uncertainty, after
+    def from_exit(self, graph: Graph, n: int, values: Values, carry: Any) -> None:
+        """Adds exit n and the conditional with all that follows; the answer is the graph's output."""
 
+        def judge(logits: Any, carry: Any) -> Any:
+            answer, uncertainty, after = self.criterion(logits, carry, n)
+            return self.criterion.decide(answer), answer, uncertainty, after
+
+        logits = self.exit(graph, n, values)
         graph.prefix = f'criterion_{n + 1}/'
-        label, answer, uncertainty, carry = self._add(graph, f'criterion {criterion.name!r}', ask, (), logits, carry)
-        found = [label, known(np.array([n], np.int32)), answer, uncertainty]
-        if n == self._count - 1:
-            graph.outputs = list(zip(_ANSWER, found, strict=True))
+        label, answer, uncertainty, carry = translate_function(graph, judge, logits, carry)
+        answers = [label, known(np.array([n], np.int32)), answer, uncertainty]
+        graph.outputs = list(zip(ANSWER, answers, strict=True))
+        if n == len(self.cut.outputs) - 1:
             return
-        confident = graph.node('Less', graph.read(uncertainty), f'threshold_{n + 1}')
-        leaves, goes_on = Scope(graph.names, graph), Scope(graph.names, graph)
-        leaves.outputs = list(zip(_ANSWER, found, strict=True))
-        self.from_exit(goes_on, n + 1, hidden, carry)
-        names = [graph.names.fresh(f'exit_{n + 1}/', name) for name in _ANSWER]
-        graph.node('If', confident, outputs=names, then_branch=leaves, else_branch=goes_on)
-        graph.outputs = [
-            (name, graph.plain(made, value.shape, value.dtype))
-            for name, made, value in zip(_ANSWER, names, found, strict=True)
-        ]
+        confident = graph.node('Less', graph.read(uncertainty), f'threshold_{n + 1}')  # strict, and false for NaN
+        leaves, goes_on = Graph(graph), Graph(graph)
+        leaves.outputs = graph.outputs
+        self.from_exit(goes_on, n + 1, values, carry)
+        graph.prefix = f'exit_{n + 1}/'
+        names = [graph.fresh(name) for name in ANSWER]
+        branches = {
+            'then_branch': leaves.finish(f'{graph.prefix}leaves'),
+            'else_branch': goes_on.finish(f'{graph.prefix}goes_on'),
+        }
+        graph.node('If', confident, outputs=names, **branches)
+        made = [computed(name, value.shape, value.dtype) for name, value in zip(names, answers, strict=True)]
+        graph.outputs = list(zip(ANSWER, made, strict=True))
 
-    def _segment(self, graph: Scope, kind: str, n: int, hidden: Any) -> Any:
-        model, variables = self._network
-        own = {'params': {f'{kind}{n + 1}': variables['params'].get(f'{kind}{n + 1}', {})}} if variables else {}
-        graph.prefix = f'{kind}_{n + 1}/'
-        try:
-            return self._add(graph, f'{kind} {n + 1}', functools.partial(run_segment, model, kind, n), own, hidden)
-        except Unsupported as error:
-            layer = _layer_of(error.primitive, *self._original, kind, n)
-            raise ValueError(f'{error}{layer}') from error
+    def refusal(self, error: UntranslatableError) -> ValueError:
+        """Returns the error that names the part, and where the network before rewriting computes the same."""
 
-    def _add(self, graph: Scope, place: str, function: Callable[..., Any], own: Any, *arguments: Any) -> Any:
-        """Traces ``function(own, *arguments)``, or without ``own`` if that is ``()``, and translates it."""
+        def kind_of(equation: Equation) -> tuple[str, Any]:
+            return equation.primitive.name, equation.outvars[0].aval.dtype
 
-        def flat(weights: Any, arguments: Any) -> Any:
-            return function(*arguments) if own == () else function(weights, *arguments)
-
-        def traced(size: int) -> Any:
-            return trace(flat, *jax.tree.map(lambda value: _sized(value, size), (own, arguments)))
-
-        jaxpr, structure = traced(TRACED_BATCH)
-        larger = traced(TRACED_BATCH + 1)[0] if graph.any_size else None
-        values = [v if isinstance(v, Value) else known(v) for v in jax.tree.leaves((own, arguments))]
-        try:
-            return jax.tree.unflatten(structure, translate(graph, jaxpr, values, larger))
-        except Unsupported as error:
-            raise Unsupported(
-                error.primitive, f'model: {place} computes {error.primitive!r}, which has no ONNX form here: {error}'
-            ) from error
+        part, place, kind = error.part.strip('/').replace('_', ' '), error.place, kind_of(error.equation)
+        if part.startswith('criterion'):
+            part = f'criterion {self.criterion.name!r}'
+        else:
+            alike = (n for n, equation in enumerate(self.original.equations) if kind_of(equation) == kind)
+            place = next(map(self.original.where, alike), place)
+        return ValueError(f'model: {part} computes {kind[0]!r}, which has no ONNX form here: {error} (at {place})')
 
 
-def _sized(value: Any, batch: int) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a value for some number of images."""
-    shape = [size.times * batch if isinstance(size, AnySize) else size for size in value.shape]
-    return jax.ShapeDtypeStruct(shape, value.dtype)
-
-
-def _check(path: Path, model: BranchyNet, variables: Variables, normalization: Normalization | None) -> None:
+def _check(path: Path, variables: Variables, specs: list[Any], normalization: Normalization | None) -> None:
     try:
         import onnx  # noqa: F401 - what the file is written with
     except ImportError as error:
         raise ValueError('save_onnx needs the onnx package; pip install branchy-jax[onnx]') from error
     if path.is_dir():
         raise ValueError(f'path: {path} is a folder; give the name of a file, such as {path / "network.onnx"}')
-    if model.image_shape is None:
-        raise ValueError('model: has no image_shape, which the file needs; build it with image_shape=…')
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     if total > _MOST_BYTES:
         raise ValueError(f'variables: {total:,} bytes of weights do not fit into one ONNX file, which holds 2 GiB')
-    specs = jax.tree.leaves(input_specs(model.image_shape, 1))
     if normalization is None:
         return
     channels = np.shape(normalization.mean)[-1:]
     if len(specs) != 1 or len(specs[0].shape) != 4 or channels not in ((1,), (), specs[0].shape[-1:]):
-        found = ', '.join(str(list(spec.shape[1:])) for spec in specs)
-        raise ValueError(f'normalization: is for images of {channels} channels, but an input of the network is {found}')
+        arrived = ', '.join(str(list(spec.shape[1:])) for spec in specs)
+        raise ValueError(
+            f'normalization: is for images of {channels} channels, but an input of the network is {arrived}'
+        )
 
 
-def _input_names(model: BranchyNet) -> list[str]:
-    count = len(jax.tree.leaves(input_specs(model.image_shape, 1)))
-    return ['image'] if count == 1 else [f'image_{n + 1}' for n in range(count)]
-
-
-def _add_inputs(
-    graph: Scope, model: BranchyNet, normalization: Normalization | None, size: Any
-) -> tuple[list[Value], Any]:
-    """Returns the file's inputs, and what the first stage takes."""
-    specs, structure = jax.tree.flatten(input_specs(model.image_shape, 1))
-    specs = [Spec((size, *spec.shape[1:]), spec.dtype) for spec in specs]
-    dtypes = [spec.dtype if normalization is None else np.uint8 for spec in specs]
-    names = _input_names(model)
-    inputs = [graph.plain(name, spec.shape, dtype) for name, spec, dtype in zip(names, specs, dtypes, strict=True)]
+def _add_inputs(graph: Graph, specs: Any, normalization: Normalization | None) -> tuple[list[Value], list[Value]]:
+    """Returns the file's inputs, and what the network takes."""
+    leaves = jax.tree.leaves(specs)
+    names = ['image'] if len(leaves) == 1 else [f'image_{n + 1}' for n in range(len(leaves))]
+    dtypes = [spec.dtype if normalization is None else np.uint8 for spec in leaves]
+    inputs = [computed(name, spec.shape, dtype) for name, spec, dtype in zip(names, leaves, dtypes, strict=True)]
+    graph.batch_of = names[0]
     if normalization is None:
-        return inputs, jax.tree.unflatten(structure, inputs)
+        return inputs, inputs
     graph.prefix = 'normalization/'
+    order = (0, 3, 1, 2)  # one value per channel broadcasts faster when channels do not lie last
+    pixels = dataclasses.replace(inputs[0], name=graph.read(inputs[0], order), order=order)
     mean, deviation = (np.asarray(value, np.float64) for value in (normalization.mean, normalization.deviation))
-    # Channels first, since a value per channel that lies last is slow to broadcast.
-    order = (0, 3, 1, 2)
-    hidden = dataclasses.replace(inputs[0], name=graph.read(inputs[0], order), order=order, dtype=np.dtype(np.float32))
-    name = graph.node('Cast', hidden.name, to=hidden.dtype)
-    for op, values in (('Mul', 1 / (255 * deviation)), ('Add', -mean / deviation)):
-        values = np.asarray(values, np.float32)
-        name = graph.node(op, name, graph.constant(values.reshape(-1, 1, 1) if values.size > 1 else values.reshape(())))
-    return inputs, jax.tree.unflatten(structure, [dataclasses.replace(hidden, name=name)])
+    scale, shift = (np.float32(x).reshape(1, 1, 1, -1) for x in (1 / 255 / deviation, -mean / deviation))
+    return inputs, [translate_function(graph, lambda images: images.astype(np.float32) * scale + shift, pixels)]
 
 
-def _layer_of(primitive: str, model: BranchyNet, variables: Variables, kind: str, n: int) -> str:
-    """Returns where in the network's modules a primitive is, if that can be told."""
-    hidden = input_specs(model.image_shape, 1)
-    for m in range(n + (kind == 'exit')):
-        hidden = jax.eval_shape(functools.partial(run_segment, model, 'stage', m), variables, hidden)
-    closed = jax.make_jaxpr(functools.partial(run_segment, model, kind, n))(variables, hidden)
-    for place, equation in _equations(closed.jaxpr, ''):
-        if equation.primitive.name == primitive and place:
-            return f' (in {place})'
-    return ''
-
-
-def _equations(jaxpr: jax_core.Jaxpr, outside: str) -> Any:
-    for equation in jaxpr.eqns:
-        place = '/'.join(filter(None, [outside, str(equation.source_info.name_stack)]))
-        yield place, equation
-        for value in jax.tree.leaves(tuple(equation.params.values())):
-            inner = getattr(value, 'jaxpr', value)
-            if isinstance(inner, jax_core.Jaxpr):
-                yield from _equations(inner, place)
-
-
-def _texts(policy: ExitPolicy) -> str:
-    return json.dumps([str(value) for value in np.asarray(policy.thresholds).tolist()])
-
-
-def _told(normalization: Normalization | None) -> str:
-    if normalization is None:
-        return 'none: the file takes what the network takes'
-    mean, deviation = (np.asarray(value).tolist() for value in (normalization.mean, normalization.deviation))
-    return json.dumps({'formula': '(pixels / 255 - mean) / deviation', 'mean': mean, 'deviation': deviation})
-
-
-def _write(path: Path, graph: Scope, inputs: list[Value], metadata: dict[str, str]) -> None:
-    """Makes the file's content of a graph, checks it and writes it."""
+def _write(path: Path, graph: Graph, inputs: list[Value], metadata: dict[str, str]) -> None:
+    """Checks the file's content and writes it."""
     import onnx
     from onnx import helper
 
     content = helper.make_model(
-        _graph(graph, 'network', inputs),
+        graph.finish('network', inputs),
         opset_imports=[helper.make_opsetid('', OPSET)],
         ir_version=_IR_VERSION,
         producer_name='branchy_jax',
@@ -275,39 +235,3 @@ def _write(path: Path, graph: Scope, inputs: list[Value], metadata: dict[str, st
         write_atomically(path, lambda temporary: temporary.write_bytes(content.SerializeToString()))
     except OSError as error:
         raise ValueError(f'path: cannot write {path}: {error}; nothing was left there') from error
-
-
-def _graph(scope: Scope, name: str, inputs: list[Value]) -> Any:
-    """Returns a graph as onnx holds it."""
-    from onnx import helper, numpy_helper
-
-    outputs = []
-    for output, value in scope.outputs:
-        inner = scope.outer is not None
-        unique = scope.names.fresh(f'{name}/', output) if inner else output
-        scope.prefix = f'{name}/'
-        scope.node('Identity', scope.read(scope.full(value)), outputs=[unique])
-        outputs.append(_array(unique, value))
-    nodes = []
-    for node in scope.nodes:
-        attributes = {key: _attribute(value, f'{node.name}/{key}') for key, value in node.attributes.items()}
-        nodes.append(helper.make_node(node.op, node.inputs, node.outputs, name=node.name, **attributes))
-    arrays = [numpy_helper.from_array(array, name) for name, array in scope.arrays.items()]
-    return helper.make_graph(nodes, name, [_array(value.name, value) for value in inputs], outputs, arrays)
-
-
-def _attribute(value: Any, name: str) -> Any:
-    from onnx import helper
-
-    if isinstance(value, Scope):
-        return _graph(value, name, [])
-    if isinstance(value, np.dtype):
-        return helper.np_dtype_to_tensor_dtype(value)
-    return int(value) if isinstance(value, (int, np.integer)) else [int(number) for number in value]
-
-
-def _array(name: str, value: Value) -> Any:
-    from onnx import helper
-
-    shape = [int(size) if isinstance(size, (int, np.integer)) else 'batch' for size in value.shape]
-    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype)), shape)

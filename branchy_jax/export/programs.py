@@ -1,39 +1,45 @@
-"""The programs that a network is exported as: flat functions of arrays, with the names of what goes in and out."""
+"""The programs that a network is exported as: flat functions of arrays, with names for arguments and results."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
-from flax import traverse_util
+import numpy as np
 from jax import lax
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
-from branchy_jax.criteria.criterion import Criterion
+from branchy_jax import calling, program
+from branchy_jax.criteria import Criterion
 from branchy_jax.inference.compacted import compacted
-from branchy_jax.inference.rewriting.forms import Forms
-from branchy_jax.inference.rewriting.optimize import default_forms, optimize
+from branchy_jax.inference.rewriting.forms import Forms, default_forms
+from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.staged import staged
-from branchy_jax.inference.steps import Executor
-from branchy_jax.models.branchy import BranchyNet, run_segment
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, input_specs
+from branchy_jax.inference.steps import arrays_of
+from branchy_jax.jaxprs import variables_of
+from branchy_jax.types import Array, ExitPolicy, Normalization, Variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-"""What programs are lowered for, all in one module."""
+"""The platforms that every program is lowered for, in one module."""
+
+ANSWER = ('label', 'exit_index', 'logits', 'uncertainty')
+"""The names of the results of whole networks."""
 
 _MOST_EMBEDDED_BYTES = 2**24
-_ANSWER = ('label', 'exit_index', 'logits', 'uncertainty')
 _MORE_THAN_STABLEHLO = ('stablehlo.custom_call', 'stablehlo.infeed', 'stablehlo.outfeed', 'stablehlo.send')
 
 Weights = dict[str, Array]
-"""Name to array, as stored beside the programs; empty where they are constants of the programs."""
+"""Arrays by name, as stored beside the programs; empty if they are constants of the programs."""
+
+Specs = dict[str, jax.ShapeDtypeStruct]
+"""Shapes and dtypes by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,130 +49,172 @@ class Program:
     Attributes:
         name: ``'staged'``, ``'batch'``, ``'stage 1'``, ``'exit 1'``, ….
         function: ``(weights, *inputs) → outputs``, a tuple of arrays.
-        weights: what it takes of them.
-        inputs: name to shape and dtype; a symbolic first axis takes any number of images.
-        outputs: the names of what it returns.
-        details: that the manifest tells besides.
+        portable: the same in forms that suit every platform.
+        weights: the weights that the function reads.
+        inputs: shapes and dtypes by name; with a symbolic first axis the program takes any number of images.
+        outputs: the names of the results.
+        details: more entries of the manifest.
     """
 
     name: str
     function: Callable[..., tuple[Array, ...]]
+    portable: Callable[..., tuple[Array, ...]]
     weights: Weights
-    inputs: dict[str, jax.ShapeDtypeStruct]
+    inputs: Specs
     outputs: tuple[str, ...]
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rewritten:
+class Network:
     """A network rewritten for export.
 
     Attributes:
-        portable: the network in forms that suit every platform, and its variables, one entry per stage and head.
-        on_cpu: the same in the forms that a CPU runs fastest, weights embedded; ``None`` where weights lie beside.
-        embedded: whether weights are constants of the programs.
+        inputs: shapes and dtypes of one set of inputs, ``[1, …]``.
+        criterion: of the policy.
+        portable: the network in forms that suit every platform, and its variables ``{'params': {name: array}}``.
+        on_cpu: the network in the forms that a CPU runs fastest, and its variables; ``None`` if ``portable`` serves.
+        stages: of ``portable``.
+        weights: all weights that lie beside the programs; empty if they are constants of the programs.
         platforms: that programs are lowered for.
     """
 
-    portable: tuple[BranchyNet, Variables]
-    on_cpu: tuple[BranchyNet, Variables] | None
-    embedded: bool
+    inputs: Any
+    criterion: Criterion
+    portable: tuple[Any, Variables]
+    on_cpu: tuple[Any, Variables] | None
+    stages: program.Stages
+    weights: Weights
     platforms: tuple[str, ...]
 
-    @property
-    def weights(self) -> Weights:
-        """All weights that lie beside the programs."""
-        return {} if self.embedded else _flat(self.portable[1])
+    def staged(self) -> Program:
+        """Returns the program of `branchy_jax.inference.staged`: one image, with conditionals inside."""
+        one = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype), self.inputs)
+        details = {'conditionals': self.stages.num_exits - 1}
+        return self._whole('staged', staged, {'image': one}, details)
+
+    def batch(self, batch_size: int, chunk_sizes: Sequence[int]) -> Program:
+        """Returns the program of `branchy_jax.inference.compacted`: a batch of fixed size."""
+        build = functools.partial(compacted, chunk_size=tuple(chunk_sizes), on_host=False)
+        images = {'images': calling.with_batch(self.inputs, batch_size)}
+        return self._whole('batch', build, images, {'batch_size': batch_size, 'chunk_sizes': list(chunk_sizes)})
+
+    def _whole(self, name: str, build: Callable[..., Any], images: dict[str, Any], details: dict[str, Any]) -> Program:
+        """Returns the program of an executor; its function contains the form for the platform that will compile it."""
+        structure = jax.tree.structure(self.inputs)
+
+        def run(form: tuple[Any, Variables], *inputs: Array) -> tuple[Array, ...]:
+            (model, variables), policy = form, ExitPolicy(self.criterion, inputs[-1])
+            return arrays_of(build(model).program(variables, jax.tree.unflatten(structure, inputs[:-1]), policy))
+
+        def portable(weights: Weights, *inputs: Array) -> tuple[Array, ...]:
+            model, variables = self.portable
+            return run((model, {'params': weights} if self.weights else variables), *inputs)
+
+        def function(weights: Weights, *inputs: Array) -> tuple[Array, ...]:
+            if self.on_cpu is None:
+                return portable(weights, *inputs)
+            if self.platforms == ('cpu',):
+                return run(self.on_cpu, *inputs)
+            on_cpu, elsewhere = functools.partial(run, self.on_cpu), functools.partial(portable, weights)
+            return lax.platform_dependent(*inputs, cpu=on_cpu, default=elsewhere)
+
+        thresholds = jax.ShapeDtypeStruct((self.stages.num_exits - 1,), jnp.float32)
+        inputs = _named({**images, 'thresholds': thresholds})
+        return Program(name, function, portable, self.weights, inputs, ANSWER, details)
+
+    def parts(self) -> tuple[list[Program], list[dict[str, Any]]]:
+        """Returns every stage and head alone, for any number of images, so that they can run on different machines.
+
+        Returns:
+            The programs; and for the inputs and each early exit, the bytes per image that the next stage receives.
+        """
+        model, variables = self.portable
+        hidden, carry = calling.with_batch(self.inputs, program.BATCH), None
+        traced = program.trace(model, variables, hidden)
+        cut = program.cut(traced, len(jax.tree.leaves(variables)), self.stages.exits)
+        names = dict(zip(cut.program.inputs, sorted(self.weights), strict=False))
+
+        def read(numbers: Iterable[int]) -> Weights:
+            """Returns the weights that equations read."""
+            values = {v for number in numbers for v in variables_of(cut.program.equations[number].invars)}
+            return {name: self.weights[name] for v, name in names.items() if v in values}
+
+        programs, cuts = [], [_cut_after('input', hidden)]
+        for n in range(self.stages.num_exits):
+            run_stage, run_exit = functools.partial(self._run_stage, n), functools.partial(self._run_exit, n)
+            stage, result = self._part(f'stage {n + 1}', run_stage, read(cut.stages[n]), {'hidden': hidden})
+            hidden = result['hidden']
+            given = {'hidden': hidden, 'carry': carry}
+            head, result = self._part(f'exit {n + 1}', run_exit, read(cut.heads[n]), given)
+            carry = result['carry']
+            programs += [stage, head]
+            cuts.append(_cut_after(head.name, (hidden, carry)))
+        return programs, cuts[:-1]  # nothing follows the last exit
+
+    def _part(self, name: str, run: Callable[..., Any], own: Weights, given: dict[str, Any]) -> tuple[Program, Any]:
+        """Returns the program of a stage or head, and the shapes of its results."""
+        variables, structure = self.portable[1], jax.tree.structure(tuple(given.values()))
+        results = jax.eval_shape(run, variables, *given.values())
+
+        def function(weights: Weights, *leaves: Array) -> tuple[Array, ...]:
+            # The program does not read its other weights; their shapes stand in for them.
+            used = {'params': {**calling.specs(self.weights), **weights}} if self.weights else variables
+            return tuple(jax.tree.leaves(run(used, *jax.tree.unflatten(structure, leaves))))
+
+        return Program(name, function, function, own, _named(given), tuple(_named(results))), results
+
+    def _run_stage(self, n: int, variables: Variables, hidden: Any) -> dict[str, Any]:
+        return {'hidden': self.stages.run_stage(n, variables, hidden)}
+
+    def _run_exit(self, n: int, variables: Variables, hidden: Any, carry: Any) -> dict[str, Any]:
+        logits, uncertainty, carry = self.criterion(self.stages.run_exit(n, variables, hidden), carry, n)
+        label = self.criterion.decide(logits)
+        return {'label': label, 'logits': logits, 'uncertainty': uncertainty, 'carry': carry}
 
 
-def rewrite(model: BranchyNet, variables: Variables, platforms: Sequence[str]) -> Rewritten:
+def rewrite(model: Any, variables: Variables, criterion: Criterion, inputs: Any, platforms: Sequence[str]) -> Network:
     """Rewrites a network for export, exactly up to rounding.
 
-    Weights of up to 16 MiB become constants of the programs. Then a module can hold two forms of the network, one for
-    CPUs and one for everything else, as `branchy_jax.inference.optimize` would choose.
+    Weights of up to 16 MiB become constants of the programs. A program can then hold two forms of the network, those
+    that `branchy_jax.inference.optimize` would choose: one for CPUs and one for every other platform.
 
     Args:
-        model: with an ``image_shape``.
+        model: a network with N exits.
         variables: trained.
+        criterion: of the policy.
+        inputs: an example, or its shapes.
         platforms: some of `PLATFORMS`.
+
+    Raises:
+        ValueError: a network that runs at the batch size of the example alone.
     """
-    portable = optimize(model, variables, forms=Forms(), embed=False)
-    embedded = sum(leaf.nbytes for leaf in jax.tree.leaves(portable[1])) <= _MOST_EMBEDDED_BYTES
-    on_cpu = None
-    if embedded and 'cpu' in platforms:
-        on_cpu = optimize(model, variables, forms=default_forms(platform='cpu'), embed=True)
-    return Rewritten(portable, on_cpu, embedded, tuple(platforms))
+    inputs = calling.with_batch(inputs, 1)
+    portable = optimize(model, variables, inputs=inputs, forms=Forms())
+    stages = program.stages(*portable, inputs)
+    if stages.fixed_because:
+        raise stages.refusal()
+    weights, on_cpu = portable[1]['params'], None
+    if sum(leaf.nbytes for leaf in weights.values()) <= _MOST_EMBEDDED_BYTES:
+        weights = {}
+        if 'cpu' in platforms:
+            on_cpu = optimize(model, variables, inputs=inputs, forms=default_forms(platform='cpu'))
+    return Network(inputs, criterion, portable, on_cpu, stages, weights, tuple(platforms))
 
 
-def staged_program(network: Rewritten, criterion: Criterion) -> Program:
-    """One image, conditionals inside: what `branchy_jax.inference.staged` runs."""
-    model = network.portable[0]
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), input_specs(model.image_shape, 1))
-    return Program(
-        name='staged',
-        function=_whole(network, criterion, staged),
-        weights=network.weights,
-        inputs={**_named('image', one), 'thresholds': _floats((model.num_exits - 1,))},
-        outputs=_ANSWER,
-        details={'conditionals': model.num_exits - 1},
-    )
+def plain_text(part: Program) -> str | None:
+    """Lowers a program for one platform and prints it, without source locations and without attributes of JAX.
 
+    The module is ``@network``, its function ``@main``, which takes the weights in the order of their names, then the
+    inputs. A program for any number of images becomes one for a single image: other compilers need fixed shapes.
 
-def batch_program(network: Rewritten, criterion: Criterion, batch_size: int, chunk_sizes: Sequence[int]) -> Program:
-    """A batch of fixed size, survivors compacted: what `branchy_jax.inference.compacted` runs without a host."""
-    model, chunk_sizes = network.portable[0], tuple(chunk_sizes)
-    build = functools.partial(compacted, chunk_size=chunk_sizes, on_host=False)
-    return Program(
-        name='batch',
-        function=_whole(network, criterion, build),
-        weights=network.weights,
-        inputs={
-            **_named('images', input_specs(model.image_shape, batch_size)),
-            'thresholds': _floats((model.num_exits - 1,)),
-        },
-        outputs=_ANSWER,
-        details={'batch_size': batch_size, 'chunk_sizes': list(chunk_sizes)},
-    )
-
-
-def part_programs(network: Rewritten, criterion: Criterion) -> tuple[list[Program], list[dict[str, Any]]]:
-    """Every stage and every head alone, for any number of images, so that they can run in different places.
+    Any compiler may read the text, so the program is in forms that suit every platform.
 
     Returns:
-        The programs, and for each place between them the bytes of one image: what a cut there would send.
+        The text; ``None`` if the program needs more than StableHLO, such as a function of its process.
     """
-    model, variables = network.portable
-    (count,) = jax.export.symbolic_shape('batch')
-    hidden, carry = input_specs(model.image_shape, count), ()
-    programs, cuts = [], [{'after': 'input', 'bytes_per_image': _bytes_per_image(hidden)}]
-    for n in range(model.num_exits):
-        run, head = functools.partial(run_segment, model, 'stage', n), functools.partial(_run_exit, model, criterion, n)
-        result = jax.eval_shape(run, variables, hidden)
-        programs.append(_part(network, f'stage {n + 1}', run, {'hidden': hidden}, tuple(_named('hidden', result))))
-        hidden, before = result, carry
-        *_, carry = jax.eval_shape(head, variables, hidden, before)
-        outputs = (*(name for name in _ANSWER if name != 'exit_index'), *_named('carry', carry))
-        programs.append(_part(network, f'exit {n + 1}', head, {'hidden': hidden, 'carry': before}, outputs))
-        if n + 1 < model.num_exits:
-            cuts.append({'after': f'exit {n + 1}', 'bytes_per_image': _bytes_per_image((hidden, carry))})
-    return programs, cuts
-
-
-def plain_text(program: Program) -> str | None:
-    """Lowers a program for one platform and prints it, without source locations and notes that only JAX reads.
-
-    The module is ``@network``, its function ``@main``. That takes the weights in the order of their names, then the
-    inputs. A program for any number of images becomes one for a single image: other compilers want fixed shapes.
-
-    Args:
-        program: in forms that suit every platform; which one it will run on is up to who compiles the text.
-
-    Returns:
-        The text; ``None`` if the program asks for more than StableHLO, such as a function of its process.
-    """
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.weights)
-    lower = jax.export.export(jax.jit(program.function, keep_unused=True), platforms=['cpu'])
-    exported = lower(weights, *map(_of_one_image, program.inputs.values()))
+    lower = jax.export.export(jax.jit(part.portable, keep_unused=True), platforms=['cpu'])
+    exported = lower(calling.specs(part.weights), *map(_of_one_image, part.inputs.values()))
     with mlir.make_ir_context():
         module = ir.Module.parse(exported.mlir_module())
         notes = module.operation.attributes
@@ -180,72 +228,26 @@ def plain_text(program: Program) -> str | None:
     return None if any(operation in text for operation in _MORE_THAN_STABLEHLO) else text
 
 
-def _part(
-    network: Rewritten, name: str, run: Callable[..., Any], example: dict[str, Any], outputs: tuple[str, ...]
-) -> Program:
-    params, place = network.portable[1]['params'], name.replace(' ', '')
-    own = {'params': {place: params[place]} if place in params else {}}
-    structure = jax.tree.structure(tuple(example.values()))
-    inputs = {part: spec for argument, tree in example.items() for part, spec in _named(argument, tree).items()}
-
-    def function(weights: Weights, *leaves: Array) -> tuple[Array, ...]:
-        used = own if network.embedded else _nested(weights)
-        return tuple(jax.tree.leaves(run(used, *jax.tree.unflatten(structure, leaves))))
-
-    return Program(name, function, {} if network.embedded else _flat(own), inputs, outputs)
-
-
-def _whole(
-    network: Rewritten, criterion: Criterion, build: Callable[[BranchyNet], Executor]
-) -> Callable[..., tuple[Array, ...]]:
-    """Returns the program of an executor, in the form that suits the platform it will be compiled for."""
-    structure = jax.tree.structure(input_specs(network.portable[0].image_shape, 1))
-
-    def run(form: tuple[BranchyNet, Variables], *inputs: Array) -> tuple[Array, ...]:
-        images, thresholds = jax.tree.unflatten(structure, inputs[:-1]), inputs[-1]
-        answer: ExitPrediction = build(form[0])(form[1], images, ExitPolicy(criterion, thresholds))
-        return tuple(getattr(answer, name) for name in _ANSWER)
-
-    def function(weights: Weights, *inputs: Array) -> tuple[Array, ...]:
-        model, variables = network.portable
-        anywhere = functools.partial(run, (model, variables if network.embedded else _nested(weights)))
-        if network.on_cpu is None:
-            return anywhere(*inputs)
-        on_cpu = functools.partial(run, network.on_cpu)
-        if network.platforms == ('cpu',):
-            return on_cpu(*inputs)
-        return lax.platform_dependent(*inputs, cpu=on_cpu, default=anywhere)
-
-    return function
-
-
-def _run_exit(model: BranchyNet, criterion: Criterion, n: int, variables: Variables, hidden: Any, carry: Any) -> Any:
-    logits = run_segment(model, 'exit', n, variables, hidden)
-    answer, uncertainty, carry = criterion.update(logits, criterion.init(logits) if n == 0 else carry, n)
-    return criterion.decide(answer), answer, uncertainty, carry
-
-
 def _of_one_image(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     shape = tuple(size if isinstance(size, int) else 1 for size in spec.shape)
     return jax.ShapeDtypeStruct(shape, spec.dtype)
 
 
-def _named(name: str, tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    leaves = jax.tree.leaves(tree)
-    return {name if len(leaves) == 1 else f'{name} {n + 1}': leaf for n, leaf in enumerate(leaves)}
+def _named(trees: dict[str, Any]) -> Specs:
+    """Names the leaves of pytrees; several leaves of one are numbered."""
+    named = {}
+    for name, tree in trees.items():
+        leaves = jax.tree.leaves(tree)
+        named.update({name if len(leaves) == 1 else f'{name} {n + 1}': leaf for n, leaf in enumerate(leaves)})
+    return named
 
 
-def _bytes_per_image(tree: Any) -> int:
-    return sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _cut_after(place: str, handed_on: Any) -> dict[str, Any]:
+    sizes = [math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(handed_on)]
+    return {'after': place, 'bytes_per_image': sum(sizes)}
 
 
-def _floats(shape: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _flat(variables: Variables) -> Weights:
-    return traverse_util.flatten_dict(variables['params'], sep='/')
-
-
-def _nested(weights: Weights) -> Variables:
-    return {'params': traverse_util.unflatten_dict(weights, sep='/')}
+def described(normalization: Normalization) -> dict[str, Any]:
+    """Returns a normalisation as JSON can hold it."""
+    mean, deviation = (np.asarray(value).tolist() for value in (normalization.mean, normalization.deviation))
+    return {'formula': '(pixels / 255 - mean) / deviation', 'mean': mean, 'deviation': deviation}

@@ -1,53 +1,117 @@
-"""Batches that really get faster: later stages see survivors only, gathered into fixed-size chunks."""
+"""Batches that get faster: later stages run on the remaining rows only, gathered into chunks of a fixed size."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
-from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
-from branchy_jax.inference.compiler_options import Options, in_order, jit_with
-from branchy_jax.inference.host.pipeline import Answers, Pipeline, submitter
-from branchy_jax.inference.staged import sequential_program
+from branchy_jax import calling
+from branchy_jax.criteria import as_policy
+from branchy_jax.inference.pipeline import Pipeline
 from branchy_jax.inference.steps import (
-    Executor,
+    Network,
     Step,
-    StepFunction,
-    asked_exits,
+    are_traced,
     at_rows,
-    build_steps,
     check_chunk_sizes,
-    compiled_once,
-    guarded,
-    jit_predicting,
+    chunk_size_of_each,
+    chunk_sizes_of,
+    jit_with,
+    network,
+    run_batch,
+    static,
+    take_step,
     zeros,
 )
-from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Replaceable, Variables, num_rows
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
+
+
+@static
+class Compacted:
+    """The executor that `compacted` builds.
+
+    Attributes:
+        network: a model and its exits.
+        chunk_size: rows that a stage takes at once; one number, or one for each exit asked.
+        on_host: whether the host gathers rows and starts every chunk.
+        workers: chunks that the host runs at the same time.
+    """
+
+    network: Network
+    chunk_size: int | tuple[int, ...]
+    on_host: bool
+    workers: int
+
+    def __call__(self, variables: Variables, images: Any, policy: Any) -> ExitPrediction:
+        """Answers ``images [B, H, W, C]``."""
+        if not self.on_host or num_rows(images) == 0:
+            return run_batch(self, variables, images, policy)
+        policy = as_policy(policy)
+        if are_traced(variables, images, policy):
+            raise ValueError(
+                'compacted: the host drives this executor, so it cannot run under jit, vmap or grad; call it outside, '
+                'or build it with on_host=False'
+            )
+        # Cutting the program anew would take longer than a small batch; steps check the policy when they are traced.
+        count = np.size(policy.thresholds) + 1 if self.network.exits is None else len(self.network.exits)
+        steps = host_steps(self.network, variables, images, count)
+        return drive(steps, images, policy, chunk_size_of_each(self.chunk_size, count), workers=self.workers)
+
+    def program(
+        self, variables: Variables, images: Any, policy: ExitPolicy, count: Array | None = None
+    ) -> ExitPrediction:
+        """Answers the first ``count`` rows of a batch, by default all, in loops over chunks; to be traced."""
+        stages, batch_size = self.network.stages(variables, images), num_rows(images)
+        chunk_sizes = [min(size, batch_size) for size in chunk_sizes_of(self.chunk_size, stages)]
+        ids = jnp.arange(batch_size)  # images of the waiting rows; B, which is no image, behind them
+        # A batch of whole chunks is in order, and none of its rows is gathered.
+        rows = None if batch_size % chunk_sizes[0] == 0 else ids
+        count = batch_size if count is None else count
+        hidden, carry, results = images, None, None
+        for n, size in enumerate(chunk_sizes):
+            if rows is not None:
+                length = -(-batch_size // size) * size
+                fill = max(0, length - len(rows))
+                rows = jnp.pad(rows[:length], (0, fill))
+                ids = jnp.pad(ids[:length], (0, fill), constant_values=batch_size)
+            step = functools.partial(take_step, stages.at(variables, size), n, policy=policy)
+            done = run_chunks(step, (hidden, carry), rows, count, size, nonempty=n == 0)
+            waiting = jnp.arange(len(ids)) < count
+            # One row more, for what is to be dropped: compilers disagree about writes behind a buffer.
+            results = zeros(done.prediction, batch_size + 1) if results is None else results
+            leaving = jnp.where(waiting & done.confident, ids, batch_size)
+            results = jax.tree.map(functools.partial(_write, leaving), results, done.prediction)
+            stays = waiting & ~done.confident
+            rows = jnp.argsort(~stays, stable=True)
+            ids = jnp.where(stays, ids, batch_size)[rows]
+            hidden, carry, count = done.hidden, done.carry, stays.sum()
+        return at_rows(results, slice(batch_size))
+
+
+def _write(ids: Array, target: jax.Array, values: Array) -> Array:
+    return target.at[ids].set(values, mode='promise_in_bounds')
 
 
 def compacted(
-    model: BranchyNet,
+    model: Any,
     *,
     chunk_size: int | Sequence[int],
     exits: Sequence[int] | None = None,
     on_host: bool | None = None,
     workers: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
-    max_batch: int | None = None,
-) -> Executor:
-    """Builds the batch executor: each stage runs on chunks of the images that no exit before it was sure of.
+) -> Compacted:
+    """Builds the batch executor: each stage runs on chunks of the images for which no exit before was confident.
 
-    Every stage compiles once for its chunk size, however many survive; the last chunk of a stage is padded. (A chunk
-    larger than the batch is cut to it, and the program of loops is one per batch size.) There are two ways to drive it,
-    with the same results:
+    Every stage compiles once for its chunk size, however many rows remain; the last chunk of a stage is padded. A chunk
+    larger than the batch is cut to the batch, and the program of loops is one per batch size. The chunks are started in
+    one of two places, with the same results:
 
     - one program in which every stage is a `lax.while_loop` over chunks: nothing leaves the device. Wins on GPU and
       TPU. Works under `jax.jit`.
@@ -63,12 +127,7 @@ def compacted(
         on_host: whether the host drives; by default on a CPU.
         workers: chunks that the host runs at the same time, in threads. Two gain where one chunk leaves cores idle.
             Threads do not see context managers of the caller such as `jax.default_matmul_precision`.
-        compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU. With any it cannot be
-            traced.
-        max_batch: compiles for batches of this size and of a few smaller ones, one image as `staged` runs it, and
-            answers batches of any size with those, in pieces where they are larger. What fills up a piece is no image:
-            it never keeps a stage busy. An `AnyBatch`, whose ``warm_up`` compiles all. By default a new size compiles
-            what it needs.
+        compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU.
 
     Returns:
         ``(variables, images [B, H, W, C], policy) → ExitPrediction`` in the order of the images. Raises ValueError on a
@@ -76,7 +135,7 @@ def compacted(
 
     Raises:
         ValueError: a chunk size below 1, not one chunk size per exit asked, ``workers`` without a host to drive them,
-            or impossible ``exits`` or ``max_batch``.
+            or impossible ``exits``.
 
     Example:
         >>> import branchy_jax as bj
@@ -85,194 +144,102 @@ def compacted(
         >>> compacted(model, chunk_size=2)(variables, images, [float('-inf')]).exit_index.tolist()
         [1, 1, 1, 1, 1]
     """
-    asked, options = asked_exits(model, exits), in_order(compiler_options)
-    chunk_sizes = check_chunk_sizes(chunk_size, len(asked))
     on_host = jax.default_backend() == 'cpu' if on_host is None else on_host
     if workers < 1 or (workers > 1 and not on_host):
         raise ValueError(f'workers: got {workers} with on_host={on_host}; give at least 1, more only with on_host=True')
-    if max_batch is None:
-        return _compacted(model, asked, chunk_sizes, on_host, workers, options)
-    return _compacted_of_any_batch(model, asked, chunk_sizes, on_host, workers, options, sizes_up_to(max_batch))
+    chunk_size = check_chunk_sizes(chunk_size)
+    if exits is not None:
+        chunk_size_of_each(chunk_size, len(exits))
+    return Compacted(network(model, exits, compiler_options), chunk_size, on_host, workers)
 
 
-@compiled_once
-def _compacted(
-    model: BranchyNet,
-    asked: tuple[int, ...],
-    chunk_sizes: tuple[int, ...],
-    on_host: bool,
+@static
+class _HostStep:
+    """One step that the host starts.
+
+    Attributes:
+        network: a model and its exits.
+        n: counts the exits asked.
+        inputs: shapes of the model's inputs.
+    """
+
+    network: Network
+    n: int
+    inputs: Any
+
+
+def _run_step(step: _HostStep, variables: Variables, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
+    stages = step.network.stages(variables, step.inputs)
+    if stages.fixed_because:
+        raise stages.refusal()
+    return take_step(stages.at(variables, num_rows(hidden)), step.n, hidden, carry, policy)
+
+
+def host_steps(network: Network, variables: Variables, inputs: Any, count: int) -> list[Callable[..., Step]]:
+    """Returns the steps that the host starts, ``(hidden, carry, policy) → Step``, the same ones for all chunk sizes.
+
+    Args:
+        network: a model and its exits.
+        variables: of the model.
+        inputs: an example.
+        count: how many exits are asked.
+    """
+    example = calling.with_batch(inputs, 2)
+    jitted = jit_with(network.compiler_options, _run_step)
+    return [functools.partial(jitted, _HostStep(network, n, example), variables) for n in range(count)]
+
+
+def drive(
+    steps: Sequence[Callable[..., Step]],
+    images: Any,
+    policy: ExitPolicy,
+    chunk_sizes: Sequence[int],
+    *,
     workers: int,
-    options: Options,
-) -> Executor:
-    loops, run = _programs(model, asked, chunk_sizes, on_host, workers, options)
-    return guarded(run, model, traceable=loops)
-
-
-@compiled_once
-def _compacted_of_any_batch(
-    model: BranchyNet,
-    asked: tuple[int, ...],
-    chunk_sizes: tuple[int, ...],
-    on_host: bool,
-    workers: int,
-    options: Options,
-    sizes: tuple[int, ...],
-) -> AnyBatch:
-    loops, several = _programs(model, asked, chunk_sizes, on_host, workers, options)
-    alone = sequential_program(model, asked, options)
-
-    def run(variables: Variables, images: Array, policy: ExitPolicy, count: np.int32) -> ExitPrediction:
-        if num_rows(images) == 1:
-            return alone(variables, images, policy)
-        return several(variables, images, policy, count)
-
-    return any_batch(run, several, model, sizes, traceable=loops)
-
-
-@compiled_once
-def _programs(
-    model: BranchyNet,
-    asked: tuple[int, ...],
-    chunk_sizes: tuple[int, ...],
-    on_host: bool,
-    workers: int,
-    options: Options,
-) -> tuple[Callable[..., ExitPrediction], Callable[..., ExitPrediction]]:
-    """Returns the program of loops, and what runs in its place; each takes a count of images after the policy."""
-    loops = jit_predicting(options)(_build_loops(build_steps(model, asked), chunk_sizes))
-    return loops, _build_host_driven(jitted_steps(model, asked, options), chunk_sizes, workers) if on_host else loops
-
-
-@compiled_once
-def jitted_steps(model: BranchyNet, asked: tuple[int, ...], options: Options = ()) -> tuple[StepFunction, ...]:
-    """Returns the steps that the host starts, the same ones for all chunk sizes."""
-    return tuple(jit_with(options)(step) for step in build_steps(model, asked))
-
-
-def _build_host_driven(steps: Sequence[StepFunction], chunk_sizes: Sequence[int], workers: int) -> Executor:
-    submit = submitter(workers)
-
-    def run(variables: Variables, images: Array, policy: ExitPolicy, count: np.int32 | None = None) -> ExitPrediction:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, images, policy))):
-            raise ValueError(
-                'compacted: the host drives this one, so it cannot run under jit, vmap or grad; call it outside, or '
-                'build it with on_host=False'
-            )
-        length = num_rows(images)
-        present = length if count is None else int(count)
-        sizes = [min(size, length) for size in chunk_sizes]
-        pipeline = Pipeline(steps, variables, lambda: policy, sizes, workers=workers, submit=submit)
-        pipeline.add(np.arange(present), at_rows(jax.tree.map(np.asarray, images), slice(present)))
-        return _in_order(present, pipeline.run(flush=True))
-
-    return run
-
-
-def _in_order(count: int, found: Iterable[Answers]) -> ExitPrediction:
+    count: int | None = None,
+) -> ExitPrediction:
+    """Answers the first ``count`` rows of a batch, by default all, with chunks that the host starts."""
+    length = num_rows(images)
+    present = length if count is None else int(count)
+    sizes = [min(size, length) for size in chunk_sizes]
+    pipeline = Pipeline(steps, lambda: policy, sizes, workers=workers)
+    pipeline.add(np.arange(present), at_rows(jax.tree.map(np.asarray, images), slice(present)))
     results = None
-    for answers in found:
+    for part in pipeline.run(flush=True):
         if results is None:
-            results = jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), answers.prediction)
-        for target, values in zip(jax.tree.leaves(results), jax.tree.leaves(answers.prediction), strict=True):
-            target[answers.ids] = values
+            results = jax.tree.map(lambda x: np.empty((present, *x.shape[1:]), x.dtype), part.prediction)
+        for target, values in zip(jax.tree.leaves(results), jax.tree.leaves(part.prediction), strict=True):
+            target[part.ids] = values
     return jax.tree.map(jax.device_put, results)  # jnp.asarray would compile at every new shape
 
 
-@struct.dataclass
-class Queue(Replaceable):
-    """Rows that wait for a stage, undecided ones first.
-
-    Attributes:
-        hidden: what the stage before returned, ``[M, …]``.
-        carry: what the criterion remembers, ``[M, …]``.
-        rows: ``[M]`` positions in ``hidden``, the waiting ones first; ``None`` if they lie there in order.
-        ids: ``[M]`` the images that those rows belong to; B, which is no image, behind the waiting ones.
-        count: how many wait.
-    """
-
-    hidden: Any
-    carry: Any
-    rows: Array | None
-    ids: Array
-    count: Array | int
-
-
-def _build_loops(steps: Sequence[StepFunction], chunk_sizes: Sequence[int]) -> Executor:
-    """Builds the traceable program that runs each step on chunks of survivors.
-
-    Args:
-        steps: from `build_steps`.
-        chunk_sizes: one per step.
-    """
-
-    def run(variables: Variables, images: Array, policy: ExitPolicy, count: Array | None = None) -> ExitPrediction:
-        batch_size = num_rows(images)
-        everyone = jnp.arange(batch_size)
-        in_order = batch_size % min(chunk_sizes[0], batch_size) == 0  # whole chunks: nothing need be gathered
-        rows = None if in_order else everyone
-        queue = Queue(hidden=images, carry=(), rows=rows, ids=everyone, count=batch_size if count is None else count)
-        results = None
-        for step, chunk_size in zip(steps, chunk_sizes, strict=True):
-            size = min(chunk_size, batch_size)
-            queue = _padded(queue, size, batch_size)
-            done = run_chunks(step, variables, queue, policy, size, somebody=results is None)
-            waiting = jnp.arange(len(queue.ids)) < queue.count
-            # One row more, for what is to be dropped: compilers disagree about writes behind a buffer.
-            results = zeros(done.prediction, batch_size + 1) if results is None else results
-            results = _write(results, done.prediction, jnp.where(waiting & done.confident, queue.ids, batch_size))
-            stays = waiting & ~done.confident
-            rows = jnp.argsort(~stays, stable=True)
-            ids = jnp.where(stays, queue.ids, batch_size)[rows]
-            queue = Queue(hidden=done.hidden, carry=done.carry, rows=rows, ids=ids, count=stays.sum())
-        return at_rows(results, slice(batch_size))
-
-    return run
-
-
-def _write(results: ExitPrediction, found: ExitPrediction, ids: Array) -> ExitPrediction:
-    """Puts what was found in the places of the images it belongs to; id B, the last row, is no image."""
-    return jax.tree.map(lambda target, values: target.at[ids].set(values, mode='promise_in_bounds'), results, found)
-
-
-def _padded(queue: Queue, chunk_size: int, nobody: int) -> Queue:
-    """Cuts or fills the queue to whole chunks that hold all images."""
-    length = -(-nobody // chunk_size) * chunk_size
-    if queue.rows is None:
-        return queue
-    fill = max(0, length - len(queue.rows))
-    return queue.replace(
-        rows=jnp.pad(queue.rows[:length], (0, fill)), ids=jnp.pad(queue.ids[:length], (0, fill), constant_values=nobody)
-    )
-
-
 def run_chunks(
-    step: StepFunction,
-    variables: Variables,
-    queue: Queue,
-    policy: ExitPolicy,
+    step: Callable[[Any, Any], Step],
+    waiting: tuple[Any, Any],
+    rows: Array | None,
+    count: Array | int,
     chunk_size: int,
     *,
-    somebody: bool = False,
+    nonempty: bool = False,
 ) -> Step:
     """Runs a step on the waiting rows, chunk by chunk; rows behind them are not computed but for the last chunk's.
 
     Args:
-        step: from `build_steps`.
-        variables: of the network.
-        queue: the rows, in whole chunks.
-        policy: when an image leaves.
-        chunk_size: how many the step takes at once.
-        somebody: whether at least one row is known to wait: a single chunk then needs no loop.
+        step: ``(hidden, carry) → Step`` at the chunk size.
+        waiting: what the stage before returned and what the criterion remembers, ``[M, …]``.
+        rows: positions in ``waiting`` in whole chunks, those that wait first; ``None`` if they are in order.
+        count: how many wait.
+        chunk_size: how many rows the step takes at once.
+        nonempty: whether at least one row is known to wait: a single chunk then needs no loop.
     """
 
     def run_chunk(start: Array | int) -> Step:
         here: Any = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
-        waiting = (queue.hidden, queue.carry)
-        hidden, carry = jax.tree.map(here, waiting) if queue.rows is None else at_rows(waiting, here(queue.rows))
-        return step(variables, hidden, carry, policy)
+        hidden, carry = jax.tree.map(here, waiting) if rows is None else at_rows(waiting, here(rows))
+        return step(hidden, carry)
 
-    length = len(queue.ids)
-    if length == chunk_size and somebody:
+    length = num_rows(waiting if rows is None else rows)
+    if length == chunk_size and nonempty:
         return run_chunk(0)
 
     def body(state: tuple[Array, Step]) -> tuple[Array, Step]:
@@ -281,4 +248,4 @@ def run_chunks(
         return start + chunk_size, jax.tree.map(put, done, run_chunk(start))
 
     nothing = zeros(jax.eval_shape(run_chunk, 0), length)
-    return lax.while_loop(lambda state: state[0] < queue.count, body, (jnp.int32(0), nothing))[1]
+    return lax.while_loop(lambda state: state[0] < count, body, (jnp.int32(0), nothing))[1]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
@@ -37,19 +35,6 @@ same time without waiting for each other, as the workers of `branchy_jax.inferen
 BY_NAME = {'': None, 'all cores': ALL_CORES, 'one core': ONE_CORE}
 """Compiler options for a CPU by what plans and tables call them; ``''`` is XLA's own choice."""
 
-Options = tuple[tuple[str, Any], ...]
-"""Compiler options as builders that compile once take them: in order, and hashable."""
-
-
-def in_order(compiler_options: Mapping[str, Any] | None) -> Options:
-    """Returns options by name."""
-    return tuple(sorted((compiler_options or {}).items()))
-
-
-def jit_with(options: Options) -> Callable[[Callable[..., Any]], Any]:
-    """Returns `jax.jit` with compiler options."""
-    return functools.partial(jax.jit, compiler_options=dict(options) or None)
-
 
 def num_cores() -> int:
     """Returns how many cores this process may use."""
@@ -58,18 +43,18 @@ def num_cores() -> int:
 
 def may_use_all_cores() -> bool:
     """Tells whether `ALL_CORES` may help: on a CPU of several cores, with a jaxlib that knows these options."""
-    return jax.default_backend() == 'cpu' and num_cores() > 1 and _are_known(in_order(ALL_CORES))
+    return jax.default_backend() == 'cpu' and num_cores() > 1 and _are_known('all cores')
 
 
 def may_use_one_core() -> bool:
     """Tells whether `ONE_CORE` may help: on a CPU, with a jaxlib that knows these options."""
-    return jax.default_backend() == 'cpu' and _are_known(in_order(ONE_CORE))
+    return jax.default_backend() == 'cpu' and _are_known('one core')
 
 
 @functools.cache
-def _are_known(options: Options) -> bool:
+def _are_known(name: str) -> bool:
     try:
-        jit_with(options)(lambda x: x).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=BY_NAME[name]).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

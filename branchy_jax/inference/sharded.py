@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,20 +13,21 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from branchy_jax.inference.any_batch import Counted
-from branchy_jax.inference.compacted import Queue, run_chunks
+from branchy_jax import program
+from branchy_jax.criteria import as_policy
+from branchy_jax.inference.compacted import run_chunks
 from branchy_jax.inference.steps import (
-    Executor,
-    StepFunction,
-    asked_exits,
+    Network,
+    are_traced,
+    arrays_of,
     at_rows,
-    build_steps,
     check_chunk_sizes,
-    compiled_once,
-    guarded,
-    policy_checker,
+    chunk_sizes_of,
+    network,
+    no_rows,
+    static,
+    take_step,
 )
-from branchy_jax.models.branchy import BranchyNet
 from branchy_jax.sharding import AXIS, shard
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
@@ -36,53 +37,104 @@ class Balance:
     """How many images waited on each of D devices, for each exit asked.
 
     Attributes:
-        found: ``[steps, D]`` images waiting for the stage where the exit before left them.
+        waiting: ``[steps, D]`` images waiting for the stage where the exit before left them.
         dispatched: ``[steps, D]`` the same once dispatched: from the second exit on counts differ by at most one.
             Before the first, images lie as they came, the last devices with the rows that fill up the batch.
     """
 
-    found: Array
+    waiting: Array
     dispatched: Array
 
     def __str__(self) -> str:
         lines = [f'{"exit asked":12}{"waiting":>9}   most on one device: before, after   shares per device after']
-        for n, (found, dispatched) in enumerate(zip(self.found, self.dispatched, strict=True)):
-            total = max(1, found.sum())
+        for n, (waiting, dispatched) in enumerate(zip(self.waiting, self.dispatched, strict=True)):
+            total = max(1, waiting.sum())
             shares = ' '.join(f'{100 * count / total:.1f}' for count in dispatched)
-            most = f'{100 * found.max() / total:8.1f} % {100 * dispatched.max() / total:8.1f} %'
-            lines.append(f'{n + 1:<12}{found.sum():>9}   {most:32}   {shares} %')
+            most = f'{100 * waiting.max() / total:8.1f} % {100 * dispatched.max() / total:8.1f} %'
+            lines.append(f'{n + 1:<12}{waiting.sum():>9}   {most:32}   {shares} %')
         return '\n'.join(lines)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@static
 class Sharded:
-    """An executor over many devices, which can tell how well it used them.
+    """The executor that `sharded` builds.
 
     Attributes:
-        counted: the same without a door, for batches of which only the first rows are images.
+        network: a model and its exits.
+        mesh: the devices.
+        chunk_size: rows that a stage takes at once on one device.
     """
 
-    _run: Executor = dataclasses.field(repr=False)
-    _with_balance: Callable[..., tuple[ExitPrediction, Balance]] = dataclasses.field(repr=False)
-    _check: Callable[[Any], ExitPolicy] = dataclasses.field(repr=False)
-    counted: Counted = dataclasses.field(repr=False)
+    network: Network
+    mesh: Mesh
+    chunk_size: int | tuple[int, ...]
 
-    def __call__(self, variables: Variables, images: Array, policy: Any) -> ExitPrediction:
+    def __call__(self, variables: Variables, images: Any, policy: Any) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``, as `dense` would."""
-        return self._run(variables, images, policy)
+        policy = as_policy(policy)
+        if num_rows(images) == 0:
+            return no_rows(lambda v, x, p: self.program(v, x, p, 1)[0], variables, images, policy)
+        arrays, _ = _run(self, variables, spread(images, self.mesh), policy, np.int32(num_rows(images)))
+        return at_rows(ExitPrediction(*arrays), slice(num_rows(images)))
 
-    def balance(self, variables: Variables, images: Array, policy: Any) -> Balance:
-        """Runs the same program and reports where survivors were found, and how they were dispatched.
+    def balance(self, variables: Variables, images: Any, policy: Any) -> Balance:
+        """Runs the same program and reports on which devices rows waited, and how they were dispatched.
 
         Raises:
             ValueError: no images, or what the executor itself refuses.
         """
-        return jax.tree.map(np.asarray, self._with_balance(variables, images, self._check(policy))[1])
+        if num_rows(images) == 0:
+            raise ValueError('images: got none, which no device waits for; at least one is needed')
+        count = np.int32(num_rows(images))
+        _, balance = _run(self, variables, spread(images, self.mesh), as_policy(policy), count)
+        return jax.tree.map(np.asarray, balance)
+
+    def program(
+        self, variables: Variables, images: Any, policy: ExitPolicy, count: Any
+    ) -> tuple[ExitPrediction, Balance]:
+        """Answers the first ``count`` rows of a batch that the devices share evenly; to be traced."""
+        stages, size = self.network.stages(variables, images), self.mesh.size
+        chunk_sizes = chunk_sizes_of(self.chunk_size, stages)
+
+        def on_each_device(
+            variables: Variables, images: Any, policy: ExitPolicy, count: Array
+        ) -> tuple[ExitPrediction, Balance]:
+            share = num_rows(images)
+            rows = lax.axis_index(AXIS) * share + jnp.arange(share)
+            run = _Run(stages, chunk_sizes, variables, policy)
+            return _answer(run, 0, images, None, rows < count)
+
+        if num_rows(images) % size:
+            images = spread(images, self.mesh)
+        everywhere, by_row, by_device = PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+        return jax.shard_map(
+            on_each_device,
+            mesh=self.mesh,
+            in_specs=(everywhere, by_row, everywhere, everywhere),
+            out_specs=(by_row, by_device),
+            check_vma=False,  # each device loops as often as it has chunks
+        )(variables, images, policy, count)
 
 
-def sharded(
-    model: BranchyNet, *, mesh: Mesh, chunk_size: int | Sequence[int], exits: Sequence[int] | None = None
-) -> Sharded:
+@jax.jit
+def _run(
+    executor: Sharded, variables: Variables, images: Any, policy: ExitPolicy, count: Array
+) -> tuple[tuple[Array, ...], Balance]:
+    prediction, balance = executor.program(variables, images, policy, count)
+    return arrays_of(prediction), balance
+
+
+@struct.dataclass
+class _Run:
+    """What all steps on one device share."""
+
+    stages: program.Stages
+    chunk_sizes: tuple[int, ...]
+    variables: Variables
+    policy: ExitPolicy
+
+
+def sharded(model: Any, *, mesh: Mesh, chunk_size: int | Sequence[int], exits: Sequence[int] | None = None) -> Sharded:
     """Builds the batch executor for many devices: `compacted` on each, survivors dispatched anew before each stage.
 
     Hard images come in runs: were survivors to stay where they are, one device would work while the others wait. Before
@@ -114,22 +166,7 @@ def sharded(
         >>> run.balance(variables, images, [float('-inf')]).dispatched.tolist()
         [[5], [5]]
     """
-    asked = asked_exits(model, exits)
-    return _sharded(model, mesh, asked, check_chunk_sizes(chunk_size, len(asked)))
-
-
-def on_mesh(run: Executor, mesh: Mesh) -> Executor:
-    """Spreads the images over the devices and lets them run an executor such as `dense`, each on its share.
-
-    Args:
-        run: an executor that works row by row.
-        mesh: from `branchy_jax.sharding.data_mesh`.
-    """
-
-    def execute(variables: Variables, images: Array, policy: Any) -> Any:
-        return at_rows(run(variables, spread(images, mesh), policy), slice(num_rows(images)))
-
-    return execute
+    return Sharded(network(model, exits, None), mesh, check_chunk_sizes(chunk_size))
 
 
 def spread(images: Array, mesh: Mesh) -> Array:
@@ -144,78 +181,27 @@ def spread(images: Array, mesh: Mesh) -> Array:
         return np.concatenate([values, np.repeat(np.asarray(values[-1:]), missing, axis=0)])
 
     images = jax.tree.map(filled, images)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(images))
-    return images if traced else shard(mesh, images)
-
-
-@compiled_once
-def _sharded(model: BranchyNet, mesh: Mesh, asked: tuple[int, ...], chunk_sizes: tuple[int, ...]) -> Sharded:
-    steps = build_steps(model, asked)
-
-    def on_each_device(
-        variables: Variables, images: Array, policy: ExitPolicy, count: Array
-    ) -> tuple[ExitPrediction, Balance]:
-        share = num_rows(images)
-        rows = lax.axis_index(AXIS) * share + jnp.arange(share)
-        return _answer(steps, chunk_sizes, variables, images, (), rows < count, policy)
-
-    everywhere, by_row, by_device = PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(None, AXIS)
-    spmd = jax.jit(
-        jax.shard_map(
-            on_each_device,
-            mesh=mesh,
-            in_specs=(everywhere, by_row, everywhere, everywhere),
-            out_specs=(by_row, by_device),
-            check_vma=False,  # each device loops as often as it has chunks
-        )
-    )
-
-    def run(
-        variables: Variables, images: Array, policy: ExitPolicy, count: np.int32 | None = None
-    ) -> tuple[ExitPrediction, Balance]:
-        length = num_rows(images)
-        prediction, balance = spmd(
-            variables, spread(images, mesh), policy, np.int32(length if count is None else count)
-        )
-        return at_rows(prediction, slice(length)), balance
-
-    def answer(*arguments: Any) -> ExitPrediction:
-        return run(*arguments)[0]
-
-    def with_balance(variables: Variables, images: Array, policy: ExitPolicy) -> tuple[ExitPrediction, Balance]:
-        if num_rows(images) == 0:
-            raise ValueError('images: got none, which no device waits for; at least one is needed')
-        return run(variables, images, policy)
-
-    return Sharded(guarded(answer, model), with_balance, policy_checker(model.num_exits), answer)
+    return images if are_traced(images) else shard(mesh, images)
 
 
 def _answer(
-    steps: Sequence[StepFunction],
-    chunk_sizes: Sequence[int],
-    variables: Variables,
-    hidden: Any,
-    carry: Any,
-    waiting: Array,
-    policy: ExitPolicy,
-    sent: Dispatch | None = None,
+    run: _Run, n: int, hidden: Any, carry: Any, waiting: Array, sent: Dispatch | None = None
 ) -> tuple[ExitPrediction, Balance]:
-    """Answers the waiting rows of this device, with the help of the others; what other rows get is of no meaning."""
+    """Answers the waiting rows of this device, with the help of the others; values of other rows are unspecified."""
     rows, count = jnp.argsort(~waiting, stable=True), waiting.sum()
-    size = min(chunk_sizes[0], len(waiting))
-    fill = -len(rows) % size
-    queue = Queue(hidden=hidden, carry=carry, rows=jnp.pad(rows, (0, fill)), ids=jnp.pad(rows, (0, fill)), count=count)
-    done = at_rows(run_chunks(steps[0], variables, queue, policy, size), slice(len(rows)))
-    found = count if sent is None else sent.count
-    here: Any = Balance(found=found[None, None], dispatched=count[None, None])
+    size = min(run.chunk_sizes[n], len(waiting))
+    sized, padded = run.stages.at(run.variables, size), jnp.pad(rows, (0, -len(rows) % size))
+    step = functools.partial(take_step, sized, n, policy=run.policy)
+    chunks = run_chunks(step, (hidden, carry), padded, count, size)
+    done = at_rows(chunks, slice(len(rows)))
+    arrived = count if sent is None else sent.count
+    here: Any = Balance(waiting=arrived[None, None], dispatched=count[None, None])
     prediction = done.prediction
-    if len(steps) > 1:
+    if n + 1 < len(run.chunk_sizes):
         stays = (jnp.arange(len(rows)) < count) & ~done.confident
         onward = Dispatch.of(stays)
         hidden, carry = onward.send((done.hidden, done.carry))
-        later, rest = _answer(
-            steps[1:], chunk_sizes[1:], variables, hidden, carry, onward.send(stays, fill=False), policy, onward
-        )
+        later, rest = _answer(run, n + 1, hidden, carry, onward.send(stays, fill=False), onward)
         prediction = onward.combine(later, prediction)
         here = jax.tree.map(lambda *parts: jnp.concatenate(parts), here, rest)
     places = jnp.argsort(rows)
@@ -256,11 +242,8 @@ class Dispatch:
         ordinal = jnp.cumsum(goes) - 1
         slot = (before + ordinal) % devices * slots + ordinal // devices
         nowhere = devices * slots
-        sent = (
-            jnp.full(nowhere + 1, length)
-            .at[jnp.where(goes, slot, nowhere)]
-            .set(jnp.arange(length), mode='promise_in_bounds')
-        )
+        target = jnp.where(goes, slot, nowhere)
+        sent = jnp.full(nowhere + 1, length).at[target].set(jnp.arange(length), mode='promise_in_bounds')
         return cls(sent=sent[:nowhere], slot=jnp.where(goes, slot, 0), goes=goes, count=goes.sum())
 
     def send(self, tree: Any, *, fill: Any = None) -> Any:

@@ -1,138 +1,145 @@
-"""What all executors share: the door that refuses bad input, and one step, to the next exit and out for who is sure."""
+"""What all executors share: input validation, and one step: run to the next exit and mark the rows that leave there."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, dataclass_transform
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from branchy_jax.criteria import as_policy, is_confident
-from branchy_jax.criteria.criterion import Carry
-from branchy_jax.inference.compiler_options import Options, jit_with
-from branchy_jax.models.branchy import BranchyNet, check_exits, check_model, run_segment
-from branchy_jax.models.compose import Hidden
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, check_inputs, num_rows
+from branchy_jax import calling, program
+from branchy_jax.criteria import as_policy, check_policy, is_confident
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
-Executor = Callable[[Variables, Array, Any], ExitPrediction]
-"""``(variables, images, policy) → ExitPrediction``; see `branchy_jax.criteria.as_policy` for what goes as a policy."""
+Kind = TypeVar('Kind')
 
-_MOST_BUILT = 128
+Options = tuple[tuple[str, Any], ...]
+"""Compiler options in the order of their names."""
 
 
-def compiled_once(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a builder of compiled functions: equal arguments give the function that is there.
+@dataclass_transform(frozen_default=True)
+def static(kind: type[Kind]) -> type[Kind]:
+    """Makes a class a frozen dataclass and a pytree without leaves, whose fields JAX compares as static metadata."""
+    kind = dataclasses.dataclass(frozen=True)(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return jax.tree_util.register_dataclass(kind, data_fields=[], meta_fields=names)
 
-    What was built for arguments that cannot be hashed is not kept, nor more than 128 builds: these keep their networks,
-    and what the functions in them close over, until others take their places or the builder's ``cache_clear`` is
-    called.
+
+@static
+class Network:
+    """A model and the exits that an executor asks.
+
+    Attributes:
+        model: the model, without weights.
+        exits: ascending, the last among them; ``None`` asks all.
+        compiler_options: for `jax.jit`.
     """
-    kept = functools.lru_cache(maxsize=_MOST_BUILT)(build)
 
-    @functools.wraps(build)
-    def built(*arguments: Any) -> Any:
-        return kept(*arguments) if _is_hashable(arguments) else build(*arguments)
+    model: Any
+    exits: tuple[int, ...] | None
+    compiler_options: Options
 
-    built.cache_clear = kept.cache_clear  # type: ignore[attr-defined]  # as functools has it
-    return built
+    def stages(self, variables: Variables, inputs: Any) -> program.Stages:
+        """Returns the stages of the exits asked."""
+        return program.stages(self.model, variables, inputs, exits=self.exits)
 
-
-def _is_hashable(value: Any) -> bool:
-    # Flax's own answer for a network that is not costs more than many a build: it prints all arrays of the network.
-    if isinstance(value, tuple):
-        return all(map(_is_hashable, value))
-    if isinstance(value, nn.Module):
-        return all(_is_hashable(getattr(value, field.name)) for field in dataclasses.fields(value) if field.compare)
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+    def sized_stages(self, variables: Variables, inputs: Any) -> program.SizedStages:
+        """Returns the stages of the exits asked at the batch size of the inputs."""
+        return self.stages(variables, inputs).at(variables, num_rows(inputs))
 
 
-def policy_checker(
-    num_exits: int, prepare: Callable[[ExitPolicy], Any] = lambda policy: policy
-) -> Callable[[Any], Any]:
-    """Returns `as_policy` for one network, which remembers the last policy that passed.
+def network(model: Any, exits: Sequence[int] | None, compiler_options: Mapping[str, Any] | None) -> Network:
+    """Checks what an executor is built from.
 
-    At batch 1 the check costs as much as a small stage, and serving code gives the same policy again and again. Arrays
-    of jax cannot change, so the same object need not be looked at twice; anything else is, a list of them included, and
-    what was made under `jax.jit`, which is of no use outside. What is returned, and remembered, is what ``prepare``
-    makes of the policy.
+    Raises:
+        ValueError: not a model, or exits that are not ascending numbers.
     """
-    passed: tuple[Any, Any] = (None, None)
-
-    def check(given: Any) -> Any:
-        nonlocal passed
-        last, prepared = passed
-        policy = getattr(given, 'policy', given)
-        if policy is last and prepared is not None:
-            return prepared
-        prepared = prepare(as_policy(policy, num_exits))
-        parts = [getattr(policy, 'thresholds', policy), *jax.tree.leaves(policy)]
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((policy, prepared)))
-        if all(isinstance(part, jax.Array) for part in parts) and not traced:
-            passed = policy, prepared
-        return prepared
-
-    return check
+    calling.check_model(model)
+    if exits is not None:
+        exits = calling.check_exits('exits', exits, exits[-1] + 1 if len(exits) else 0)
+    return Network(calling.without_weights(model), exits, tuple(sorted((compiler_options or {}).items())))
 
 
-def guarded(run: Executor, model: BranchyNet, *, traceable: Executor | None = None) -> Executor:
-    """Puts the door before an executor of batches: input is checked, an empty batch is answered at once.
+def jit_with(options: Options, function: Callable[..., Any]) -> Any:
+    """Returns `jax.jit` of a module-level function with compiler options; JAX's cache serves equal options."""
+    return jax.jit(function, compiler_options=dict(options) or None)
+
+
+def arrays_of(prediction: ExitPrediction) -> tuple[Array, ...]:
+    """Takes a prediction apart: `jax.jit` returns a tuple of arrays faster than a prediction."""
+    return prediction.label, prediction.exit_index, prediction.logits, prediction.uncertainty
+
+
+def _program(executor: Any, variables: Variables, inputs: Any, policy: ExitPolicy) -> tuple[Array, ...]:
+    return arrays_of(executor.program(variables, inputs, policy))
+
+
+_jitted = jax.jit(_program)
+
+
+def run(executor: Any, variables: Variables, inputs: Any, policy: ExitPolicy) -> ExitPrediction:
+    """Runs an executor's program under `jax.jit`, whose cache compiles once for equal executors.
 
     Args:
-        run: ``(variables, images [B, …], policy) → ExitPrediction``.
-        model: whose input it is.
-        traceable: of the same results, where ``run`` is not.
+        executor: a static pytree with ``network`` and ``program(variables, inputs, policy)``.
+        variables: of the model.
+        inputs: of the model.
+        policy: validated.
     """
-    check, image_shape = policy_checker(model.num_exits), model.image_shape
-
-    def execute(variables: Variables, images: Array, policy: Any) -> ExitPrediction:
-        policy = check(policy)
-        if image_shape is not None:
-            check_inputs(images, image_shape)
-        if num_rows(images) == 0:  # for no images many layers have no shape
-            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), images)
-            answer = jax.eval_shape(traceable or run, variables, one, policy)
-            return jax.tree.map(lambda spec: jnp.zeros((0, *spec.shape[1:]), spec.dtype), answer)
-        return run(variables, images, policy)
-
-    return execute
+    options = executor.network.compiler_options
+    jitted = jit_with(options, _program) if options else _jitted
+    return ExitPrediction(*jitted(executor, variables, inputs, policy))
 
 
-def jit_predicting(options: Options) -> Callable[[Callable[..., ExitPrediction]], Callable[..., ExitPrediction]]:
-    """Returns `jax.jit` with compiler options for functions that return an `ExitPrediction`.
+def run_batch(executor: Any, variables: Variables, inputs: Any, policy: Any) -> ExitPrediction:
+    """Validates a policy, answers an empty batch at once, and runs an executor of batches."""
+    policy = as_policy(policy)
+    if num_rows(inputs) == 0:
+        return no_rows(executor.program, variables, inputs, policy)
+    return run(executor, variables, inputs, policy)
 
-    The program returns its four arrays, of which the prediction is made outside: `jax.jit` takes longer to make one
-    than a small network to its first exit.
+
+def no_rows(
+    function: Callable[..., ExitPrediction], variables: Variables, inputs: Any, policy: ExitPolicy
+) -> ExitPrediction:
+    """Answers an empty batch: for no rows many layers have no shape."""
+    answer = jax.eval_shape(function, variables, calling.with_batch(inputs, 1), policy)
+    return jax.tree.map(lambda spec: jnp.zeros((0, *spec.shape[1:]), spec.dtype), answer)
+
+
+def check_chunk_sizes(chunk_size: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Returns chunk sizes as an integer or a tuple.
+
+    Raises:
+        ValueError: not positive integers.
     """
-
-    def decorate(function: Callable[..., ExitPrediction]) -> Callable[..., ExitPrediction]:
-        @jit_with(options)
-        def parts(*arguments: Any) -> tuple[Array, ...]:
-            found = function(*arguments)
-            return found.label, found.exit_index, found.logits, found.uncertainty
-
-        return lambda *arguments: ExitPrediction(*parts(*arguments))
-
-    return decorate
+    sizes: tuple[Any, ...] = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,)
+    if not sizes or any(not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
+        raise ValueError(f'chunk_size: got {chunk_size!r}; give one positive integer, or one for each exit asked')
+    return tuple(int(size) for size in sizes) if isinstance(chunk_size, (list, tuple)) else int(sizes[0])
 
 
-def check_chunk_sizes(chunk_size: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Returns one chunk size per step, or says what is wrong with them."""
-    sizes: tuple[Any, ...] = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,) * count
-    if len(sizes) != count or any(not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
-        raise ValueError(
-            f'chunk_size: got {chunk_size!r}; give one positive integer, or {count} of them, one for each exit asked'
-        )
-    return tuple(int(size) for size in sizes)
+def chunk_sizes_of(chunk_size: int | tuple[int, ...], stages: program.Stages) -> tuple[int, ...]:
+    """Returns one chunk size per exit asked.
+
+    Raises:
+        ValueError: another number of them, or a model whose rows cannot be gathered.
+    """
+    if stages.fixed_because:
+        raise stages.refusal()
+    return chunk_size_of_each(chunk_size, len(stages.exits))
+
+
+def chunk_size_of_each(chunk_size: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Returns one chunk size for each of ``count`` exits asked; raises ValueError for another number of them."""
+    sizes = chunk_size if isinstance(chunk_size, tuple) else (chunk_size,) * count
+    if len(sizes) != count:
+        raise ValueError(f'chunk_size: got {chunk_size}; give one integer, or {count} of them, one for each exit asked')
+    return sizes
 
 
 @struct.dataclass
@@ -141,76 +148,44 @@ class Step:
 
     Attributes:
         hidden: what the next stage takes; ``()`` after the last exit.
-        carry: what the criterion remembers; ``()`` after the last exit.
+        carry: what the criterion hands on; ``()`` after the last exit.
         prediction: of this exit for the whole batch.
-        confident: ``[B]`` who leaves here; after the last exit all do.
+        confident: ``[B]`` the rows that leave here; all of them after the last exit.
     """
 
-    hidden: Hidden
-    carry: Carry
+    hidden: Any
+    carry: Any
     prediction: ExitPrediction
     confident: Array
 
 
-StepFunction = Callable[[Variables, Hidden, Carry, ExitPolicy], Step]
-"""``(variables, hidden, carry, policy) → Step``; ``carry`` is ignored by the first step."""
-
-
-def asked_exits(model: BranchyNet, exits: Sequence[int] | None) -> tuple[int, ...]:
-    """Returns the exits that an executor asks: all of them for ``None``.
-
-    Raises:
-        ValueError: ``exits`` is not ascending, out of range or leaves out the last; or no network.
-    """
-    check_model(model)
-    return tuple(range(model.num_exits)) if exits is None else check_exits('exits', exits, model.num_exits)
-
-
-def build_steps(model: BranchyNet, asked: tuple[int, ...]) -> list[StepFunction]:
-    """Builds one step for each exit that is asked.
-
-    A head that is not asked is not computed, as if its threshold were −inf.
+def take_step(stages: program.SizedStages, n: int, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
+    """Runs the stage and the head of the n-th exit asked.
 
     Args:
-        model: a network with N exits.
-        asked: from `asked_exits`.
+        stages: of the exits asked, at the batch size of ``hidden``.
+        n: counts the exits asked.
+        hidden: the inputs, or what the step before handed on.
+        carry: what the criterion handed on; ``None`` before the first exit.
+        policy: when a row leaves.
 
     Raises:
-        ValueError: when first run, if exits are left out though the criterion remembers them.
+        ValueError: a policy of another network; exits left out though the criterion uses earlier ones.
     """
-    starts = [0, *(n + 1 for n in asked[:-1])]
-    return [_build_step(model, range(start, n + 1), asked) for start, n in zip(starts, asked, strict=True)]
-
-
-def _build_step(model: BranchyNet, stages: range, asked: tuple[int, ...]) -> StepFunction:
-    n, last = stages[-1], stages[-1] == model.num_exits - 1
-
-    def step(variables: Variables, hidden: Hidden, carry: Carry, policy: ExitPolicy) -> Step:
-        for stage in stages:
-            hidden = run_segment(model, 'stage', stage, variables, hidden)
-        logits, criterion = run_segment(model, 'exit', n, variables, hidden), policy.criterion
-        carry = criterion.init(logits) if n == asked[0] else carry
-        if len(asked) < model.num_exits and jax.tree.leaves(carry):
-            raise ValueError(
-                f'exits: criterion {criterion.name!r} remembers earlier exits, so leaving some out would change its '
-                'answers; ask all of them'
-            )
-        answer, uncertainty, carry = criterion.update(logits, carry, n)
-        here = jnp.full(uncertainty.shape, n, jnp.int32)
-        prediction = ExitPrediction(criterion.decide(answer), here, logits=answer, uncertainty=uncertainty)
-        if last:
-            return Step(hidden=(), carry=(), prediction=prediction, confident=jnp.ones(uncertainty.shape, bool))
-        return Step(hidden, carry, prediction, is_confident(uncertainty, policy.thresholds[n]))
-
-    return step
-
-
-def run_steps(steps: Sequence[StepFunction], variables: Variables, images: Array, policy: ExitPolicy) -> list[Step]:
-    """Runs all steps on the whole batch, whoever is confident."""
-    found = [steps[0](variables, images, (), policy)]
-    for step in steps[1:]:
-        found.append(step(variables, found[-1].hidden, found[-1].carry, policy))
-    return found
+    check_policy(policy, stages.num_exits)
+    hidden = stages.run_stage(n, hidden)
+    exit_number, criterion = stages.exits[n], policy.criterion
+    answer, uncertainty, carry = criterion(stages.run_exit(n, hidden), carry, exit_number)
+    if len(stages.exits) < stages.num_exits and jax.tree.leaves(carry):
+        raise ValueError(
+            f'exits: criterion {criterion.name!r} uses earlier exits, so leaving some out would change its answers; '
+            'ask all of them'
+        )
+    index = jnp.full(uncertainty.shape, exit_number, jnp.int32)
+    prediction = ExitPrediction(criterion.decide(answer), index, logits=answer, uncertainty=uncertainty)
+    if n == len(stages.exits) - 1:
+        return Step(hidden=(), carry=(), prediction=prediction, confident=jnp.ones(uncertainty.shape, bool))
+    return Step(hidden, carry, prediction, is_confident(uncertainty, policy.thresholds[exit_number]))
 
 
 def at_rows(tree: Any, rows: Any) -> Any:
@@ -219,5 +194,10 @@ def at_rows(tree: Any, rows: Any) -> Any:
 
 
 def zeros(like: Any, length: int) -> Any:
-    """Returns arrays like these, of zeros, with so many rows."""
+    """Returns arrays of zeros with another number of rows."""
     return jax.tree.map(lambda x: jnp.zeros((length, *x.shape[1:]), x.dtype), like)
+
+
+def are_traced(*trees: Any) -> bool:
+    """Whether a leaf of pytrees is a tracer of JAX."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))

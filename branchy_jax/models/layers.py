@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from branchy_jax.types import Array
+
+
+def check_images(images: Array, image_shape: tuple[int, int, int] | None) -> None:
+    """Refuses images that a network was not built for.
+
+    Args:
+        images: ``[B, H, W, C]`` float.
+        image_shape: ``(H, W, C)``; ``None`` takes images of any size.
+
+    Raises:
+        ValueError: another rank, size or kind of dtype; the message says what arrived and what to do.
+    """
+    expected = ', '.join(('B', *('HWC' if image_shape is None else map(str, image_shape))))
+    if not hasattr(images, 'shape') or images.ndim != 4:
+        arrived = f'shape {tuple(images.shape)}' if hasattr(images, 'shape') else type(images).__name__
+        raise ValueError(
+            f'images: expected [{expected}], got {arrived}; add or drop axes, a single image needs a leading batch '
+            'axis of 1'
+        )
+    if image_shape is not None and tuple(images.shape[1:]) != tuple(image_shape):
+        raise ValueError(f'images: expected [{expected}], got shape {tuple(images.shape)}; resize or pad them')
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f'images: expected a float dtype, got {images.dtype}; normalise them first')
+
+
+def check_placement(placement: str, known: tuple[str, ...]) -> None:
+    """Raises ValueError for an unknown placement of exits."""
+    if placement not in known:
+        raise ValueError(f'placement: got {placement!r}; choose from {", ".join(map(repr, known))}')
+
 
 he_normal = jax.nn.initializers.he_normal()
 
@@ -98,6 +129,21 @@ def local_response_normalization(
     if beta == 0.75:  # a general power costs a CPU as much as a convolution of few channels
         return x / jnp.sqrt(scale * jnp.sqrt(scale))
     return x * scale**-beta
+
+
+def conv_norm_relu(x: Array, features: int, name: str, *, train: bool, dtype: Any, **options: Any) -> Array:
+    """Applies a 3 × 3 convolution, BatchNorm and ReLU; called inside `flax.linen.compact`.
+
+    Args:
+        x: ``[B, H, W, C]``.
+        features: output channels.
+        name: of the convolution; the BatchNorm's is ``{name}_norm``.
+        train: whether BatchNorm uses the batch's statistics.
+        dtype: of the computation.
+        **options: of `flax.linen.Conv`.
+    """
+    x = nn.Conv(features, (3, 3), use_bias=False, dtype=dtype, name=name, **options)(x)
+    return nn.relu(nn.BatchNorm(not train, momentum=0.9, dtype=dtype, name=f'{name}_norm')(x))
 
 
 class ResidualBlock(nn.Module):

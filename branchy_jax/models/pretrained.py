@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from branchy_jax import criteria
+from branchy_jax import calling
 from branchy_jax.checkpoint import load_weights, save_weights, write_atomically
-from branchy_jax.criteria.policy import decode_policy, encode_policy
-from branchy_jax.models.branchy import BranchyNet
+from branchy_jax.criteria import decode_policy, encode_policy
 from branchy_jax.models.registry import create
-from branchy_jax.types import Array, ExitPolicy, Normalization, OperatingPoint, Variables
+from branchy_jax.types import Array, Normalization, OperatingPoint, Variables
 
 _FORMAT = '1'
 _FILE = 'model.safetensors'
@@ -32,13 +31,15 @@ class Pretrained:
     Attributes:
         model: the network.
         variables: its weights.
+        inputs: shape and dtype of one image, ``[1, H, W, C]``.
         normalization: maps stored pixels to what it was trained on.
         operating_points: settings of its thresholds; the first is the one in the table of results.
         card: data set, accuracy of each exit, recipe, licence.
     """
 
-    model: BranchyNet = struct.field(pytree_node=False)
+    model: Any = struct.field(pytree_node=False)
     variables: Variables
+    inputs: jax.ShapeDtypeStruct = struct.field(pytree_node=False)
     normalization: Normalization
     operating_points: tuple[OperatingPoint, ...]
     card: Mapping[str, Any] = struct.field(pytree_node=False)
@@ -102,12 +103,13 @@ def read_pretrained(path: Path | str) -> Pretrained:
     card, normalization = json.loads(metadata['card']), stored.pop('normalization')
     points = tuple(
         OperatingPoint(
-            _policy(point), point['accuracy'], point['split'], np.array(point['exit_fractions']), point['cost']
+            decode_policy(point), point['accuracy'], point['split'], np.array(point['exit_fractions']), point['cost']
         )
         for point in card['operating_points']
     )
     return Pretrained(
         model=create(card['network'], **_options(card['options'])),
+        inputs=jax.ShapeDtypeStruct((1, *card['options']['image_shape']), jnp.float32),
         variables=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), stored),  # may be stored in halves
         normalization=Normalization(**{name: jnp.asarray(value) for name, value in normalization.items()}),
         operating_points=points,
@@ -155,12 +157,14 @@ def save_pretrained(
     model = create(network, **options)
     if not operating_points:
         raise ValueError('operating_points: got none; give at least one, as ExitTable.screen().knee() finds it')
-    if model.image_shape is None:
+    image_shape = getattr(getattr(model, 'model', model), 'image_shape', None)
+    if image_shape is None:
         raise ValueError(f"options: {network!r} needs an 'image_shape' here")
-    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.image_shape)))
+    images = jnp.zeros((1, *image_shape))
+    expected = jax.eval_shape(lambda key: calling.init(model, key, images), jax.random.key(0))
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
         raise ValueError(f'variables: are not those of {network!r} with {options}; give options as to create')
-    stored = {**options, 'image_shape': list(model.image_shape)}
+    stored = {**options, 'image_shape': list(image_shape)}
     if 'dtype' in stored:
         stored['dtype'] = str(jnp.dtype(stored['dtype']))
     path = Path(folder)
@@ -170,14 +174,14 @@ def save_pretrained(
 
 
 def _readme(network: str, card: Mapping[str, Any]) -> str:
-    told = '\n'.join(f'- {name}: {value}' for name, value in card.items())
+    lines = '\n'.join(f'- {name}: {value}' for name, value in card.items())
     licence = f'license: {str(card["licence"]).lower()}\n' if 'licence' in card else ''
     return f"""---
 library_name: branchy_jax
 {licence}---
 # {network}
 
-{told}
+{lines}
 
 ```python
 import branchy_jax as bj
@@ -194,14 +198,14 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise ValueError(f"network: {repository!r} on the hub needs pip install 'branchy_jax[hub]'") from error
-    told = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
-    stored = next((file for file in told.siblings or () if file.rfilename == _FILE), None)
+    info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+    stored = next((file for file in info.siblings or () if file.rfilename == _FILE), None)
     if stored is None or stored.lfs is None:
         raise ValueError(f'network: {repository!r} on the hub has no {_FILE} with a checksum; save_pretrained makes it')
-    path = Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=told.sha))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != stored.lfs.sha256:
-        raise ValueError(f'network: {_FILE} of {repository!r} has SHA-256 {found}, the hub says {stored.lfs.sha256}')
+    path = Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=info.sha))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != stored.lfs.sha256:
+        raise ValueError(f'network: {_FILE} of {repository!r} has SHA-256 {digest}, the hub says {stored.lfs.sha256}')
     return path
 
 
@@ -231,7 +235,7 @@ def write_pretrained(
         'options': dict(options),
         'operating_points': [
             {
-                **_policy_record(point.policy),
+                **encode_policy(point.policy),
                 'accuracy': float(point.accuracy),
                 'split': point.split,
                 'exit_fractions': np.asarray(point.exit_fractions).tolist(),
@@ -252,23 +256,6 @@ def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
     if 'dtype' in options:
         options['dtype'] = jnp.dtype(options['dtype'])
     return options
-
-
-def _policy_record(policy: ExitPolicy) -> dict[str, Any]:
-    """Takes a policy apart for JSON, which has no infinity: that becomes text."""
-    record, arrays = encode_policy(policy)
-    texts = {name: np.vectorize(str, otypes=[object])(values).tolist() for name, values in arrays.items()}
-    return {'policy': record, 'arrays': texts, 'thresholds': texts[record['thresholds']['array']]}
-
-
-def _policy(point: Mapping[str, Any]) -> ExitPolicy:
-    if 'policy' not in point:  # written before policies were: the criterion's name, and its thresholds
-        return ExitPolicy(getattr(criteria, point['criterion'].replace(' ', '_')), _numbers(point['thresholds']))
-    return decode_policy(point['policy'], {name: _numbers(values) for name, values in point['arrays'].items()})
-
-
-def _numbers(texts: Any) -> Array:
-    return jnp.asarray(np.array(texts, np.float32).reshape(np.shape(texts)))
 
 
 def _folder() -> Any:

@@ -3,103 +3,98 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from branchy_jax.models.branchy import BranchyNet, choose_heads
-from branchy_jax.models.compose import Layers, Route
-from branchy_jax.models.layers import depth_to_space, space_to_depth
+from branchy_jax.models.layers import check_images, conv_norm_relu, depth_to_space, space_to_depth
 from branchy_jax.types import Array
 
 
-def b_unet(
-    *,
-    num_classes: int = 11,
-    image_shape: tuple[int, int, int] = (48, 48, 1),
-    width: int = 16,
-    patch_size: int = 2,
-    head_width: int = 32,
-    heads: Sequence[Layers | None] | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    convolution: Callable[..., Array] = lax.conv_general_dilated,
-) -> BranchyNet:
-    """Builds B-U-Net: four levels down, three up, and masks after the encoder and after the first level up.
+class UNet(nn.Module):
+    """B-U-Net: four levels down, three up, and masks after the encoder and after the first level up.
 
     All levels work on patches of pixels, and every head ends by unfolding features into pixels, so that the finest
     level costs no more than the others. A side head adds up the levels so far at the finest resolution, after a
-    projection each, and unfolds: a twentieth of the trunk. The first has seen the whole
-    image, as a digit's class needs; what it lacks is the decoder, two thirds of the trunk.
+    projection each, and unfolds: a twentieth of the trunk. The first has seen the whole image, as a digit's class
+    needs; it lacks the decoder, two thirds of the trunk.
 
-    Args:
+    Attributes:
         num_classes: K, the background included.
-        image_shape: ``(H, W, C)``; H and W must be divisible by ``8 * patch_size``.
+        image_shape: ``(H, W, C)``; H and W must be divisible by ``8 * patch_size``. ``None`` takes any such images.
         width: features of the finest level; each level down has twice as many.
         patch_size: side of the pixels that are one position of the finest level.
         head_width: features of the side heads; below K plus the pixels of a patch they cannot tell all masks apart.
-        heads: one replacement per side exit, reading the hidden dictionary; ``None`` keeps the default.
-        dtype: of the computation; parameters and logits stay float32.
+        dtype: of the computation; parameters and logits are float32.
         convolution: drop-in for `jax.lax.conv_general_dilated`, for the 3 × 3 convolutions.
 
-    Returns:
-        `BranchyNet` with N = 3; exits return logits ``[B, H, W, K]``.
-
     Raises:
-        ValueError: an image that four levels do not divide, or wrong number of heads.
+        ValueError: on construction, images that four levels do not divide.
 
     Example:
         >>> import jax
-        >>> model, images = b_unet(width=4, head_width=4, image_shape=(16, 16, 1)), jnp.ones((1, 16, 16, 1))
+        >>> model, images = UNet(width=4, head_width=4, image_shape=(16, 16, 1)), jnp.ones((1, 16, 16, 1))
         >>> [logits.shape for logits in model.init_with_output(jax.random.key(0), images)[0]]
         [(1, 16, 16, 11), (1, 16, 16, 11), (1, 16, 16, 11)]
 
     References:
         Ronneberger et al., U-Net, 2015; heads after Kirillov et al., Panoptic Feature Pyramid Networks, 2019.
     """
-    if any(length % (8 * patch_size) for length in image_shape[:2]):
-        raise ValueError(
-            f'image_shape: got {tuple(image_shape)}; four levels on patches of {patch_size} need multiples of '
-            f'{8 * patch_size}; pad or resize the images'
-        )
-    conv = functools.partial(nn.Conv, dtype=dtype, conv_general_dilated=convolution)
 
-    def layer(features: int, name: str) -> Layers:
-        norm = nn.BatchNorm(momentum=0.9, dtype=dtype, name=f'{name}_norm')
-        return conv(features, (3, 3), use_bias=False, name=name), norm, nn.relu
+    num_classes: int = 11
+    image_shape: tuple[int, int, int] | None = (48, 48, 1)
+    width: int = 16
+    patch_size: int = 2
+    head_width: int = 32
+    dtype: jnp.dtype = jnp.float32
+    convolution: Callable[..., Array] = lax.conv_general_dilated
 
-    def block(features: int, name: str) -> Layers:
-        return *layer(features, f'{name}_conv1'), *layer(features, f'{name}_conv2')
+    def __post_init__(self) -> None:
+        if self.image_shape is not None and any(length % (8 * self.patch_size) for length in self.image_shape[:2]):
+            raise ValueError(
+                f'image_shape: got {tuple(self.image_shape)}; four levels on patches of {self.patch_size} need '
+                f'multiples of {8 * self.patch_size}; pad or resize the images'
+            )
+        super().__post_init__()
 
-    def unfold(name: str) -> Layers:
-        return conv(num_classes * patch_size**2, (1, 1), name=name), _pixels(depth_to_space, patch_size)
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False, frozen_trunk: bool = False) -> tuple[Array, ...]:
+        """Computes logits ``[B, H, W, K]`` of three exits from float ``images [B, H, W, C]``."""
+        check_images(images, self.image_shape)
+        learns = train and not frozen_trunk
+        x = space_to_depth(images, size=self.patch_size)
+        down = [self._block(x, self.width, 'down0', learns)]
+        for n in (1, 2, 3):
+            halved = nn.max_pool(down[-1], (2, 2), (2, 2))
+            down.append(self._block(halved, self.width * 2**n, f'down{n}', learns))
+        early = self._side_head(down, 'exit1', train)
+        up2 = self._up(down[3], down[2], 2, learns)
+        middle = self._side_head([down[0], down[1], up2], 'exit2', train)
+        up0 = self._up(self._up(up2, down[1], 1, learns), down[0], 0, learns)
+        return early, middle, self._unfold(up0, 'head')
 
-    def side_head(levels: tuple[str, ...], name: str) -> Route:
-        gather = AddLevels(head_width, dtype=dtype, name=f'{name}_levels')
-        norm = nn.BatchNorm(momentum=0.9, dtype=dtype, name=f'{name}_norm')
-        return Route((gather, norm, nn.relu, *unfold(f'{name}_logits')), levels)
+    def _block(self, x: Array, features: int, name: str, train: bool) -> Array:
+        for n in (1, 2):
+            options = {'dtype': self.dtype, 'conv_general_dilated': self.convolution}
+            x = conv_norm_relu(x, features, f'{name}_conv{n}', train=train, **options)
+        return x
 
-    fold = _pixels(space_to_depth, patch_size)
-    down = [Route((fold, *block(width, 'down0')), None, 'down0')]
-    for n in (1, 2, 3):
-        down.append(Route((_halve, *block(width * 2**n, f'down{n}')), f'down{n - 1}', f'down{n}'))
-    up = [
-        Route((_join, *block(width * 2**n, f'up{n}')), (f'up{n + 1}' if n < 2 else 'down3', f'down{n}'), f'up{n}')
-        for n in (2, 1, 0)
-    ]
-    own = [side_head(('down0', 'down1', 'down2', 'down3'), 'exit1'), side_head(('down0', 'down1', 'up2'), 'exit2')]
-    return BranchyNet(
-        stages=(tuple(down), (up[0],), tuple(up[1:])),
-        exits=(*choose_heads(own, heads), Route(unfold('head'), 'up0')),
-        image_shape=tuple(image_shape),
-    )
+    def _up(self, coarse: Array, fine: Array, n: int, train: bool) -> Array:
+        """Enlarges the coarse level and joins it with the fine one: the skip connection."""
+        joined = jnp.concatenate([enlarge(coarse, fine.shape), fine], axis=-1)
+        return self._block(joined, self.width * 2**n, f'up{n}', train)
 
+    def _side_head(self, levels: list[Array], name: str, train: bool) -> Array:
+        x = AddLevels(self.head_width, self.dtype, name=f'{name}_levels')(tuple(levels))
+        norm = nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name=f'{name}_norm')
+        return self._unfold(nn.relu(norm(x)), f'{name}_logits')
 
-@functools.cache  # equal networks have equal layers, and two partials are never equal
-def _pixels(function: Callable[..., Array], size: int) -> Callable[[Array], Array]:
-    return functools.partial(function, size=size)
+    def _unfold(self, x: Array, name: str) -> Array:
+        conv = functools.partial(nn.Conv, dtype=self.dtype, conv_general_dilated=self.convolution, name=name)
+        x = conv(self.num_classes * self.patch_size**2, (1, 1))(x)
+        return depth_to_space(x, size=self.patch_size)
 
 
 class AddLevels(nn.Module):
@@ -116,23 +111,15 @@ class AddLevels(nn.Module):
     @nn.compact
     def __call__(self, levels: tuple[Array, ...]) -> Array:
         """Maps arrays ``[B, H / 2^i, W / 2^i, C_i]``, the first being the finest, to ``[B, H, W, features]``."""
-        projected = [
-            nn.Conv(self.features, (1, 1), dtype=self.dtype, name=f'level{n}')(level) for n, level in enumerate(levels)
-        ]
-        return functools.reduce(operator.add, (_enlarge(level, levels[0].shape) for level in projected))
+        projected = []
+        for n, level in enumerate(levels):
+            conv = nn.Conv(self.features, (1, 1), dtype=self.dtype, name=f'level{n}')
+            projected.append(enlarge(conv(level), levels[0].shape))
+        return sum(projected[1:], start=projected[0])
 
 
-def _halve(x: Array) -> Array:
-    return nn.max_pool(x, (2, 2), (2, 2))
-
-
-def _join(pair: tuple[Array, Array]) -> Array:
-    """Enlarges the coarse level to the fine one and puts both side by side: the skip connection."""
-    coarse, fine = pair
-    return jnp.concatenate([_enlarge(coarse, fine.shape), fine], axis=-1)
-
-
-def _enlarge(x: Array, shape: tuple[int, ...]) -> Array:
+def enlarge(x: Array, shape: tuple[int, ...]) -> Array:
+    """Repeats pixels of ``[B, h, w, C]`` to the height and width of a shape ``[B, H, W, …]``."""
     for axis in (1, 2):
         x = jnp.repeat(x, shape[axis] // x.shape[axis], axis=axis)
     return x

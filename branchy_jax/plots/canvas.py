@@ -1,4 +1,4 @@
-"""What all pictures share: colours, axes, legend, file. Matplotlib is imported on use."""
+"""Colours, axes, legend and file of all pictures. Matplotlib is imported on use."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ SERIES = ('#0b6e99', '#2a9d5c', '#8e5ea2', '#b8860b', '#c2557a', '#4c566a', '#7a
 
 
 def new_axes(title: str, *, x: str, y: str) -> tuple[Any, Any]:
-    """Returns a figure and its one pair of axes, in the house's style.
+    """Returns a figure and its one pair of axes, in the style of all pictures.
 
     Args:
         title: above the picture.
-        x: what is on the horizontal axis, with its unit.
-        y: and on the vertical one.
+        x: label of the horizontal axis, with its unit.
+        y: label of the vertical axis.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.8), dpi=150, layout='constrained')
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
     axes.set_title(title, color=INK, fontsize=11, loc='left')
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
     axes.grid(color='#e5e5e5', linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
@@ -37,10 +35,10 @@ def new_grid(title: str, rows: int, columns: int, *, size: tuple[float, float], 
 
     Args:
         title: above the picture.
-        rows: of axes.
-        columns: of axes.
-        size: of the figure, width and height in inches.
-        **options: of Matplotlib's ``subplots``.
+        rows: number of rows of axes.
+        columns: number of columns.
+        size: width and height of the figure in inches.
+        **options: for Matplotlib's ``subplots``.
     """
     from matplotlib.figure import Figure
 
@@ -55,7 +53,7 @@ def save(figure: Any, path: Path | str, *, legend_columns: int | None = None, **
     Args:
         figure: from `new_axes` or `new_grid`.
         path: the picture to write.
-        legend_columns: of a legend below the axes; ``None`` leaves it out.
+        legend_columns: columns of a legend below the axes; ``None`` leaves the legend out.
         **legend: more options of that legend.
     """
     if legend_columns is not None:

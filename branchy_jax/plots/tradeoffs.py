@@ -1,16 +1,15 @@
-"""Pictures of what early exit saves: accuracy against time, and against cost."""
+"""Pictures of accuracy against time and against cost."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from branchy_jax.plots.canvas import BASELINE, OURS, SERIES, new_axes, save
-from branchy_jax.report import Record
 
 if TYPE_CHECKING:
     from branchy_jax.thresholds import Screen
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
 
 def tradeoff(
     path: Path | str,
-    frontier: Sequence[Record],
-    baseline: Record,
-    chosen: Record,
+    frontier: Sequence[Mapping[str, Any]],
+    baseline: Mapping[str, Any],
+    chosen: Mapping[str, Any],
     *,
-    knee: Record | None = None,
+    knee: Mapping[str, Any] | None = None,
     title: str = '',
     metric: str = 'accuracy',
     label: str | None = None,
@@ -37,8 +36,8 @@ def tradeoff(
         chosen: the branchy network's row, with the same keys and ``gain``.
         knee: the frontier's knee, with the same keys.
         title: above the picture.
-        metric: what is on the vertical axis.
-        label: what it is called there, if otherwise.
+        metric: of the vertical axis.
+        label: name of the metric there, if another.
         batch: images in a call.
 
     Raises:
@@ -49,22 +48,19 @@ def tradeoff(
     """
     if not frontier:
         raise ValueError('frontier: nothing to draw; give at least one point')
-    key = f'test_{metric}'
 
-    def at(record: Record) -> tuple[float, float]:
-        return record['latency_ms'], 100 * record[key]
+    def draw(records: Sequence[Mapping[str, Any]], mark: str, **style: Any) -> None:
+        points = [(record['latency_ms'], 100 * record[f'test_{metric}']) for record in records]
+        axes.plot(*zip(*points, strict=True), mark, **style)
 
     figure, axes = new_axes(title, x=f'time per image, batch {batch} (ms)', y=f'test {label or metric} (%)')
-    axes.plot(
-        *zip(*map(at, frontier), strict=True), '-o', color=OURS, markersize=3.5, label='thresholds of the frontier'
-    )
-    axes.plot(
-        *at(chosen), '*', color=OURS, markersize=17, label=f'chosen on validation data, {chosen["gain"]:.2f}× faster'
-    )
+    draw(frontier, '-o', color=OURS, markersize=3.5, label='thresholds of the frontier')
+    gain = f'chosen on validation data, {chosen["gain"]:.2f}× faster'
+    draw([chosen], '*', color=OURS, markersize=17, label=gain)
     if knee is not None:
-        axes.plot(*at(knee), 'o', markersize=14, markerfacecolor='none', markeredgecolor=OURS, label='knee')
-    axes.plot(*at(baseline), 's', color=BASELINE, markersize=9, label=f'{baseline["network"]}, no exits')
-    axes.axhline(at(baseline)[1], color=BASELINE, linewidth=0.8, linestyle=':')
+        draw([knee], 'o', markersize=14, markerfacecolor='none', markeredgecolor=OURS, label='knee')
+    draw([baseline], 's', color=BASELINE, markersize=9, label=f'{baseline["network"]}, no exits')
+    axes.axhline(100 * baseline[f'test_{metric}'], color=BASELINE, linewidth=0.8, linestyle=':')
     axes.set_xlim(left=0)
     save(figure, path, legend_columns=2)
 
@@ -82,11 +78,11 @@ def accuracy_against_cost(
 
     Args:
         path: the picture to write.
-        screens: name to settings with what each gave, such as a frontier; drawn by ascending cost.
+        screens: a screen for each name, such as a frontier; drawn by ascending cost.
         title: above the picture.
         unit: of the cost on the horizontal axis.
-        scale: from the screens' own unit to that one.
-        metric: what ``accuracy`` is.
+        scale: factor from the screens' own unit to that one.
+        metric: name of the vertical axis.
 
     Raises:
         ValueError: no lines.
@@ -97,11 +93,9 @@ def accuracy_against_cost(
     if not screens:
         raise ValueError('screens: nothing to draw; give at least one')
     figure, axes = new_axes(title, x=f'expected cost of an input ({unit})', y=f'{metric} (%)')
-    marks, colors = itertools.cycle('os^vDPX'), itertools.cycle(SERIES)
-    for (name, screen), mark, color in zip(screens.items(), marks, colors, strict=False):
-        cost, accuracy = np.asarray(screen.cost), np.asarray(screen.accuracy)
-        order = np.argsort(cost, kind='stable')
-        axes.plot(
-            scale * cost[order], 100 * accuracy[order], f'-{mark}', color=color, markersize=4, linewidth=1.2, label=name
-        )
+    styles = itertools.cycle(zip('os^vDPX', SERIES, strict=True))
+    for (name, screen), (mark, color) in zip(screens.items(), styles, strict=False):
+        order = np.argsort(screen.cost, kind='stable')
+        cost, accuracy = scale * np.asarray(screen.cost)[order], 100 * np.asarray(screen.accuracy)[order]
+        axes.plot(cost, accuracy, f'-{mark}', color=color, markersize=4, linewidth=1.2, label=name)
     save(figure, path, legend_columns=3)

@@ -1,43 +1,43 @@
-"""Thresholds with a promise: with probability 1 − δ, at most ε is lost against the full network.
+"""Thresholds with a guarantee: with probability 1 − δ, at most ε is lost against the full network.
 
-Common assumptions, without which nothing is promised: the calibration inputs are independent draws from the
-distribution of the inputs to come, and took no part in training the network, fitting its criterion or building the
-path of settings. The promise is about the risk of the *distribution*; a finite test set scatters around it.
+All guarantees assume that the calibration inputs are independent draws from the distribution of the inputs to come,
+and took no part in training the network, fitting its criterion or building the path of settings. They bound the risk
+of the *distribution*; a finite test set scatters around it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from flax import struct
+from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from branchy_jax.thresholds.screen import Screen, answering_exits
-from branchy_jax.thresholds.table import ExitTable, checked_arrays
+from branchy_jax.thresholds.screen import answering_exits
+from branchy_jax.thresholds.table import ExitTable, checked_arrays, checked_settings
 from branchy_jax.types import Array, ByValue, ExitPolicy
 
 
 @struct.dataclass(eq=False)
 class Guarantee(ByValue):
-    """A policy and what is promised of it. Goes straight into an executor.
+    """A policy and what is guaranteed of it. Goes wherever a policy goes.
 
-    The promise holds for exactly this policy. A `branchy_jax.inference.plan` that skips a head, or a controller that
+    The guarantee holds for exactly this policy. A `branchy_jax.inference.plan` that skips a head, or a controller that
     moves thresholds, runs another: plan with ``skip_heads=False``.
 
     Attributes:
-        policy: when an input leaves; thresholds all −inf where nothing can be promised.
-        promised: whether anything but the full network could be promised.
+        policy: when an input leaves; thresholds all −inf where nothing can be guaranteed.
+        certified: whether anything but the full network could be guaranteed.
         index: of the setting on its path.
         risk: mean loss on the calibration data.
         exit_fractions: ``[N]`` on the calibration data.
-        statement: the promise in words, with its assumptions.
+        statement: the guarantee in words, with its assumptions.
     """
 
     policy: ExitPolicy
-    promised: bool = struct.field(pytree_node=False)
+    certified: bool = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False)
     risk: float
     exit_fractions: np.ndarray
@@ -80,43 +80,7 @@ def losses_against_full(logits: Array, labels: Array | None = None) -> np.ndarra
     return (~right & right[-1]).astype(np.float64)
 
 
-def threshold_path(screen: Screen, *, size: int = 50) -> np.ndarray:
-    """Picks a path of settings from never leaving to leaving most: the frontier of cost and risk, thinned in risk.
-
-    The path must be fixed before the calibration data is looked at: ``screen`` is to come from other data.
-
-    Args:
-        screen: settings on separate data, screened for what is to be promised: that of a table whose statistics are
-            ``1 - losses[..., None]`` with `losses_against_full`, and whose metric is their mean. A screen for accuracy
-            would do, but knows no settings between the full network and the most accurate one.
-        size: settings taken from the frontier at most.
-
-    Returns:
-        ``[G, N - 1]``, thresholds of the screen's criterion; the first never exits, cost falls along the path on the
-        data it was screened on.
-
-    Raises:
-        ValueError: a size below 1.
-
-    Example:
-        >>> from branchy_jax.costs import StageCosts
-        >>> logits, costs = np.log([[[0.9, 0.1], [0.4, 0.6]], [[0.9, 0.1], [0.8, 0.2]]]), StageCosts([1, 9], [0, 0])
-        >>> table = ExitTable.from_logits(logits, [0, 0], costs, split='validation')
-        >>> kept = 1 - losses_against_full(logits, [0, 0])
-        >>> path = threshold_path(table.replace(statistics=kept[..., None]).screen())
-        >>> [table.evaluate(path).cost.tolist(), table.evaluate(path).accuracy.tolist()]
-        [[10.0, 5.5, 1.0], [1.0, 1.0, 0.5]]
-    """
-    if size < 1:
-        raise ValueError(f'size: got {size}; a path holds at least one setting')
-    frontier = screen.frontier()
-    # Evenly spaced in rank: the frontier is dense where risk is small, which is where promises are made.
-    kept = np.unique(np.linspace(0, len(frontier) - 1, size).round().astype(int))[::-1]
-    never = np.full((1, frontier.thresholds.shape[1]), -np.inf, np.float32)
-    return np.concatenate([never, frontier.thresholds[kept]])
-
-
-def losses_along(path: Array, table: ExitTable, losses: Array) -> tuple[np.ndarray, np.ndarray]:
+def losses_along(path: ArrayLike, table: ExitTable, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Computes the loss and the answering exit of every input under every setting of a path.
 
     Labels enter here only, through ``losses``, after the exits have been decided.
@@ -124,7 +88,7 @@ def losses_along(path: Array, table: ExitTable, losses: Array) -> tuple[np.ndarr
     Args:
         path: ``[G, N - 1]`` thresholds of the table's criterion.
         table: of the inputs.
-        losses: ``[N, M]`` in [0, 1].
+        losses: ``[N, M]``.
 
     Returns:
         Losses ``[G, M]`` and exits ``[G, M]``.
@@ -132,13 +96,15 @@ def losses_along(path: Array, table: ExitTable, losses: Array) -> tuple[np.ndarr
     Raises:
         ValueError: arrays whose shapes do not agree, or NaN in the path.
     """
-    losses = _checked_losses(losses, table)
-    exits = np.array([answering_exits(table.uncertainty, setting) for setting in _checked_path(path, table, 'path')])
+    (uncertainty, _), losses = checked_arrays(table), np.asarray(losses, np.float64)
+    if losses.shape != uncertainty.shape:
+        raise ValueError(f'losses: expected [N, M] as the table has, {uncertainty.shape}, got {losses.shape}')
+    exits = np.array([answering_exits(uncertainty, setting) for setting in checked_settings(table, path, 'path')])
     return losses[exits, np.arange(losses.shape[1])], exits
 
 
 def last_passed(passes: Sequence[bool] | np.ndarray) -> int:
-    """Fixed-sequence testing: returns the last setting before the first that fails; −1 if the first fails already.
+    """Returns the last setting before the first that fails (fixed-sequence testing); −1 if the first fails.
 
     Example:
         >>> last_passed([True, True, False, True])
@@ -177,9 +143,7 @@ def binomial(losses: np.ndarray, epsilon: float) -> np.ndarray:
     """
     losses = np.asarray(losses)
     if not np.isin(losses, (0, 1)).all():
-        raise ValueError(
-            "losses: the exact binomial test is for losses of 0 and 1; use 'hoeffding-bentkus' or 'betting'"
-        )
+        raise ValueError("losses: the exact binomial test needs 0 and 1; use 'hoeffding-bentkus' or 'betting'")
     return stats.binom.cdf(losses.sum(axis=-1), losses.shape[-1], epsilon)
 
 
@@ -210,12 +174,12 @@ def hoeffding_bentkus(losses: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def betting(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> np.ndarray:
-    r"""Computes p-values for losses in [0, 1] by betting on their falling below ε, one after the other.
+    r"""Computes p-values for losses in [0, 1] by betting that they fall below ε, one after the other.
 
     .. math:: p = \left(\max_i \prod_{j \le i} (1 - \nu_j (L_j - \epsilon))\right)^{-1}
 
-    with bets :math:`\nu_j` that depend on earlier losses only. Uses the variance: much the best where losses are small
-    but not 0 or 1. Refuting at δ is the same as the Waudby-Smith–Ramdas upper confidence bound lying below ε.
+    with bets :math:`\nu_j` that depend on earlier losses only. Uses the variance: the best where losses are small but
+    not 0 or 1. Refuting at δ is the same as the Waudby-Smith–Ramdas upper confidence bound lying below ε.
 
     Args:
         losses: ``[…, M]`` in [0, 1], in an order that does not depend on them.
@@ -252,7 +216,7 @@ def learn_then_test(
     delta: float,
     method: str = 'binomial',
 ) -> Guarantee:
-    r"""Finds thresholds with :math:`P(R(T) \le \epsilon) \ge 1 - \delta`, where R is the expected loss.
+    r"""Computes thresholds with :math:`P(R(T) \le \epsilon) \ge 1 - \delta`, where R is the expected loss.
 
     Along a path that was fixed beforehand each setting's hypothesis "risk above ε" is tested at level δ, from never
     leaving on, until one is not refuted; the last refuted setting is the answer. No correction for many tests is
@@ -260,18 +224,18 @@ def learn_then_test(
     divided by their number, and the cheapest setting of those that passed is the answer.
 
     Args:
-        paths: ``[G, N - 1]`` from `threshold_path` on *separate* data, or several of them; thresholds of the table's
+        paths: ``[G, N - 1]`` from `Screen.path` on *separate* data, or several of them; thresholds of the table's
             criterion.
         table: of the calibration data. Its uncertainties decide who leaves, its costs choose among paths; its
-            statistics are not looked at.
+            statistics are not used.
         losses: ``[N, M]`` in [0, 1] against the full network, whose own row is 0 (`losses_against_full`); 0 or 1 for
             ``method='binomial'``.
         epsilon: the most that may be lost.
-        delta: probability that the promise may break.
+        delta: probability that the guarantee may fail.
         method: ``'binomial'`` (exact, losses 0 or 1), ``'hoeffding-bentkus'`` or ``'betting'`` (Waudby-Smith–Ramdas).
 
     Returns:
-        `Guarantee`. Where nothing could be promised its thresholds never exit, ``promised`` is false, and the
+        `Guarantee`. Where nothing could be guaranteed its thresholds never exit, ``certified`` is false, and the
         statement says so.
 
     Raises:
@@ -283,8 +247,9 @@ def learn_then_test(
         >>> from branchy_jax.criteria import entropy
         >>> table = ExitTable(uncertainty=np.zeros((2, 100)), statistics=np.ones((2, 100, 1)),
         ...                   costs=StageCosts([1, 9], [0, 0]), criterion=entropy, split='calibration')
-        >>> found = learn_then_test(np.array([[-np.inf], [0.5]]), table, np.zeros((2, 100)), epsilon=0.05, delta=0.1)
-        >>> found.promised, found.thresholds.tolist(), found.policy.criterion.name
+        >>> path, losses = np.array([[-np.inf], [0.5]]), np.zeros((2, 100))
+        >>> guarantee = learn_then_test(path, table, losses, epsilon=0.05, delta=0.1)
+        >>> guarantee.certified, guarantee.thresholds.tolist(), guarantee.policy.criterion.name
         (True, [0.5], 'entropy')
 
     References:
@@ -293,37 +258,27 @@ def learn_then_test(
     """
     if method not in METHODS:
         raise ValueError(f'method: got {method!r}; choose from {", ".join(map(repr, METHODS))}')
-    losses = _checked_risk(losses, table, epsilon, delta)
-    given: list[Any] = [paths] if getattr(paths, 'ndim', 0) == 2 else list(paths)
-    if not given:
-        raise ValueError('paths: got none; give one from threshold_path, or several')
-    several = [_checked_path(path, table, 'paths') for path in given]
+    _check_risk(losses, epsilon, delta)
+    several: list[Any] = [paths] if getattr(paths, 'ndim', 0) == 2 else list(paths)
+    if not several:
+        raise ValueError('paths: got none; give one from Screen.path, or several')
     level = delta / len(several)
-    p_value: PValue = functools.partial(METHODS[method], delta=level) if method == 'betting' else METHODS[method]
-    found = []
-    for path in several:
-        on_path, exits = losses_along(path, table, losses)
-        index = last_passed(
-            [
-                _never(setting) or bool(p_value(loss, epsilon) <= level)
-                for setting, loss in zip(path, on_path, strict=True)
-            ]
-        )
-        found.append(_guarantee(path, index, on_path, exits, table))
-    best = min(found, key=lambda guarantee: float(guarantee.exit_fractions @ table.costs.to_exit))
-    words = (
-        f'With probability at least {1 - delta:g} over the calibration data, the expected loss is at most {epsilon:g}'
-        if best.promised
-        else f'Nothing but the full network can be promised at epsilon {epsilon:g}, delta {delta:g}'
+    options = {'delta': level} if method == 'betting' else {}
+
+    def passes(on_path: np.ndarray) -> np.ndarray:
+        return METHODS[method](on_path, epsilon, **options) <= level
+
+    statement = (
+        f'With probability at least {1 - delta:g} over the calibration data, the expected loss is at most {epsilon:g} '
+        f'({method}; {len(table)} calibration inputs, independent draws from the inputs to come that took no part in '
+        'training, fitting a criterion or building the path).'
     )
-    return best.replace(
-        statement=f'{words} ({method}; {losses.shape[1]} calibration inputs, independent draws from the inputs to come '
-        'that took no part in training, fitting a criterion or building the path).'
-    )
+    guarantees = [_last_that_passes(path, table, losses, passes, statement) for path in several]
+    return min(guarantees, key=lambda guarantee: float(guarantee.exit_fractions @ table.costs.to_exit))
 
 
 def conformal_risk_control(path: Array, table: ExitTable, losses: Array, *, epsilon: float) -> Guarantee:
-    r"""Finds thresholds whose loss is at most ε *in expectation*, over calibration data and the next input together.
+    r"""Computes thresholds whose loss is at most ε *in expectation*, over calibration data and the next input together.
 
     .. math:: \max\left\{g : \frac{M}{M+1} \hat R_M(g) + \frac{1}{M+1} \le \epsilon\right\}
 
@@ -345,66 +300,42 @@ def conformal_risk_control(path: Array, table: ExitTable, losses: Array, *, epsi
     References:
         Angelopoulos et al., Conformal Risk Control, 2022: theorem 1, and the monotone envelope for general losses.
     """
-    losses = _checked_risk(losses, table, epsilon, 0.5)
-    path = _checked_path(path, table, 'path')
-    on_path, exits = losses_along(path, table, losses)
-    count = losses.shape[1]
-    envelope = np.maximum.accumulate(on_path, axis=0).mean(axis=1)
-    passes = [
-        _never(setting) or count / (count + 1) * risk + 1 / (count + 1) <= epsilon
-        for setting, risk in zip(path, envelope, strict=True)
-    ]
-    found = _guarantee(path, last_passed(passes), on_path, exits, table)
-    words = (
-        f'In expectation over {count} exchangeable calibration inputs and the next, the loss is at most {epsilon:g}.'
-        if found.promised
-        else f'Nothing but the full network can be promised at epsilon {epsilon:g} with {count} calibration inputs.'
-    )
-    return found.replace(statement=words)
+    _check_risk(losses, epsilon, 0.5)
+    count = len(table)
+
+    def passes(on_path: np.ndarray) -> np.ndarray:
+        envelope = np.maximum.accumulate(on_path, axis=0).mean(axis=1)
+        return count / (count + 1) * envelope + 1 / (count + 1) <= epsilon
+
+    over = f'{count} exchangeable calibration inputs and the next'
+    statement = f'In expectation over {over}, the loss is at most {epsilon:g}.'
+    return _last_that_passes(path, table, losses, passes, statement)
 
 
-def _never(setting: np.ndarray) -> bool:
-    """Whether a setting is the full network itself, whose loss is zero by definition and needs no test."""
-    return bool(np.isneginf(setting).all())
+def _last_that_passes(
+    path: ArrayLike, table: ExitTable, losses: ArrayLike, passes: Callable[[np.ndarray], np.ndarray], statement: str
+) -> Guarantee:
+    """Returns the guarantee of the last setting before the first whose losses ``[G, M]`` do not pass."""
+    if np.ndim(path) != 2:
+        raise ValueError(f'path: expected [G, {table.num_exits - 1}] settings, got shape {np.shape(path)}')
+    # The full network comes first: it loses nothing by definition and needs no test.
+    settings = np.pad(checked_settings(table, path, 'path'), [(1, 0), (0, 0)], constant_values=-np.inf)
+    on_path, exits = losses_along(settings, table, losses)
+    is_full = (settings == -np.inf).all(axis=1)
+    index = last_passed(is_full | passes(on_path))
+    certified = not is_full[index]
+    if not certified:
+        statement = f'Nothing but the full network can be guaranteed. Not shown: {statement}'
+    policy = ExitPolicy(table.criterion, settings[index])
+    fractions = np.bincount(exits[index], minlength=table.num_exits) / len(table)
+    return Guarantee(policy, certified, max(index - 1, 0), float(on_path[index].mean()), fractions, statement)
 
 
-def _guarantee(path: np.ndarray, index: int, on_path: np.ndarray, exits: np.ndarray, table: ExitTable) -> Guarantee:
-    num_exits = table.num_exits
-    promised = index >= 0 and not _never(path[index])
-    thresholds, risk, fractions = np.full(num_exits - 1, -np.inf, np.float32), 0.0, np.eye(num_exits)[-1]
-    if promised:
-        thresholds, risk = path[index], float(on_path[index].mean())
-        fractions = np.bincount(exits[index], minlength=num_exits) / exits.shape[1]
-    policy = ExitPolicy(table.criterion, thresholds)
-    return Guarantee(policy, promised, index=max(index, 0), risk=risk, exit_fractions=fractions, statement='')
-
-
-def _checked_risk(losses: Array, table: ExitTable, epsilon: float, delta: float) -> np.ndarray:
+def _check_risk(losses: ArrayLike, epsilon: float, delta: float) -> None:
     if not 0 < epsilon < 1 or not 0 < delta < 1:
         raise ValueError(f'epsilon and delta: got {epsilon} and {delta}; both lie strictly between 0 and 1')
-    losses = _checked_losses(losses, table)
+    losses = np.asarray(losses, np.float64)
     if not ((losses >= 0) & (losses <= 1)).all():
         raise ValueError(f'losses: got values from {losses.min()} to {losses.max()}; they must lie in [0, 1]')
     if losses[-1].any():
-        raise ValueError(
-            'losses: the last row, of the full network against itself, must be 0; plain errors are not losses against '
-            'it (losses_against_full makes them)'
-        )
-    return losses
-
-
-def _checked_losses(losses: Array, table: ExitTable) -> np.ndarray:
-    uncertainty, _ = checked_arrays(table)
-    losses = np.asarray(losses, np.float64)
-    if losses.shape != uncertainty.shape:
-        raise ValueError(f'losses: expected [N, M] as the table has, {uncertainty.shape}, got {losses.shape}')
-    return losses
-
-
-def _checked_path(path: Array, table: ExitTable, argument: str) -> np.ndarray:
-    path = np.asarray(path, np.float32)
-    if path.ndim != 2 or path.shape[1] != table.num_exits - 1 or len(path) == 0:
-        raise ValueError(f'{argument}: expected [G, {table.num_exits - 1}] settings, got shape {path.shape}')
-    if np.isnan(path).any():
-        raise ValueError(f'{argument}: got NaN; use -inf to never exit and +inf to always do')
-    return path
+        raise ValueError('losses: the last row must be 0, as losses_against_full makes it; plain errors do not serve')

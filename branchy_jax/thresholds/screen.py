@@ -1,4 +1,4 @@
-"""A screen: settings that were tried and what each gave; and how all settings of a grid are tried at once.
+"""A screen: settings of the thresholds with the result of each, and how all settings of a grid are evaluated together.
 
 An exit answers what reaches it and is confident, so the outcome of a setting depends only on where each input's
 uncertainties fall between the candidate thresholds. Counting inputs per cell of that grid once and summing the counts
@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import numpy as np
 from flax import struct
-from jaxtyping import Float, Float32, Int, Shaped
 from numpy.typing import ArrayLike
 
 from branchy_jax.criteria import Criterion, is_confident
 from branchy_jax.types import ByValue, ExitPolicy, OperatingPoint
 
-_MOST_SETTINGS = 100_000
+_MOST_SETTINGS = 100_000  # of a default grid: evaluated within seconds
 
 
 @struct.dataclass(eq=False)
 class Screen(ByValue):
-    """Every setting that was tried, and what it gave: points to choose from, or a curve of accuracy against cost.
+    """Settings of the thresholds and their results: points to choose from, or a curve of accuracy against cost.
 
     Attributes:
         thresholds: ``[G, N - 1]`` float32.
@@ -59,12 +58,12 @@ class Screen(ByValue):
         )
 
     def frontier(self) -> Screen:
-        """Keeps the settings that no other beats in accuracy without costing more, by ascending cost."""
+        """Returns the settings that no other beats in accuracy without costing more, by ascending cost."""
         order = np.lexsort((-self.accuracy, self.cost))
         best_before = np.concatenate([[-np.inf], np.maximum.accumulate(self.accuracy[order])[:-1]])
-        kept = order[self.accuracy[order] > best_before]
+        best = order[self.accuracy[order] > best_before]
         columns = ('thresholds', 'accuracy', 'exit_fractions', 'cost')
-        return self.replace(**{name: getattr(self, name)[kept] for name in columns})
+        return self.replace(**{name: getattr(self, name)[best] for name in columns})
 
     def for_accuracy(self, at_least: float) -> OperatingPoint:
         """Picks the cheapest setting whose accuracy is at least the one asked for.
@@ -77,12 +76,11 @@ class Screen(ByValue):
         """
         frontier = self.frontier()
         # Accuracies are counts over M: the tolerance admits 0.1 + 0.2 for 0.3, never one more wrong answer.
-        reaching = np.flatnonzero(frontier.accuracy >= at_least - 1e-9)
-        if len(reaching) == 0:
-            raise ValueError(
-                f'at_least: no thresholds reach {at_least}; the best accuracy is {frontier.accuracy.max():.6f}'
-            )
-        return frontier.point(reaching[0])
+        reaches = frontier.accuracy >= at_least - 1e-9
+        if not reaches.any():
+            best = frontier.accuracy.max()
+            raise ValueError(f'at_least: no thresholds reach {at_least}; the best accuracy is {best:.6f}')
+        return frontier.point(reaches.argmax())
 
     def for_cost(self, at_most: float) -> OperatingPoint:
         """Picks the most accurate setting whose expected cost is at most the one asked for.
@@ -96,9 +94,8 @@ class Screen(ByValue):
         frontier = self.frontier()
         affordable = np.flatnonzero(frontier.cost <= at_most * (1 + 1e-9))
         if len(affordable) == 0:
-            raise ValueError(
-                f'at_most: no thresholds cost {at_most} or less; the cheapest cost {frontier.cost.min():.6g}'
-            )
+            cheapest = frontier.cost.min()
+            raise ValueError(f'at_most: no thresholds cost {at_most} or less; the cheapest cost {cheapest:.6g}')
         return frontier.point(affordable[-1])
 
     def knee(self) -> OperatingPoint:
@@ -112,77 +109,106 @@ class Screen(ByValue):
             in a Haystack, 2011.
         """
         frontier = self.frontier()
-
-        def scaled(values: np.ndarray) -> np.ndarray:
-            return (values - values[0]) / max(values[-1] - values[0], np.finfo(float).tiny)
-
-        height = scaled(frontier.accuracy) - scaled(frontier.cost)
+        height = _scaled(frontier.accuracy) - _scaled(frontier.cost)
         return frontier.point(len(height) - 1 - int(np.argmax(height[::-1])))
 
+    def path(self, *, size: int = 50) -> np.ndarray:
+        """Picks settings from never leaving to leaving most: the frontier of cost and risk, for guarantees.
 
-def answering_exits(uncertainty: ArrayLike, thresholds: ArrayLike) -> Int[np.ndarray, 'M']:
-    """Returns which exit answers each input: the first that is confident, else the last.
+        The path must be fixed before the calibration data is looked at: screen other data. Screen for the loss that is
+        to be bounded, with a table whose statistics are ``1 - losses[..., None]`` (`losses_against_full`) and whose
+        metric is their mean. A screen for accuracy knows no settings between the full network and the most accurate.
+
+        Args:
+            size: settings taken from the frontier at most.
+
+        Returns:
+            ``[G, N - 1]``, thresholds of the screen's criterion; the first never exits, cost falls along the path on
+            the data that was screened.
+
+        Raises:
+            ValueError: a size below 1.
+
+        Example:
+            >>> from branchy_jax.costs import StageCosts
+            >>> from branchy_jax.thresholds import ExitTable, losses_against_full
+            >>> logits, costs = np.log([[[0.9, 0.1], [0.4, 0.6]], [[0.9, 0.1], [0.8, 0.2]]]), StageCosts([1, 9], [0, 0])
+            >>> table = ExitTable.from_logits(logits, [0, 0], costs, split='validation')
+            >>> table = table.replace(statistics=1 - losses_against_full(logits, [0, 0])[..., None])
+            >>> along = table.evaluate(table.screen().path())
+            >>> along.cost.tolist(), along.accuracy.tolist()
+            ([10.0, 5.5, 1.0], [1.0, 1.0, 0.5])
+        """
+        if size < 1:
+            raise ValueError(f'size: got {size}; a path holds at least one setting')
+        frontier = self.frontier()
+        # Evenly spaced in rank: the frontier is dense where risk is small, where guarantees are asked for.
+        chosen = np.unique(np.linspace(0, len(frontier) - 1, size).round().astype(int))[::-1]
+        never = np.full((1, frontier.thresholds.shape[1]), -np.inf, np.float32)
+        return np.concatenate([never, frontier.thresholds[chosen]])
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    return (values - values[0]) / max(values[-1] - values[0], np.finfo(float).tiny)
+
+
+def answering_exits(uncertainty: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Returns which exit answers each input, ``[M]`` in ``[0, N)``: the first that is confident, else the last.
 
     Args:
-        uncertainty: ``[N, M]``.
-        thresholds: ``[N - 1]``, in the unit of the uncertainties; `ExitTable.answering_exits` sees to that itself.
-
-    Returns:
-        ``[M]`` integers in ``[0, N)``.
-
-    Raises:
-        ValueError: thresholds that are not one per side exit.
+        uncertainty: ``[N, M]`` float32.
+        thresholds: ``[N - 1]`` float32.
 
     Example:
-        >>> answering_exits([[0.1, 0.9], [0.0, 0.0]], [0.5]).tolist()
+        >>> answering_exits(np.float32([[0.1, 0.9], [0.0, 0.0]]), np.float32([0.5])).tolist()
         [0, 1]
     """
-    uncertainty, thresholds = as_matrix(uncertainty), np.asarray(thresholds, np.float32)
-    if thresholds.shape != (len(uncertainty) - 1,):
-        raise ValueError(f'thresholds: expected {len(uncertainty) - 1}, one per side exit, got {thresholds.shape}')
     confident = is_confident(uncertainty[:-1], thresholds[:, None])
     return np.concatenate([confident, np.ones((1, uncertainty.shape[1]), bool)]).argmax(axis=0)
 
 
-def quantile_grid(uncertainty: ArrayLike, *, size: int = 100) -> Float32[np.ndarray, 'side_exits {size}']:
-    """Proposes candidate thresholds at evenly spaced quantiles of each exit's uncertainties.
+def grid_of(given: ArrayLike | int | None, uncertainty: np.ndarray) -> np.ndarray:
+    """Returns candidate thresholds ``[N - 1, V]`` float32, ascending for each exit.
 
-    Candidates lie midway between neighbouring values, so that an uncertainty that differs in its last bit on another
-    device still falls on the same side. ``-inf`` (never exit) and ``+inf`` (always) are among them.
+    Candidates that were not given lie at evenly spaced quantiles of each exit's uncertainties, midway between two
+    neighbouring values, so that an uncertainty whose last bit differs on another device falls on the same side.
+    ``-inf`` (never exit) and ``+inf`` (always) are among them; values repeat where there are fewer distinct ones.
 
     Args:
-        uncertainty: ``[N, M]``; the last exit's row is not used.
-        size: V, candidates per exit, at least 2.
-
-    Returns:
-        ``[N - 1, V]`` float32, ascending; values repeat where there are fewer distinct ones.
+        given: candidates ``[N - 1, V]``; or V, at least 2; or ``None``: at most 1000, and as many as keep the number of
+            settings below a hundred thousand.
+        uncertainty: ``[N, M]`` float32.
 
     Raises:
-        ValueError: fewer than 2 candidates, or no inputs.
-
-    Example:
-        >>> quantile_grid(np.array([[1, 2, 4, 8], [0, 0, 0, 0]]), size=5).tolist()
-        [[-inf, 1.5, 3.0, 6.0, inf]]
+        ValueError: fewer than 2 candidates, another shape, NaN, candidates that are not ascending, or too many exits
+            for a grid of their own.
     """
-    uncertainty = as_matrix(uncertainty)
-    if size < 2:
-        raise ValueError(f'size: got {size}; a grid holds at least never (-inf) and always (+inf)')
-    candidates = [_candidates(row, size) for row in uncertainty[:-1]]
-    return np.array(candidates, np.float32).reshape(-1, size)
+    exits = len(uncertainty)
+    if given is None or isinstance(given, int):
+        size = min(1000, int(_MOST_SETTINGS ** (1 / max(1, exits - 1)))) if given is None else given
+        if size < 2:
+            advice = 'give 2 or more; for many exits, give a grid with one candidate for most, or use select_exits'
+            raise ValueError(f'grid: got {size} candidates for each of {exits} exits; {advice}')
+        return np.array([_candidates(values, size) for values in uncertainty[:-1]], np.float32).reshape(-1, size)
+    grid = np.asarray(given, np.float32)
+    if grid.ndim != 2 or grid.shape[0] != exits - 1 or grid.shape[1] == 0:
+        raise ValueError(f'grid: expected [{exits - 1}, V] candidates for {exits} exits, got shape {grid.shape}')
+    if np.isnan(grid).any() or (grid[:, 1:] < grid[:, :-1]).any():
+        raise ValueError('grid: candidates of an exit must be ascending and not NaN; sort them along the last axis')
+    return grid
 
 
-def _candidates(values: Float32[np.ndarray, 'M'], size: int) -> Float32[np.ndarray, '{size}']:
-    distinct = np.unique(values[np.isfinite(values)]).astype(np.float32)
+def _candidates(values: np.ndarray, size: int) -> np.ndarray:
+    finite = values[np.isfinite(values)]
+    distinct = np.unique(finite)
     middles = np.unique(midway(distinct[:-1], distinct[1:]))
     if len(middles) > size - 2:
-        shares = (np.arange(1, size - 1)) / (size - 1)
-        wanted = np.quantile(values[np.isfinite(values)], shares)
+        wanted = np.quantile(finite, np.arange(1, size - 1) / (size - 1))
         middles = middles[np.searchsorted(middles, wanted).clip(0, len(middles) - 1)]
-    inner = np.concatenate([middles, np.full(size - 2 - len(middles), np.inf, np.float32)])
-    return np.concatenate([[-np.inf], inner, [np.inf]]).astype(np.float32)
+    return np.concatenate([[-np.inf], middles, np.full(size - 1 - len(middles), np.inf)])
 
 
-def midway(lower: np.ndarray | np.floating, upper: np.ndarray | np.floating) -> Float32[np.ndarray, '*shape']:
+def midway(lower: np.ndarray | np.floating, upper: np.ndarray | np.floating) -> np.ndarray:
     """Returns float32 thresholds under which ``lower`` leaves and ``upper`` stays, midway where float32 has a middle.
 
     Args:
@@ -194,53 +220,8 @@ def midway(lower: np.ndarray | np.floating, upper: np.ndarray | np.floating) -> 
     return np.where(middle > lower, middle, upper)
 
 
-def grid_size(exits: int) -> int:
-    """Returns how many candidates per exit keep the combinations below a hundred thousand.
-
-    Raises:
-        ValueError: with this many exits not even two candidates do.
-    """
-    size = min(1000, int(_MOST_SETTINGS ** (1 / max(1, exits - 1))))
-    if size < 2:
-        raise ValueError(
-            f'grid: {exits} exits have more than {_MOST_SETTINGS} combinations of thresholds; give a grid with one '
-            'candidate for most exits, or thin the network out with select_exits'
-        )
-    return size
-
-
-def checked_grid(grid: ArrayLike, exits: int) -> Float32[np.ndarray, '{exits}-1 V']:
-    """Returns candidates ``[N - 1, V]`` as float32.
-
-    Raises:
-        ValueError: another shape, NaN, or candidates that are not ascending.
-    """
-    grid = np.asarray(grid, np.float32)
-    if grid.ndim != 2 or grid.shape[0] != exits - 1 or grid.shape[1] == 0:
-        raise ValueError(f'grid: expected [{exits - 1}, V] candidates for {exits} exits, got shape {grid.shape}')
-    if np.isnan(grid).any() or (grid[:, 1:] < grid[:, :-1]).any():
-        raise ValueError('grid: candidates of an exit must be ascending and not NaN; sort them along the last axis')
-    return grid
-
-
-def as_matrix(uncertainty: ArrayLike) -> Float32[np.ndarray, 'N M']:
-    """Returns uncertainties ``[N, M]`` as float32.
-
-    Raises:
-        ValueError: another number of dimensions, no exits or no inputs.
-    """
-    uncertainty = np.asarray(uncertainty, np.float32)
-    if uncertainty.ndim != 2 or 0 in uncertainty.shape:
-        raise ValueError(f'uncertainty: expected [N, M] with at least one exit and one input, got {uncertainty.shape}')
-    return uncertainty
-
-
-def outcomes(
-    uncertainty: Float32[np.ndarray, 'N M'],
-    statistics: Shaped[np.ndarray, 'N M S'],
-    grid: Float32[np.ndarray, 'side_exits V'],
-) -> tuple[Float[np.ndarray, '*settings N'], Float[np.ndarray, '*settings S']]:
-    """Counts what every setting of a grid gives.
+def outcomes(uncertainty: np.ndarray, statistics: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the results of every setting of a grid.
 
     Args:
         uncertainty: ``[N, M]`` float32.
@@ -250,46 +231,24 @@ def outcomes(
     Returns:
         Inputs per exit ``[V, …, N]``, and the summed statistics ``[V, …, S]``, one axis V for every side exit.
     """
-    exits, inputs = uncertainty.shape
-    width = grid.shape[1]
-    # Input b exits at exit n under candidate v (strictly: uncertainty < grid[n, v]) iff bin[n, b] <= v.
+    (exits, inputs), width = uncertainty.shape, grid.shape[1]
+    # Input b exits at exit n under candidate v (strictly: uncertainty < grid[n, v]) iff bins[n][b] <= v.
     # NaN sorts last: such an input exits under no candidate.
-    bins = np.array([np.searchsorted(grid[n], uncertainty[n], side='right') for n in range(exits - 1)], int)
-    bins = bins.reshape(exits - 1, inputs)
-    counts = np.zeros((width,) * (exits - 1) + (exits,))
-    sums = np.zeros((width,) * (exits - 1) + statistics.shape[2:])
+    bins = [np.searchsorted(*pair, side='right') for pair in zip(grid, uncertainty[:-1], strict=True)]
+    counts, sums = np.zeros((width,) * (exits - 1) + (exits,)), np.zeros((width,) * (exits - 1) + statistics.shape[2:])
     for n in range(exits):
-        values = np.concatenate([np.ones((inputs, 1)), statistics[n]], axis=1)
-        leaving = _leaving(bins[:n], bins[n] if n < exits - 1 else None, values, width)
-        leaving = leaving.reshape(leaving.shape[:-1] + (1,) * (exits - 1 - (leaving.ndim - 1)) + leaving.shape[-1:])
+        cells, shape = bins[: n + 1], (width + 1,) * min(n + 1, exits - 1)
+        place = np.ravel_multi_index(cells, shape) if cells else np.zeros(inputs, int)
+        columns = [np.ones(inputs), *statistics[n].T]
+        per_cell = [np.bincount(place, column, minlength=int(np.prod(shape))).reshape(shape) for column in columns]
+        leaving = np.stack(per_cell, axis=-1)
+        for axis in range(len(cells)):
+            if axis < n:  # the input passes this exit: bin > v
+                from_above = np.flip(np.cumsum(np.flip(leaving, axis), axis), axis)
+                leaving = np.take(from_above, np.arange(1, width + 1), axis)
+            else:  # the input leaves here: bin <= v
+                leaving = np.take(np.cumsum(leaving, axis), np.arange(width), axis)
+        leaving = np.expand_dims(leaving, tuple(range(len(cells), exits - 1)))  # later thresholds change nothing
         counts[..., n] += leaving[..., 0]
         sums += leaving[..., 1:]
     return counts, sums
-
-
-def _leaving(
-    passed: Shaped[np.ndarray, 'n M'], own: Int[np.ndarray, 'M'] | None, values: Float[np.ndarray, 'M S'], width: int
-) -> Float[np.ndarray, '*settings S']:
-    """Sums ``values [M, S]`` of the inputs that pass the exits before and leave at this one, per setting.
-
-    Args:
-        passed: ``[n, M]`` bins at the exits before; passing under candidate v means bin > v.
-        own: ``[M]`` bins at this exit; leaving under candidate v means bin <= v. ``None``: the last exit.
-        values: ``[M, S]``.
-        width: V.
-
-    Returns:
-        ``[V] * n + ([V] if own is given) + [S]``.
-    """
-    axes = list(passed) + ([own] if own is not None else [])
-    shape = (width + 1,) * len(axes)
-    cells = np.ravel_multi_index(axes, shape) if axes else np.zeros(len(values), int)
-    size = int(np.prod(shape))
-    table = np.stack([np.bincount(cells, column, minlength=size) for column in values.T], axis=-1)
-    table = table.reshape(*shape, -1)
-    for axis in range(len(passed)):
-        at_least = np.flip(np.cumsum(np.flip(table, axis), axis), axis)
-        table = np.take(at_least, np.arange(1, width + 1), axis)  # bin > v
-    if own is not None:
-        table = np.take(np.cumsum(table, len(passed)), np.arange(width), len(passed))  # bin <= v
-    return table

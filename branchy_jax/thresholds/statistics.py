@@ -1,7 +1,7 @@
-"""What each answer adds to a metric: additive statistics per input, the metrics of their sums, and who erred where.
+"""Metrics as functions of sums over inputs: the statistics of each answer, and the metrics of their sums.
 
-A metric such as mIoU is no mean over images, but it is a function of sums over images. Everything that chooses
-thresholds works on such statistics ``[N, M, S]`` and a ``metric(sums, count)``, so one tuner serves all tasks.
+A metric such as mIoU is no mean over images, but it is a function of sums over images. All searches for thresholds
+work on statistics ``[N, M, S]`` and a ``metric(sums, count)``, so the same code serves all tasks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ Statistics = Callable[[Array, Array], Array]
 
 
 def mean_of_statistic(sums: np.ndarray, count: int) -> np.ndarray:
-    """The metric of classification: statistics are 0 or 1 per input, their mean is the accuracy."""
+    """The metric of classification: statistics are 0 or 1 per input, their mean is the accuracy.
+
+    Args:
+        sums: ``[..., 1]`` of `accuracy_statistics`.
+        count: number of inputs.
+    """
     return sums[..., 0] / count
 
 
@@ -56,12 +61,9 @@ def iou_statistics(logits: Array, labels: Array) -> Array:
     """
     predicted, truth = _predictions(logits, labels)
     numpy = jax.numpy if isinstance(predicted, jax.Array) else np
-    axes = tuple(range(2, predicted.ndim))
-    intersections, unions = [], []
-    for k in range(logits.shape[-1]):
-        ours, theirs = predicted == k, truth == k
-        intersections.append((ours & theirs).sum(axis=axes))
-        unions.append((ours | theirs).sum(axis=axes))
+    pixels, classes = tuple(range(2, predicted.ndim)), range(logits.shape[-1])
+    intersections = [((predicted == k) & (truth == k)).sum(axis=pixels) for k in classes]
+    unions = [((predicted == k) | (truth == k)).sum(axis=pixels) for k in classes]
     return numpy.stack(intersections + unions, axis=-1).astype(float)
 
 
@@ -72,7 +74,7 @@ def iou_per_class(sums: np.ndarray) -> np.ndarray:
         sums: ``[..., 2 K]``.
 
     Returns:
-        ``[..., K]``; NaN for a class that is neither there nor answered.
+        ``[..., K]``; NaN for a class that neither labels nor answers hold.
     """
     intersection, union = np.split(np.asarray(sums, np.float64), 2, axis=-1)
     return np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
@@ -81,7 +83,7 @@ def iou_per_class(sums: np.ndarray) -> np.ndarray:
 def mean_iou(sums: np.ndarray, count: int) -> np.ndarray:
     """The metric of segmentation: mean over the classes of their IoU over all pixels of all images.
 
-    Classes that are neither there nor answered do not count.
+    Classes that neither labels nor answers hold do not count.
 
     Args:
         sums: ``[..., 2 K]`` of `iou_statistics`.
@@ -94,37 +96,8 @@ def mean_iou(sums: np.ndarray, count: int) -> np.ndarray:
     return np.nanmean(iou_per_class(sums), axis=-1)
 
 
-def standard_error(statistics: np.ndarray, metric: Metric = mean_of_statistic) -> float:
-    r"""Computes the standard error of any metric over inputs, by the jackknife.
-
-    .. math:: s^2 = \frac{M - 1}{M} \sum_b (m_{-b} - \bar m)^2,
-
-    where :math:`m_{-b}` is the metric without input b. For an accuracy p it is :math:`\sqrt{p (1 - p) / (M - 1)}`.
-
-    Args:
-        statistics: ``[M, S]`` of the answers given, as `ExitTable.standard_error` looks them up.
-        metric: of their sums.
-
-    Raises:
-        ValueError: fewer than two inputs, or another number of dimensions.
-
-    Example:
-        >>> round(standard_error(np.array([[1.0], [1.0], [0.0], [1.0], [0.0]])), 4)
-        0.2449
-
-    References:
-        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
-    """
-    statistics = np.asarray(statistics, np.float64)
-    if statistics.ndim != 2 or len(statistics) < 2:
-        raise ValueError(f'statistics: a standard error needs [M, S] of at least 2 inputs, got {statistics.shape}')
-    count = len(statistics)
-    without_one = np.asarray(metric(statistics.sum(axis=0) - statistics, count - 1))
-    return float(np.sqrt((count - 1) / count * np.square(without_one - without_one.mean()).sum()))
-
-
 def confusion(labels: Array, answers: Array, exits: Array, *, num_exits: int, num_classes: int) -> np.ndarray:
-    """Counts, for each exit, which class was taken for which by the inputs that left there.
+    """Counts, for each exit, the pairs of true class and answer among the inputs that left there.
 
     Args:
         labels: ``[M]``.
@@ -143,18 +116,15 @@ def confusion(labels: Array, answers: Array, exits: Array, *, num_exits: int, nu
         >>> confusion([0, 1], [0, 0], [0, 1], num_exits=2, num_classes=2).tolist()
         [[[1, 0], [0, 0]], [[0, 0], [1, 0]]]
     """
-    labels, answers, exits = (np.asarray(values) for values in (labels, answers, exits))
-    for name, values, count in (
-        ('labels', labels, num_classes),
-        ('answers', answers, num_classes),
-        ('exits', exits, num_exits),
-    ):
-        if values.shape != labels.shape:
-            raise ValueError(f'{name}: expected one per input, shape {labels.shape}, got {values.shape}')
-        if values.size and not 0 <= values.min() <= values.max() < count:
-            raise ValueError(f'{name}: expected numbers in [0, {count}), got {values.min()} to {values.max()}')
+    given = {'labels': (labels, num_classes), 'answers': (answers, num_classes), 'exits': (exits, num_exits)}
+    for name, (values, count) in given.items():
+        array = np.asarray(values)
+        if array.shape != np.shape(labels):
+            raise ValueError(f'{name}: expected one per input, shape {np.shape(labels)}, got {array.shape}')
+        if array.size and not 0 <= array.min() <= array.max() < count:
+            raise ValueError(f'{name}: expected numbers in [0, {count}), got {array.min()} to {array.max()}')
     counts = np.zeros((num_exits, num_classes, num_classes), int)
-    np.add.at(counts, (exits, labels, answers), 1)
+    np.add.at(counts, (np.asarray(exits), np.asarray(labels), np.asarray(answers)), 1)
     return counts
 
 
@@ -164,7 +134,7 @@ def _predictions(logits: Array, labels: Array) -> tuple[Array, Array]:
         logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.shape[1:-1] != labels.shape:
         raise ValueError(
-            f'labels: answers have shape {logits.shape[1:-1]}, so labels must have it too; got {labels.shape}'
+            f'labels: answers have shape {logits.shape[1:-1]}; give labels of that shape, got {labels.shape}'
         )
     check_labels(labels, logits.shape[-1])
     return logits.argmax(axis=-1), labels[None]

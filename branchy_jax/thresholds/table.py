@@ -1,7 +1,7 @@
-"""The table of cached exits: everything that choosing thresholds needs, together, and every way to choose them.
+"""The table of cached exits: everything that a choice of thresholds needs, and every search for them.
 
-What is chosen on a table carries the table's criterion and the name of its data along, so that no point can be taken
-for one of another criterion, nor one found on validation data for one measured on test data.
+What is chosen on a table carries the table's criterion and the name of its data, so that thresholds of one criterion
+are never used with another, and accuracy on validation data is never reported as accuracy on test data.
 """
 
 from __future__ import annotations
@@ -12,31 +12,23 @@ from typing import Any
 
 import numpy as np
 from flax import struct
+from numpy.typing import ArrayLike
 from scipy import optimize, special
 
-from branchy_jax.costs import StageCosts, expected_cost
-from branchy_jax.criteria import as_policy, entropy, replay
-from branchy_jax.criteria.criterion import Criterion, check_criterion
-from branchy_jax.thresholds.screen import (
-    Screen,
-    answering_exits,
-    as_matrix,
-    checked_grid,
-    grid_size,
-    midway,
-    outcomes,
-    quantile_grid,
-)
-from branchy_jax.thresholds.statistics import Metric, Statistics, accuracy_statistics, mean_of_statistic, standard_error
+from branchy_jax.costs import StageCosts
+from branchy_jax.criteria import Criterion, as_criterion, entropy, replay
+from branchy_jax.criteria.criterion import check_criterion
+from branchy_jax.thresholds.screen import Screen, answering_exits, grid_of, midway, outcomes
+from branchy_jax.thresholds.statistics import Metric, Statistics, accuracy_statistics, mean_of_statistic
 from branchy_jax.types import Array, ByValue, ExitPolicy, OperatingPoint
 
 
 @struct.dataclass(eq=False, kw_only=True)
 class ExitTable(ByValue):
-    """What N exits said of M inputs, what that is worth, and what it costs.
+    """The answers of N exits to M inputs: their uncertainty, statistics and costs.
 
     `branchy_jax.inference.exit_table` makes one by running a network, `ExitTable.from_logits` from cached logits.
-    Methods that take a *setting* take an `ExitPolicy`, whatever holds one as ``policy`` (an `OperatingPoint`, a
+    Methods that take a *setting* take an `ExitPolicy`, an object that holds one as ``policy`` (an `OperatingPoint`, a
     `Guarantee`, a `Controller`), or thresholds ``[N - 1]`` alone, which are of the table's own criterion.
 
     Attributes:
@@ -69,7 +61,7 @@ class ExitTable(ByValue):
         labels: Array,
         costs: StageCosts,
         *,
-        criterion: Criterion = entropy,
+        criterion: Any = entropy,
         statistics: Statistics = accuracy_statistics,
         metric: Metric = mean_of_statistic,
         split: str,
@@ -77,27 +69,24 @@ class ExitTable(ByValue):
         """Makes a table from cached logits by replaying a criterion over them.
 
         Args:
-            logits: ``[N, M, …, K]`` as the heads gave them.
+            logits: ``[N, M, …, K]`` of the heads.
             labels: ``[M, …]``, or whatever ``statistics`` takes.
             costs: per stage and head.
-            criterion: how unsure an exit is; what it answers is what counts, not the head's own logits.
+            criterion: a criterion or a function of logits; the criterion's answers are counted, not the heads'.
             statistics: ``(answer logits [N, M, …, K], labels) → [N, M, S]``.
             metric: of their sums.
             split: name of the data.
 
         Raises:
-            ValueError: arrays whose shapes do not agree, no inputs, labels out of range, a criterion that was learned
+            ValueError: arrays whose shapes do not agree, no inputs, labels out of range, a criterion that was fitted
                 for another number of exits.
         """
-        logits = np.asarray(logits)
+        logits, criterion = np.asarray(logits), as_criterion(criterion)
         if logits.ndim < 3 or 0 in logits.shape:
             raise ValueError(f'logits: expected [N, M, …, K] with at least one exit and one input, got {logits.shape}')
-        check_criterion(criterion, len(logits))
-        answers, uncertainty = (np.asarray(found) for found in replay(criterion, logits))
-        found = np.asarray(statistics(answers, labels), np.float64)
-        table = cls(
-            uncertainty=uncertainty, statistics=found, costs=costs, criterion=criterion, metric=metric, split=split
-        )
+        answers, uncertainty = map(np.asarray, replay(criterion, logits))
+        columns = {'uncertainty': uncertainty, 'statistics': np.asarray(statistics(answers, labels), np.float64)}
+        table = cls(**columns, costs=costs, criterion=criterion, metric=metric, split=split)
         checked_arrays(table)
         return table
 
@@ -125,31 +114,48 @@ class ExitTable(ByValue):
         """Returns which exit answers each input, ``[M]`` integers in ``[0, N)``.
 
         Args:
-            setting: a policy, what holds one, or thresholds ``[N - 1]``.
+            setting: a policy, an object that holds one, or thresholds ``[N - 1]``.
 
         Raises:
             ValueError: a policy of another criterion, or thresholds that do not fit.
         """
-        return answering_exits(self.uncertainty, self._thresholds_of(setting, 'setting'))
+        uncertainty, _ = checked_arrays(self)
+        thresholds = checked_settings(self, setting, 'setting')
+        if len(thresholds) != 1:
+            raise ValueError(f'setting: expected one, got {len(thresholds)}')
+        return answering_exits(uncertainty, thresholds[0])
 
     def standard_error(self, setting: Any) -> float:
-        """Computes the standard error of the metric under a setting, by the jackknife over inputs.
+        r"""Computes the standard error of the metric under a setting, by the jackknife over inputs.
+
+        .. math:: s^2 = \frac{M - 1}{M} \sum_b (m_{-b} - \bar m)^2,
+
+        where :math:`m_{-b}` is the metric without input b. For an accuracy p it is :math:`\sqrt{p (1 - p) / (M - 1)}`.
 
         Args:
-            setting: a policy, what holds one, or thresholds ``[N - 1]``.
+            setting: a policy, an object that holds one, or thresholds ``[N - 1]``.
 
         Raises:
             ValueError: fewer than two inputs, or a setting that does not fit.
-        """
-        _, statistics = checked_arrays(self)
-        return standard_error(statistics[self.answering_exits(setting), np.arange(len(self))], self.metric)
 
-    def screen(self, grid: Array | None = None) -> Screen:
+        References:
+            Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
+        """
+        (_, statistics), count = checked_arrays(self), len(self)
+        if count < 2:
+            raise ValueError(f'statistics: a standard error needs at least 2 inputs, got {count}')
+        given = statistics[self.answering_exits(setting), np.arange(count)]
+        without_one = np.asarray(self.metric(given.sum(axis=0) - given, count - 1))
+        return float(np.sqrt((count - 1) / count * np.square(without_one - without_one.mean()).sum()))
+
+    def screen(self, grid: ArrayLike | int | None = None) -> Screen:
         """Evaluates every combination of candidate thresholds.
 
+        ``table.screen(grid).for_cost(c)`` is the exact search: no setting of the grid within the cost is better.
+
         Args:
-            grid: ``[N - 1, V]`` ascending candidates per exit; `quantile_grid` if none is given, as fine as keeps the
-                combinations below a hundred thousand.
+            grid: ``[N - 1, V]`` ascending candidates per exit; or V of them at quantiles of the uncertainties; as many
+                as keep the combinations below a hundred thousand by default.
 
         Returns:
             `Screen` with G = V^(N-1) settings, the last exit's threshold varying fastest.
@@ -162,25 +168,24 @@ class ExitTable(ByValue):
             >>> right = np.array([[[1.0], [0.0]], [[1.0], [1.0]]])
             >>> table = ExitTable(uncertainty=np.array([[0.1, 0.9], [0.0, 0.0]]), statistics=right,
             ...                   costs=StageCosts([1, 9], [0, 0]), criterion=entropy, split='validation')
-            >>> found = table.screen([[-np.inf, 0.5, np.inf]])
-            >>> found.accuracy.tolist(), found.cost.tolist()
-            ([1.0, 1.0, 0.5], [10.0, 5.5, 1.0])
+            >>> screen = table.screen([[-np.inf, 0.5, np.inf]])
+            >>> screen.accuracy.tolist(), screen.cost.tolist(), screen.for_cost(6).accuracy
+            ([1.0, 1.0, 0.5], [10.0, 5.5, 1.0], 1.0)
 
         References:
             BranchyNet, 2016, section III-D: thresholds are screened over a grid.
         """
         uncertainty, statistics = checked_arrays(self)
-        exits, inputs = uncertainty.shape
-        grid = quantile_grid(uncertainty, size=grid_size(exits)) if grid is None else checked_grid(grid, exits)
+        grid = grid_of(grid, uncertainty)
         counts, sums = outcomes(uncertainty, statistics, grid)
         settings = np.array([*itertools.product(*grid.tolist())], np.float32)
-        return self._screen_of(settings, sums.reshape(len(settings), -1), counts.reshape(len(settings), -1) / inputs)
+        return self._screen_of(settings, sums.reshape(len(settings), -1), counts.reshape(len(settings), -1))
 
     def evaluate(self, settings: Any) -> Screen:
-        """Evaluates given settings, one by one: for carrying thresholds chosen elsewhere over to these data.
+        """Evaluates given settings one by one, such as thresholds that were chosen on other data.
 
         Args:
-            settings: a `Screen`; one policy or what holds one; or thresholds ``[G, N - 1]`` of the table's criterion.
+            settings: a `Screen`; one setting; or thresholds ``[G, N - 1]`` of the table's criterion.
 
         Returns:
             `Screen` with the G settings in the order given, measured on this table's data.
@@ -195,65 +200,42 @@ class ExitTable(ByValue):
             [[0.5, 0.5]]
         """
         uncertainty, statistics = checked_arrays(self)
-        exits, inputs = uncertainty.shape
-        thresholds = self._all_thresholds_of(settings)
-        fractions, sums = np.empty((len(thresholds), exits)), np.empty((len(thresholds), statistics.shape[2]))
-        for g, setting in enumerate(thresholds):
-            first = answering_exits(uncertainty, setting)
-            fractions[g] = np.bincount(first, minlength=exits) / inputs
-            sums[g] = statistics[first, np.arange(inputs)].sum(axis=0)
-        return self._screen_of(thresholds, sums, fractions)
+        thresholds = checked_settings(self, settings, 'settings')
+        counts, sums = [], []
+        for setting in thresholds:
+            exits = answering_exits(uncertainty, setting)
+            counts.append(np.bincount(exits, minlength=self.num_exits))
+            sums.append(statistics[exits, np.arange(len(self))].sum(axis=0))
+        return self._screen_of(thresholds, np.array(sums), np.array(counts))
 
-    def exact(self, at_most: float, grid: Array | None = None) -> OperatingPoint:
-        """Finds the most accurate setting of a grid whose expected cost is at most the one given: none is better.
-
-        Args:
-            at_most: expected cost of one input.
-            grid: ``[N - 1, V]``; `quantile_grid` of 100 values if none is given, fewer where there are too many
-                settings.
-
-        Raises:
-            ValueError: every setting costs more, or too many exits for a grid of their own.
-
-        Example:
-            >>> table = ExitTable(uncertainty=[[0.1, 0.9], [0, 0]], statistics=[[[1], [0]], [[1], [1]]],
-            ...                   costs=StageCosts([1, 9], [0, 0]), criterion=entropy, split='validation')
-            >>> table.exact(6).accuracy
-            1.0
-        """
-        if grid is None:
-            grid = quantile_grid(self.uncertainty, size=min(100, grid_size(self.num_exits)))
-        return self.screen(grid).for_cost(at_most)
-
-    def coordinate_descent(self, at_most: float, grid: Array | None = None) -> OperatingPoint:
+    def coordinate_descent(self, at_most: float, grid: ArrayLike | int = 100) -> OperatingPoint:
         """Searches greedily: one threshold at a time, the most accurate within the cost, until none changes.
 
-        Linear in the number of exits where `exact` is exponential; stops at a setting that no single threshold
+        Linear in the number of exits where `screen` is exponential; stops at a setting that no single threshold
         improves.
 
         Args:
             at_most: expected cost of one input.
-            grid: ``[N - 1, V]`` ascending; `quantile_grid` of 100 values if none is given.
+            grid: candidates, as for `screen`.
 
         Raises:
             ValueError: even the cheapest setting costs more, or a grid with NaN or not ascending.
         """
-        grid = checked_grid(quantile_grid(self.uncertainty) if grid is None else grid, self.num_exits)
+        grid = grid_of(grid, checked_arrays(self)[0])
         # The last candidate of each exit lets the most leave: the cheapest setting.
-        best = self.evaluate(grid[None, :, -1]).for_cost(at_most)
-        while True:
+        best, before = self.evaluate(grid[None, :, -1]).for_cost(at_most), None
+        while best is not before:
             before = best
-            for n in range(len(grid)):
-                settings = np.repeat(np.asarray(best.thresholds)[None], len(grid[n]) + 1, axis=0)
-                settings[1:, n] = grid[n]
-                found = self.evaluate(settings).for_cost(at_most)
-                if (found.accuracy, -found.cost) > (best.accuracy, -best.cost):
-                    best = found
-            if best is before:
-                return best
+            for n, candidates in enumerate(grid):
+                settings = np.repeat(np.asarray(best.thresholds)[None], len(candidates) + 1, axis=0)
+                settings[1:, n] = candidates
+                other = self.evaluate(settings).for_cost(at_most)
+                if (other.accuracy, -other.cost) > (best.accuracy, -best.cost):
+                    best = other
+        return best
 
-    def for_shares(self, shares: Array) -> ExitPolicy:
-        """Finds thresholds at which these inputs leave in given shares, up to rounding and ties.
+    def for_shares(self, shares: ArrayLike) -> ExitPolicy:
+        """Computes thresholds at which these inputs leave in given shares, up to rounding and ties.
 
         Thresholds lie midway between the last input that leaves and the first that stays.
 
@@ -276,14 +258,14 @@ class ExitTable(ByValue):
             raise ValueError(f'shares: got {shares.tolist()}; give {exits} shares that sum to 1')
         waiting, thresholds = np.arange(count), np.empty(exits - 1, np.float32)
         for n, left in enumerate(np.round(np.cumsum(shares[:-1]) * count).astype(int)):
-            thresholds[n] = _leave(uncertainty[n, waiting], left - (count - len(waiting)))
+            thresholds[n] = _threshold_for(uncertainty[n, waiting], left - (count - len(waiting)))
             waiting = waiting[~(uncertainty[n, waiting] < thresholds[n])]
         return ExitPolicy(self.criterion, thresholds)
 
     def for_budget(self, budget: float) -> ExitPolicy:
-        r"""Finds thresholds whose expected cost is a given budget, with shares that fall or rise geometrically.
+        r"""Computes thresholds whose expected cost is a given budget, with shares that fall or rise geometrically.
 
-        Exit n answers a share proportional to :math:`q^n`; the one q that costs the budget is found.
+        Exit n answers a share proportional to :math:`q^n`; one q costs the budget.
 
         Args:
             budget: expected cost of one input.
@@ -301,7 +283,16 @@ class ExitTable(ByValue):
             Huang et al., Multi-Scale Dense Networks, 2018, section 4: budgeted batch classification.
         """
         checked_arrays(self)
-        return self.for_shares(_geometric_shares(self.costs, budget))
+        to_exit = self.costs.to_exit
+        if not to_exit[0] <= budget <= to_exit[-1]:
+            raise ValueError(f'budget: got {budget}; this network costs {to_exit[0]:.6g} to {to_exit[-1]:.6g}')
+
+        def shares(log_ratio: float) -> np.ndarray:
+            return special.softmax(np.arange(self.num_exits) * log_ratio)
+
+        steepest = 1000.0  # e^-1000 is 0: all inputs leave at one exit
+        log_ratio = optimize.brentq(lambda ratio: shares(ratio) @ to_exit - budget, -steepest, steepest)
+        return self.for_shares(shares(log_ratio))
 
     def anytime(self) -> Screen:
         """Computes the accuracy of each exit against what it costs to get there, every input stopping at the same exit.
@@ -315,12 +306,12 @@ class ExitTable(ByValue):
         exits = self.num_exits
         return self.evaluate(np.where(np.arange(exits - 1) == np.arange(exits)[:, None], np.inf, -np.inf))
 
-    def budgeted(self, found_on: ExitTable, budgets: Sequence[float] | None = None) -> Screen:
-        """Computes accuracy against average cost, with thresholds that `for_budget` finds on other data.
+    def budgeted(self, chosen_on: ExitTable, budgets: Sequence[float] | None = None) -> Screen:
+        """Computes accuracy against average cost, with thresholds that `for_budget` computes on other data.
 
         Args:
-            found_on: the table to find thresholds on, validation data; of the same network and criterion. Budgets are
-                in the unit of this table's costs.
+            chosen_on: the table to choose thresholds on, validation data; of the same network and criterion. Budgets
+                are in the unit of this table's costs.
             budgets: average costs to aim at; twenty between the first exit's and the last's if none are given.
 
         Returns:
@@ -333,85 +324,102 @@ class ExitTable(ByValue):
             Huang et al., Multi-Scale Dense Networks, 2018, section 4: budgeted batch classification.
         """
         checked_arrays(self)
-        _check_same(found_on.criterion, self.criterion, 'found_on')
-        found_on = found_on.replace(costs=self.costs)
+        _check_same(chosen_on.criterion, self.criterion, 'chosen_on')
+        chosen_on = chosen_on.replace(costs=self.costs)
         ends = self.costs.to_exit[0], self.costs.to_exit[-1]
         spread = np.linspace(*ends, 20) if budgets is None else budgets
-        return self.evaluate(np.array([found_on.for_budget(float(budget)).thresholds for budget in spread]))
+        return self.evaluate(np.array([chosen_on.for_budget(float(budget)).thresholds for budget in spread]))
 
-    def _screen_of(self, thresholds: np.ndarray, sums: np.ndarray, fractions: np.ndarray) -> Screen:
-        accuracy, cost = np.asarray(self.metric(sums, len(self))), fractions @ self.costs.to_exit
-        return Screen(thresholds, accuracy, fractions, cost, self.criterion, self.split)
+    def path_by_shares(self, *, size: int = 101, floor: float | None = None) -> np.ndarray:
+        """Builds a path for a `Controller`, along which the share of inputs that an exit is confident of falls evenly.
 
-    def _thresholds_of(self, setting: Any, argument: str) -> np.ndarray:
-        """Returns ``[N - 1]`` of what goes for a setting; thresholds of another criterion are refused."""
-        policy = getattr(setting, 'policy', setting)
-        if isinstance(policy, ExitPolicy):
-            _check_same(policy.criterion, self.criterion, argument)
-        else:
-            policy = ExitPolicy(self.criterion, policy)
-        return np.asarray(as_policy(policy, self.num_exits).thresholds)
+        Shares of *all* inputs, not of those that reach the exit: costs are roughly, not exactly, even along it. Inputs
+        whose uncertainty is not finite leave at no setting and are not counted.
 
-    def _all_thresholds_of(self, settings: Any) -> np.ndarray:
-        """Returns ``[G, N - 1]`` of what `evaluate` takes."""
-        if isinstance(getattr(settings, 'policy', settings), ExitPolicy):
-            return self._thresholds_of(settings, 'settings')[None]
-        if isinstance(settings, Screen):
-            _check_same(settings.criterion, self.criterion, 'settings')
-            settings = settings.thresholds
-        thresholds = np.asarray(settings, np.float32)
-        if thresholds.ndim != 2 or thresholds.shape[1] != self.num_exits - 1 or np.isnan(thresholds).any():
-            raise ValueError(
-                f'settings: expected [G, {self.num_exits - 1}] thresholds without NaN, got shape {thresholds.shape}'
-            )
-        return thresholds
+        Args:
+            size: G.
+            floor: drops all settings up to the last one at which the table's metric, there or half-way to the next, is
+                below this value, since a controller interpolates: G is then smaller.
+
+        Returns:
+            ``[G, N - 1]`` thresholds of the table's criterion, from leaving most to leaving least.
+
+        Raises:
+            ValueError: fewer than two settings, an exit with no finite uncertainty, or a floor out of reach.
+
+        Example:
+            >>> table = ExitTable(uncertainty=[[1, 2, 4, 8], [0, 0, 0, 0]], statistics=np.ones((2, 4, 1)),
+            ...                   costs=StageCosts([1, 9], [0, 0]), criterion=entropy, split='validation')
+            >>> path = table.path_by_shares(size=4)
+            >>> [int((np.array([1, 2, 4, 8]) < setting).sum()) for setting in path]
+            [4, 2, 1, 0]
+        """
+        if size < 2:
+            raise ValueError(f'size: got {size}; a path has two ends')
+        uncertainty, _ = checked_arrays(self)
+        finite = np.where(np.isfinite(uncertainty[:-1]), uncertainty[:-1], np.nan)
+        if np.isnan(finite).all(axis=1).any():
+            raise ValueError('uncertainty: an exit of the table has no finite uncertainty, so no shares')
+        path = np.nanquantile(finite, np.linspace(1, 0, size), axis=1).astype(np.float32)
+        path[0] = np.nextafter(path[0], np.float32(np.inf))  # the comparison is strict: now every input leaves
+        if floor is None:
+            return path
+        accuracy, between = self.evaluate(path).accuracy, self.evaluate((path[1:] + path[:-1]) / 2).accuracy
+        below = np.flatnonzero(np.minimum(accuracy, np.append(between, np.inf)) < floor)
+        path = path[below.max(initial=-1) + 1 :]
+        if len(path) < 2:
+            raise ValueError(f'floor: got {floor}; where inputs leave least the metric is {accuracy[-1]:.4f}')
+        return path
+
+    def _screen_of(self, thresholds: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> Screen:
+        accuracy, fractions = np.asarray(self.metric(sums, len(self))), counts / len(self)
+        return Screen(thresholds, accuracy, fractions, fractions @ self.costs.to_exit, self.criterion, self.split)
 
 
 def checked_arrays(table: ExitTable) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a table's uncertainty as float32 and its statistics as float64, once all of it is seen to agree.
+    """Returns a table's uncertainty as float32 and its statistics as float64, after validation of the whole table.
 
     Raises:
         ValueError: uncertainty that is not ``[N, M]``, or statistics, costs or a criterion that do not go with it.
     """
-    uncertainty, statistics = as_matrix(table.uncertainty), np.asarray(table.statistics, np.float64)
+    uncertainty, statistics = np.asarray(table.uncertainty, np.float32), np.asarray(table.statistics, np.float64)
+    if uncertainty.ndim != 2 or 0 in uncertainty.shape:
+        raise ValueError(f'uncertainty: expected [N, M] with at least one exit and one input, got {uncertainty.shape}')
     exits, inputs = uncertainty.shape
     if statistics.ndim != 3 or statistics.shape[:2] != (exits, inputs):
         raise ValueError(f'statistics: expected [{exits}, {inputs}, S] to go with uncertainty, got {statistics.shape}')
     stages, heads = np.shape(table.costs.stages), np.shape(table.costs.exits)
     if not stages == heads == (exits,):
         raise ValueError(f'costs: expected {exits} stages and heads to go with uncertainty, got {stages} and {heads}')
-    check_criterion(table.criterion, exits)
+    check_criterion(as_criterion(table.criterion), exits)
     return uncertainty, statistics
 
 
+def checked_settings(table: ExitTable, given: Any, argument: str) -> np.ndarray:
+    """Returns the thresholds ``[G, N - 1]`` of settings, after validation of their criterion and values."""
+    given = getattr(given, 'policy', given)
+    if isinstance(given, (ExitPolicy, Screen)):
+        _check_same(given.criterion, table.criterion, argument)
+        given = given.thresholds
+    thresholds, width = np.atleast_2d(np.asarray(given, np.float32)), table.num_exits - 1
+    if thresholds.ndim != 2 or thresholds.shape[1] != width or len(thresholds) == 0 or np.isnan(thresholds).any():
+        given = f'{thresholds.tolist()!s:.200}'
+        raise ValueError(f'{argument}: expected thresholds [{width}] or [G, {width}], no NaN; got {given}')
+    return thresholds
+
+
 def _check_same(theirs: Criterion, ours: Criterion, argument: str) -> None:
+    theirs, ours = as_criterion(theirs), as_criterion(ours)
     if theirs != ours:
-        apart = ', with other numbers in it' if getattr(theirs, 'name', None) == ours.name else ''
+        name = f'{theirs.name!r}{", with other numbers in it" if theirs.name == ours.name else ""}'
         raise ValueError(
-            f'{argument}: made for the criterion {getattr(theirs, "name", theirs)!r}{apart}, but the uncertainties of '
-            f'this table are of {ours.name!r}; thresholds of one say nothing of the other'
+            f'{argument}: made for the criterion {name}, but this table holds uncertainties of {ours.name!r}'
         )
 
 
-def _leave(uncertainty: np.ndarray, count: int) -> np.float32:
-    """Returns the threshold at which the ``count`` least unsure leave; NaN never does."""
+def _threshold_for(uncertainty: np.ndarray, count: int) -> np.float32:
+    """Returns the threshold at which the ``count`` least uncertain inputs leave; NaN never does."""
     if count <= 0:
         return np.float32(-np.inf)
     ordered = np.sort(np.where(np.isnan(uncertainty), np.float32(np.inf), uncertainty))
     return np.float32(np.inf) if count >= len(ordered) else np.float32(midway(ordered[count - 1], ordered[count]))
-
-
-def _geometric_shares(costs: StageCosts, budget: float) -> np.ndarray:
-    """Returns shares ``[N]`` proportional to powers of the one number with which they cost the budget."""
-    cheapest, dearest = costs.to_exit[0], costs.to_exit[-1]
-    if not cheapest <= budget <= dearest:
-        raise ValueError(f'budget: got {budget}; this network costs {cheapest:.6g} to {dearest:.6g}')
-    exits = np.arange(len(costs.to_exit))
-
-    def excess(log_ratio: float) -> float:
-        return expected_cost(costs, special.softmax(exits * log_ratio)) - budget
-
-    steepest = 100.0  # e^-100: all but one exit answer nothing that float64 can tell
-    if excess(-steepest) >= 0 or excess(steepest) <= 0:
-        return special.softmax(exits * (-steepest if excess(-steepest) >= 0 else steepest))
-    return special.softmax(exits * optimize.brentq(excess, -steepest, steepest))

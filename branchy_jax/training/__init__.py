@@ -1,6 +1,5 @@
-"""Joint training of all exits: a pure, jitted step, and a loop around it that survives being killed."""
+"""Joint training of all exits: a pure, jitted step, and a loop around it that resumes after a kill."""
 
-from branchy_jax.training.fit import epoch_order as epoch_order
 from branchy_jax.training.fit import fit as fit
 from branchy_jax.training.initialization import initialize_from_baseline as initialize_from_baseline
 from branchy_jax.training.initialization import initialize_from_shallower as initialize_from_shallower
@@ -8,14 +7,3 @@ from branchy_jax.training.state import TrainState as TrainState
 from branchy_jax.training.state import create_train_state as create_train_state
 from branchy_jax.training.state import paper_adam as paper_adam
 from branchy_jax.training.step import train_step as train_step
-
-__all__ = [
-    'TrainState',
-    'create_train_state',
-    'epoch_order',
-    'fit',
-    'initialize_from_baseline',
-    'initialize_from_shallower',
-    'paper_adam',
-    'train_step',
-]

@@ -1,25 +1,26 @@
-"""Starting a branchy network from its trained baseline."""
+"""Starts a network with exits from trained variables: of its baseline, or of a shallower ResNet."""
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax.numpy as jnp
-from flax import struct, traverse_util
+from typing import Any
 
-from branchy_jax.models.branchy import BranchyNet
-from branchy_jax.models.compose import flatten_layers
-from branchy_jax.models.layers import ResidualBlock
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from branchy_jax import program
+from branchy_jax.models.resnet import ResNet
 from branchy_jax.types import Array, Variables
 
 
 @struct.dataclass
 class Initialization:
-    """What a branchy network took from its baseline, as parameter paths such as ``params/conv1/kernel``.
+    """Paths of arrays, such as ``params/conv1/kernel``, by their origin.
 
     Attributes:
-        taken: arrays copied from the baseline.
-        fresh: arrays of the branchy network that the baseline does not have; they keep their own values.
-        left: arrays of the baseline that found no place.
+        taken: arrays copied from the trained variables.
+        fresh: arrays that the trained variables lack; they keep their values.
+        left: arrays of the trained variables that match no array of the network.
     """
 
     taken: tuple[str, ...] = struct.field(pytree_node=False)
@@ -28,20 +29,26 @@ class Initialization:
 
 
 def initialize_from_baseline(
-    variables: Variables, baseline: Variables, *, strict: bool = False
+    variables: Variables, trained: Variables, *, strict: bool = False, model: Any = None, inputs: Any = None
 ) -> tuple[Variables, Initialization]:
-    """Copies the trained baseline's arrays into a branchy network, matched by name and shape.
+    """Copies the arrays of a trained baseline into a network with exits, matched by path and shape.
+
+    Flax numbers unnamed modules in the order of their creation: with a head inserted, ``Dense_0`` of the baseline is
+    not ``Dense_0`` of the network with exits. ``strict=True`` with ``model`` and ``inputs`` finds such a shift.
 
     Args:
-        variables: of the branchy network, freshly initialised; taken arrays get the dtypes of its own.
-        baseline: of the trained one-exit network.
-        strict: refuses a baseline of which anything found no place, or that lacks part of a module it has.
+        variables: of the network with exits, freshly initialised; copied arrays are cast to the dtypes of these.
+        trained: variables of the trained baseline.
+        strict: refuses a baseline with an array that matches nothing, or that lacks an array of the trunk.
+        model: the network with exits. With it, ``strict`` checks every array that the last exit reads; without it, the
+            other arrays of modules that the baseline has a part of.
+        inputs: an example of the model's inputs, or `jax.ShapeDtypeStruct` of them; needed with ``model``.
 
     Returns:
-        The variables to start from, and what was taken, what stayed fresh, and what was left.
+        The variables to start from, and which arrays were taken, stayed fresh, and were left.
 
     Raises:
-        ValueError: nothing at all matched, the two are not the same trunk; or what ``strict`` refuses.
+        ValueError: if nothing matches, or ``strict`` refuses the baseline.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,106 +60,87 @@ def initialize_from_baseline(
     References:
         BranchyNet, 2016, section III-B: "several percent" better than a random start.
     """
-    ours = traverse_util.flatten_dict(dict(variables), sep='/')
-    theirs = traverse_util.flatten_dict(dict(baseline), sep='/')
-    taken = [path for path in ours if path in theirs and ours[path].shape == theirs[path].shape]
-    if not taken:
-        raise ValueError(
-            f'baseline: none of its {len(theirs)} arrays ({", ".join(list(theirs)[:3])}, …) has the name and shape '
-            f"of one of the network ({', '.join(list(ours)[:3])}, …); name the trunk's layers alike in both"
-        )
-    merged = {path: jnp.asarray(theirs[path], ours[path].dtype) if path in taken else ours[path] for path in ours}
+    ours, theirs = _by_path(variables), _by_path(trained)
+    taken = {path for path in ours if path in theirs and jnp.shape(ours[path]) == jnp.shape(theirs[path])}
+    leaves = [jnp.asarray(theirs[path], ours[path].dtype) if path in taken else ours[path] for path in ours]
+    start = jax.tree.unflatten(jax.tree.structure(variables), leaves)
     report = Initialization(
-        taken=tuple(taken),
+        taken=tuple(path for path in ours if path in taken),
         fresh=tuple(path for path in ours if path not in taken),
         left=tuple(path for path in theirs if path not in taken),
     )
-    if strict:
-        _check_complete(report, theirs)
-    return traverse_util.unflatten_dict(merged, sep='/'), report
+    if strict or not taken:
+        unmatched = [f'{path} {jnp.shape(theirs[path])}' for path in report.left]
+        names = "name the trunk's modules alike in both"
+        if unmatched or not taken:
+            examples = f'{len(unmatched)} of its {len(theirs)} arrays match no array of the network'
+            raise ValueError(f'trained: {examples} ({", ".join(unmatched[:3])}, …); {names}')
+        modules = {path.split('/')[1] for path in report.taken}  # a side head is a module that the baseline lacks
+        missing = [path for path in report.fresh if path.split('/')[1] in modules]
+        if model is not None:
+            read = program.leaves_read(model, variables, inputs, [-1])
+            paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+            missing = [name for name, path in zip(ours, paths, strict=True) if path in read and name not in taken]
+        if missing:
+            lacking = f'lacks {", ".join(missing[:3])}, which belong to the trunk'
+            raise ValueError(f'trained: {lacking}; give all variables, batch_stats included, and {names}')
+    return start, report
 
 
-def _check_complete(report: Initialization, theirs: dict[str, Array]) -> None:
-    if report.left:
-        told = [f'{path} {theirs[path].shape}' for path in report.left[:3]]
-        raise ValueError(
-            f'baseline: {len(report.left)} of its {len(theirs)} arrays found no place of their name and shape in the '
-            f"network ({', '.join(told)}{', …' if report.left[3:] else ''}); name the trunk's layers alike in both"
-        )
-    begun = {_module_of(path) for path in report.taken}  # side heads are modules of which the baseline has nothing
-    missing = [path for path in report.fresh if _module_of(path) in begun]
-    if missing:
-        raise ValueError(
-            f'baseline: lacks {", ".join(missing[:3])}{", …" if missing[3:] else ""}, though it has other arrays of '
-            'the same modules; give all of its variables, batch_stats included'
-        )
+def _by_path(tree: Variables) -> dict[str, Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
-def _module_of(path: str) -> str:
-    return path.split('/')[1]
+def initialize_from_shallower(model: Any, variables: Variables, shallower: Any, trained: Variables) -> Variables:
+    """Grows a trained ResNet into a deeper one with equal outputs at every exit.
 
-
-def initialize_from_shallower(
-    model: BranchyNet, variables: Variables, shallower: BranchyNet, trained: Variables
-) -> Variables:
-    """Grows a trained residual network into a deeper one that answers exactly as it did.
-
-    Within every stage the shallower network's blocks are spread over the deeper one's, each group of equal features
-    on its own; a block in between starts as the identity, its last BatchNorm scale 0. All other layers are taken over
-    by name. Every exit then gives the shallower network's logits, and training may go on at the full depth.
+    The blocks of the shallower network are spread over those of the deeper one, separately for each stage and number
+    of features. A block in between starts as the identity: its last BatchNorm scale is 0. All other layers are copied
+    by name. Training may continue at the full depth.
 
     Args:
-        model: the deeper network.
-        variables: of it, freshly initialised.
-        shallower: a network with the same layers but fewer `ResidualBlock` in its stages.
-        trained: its variables.
+        model: the deeper ResNet of `branchy_jax.models`.
+        variables: of ``model``, freshly initialised.
+        shallower: the same network with fewer blocks.
+        trained: variables of ``shallower``.
 
     Raises:
-        ValueError: the two differ in more than the number of blocks.
+        ValueError: if the networks differ in more than the number of blocks.
 
     References:
         Chen et al., Net2Net: Accelerating Learning via Knowledge Transfer, 2016; Goyal et al., Accurate, Large
         Minibatch SGD, 2017, section 5.1 (scale 0).
     """
-    source = _source_of_blocks(model, shallower)
+    is_resnet = isinstance(model, ResNet) and isinstance(shallower, ResNet)
+    if not is_resnet or model.placement != shallower.placement or shallower.depth > model.depth:
+        raise ValueError(f'shallower: expected the same ResNet with fewer blocks, got {shallower} for {model}')
+    shallow, deep = _groups_of_blocks(shallower), _groups_of_blocks(model)
+    if set(shallow) != set(deep):
+        raise ValueError(f'shallower: depth {shallower.depth} has no block in some group of depth {model.depth}')
+    source: dict[str, str | None] = {}
+    for group, blocks in deep.items():
+        source.update(dict.fromkeys(blocks))
+        source.update({blocks[n * len(blocks) // len(shallow[group])]: name for n, name in enumerate(shallow[group])})
     grown = {collection: dict(modules) for collection, modules in variables.items()}
     for collection, modules in grown.items():
         for name in modules:
-            given = source.get(name, name)
-            if given is None:
-                if collection == 'params':
-                    norm = modules[name]['norm2']
-                    modules[name] = {**modules[name], 'norm2': {**norm, 'scale': jnp.zeros_like(norm['scale'])}}
-            elif given in trained.get(collection, {}):
-                modules[name] = trained[collection][given]
-            else:
-                raise ValueError(f'trained: has no {collection}/{given}; give the variables of the shallower network')
+            origin = source.get(name, name)
+            if origin is not None and origin not in trained.get(collection, {}):
+                raise ValueError(f'trained: has no {collection}/{origin}; give the variables of the shallower network')
+            if origin is not None:
+                modules[name] = trained[collection][origin]
+            elif collection == 'params':  # the block starts as the identity
+                norm = modules[name]['norm2']
+                modules[name] = {**modules[name], 'norm2': {**norm, 'scale': jnp.zeros_like(norm['scale'])}}
     return grown
 
 
-def _source_of_blocks(model: BranchyNet, shallower: BranchyNet) -> dict[str, str | None]:
-    """Returns for every block of the deeper network the block that it is taken from; ``None`` for an identity."""
-    if model.num_exits != shallower.num_exits:
-        raise ValueError(f'shallower: has {shallower.num_exits} exits, the network {model.num_exits}; give it as many')
-    source: dict[str, str | None] = {}
-    for stage, (deep, shallow) in enumerate(zip(model.stages, shallower.stages, strict=True)):
-        deep_blocks, shallow_blocks = _blocks_by_features(deep), _blocks_by_features(shallow)
-        if list(deep_blocks) != list(shallow_blocks):
-            raise ValueError(f'shallower: its stage {stage} has other blocks than that of the network')
-        for features, blocks in deep_blocks.items():
-            given = shallow_blocks[features]
-            if len(given) > len(blocks):
-                raise ValueError(
-                    f'shallower: has more blocks of {features} features in stage {stage}: it is the deeper'
-                )
-            source.update(dict.fromkeys(blocks))
-            source.update({blocks[n * len(blocks) // len(given)]: name for n, name in enumerate(given)})
-    return source
-
-
-def _blocks_by_features(stage: nn.Module) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
-    for layer in flatten_layers(stage):
-        if isinstance(layer, ResidualBlock):
-            found.setdefault(layer.features, []).append(str(layer.name))
-    return found
+def _groups_of_blocks(model: ResNet) -> dict[tuple[int, int], list[str]]:
+    """Returns the names of the blocks by their group of equal features and the number of branches before them."""
+    blocks = (model.depth - 2) // 6
+    groups: dict[tuple[int, int], list[str]] = {}
+    for n in range(1, 3 * blocks + 1):
+        key = (n - 1) // blocks, sum(branch < n for branch in model.branches_after())
+        groups.setdefault(key, []).append(f'block{n}')
+    return groups

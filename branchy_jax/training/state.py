@@ -1,4 +1,4 @@
-"""What training changes, and how it starts."""
+"""The state of a training, and how it starts."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from branchy_jax.models.branchy import BranchyNet, check_model, side_head_names
+from branchy_jax import calling, program
 from branchy_jax.types import Array, Replaceable, Variables
 
 
 @struct.dataclass
 class TrainState(Replaceable):
-    """Everything that training changes, and the static things it needs.
+    """Everything that training changes, with the model and the optimiser, which are static.
+
+    JAX compares the static fields: equal models and optimisers compile once, and neither needs a hash.
 
     Attributes:
         step: number of steps taken.
         params: float32 parameters.
         model_state: the other variable collections, such as ``batch_stats``.
         opt_state: of ``optimizer``.
-        model: the network.
+        model: a Flax module that returns the logits of every exit, or an object with ``init`` and ``apply``.
         optimizer: the optax transformation.
         frozen_trunk: whether only the side heads train.
     """
@@ -33,19 +35,19 @@ class TrainState(Replaceable):
     params: Any
     model_state: Any
     opt_state: Any
-    model: BranchyNet = struct.field(pytree_node=False)
+    model: Any = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
     frozen_trunk: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def variables(self) -> Variables:
-        """What ``model.apply`` takes."""
+        """The variables that the model takes."""
         return {'params': self.params, **self.model_state}
 
 
 @dataclasses.dataclass(frozen=True)
 class _PaperAdam:
-    """One function of the optimiser as a value: optax's own are closures, unequal each time, and compile anew."""
+    """One function of the optimiser, compared by value: optax's own are closures, which compile anew each time."""
 
     learning_rate: float | optax.Schedule
     function: str
@@ -60,31 +62,33 @@ def paper_adam(learning_rate: float | optax.Schedule = 1e-3) -> optax.GradientTr
     Two with equal learning rates are equal: a step compiles once for both.
 
     Raises:
-        ValueError: a learning rate below 0, or NaN.
+        ValueError: if ``learning_rate`` is below 0, or NaN.
     """
     if not callable(learning_rate) and not isinstance(learning_rate, jax.core.Tracer) and not learning_rate >= 0:
-        raise ValueError(f'learning_rate: got {learning_rate}; give a number from 0 up, or a schedule of optax')
+        raise ValueError(f'learning_rate: got {learning_rate}; give a number of at least 0, or a schedule of optax')
     return optax.GradientTransformation(*(_PaperAdam(learning_rate, name) for name in ('init', 'update')))
 
 
 def create_train_state(
-    model: BranchyNet,
+    model: Any,
     variables: Variables,
     optimizer: optax.GradientTransformation | None = None,
     *,
     frozen_trunk: bool = False,
+    inputs: Any = None,
 ) -> TrainState:
-    """Starts training from given variables, which are copied: `train_step` donates its state, not your arrays.
+    """Starts training from given variables, which are copied: `train_step` donates its state, not the caller's arrays.
 
     Args:
-        model: the network.
+        model: a Flax module that returns the logits of every exit, or an object with ``init`` and ``apply``.
         variables: from ``model.init``, `initialize_from_baseline` or a file.
-        optimizer: any optax transformation; `paper_adam` if none is given.
-        frozen_trunk: trains the side heads only. All stages and the last exit keep their parameters, and their
-            BatchNorm and dropout stay in evaluation mode.
+        optimizer: any optax transformation; `paper_adam` by default.
+        frozen_trunk: trains the side heads only: parameters that the last exit reads do not change. A module with an
+            argument ``frozen_trunk`` gets it; any other module runs in evaluation mode.
+        inputs: needed with ``frozen_trunk``: an example of the model's inputs, or `jax.ShapeDtypeStruct` of them.
 
     Raises:
-        ValueError: a name instead of a network, or no variables with ``params``.
+        ValueError: if ``model`` is no model, ``variables`` have no ``params``, or ``inputs`` are missing.
 
     Example:
         >>> import branchy_jax as bj
@@ -93,23 +97,19 @@ def create_train_state(
         >>> int(create_train_state(model, variables).step)
         0
     """
-    check_model(model)
+    calling.check_model(model)
     if not isinstance(variables, Mapping) or 'params' not in variables:
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(f"variables: got {got}; give what model.init returned, {{'params': …, …}}, not params alone")
-    optimizer = paper_adam() if optimizer is None else optimizer
-    collections = jax.tree.map(jnp.array, dict(variables))
+    optimizer, collections = optimizer or paper_adam(), jax.tree.map(jnp.array, dict(variables))
     params = collections.pop('params')
     if frozen_trunk:
-        heads = side_head_names(model)
-        labels = {name: 'head' if name in heads else 'trunk' for name in params}
+        if inputs is None:
+            raise ValueError('inputs: got None; frozen_trunk=True needs an example of the inputs, or their shapes')
+        trunk = program.leaves_read(model, variables, inputs, [-1])
+        labels = jax.tree_util.tree_map_with_path(
+            lambda path, _: 'trunk' if f"['params']{jax.tree_util.keystr(path)}" in trunk else 'head', params
+        )
         optimizer = optax.multi_transform({'head': optimizer, 'trunk': optax.set_to_zero()}, labels)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        model_state=collections,
-        opt_state=optimizer.init(params),
-        model=model,
-        optimizer=optimizer,
-        frozen_trunk=frozen_trunk,
-    )
+    opt_state = optimizer.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, collections, opt_state, model, optimizer, frozen_trunk)

@@ -8,54 +8,49 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy_per_exit, weighted_exit_loss
+from branchy_jax import calling
+from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
 from branchy_jax.types import Array, Batch
 
 Metrics = Mapping[str, Array]
-"""``loss`` scalar, ``exit_loss`` [N], and other figures, by default ``exit_accuracy`` [N]."""
+"""``loss`` scalar, ``exit_loss`` [N], and further metrics, by default ``exit_accuracy`` [N]."""
 
 
 def take_step(
     state: TrainState, batch: Batch, exit_weights: Array, key: jax.Array, *, loss: Loss, metrics: MetricsOf
 ) -> tuple[TrainState, Metrics]:
-    """Does what `train_step` does, for callers that jit more than one step."""
+    """Takes the step of `train_step` without jit, for callers that jit more than one step."""
 
     def objective(params: Any) -> tuple[Array, tuple[Any, Array, tuple[Array, ...]]]:
-        logits, model_state = state.model.apply(
-            {'params': params, **state.model_state},
-            batch.image,
-            train=True,
-            frozen_trunk=state.frozen_trunk,
-            rngs={'dropout': key},
-            mutable=list(state.model_state),
-        )
+        variables, collections = {'params': params, **state.model_state}, list(state.model_state)
+        mode: dict[str, Any] = {'train': True, 'frozen_trunk': state.frozen_trunk, 'rngs': {'dropout': key}}
+        logits, model_state = calling.apply(state.model, variables, batch.image, **mode, mutable=collections)
         exit_loss = loss(logits, batch.label)
-        return weighted_exit_loss(exit_loss, exit_weights), (model_state, exit_loss, logits)
+        weights = jnp.asarray(exit_weights, exit_loss.dtype)
+        if weights.shape != exit_loss.shape:
+            raise ValueError(f'exit_weights: expected one for each of {len(exit_loss)} exits, got {weights.shape}')
+        return jnp.sum(weights * exit_loss), (model_state, exit_loss, logits)
 
-    gradients, (model_state, exit_loss, logits) = jax.grad(objective, has_aux=True)(state.params)
+    (total, (model_state, exit_loss, logits)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
     _check_statistics(state, model_state)
     updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
-    found = {'loss': weighted_exit_loss(exit_loss, exit_weights), 'exit_loss': exit_loss}
-    state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        model_state=model_state,
-        opt_state=opt_state,
-    )
-    return state, {**found, **metrics(logits, batch.label)}
+    params = optax.apply_updates(state.params, updates)
+    state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+    return state, {'loss': total, 'exit_loss': exit_loss, **metrics(logits, batch.label)}
 
 
 def _check_statistics(state: TrainState, model_state: Any) -> None:
-    """Warns, when a step is traced, where it leaves all statistics of BatchNorm as they were."""
+    """Warns, when a step is traced, if the step changes no BatchNorm statistics."""
     before, after = (jax.tree.leaves(tree.get('batch_stats', {})) for tree in (state.model_state, model_state))
     if before and not state.frozen_trunk and all(a is b for a, b in zip(before, after, strict=True)):
         warnings.warn(
-            'model: has statistics of BatchNorm, which this training step leaves as they are. If they are to be '
-            'learned, the network is told that it trains by none of the names train, training, is_train, is_training, '
-            'deterministic, inference, use_running_average: give the flag one of these',
+            'model: this training step does not change its BatchNorm statistics. The module has no argument or '
+            f'attribute with one of the recognised names for training mode: {", ".join(calling.MODE_FLAGS)}. Rename '
+            'its flag, unless the statistics are meant to stay',
             stacklevel=2,
         )
 
@@ -74,24 +69,24 @@ def train_step(
 
     .. math:: \min_\theta \sum_n w_n L_n(\theta)
 
-    Pure and jitted; ``state`` is donated, so keep the returned one and forget the old. ``loss`` and ``metrics``
-    compile once if they are equal: define each function once, since a new lambda at every step is compiled at every
-    step.
+    Pure and jitted. ``state`` is donated: use the returned state afterwards. Steps with equal ``loss`` and ``metrics``
+    compile once. A lambda is equal only to itself, so a new lambda at every step compiles every step.
 
     Args:
-        state: where training stands.
-        batch: images ``[B, H, W, C]`` float, ready for the network, and labels ``[B, …]`` or other targets.
-        exit_weights: ``[N]``.
+        state: the state before the step.
+        batch: images ``[B, H, W, C]`` float, ready for the network, or other inputs; with labels ``[B, …]`` or other
+            targets.
+        exit_weights: ``[N]``. The paper's best setting for two exits is 1.0 and 0.3: early exits regularise.
         key: for dropout.
         loss: ``(logits, labels) → [N]``; see `branchy_jax.losses`.
-        metrics: ``(logits, labels) → figures by name``, for other tasks than classification.
+        metrics: ``(logits, labels) → metrics by name``.
 
     Returns:
-        The next state, and metrics of this batch before the step: ``loss`` scalar, ``exit_loss`` [N], and the
-        figures of ``metrics``, by default ``exit_accuracy`` [N].
+        The next state, and metrics of this batch before the step: ``loss`` scalar, ``exit_loss`` [N], and those of
+        ``metrics``, by default ``exit_accuracy`` [N].
 
     Raises:
-        ValueError: images, labels or weights of the wrong shape or dtype.
+        ValueError: if images, labels or weights have a wrong shape or dtype.
 
     Example:
         >>> import branchy_jax as bj, jax.numpy as jnp

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.learning_rate_grown = 1e-3
     config.batch_size = 64
     config.accumulate = 1  # steps that share one update; BatchNorm statistics are of each step
-    config.cpu_devices = 1  # that a CPU makes of itself to share each step: the faster way for all but tiny networks
+    config.cpu_devices = 1  # host devices of a CPU that share each step: faster for all but tiny networks
     config.optimizer = 'adam'  # as in the paper; 'adamw'; 'sgd' with Nesterov momentum 0.9
     config.learning_rate = 1e-3
     config.schedule = 'cosine'  # after a linear warm-up; 'linear' likewise; 'constant', as in the paper

@@ -55,48 +55,44 @@ _EXACT_SEARCH = (
 def page(record: Record) -> str:
     """Lays out the record in Markdown, with the pictures that lie beside it."""
     inputs = record['inputs']
-    return (
-        '\n\n'.join(
-            [
-                f'# Confidence of {record["network"]} on {record["dataset"]}',
-                f'`{record["command"]}`, {record["device"]}. Fitted and chosen on {inputs["validation"]:,} validation images, '
-                f'reported on {inputs["test"]:,} test images. Costs are multiply-accumulates unless they say ms.',
-                '## Promises',
-                f'{record["promises"][0]["splits"]:,} calibration sets of {inputs["calibration set"]:,} drawn from the test '
-                'outputs with replacement; a promise is broken when the risk of the whole population is above ε. '
-                'The share broken may be δ, and two standard errors more by chance.',
-                table(_PROMISES, record['promises']),
-                'Without a guarantee: the cheapest setting that loses at most ε on the calibration set itself.',
-                table(_COMPARISON, record['comparison']),
-                'In expectation only (mean risk at most ε):',
-                table(_COMPARISON, record['expectations']),
-                '## Calibration',
-                table(_CALIBRATION, record['calibration']),
-                '![Reliability diagrams](reliability.png)',
-                '## Criteria',
-                'What is learned was fitted on one half of the validation data; thresholds were chosen on the other: the '
-                'cheapest that give up no more than so many points against the last exit. Then: cost on test data in thousand '
-                'MACs (change of test accuracy in points; cost at *equal* test accuracy, read off the test curve, against '
-                "entropy's). A dash: not reached.",
-                _criteria(record['criteria']),
-                '## Search',
-                'Under a bound on the expected time, from stages and heads measured here.',
-                table(_SEARCH, record['search']),
-                _EXACT_SEARCH.format_map(record['exact_search']),
-                '## At run time',
-                _control(record['control']),
-                '![The cost held](control.png)',
-                '## Anytime and budgeted batch',
-                _protocol({'exit': '{exit}', 'thousand MACs': '{thousands:.1f}'}, record['protocols']['anytime']),
-                _protocol({'budget met: thousand MACs': '{thousands:.1f}'}, record['protocols']['budgeted'][::3]),
-                '![Accuracy against cost](protocols.png)',
-                '## Who leaves where, at the knee',
-                _exits(record['exits']),
-                '![Images that left at each exit](exits.png)',
-            ]
-        )
-        + '\n'
-    )
+    parts = [
+        f'# Confidence of {record["network"]} on {record["dataset"]}',
+        f'`{record["command"]}`, {record["device"]}. Fitted and chosen on {inputs["validation"]:,} validation images, '
+        f'reported on {inputs["test"]:,} test images. Costs are multiply-accumulates unless they say ms.',
+        '## Promises',
+        f'{record["promises"][0]["splits"]:,} calibration sets of {inputs["calibration set"]:,} drawn from the test '
+        'outputs with replacement; a promise is broken when the risk of the whole population is above ε. '
+        'The share broken may be δ, and two standard errors more by chance.',
+        table(_PROMISES, record['promises']),
+        'Without a guarantee: the cheapest setting that loses at most ε on the calibration set itself.',
+        table(_COMPARISON, record['comparison']),
+        'In expectation only (mean risk at most ε):',
+        table(_COMPARISON, record['expectations']),
+        '## Calibration',
+        table(_CALIBRATION, record['calibration']),
+        '![Reliability diagrams](reliability.png)',
+        '## Criteria',
+        'What is learned was fitted on one half of the validation data; thresholds were chosen on the other: the '
+        'cheapest that give up no more than so many points against the last exit. Then: cost on test data in thousand '
+        'MACs (change of test accuracy in points; cost at *equal* test accuracy, read off the test curve, against '
+        "entropy's). A dash: not reached.",
+        _criteria(record['criteria']),
+        '## Search',
+        'Under a bound on the expected time, from stages and heads measured here.',
+        table(_SEARCH, record['search']),
+        _EXACT_SEARCH.format_map(record['exact_search']),
+        '## At run time',
+        _control(record['control']),
+        '![The cost held](control.png)',
+        '## Anytime and budgeted batch',
+        _protocol({'exit': '{exit}', 'thousand MACs': '{thousands:.1f}'}, record['protocols']['anytime']),
+        _protocol({'budget met: thousand MACs': '{thousands:.1f}'}, record['protocols']['budgeted'][::3]),
+        '![Accuracy against cost](protocols.png)',
+        '## Who leaves where, at the knee',
+        _exits(record['exits']),
+        '![Images that left at each exit](exits.png)',
+    ]
+    return '\n\n'.join(parts) + '\n'
 
 
 def _criteria(rows: Sequence[Record]) -> str:

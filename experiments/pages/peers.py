@@ -67,30 +67,26 @@ def page(record: Record) -> str:
         for cell in cells
         for timed in cell['contenders']
     ]
-    return (
-        '\n\n'.join(
-            [
-                '# Beside PyTorch and ONNX Runtime',
-                _made_by(cells),
-                'Random weights, forced exits, the same in every runtime, from images in host memory to labels there. '
-                'Each contender has a process of its own and its best settings; tight loops, in turns. The ratio is the median '
-                'over rounds with its 95 % interval: above 1 what is planned here is faster.',
-                table(_RATIOS, [_ratio(cell) for cell in cells]),
-                _short(cells),
-                *_why(cells),
-                '![Time of each peer, as a multiple of what is planned here](peers.png)',
-                '## Milliseconds an image',
-                markdown_table(columns, times),
-                _absent(cells),
-                '## Everyone',
-                _LEGEND,
-                'Shares are those achieved: without exits all leave at the last, and a plan that skips a head serves its '
-                'images later. Busy while waiting: cores that a process used between its turns.',
-                table(_ALL, everyone),
-            ]
-        )
-        + '\n'
-    )
+    parts = [
+        '# Beside PyTorch and ONNX Runtime',
+        _made_by(cells),
+        'Random weights, forced exits, the same in every runtime, from images in host memory to labels there. '
+        'Each contender has a process of its own and its best settings; tight loops, in turns. The ratio is the median '
+        'over rounds with its 95 % interval: above 1 what is planned here is faster.',
+        table(_RATIOS, [_ratio(cell) for cell in cells]),
+        _short(cells),
+        *_why(cells),
+        '![Time of each peer, as a multiple of what is planned here](peers.png)',
+        '## Milliseconds an image',
+        markdown_table(columns, times),
+        _absent(cells),
+        '## Everyone',
+        _LEGEND,
+        'Shares are those achieved: without exits all leave at the last, and a plan that skips a head serves its '
+        'images later. Busy while waiting: cores that a process used between its turns.',
+        table(_ALL, everyone),
+    ]
+    return '\n\n'.join(parts) + '\n'
 
 
 def sentence(cell: Record) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -32,7 +34,7 @@ def write(workdir: Path, record: RunRecord, config: ConfigDict) -> None:
     stored, task = record.to_json(), TASKS[record.task]
     bj.report.write_json(workdir / 'report.json', stored)
     baseline, branchy = stored['rows']
-    networks = bj.report.table_of_networks([baseline, branchy, *record.paper], metric=task.key, label=task.label)
+    networks = _networks([baseline, branchy, *record.paper], metric=task.key, label=task.label)
     bj.report.write_text(workdir / 'report.md', page(record, config, networks))
     bj.plots.tradeoff(
         workdir / 'tradeoff.png',
@@ -46,6 +48,29 @@ def write(workdir: Path, record: RunRecord, config: ConfigDict) -> None:
         batch=record.baseline.clock.batch,
     )
     print(f'\n{networks}\n\nWritten to {workdir}/report.md')
+
+
+def _networks(rows: Sequence[Mapping[str, Any]], *, metric: str, label: str) -> str:
+    """Lays out Table I: one network per row; a figure that a row lacks is a dash."""
+    columns = ['network', f'{label} %', 'ms', 'gain', 'gain over plain', 'MAC gain', 'thresholds', 'exits %']
+    cells = [
+        [
+            row['network'],
+            _number(row.get(f'test_{metric}'), 2, scale=100),
+            _number(row.get('latency_ms'), 3),
+            _number(row.get('gain'), 2),
+            _number(row.get('gain_plain'), 2),
+            _number(row.get('mac_gain'), 2),
+            ', '.join(f'{threshold:.4g}' for threshold in row.get('thresholds', [])) or '–',
+            ', '.join(_number(share, 1, scale=100) for share in row.get('exit_fractions', [])) or '–',
+        ]
+        for row in rows
+    ]
+    return bj.report.markdown_table(columns, cells)
+
+
+def _number(value: float | None, digits: int, *, scale: float = 1) -> str:
+    return '–' if value is None else f'{value * scale:.{digits}f}'
 
 
 def page(record: RunRecord, config: ConfigDict, networks: str) -> str:

@@ -122,7 +122,7 @@ def _timed(name: str, opened: Opened, turns: Sequence[Turn], pace: Sequence[Turn
 def _opened(
     forced: Forced, contenders: Mapping[str, Contender], absent: dict[str, str], seconds: float
 ) -> Iterator[tuple[dict[str, Worker], dict[str, Opened]]]:
-    """Yields the workers that are ready, and what they told; one gets ready at a time."""
+    """Yields the workers that are ready, and what each returned; one gets ready at a time."""
     workers: dict[str, Worker] = {}
     opened: dict[str, Opened] = {}
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,7 @@
     python -m experiments.peers --workdir=runs/peers --one_core --batches=1
 
 Needs ``pip install 'branchy_jax[peers]'``: torch, onnx, onnxruntime, and a C++ compiler for `torch.compile`; what is
-missing is told in its place. On Linux the package index offers PyTorch for CUDA alone, which wants CUDA's libraries
+missing is named on the page. On Linux the package index offers PyTorch for CUDA alone, which wants CUDA's libraries
 to be imported at all, some 3 GB of them; they are not used. Weights are random and images leave at forced shares, the
 same images in every runtime, which is checked. From images in NumPy's memory to labels in NumPy's memory; each
 contender in a process of its own, in its best settings as a short trial finds them, in tight loops, taking turns.
@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import branchy_jax as bj
 from branchy_jax.report import read_json, write_json, write_text
 from experiments.pages import peers as pages
 from experiments.peers import cells
 from experiments.peers.contenders import CONTENDERS
 from experiments.peers.forcing import force, random_network
 from experiments.run import command
+from experiments.run.networks import count_exits, image_specs
 from experiments.study.cells import USUAL_SHARES
 
 _NETWORKS = 'b-lenet,b-alexnet,b-resnet110'
@@ -45,13 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     cores = 1 if options.one_core else os.cpu_count() or 1
     for name in options.networks:
-        if bj.models.create(name).num_exits not in USUAL_SHARES:
+        if not name.startswith('b-'):
             raise ValueError(f'networks: got {name!r}; give those with exits, such as {_NETWORKS}')
     for name in options.networks:
         model, variables = random_network(name)
+        shares = USUAL_SHARES[count_exits(model, image_specs(model.image_shape))]
         for batch in options.batches:
             print(f'{name}, batches of {batch}', flush=True)
-            forced = force(name, model, variables, USUAL_SHARES[model.num_exits], batch, cores=cores)
+            forced = force(name, model, variables, shares, batch, cores=cores)
             cell = cells.measure(forced, CONTENDERS, rounds=options.rounds)
             _write(options.workdir, cell)
             print(f'  {pages.sentence(dataclasses.asdict(cell))}', flush=True)

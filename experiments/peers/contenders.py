@@ -1,6 +1,6 @@
-"""Those who take part, each as a function that makes itself ready for a job in a process of its own.
+"""The contenders: functions that prepare a runtime for a job, each in a process of its own.
 
-Packages are imported where they are used: a contender whose package is missing tells so, and the others run. PyTorch
+Packages are imported where they are used: a contender whose package is missing fails, and the others run. PyTorch
 and ONNX Runtime get what their users would give them: BatchNorm folded, weights frozen, images laid out as they like
 them best, which a short trial finds.
 """
@@ -47,9 +47,13 @@ def _planned(job: Job, *, exits: bool) -> Ready:
         found = plan(convert(images))
         return np.asarray(found.label), found.exit_index if exits else None
 
-    ways = {'from NumPy': np.asarray, 'from jax': jnp.asarray}
-    batches, told = job.batches, plan.executor
-    return fastest({name: Ready(functools.partial(answer, convert=way), batches, told) for name, way in ways.items()})
+    conversions = {'from NumPy': np.asarray, 'from jax': jnp.asarray}
+    return fastest(
+        {
+            name: Ready(functools.partial(answer, convert=convert), job.batches, plan.executor)
+            for name, convert in conversions.items()
+        }
+    )
 
 
 def torch_eager(job: Job) -> Ready:
@@ -107,8 +111,8 @@ def onnx_if(job: Job) -> Ready:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'exits.onnx'
-        thresholds = np.array(job.thresholds, np.float32)
-        bj.export.save_onnx(path, bj.models.create(job.network), job.variables, thresholds=thresholds)
+        policy, inputs = np.array(job.thresholds, np.float32), job.images[:1]
+        bj.export.save_onnx(path, bj.models.create(job.network), job.variables, policy, inputs=inputs)
         session = _session(path, job.cores)
     names = ['label', 'exit_index']
     return Ready(lambda images: tuple(session.run(names, {'image': images})), job.batches)

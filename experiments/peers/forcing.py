@@ -1,4 +1,4 @@
-"""Images of which exactly the wanted share leaves at each exit, and the same images whoever computes.
+"""Images of which exactly the wanted share leaves at each exit, the same images for every runtime.
 
 Weights are random: time does not depend on them. The logits of fresh heads hardly differ from image to image, so that
 rounding would decide who leaves; heads are therefore rescaled until they do, and images are drawn until none is so
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,23 +53,27 @@ class Forced:
         return self.logits[exits, np.arange(len(exits))].argmax(-1)
 
 
-def random_network(name: str) -> tuple[bj.BranchyNet, Variables]:
-    """Returns a network whose exits tell images apart, and its variables as NumPy arrays."""
+def random_network(name: str) -> tuple[Any, Variables]:
+    """Returns a network whose logits differ between images, and its variables as NumPy arrays.
+
+    Args:
+        name: of a network whose heads end in dense layers called ``exit1_fc``, …, and ``fc``, ``fc2`` or ``fc3``.
+    """
     model = bj.models.create(name)
     images = np.random.default_rng(0).standard_normal((_POOL, *model.image_shape), np.float32)
     variables = jax.tree.map(np.array, random_variables(model, images))
-    for head, logits in zip(model.exits, _logits(model, variables, images), strict=True):
+    params, every = variables['params'], _logits(model, variables, images)
+    last = max(layer for layer in params if layer.startswith('fc'))
+    for n, logits in enumerate(every, 1):
         mean = logits.mean(axis=0)
         scale = _SPREAD / (logits - mean).std()
-        dense = variables['params'][(head[-1] if isinstance(head, tuple) else head).name]
+        dense = params[last if n == len(every) else f'exit{n}_fc']
         dense['kernel'] *= scale
         dense['bias'] = (dense['bias'] - mean) * scale
     return model, variables
 
 
-def force(
-    name: str, model: bj.BranchyNet, variables: Variables, shares: Sequence[float], batch: int, *, cores: int
-) -> Forced:
+def force(name: str, model: Any, variables: Variables, shares: Sequence[float], batch: int, *, cores: int) -> Forced:
     """Draws images, and thresholds at which they leave in given shares, up to whole images.
 
     Args:
@@ -80,13 +85,13 @@ def force(
         cores: to work with.
 
     Raises:
-        ValueError: shares that do not fit, or at which images cannot be told apart.
+        ValueError: shares that do not fit, or at which rounding would decide.
     """
     for seed in range(1, 1 + _MOST_DRAWS):
         shape = images_needed(batch), *model.image_shape
         images = np.random.default_rng(seed).standard_normal(shape, np.float32)
         logits = _logits(model, variables, images)
-        thresholds, exits, margin = leave_in_shares(np.asarray(bj.criteria.entropy_of_logits(logits)), shares)
+        thresholds, exits, margin = leave_in_shares(np.asarray(bj.criteria.entropy.uncertainty_of(logits)), shares)
         if margin > _MARGIN:
             return Forced(Job(name, variables, images, batch, thresholds, cores), exits, logits)
     raise ValueError(f'shares: got {list(shares)}; of {_MOST_DRAWS} draws of images none left so without close calls')
@@ -100,7 +105,7 @@ def leave_in_shares(uncertainty: np.ndarray, shares: Sequence[float]) -> tuple[t
         shares: ``[N]``.
 
     Returns:
-        The thresholds ``[N - 1]``, the exits ``[M]``, and how close to its threshold an input comes on its way.
+        The thresholds ``[N - 1]``, the exits ``[M]``, and how close any input comes to a threshold.
 
     Raises:
         ValueError: shares that are negative, do not sum to 1 or are not one per exit.
@@ -120,5 +125,5 @@ def leave_in_shares(uncertainty: np.ndarray, shares: Sequence[float]) -> tuple[t
     return tuple(thresholds.tolist()), exits, float(margin)
 
 
-def _logits(model: bj.BranchyNet, variables: Variables, images: np.ndarray) -> np.ndarray:
+def _logits(model: Any, variables: Variables, images: np.ndarray) -> np.ndarray:
     return np.asarray(bj.inference.exit_outputs(model, variables, images, batch_size=min(64, len(images))).logits)

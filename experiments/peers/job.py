@@ -83,7 +83,7 @@ class Ready:
 
 
 def fastest(options: Mapping[str, Ready]) -> Ready:
-    """Lets ways of doing the same take turns for a moment. Returns the fastest, which tells its name."""
+    """Times equivalent contenders in turns. Returns the fastest, with its name among its settings."""
     passes = {name: ready.passes_of(_TRIAL_SECONDS) for name, ready in options.items()}
     seconds: dict[str, list[float]] = {name: [] for name in options}
     for _ in range(_TRIAL_PASSES):

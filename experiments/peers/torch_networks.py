@@ -187,7 +187,7 @@ def _alexnet(layers: _Layers) -> Network:
 
 
 class _LocalResponseNorm(nn.Module):
-    """What `branchy_jax.models.layers.local_response_normalization` computes, in the same way.
+    """What `branchy_jax.models.layers.local_response_normalization` computes.
 
     `nn.LocalResponseNorm` divides its alpha by the size, and takes a general power.
     """

@@ -31,7 +31,7 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Opened:
-    """What a contender tells when it is ready.
+    """What a contender returns when it is ready.
 
     Attributes:
         labels: ``[M]`` that it answers.

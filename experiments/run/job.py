@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
+from branchy_jax.sharding import check_divisible
 from branchy_jax.thresholds import ExitTable, Screen
 from experiments.configs import common
 from experiments.pages import paper, report
 from experiments.run import masks
 from experiments.run.command import provenance
-from experiments.run.networks import Networks, network_options, own_options, save_weights
+from experiments.run.networks import Networks, count_exits, image_specs, network_options, own_options, save_weights
 from experiments.run.records import Baseline, FrontierPoint, LeavingFirst, Point, RunRecord, Timed, Tried
 from experiments.run.tasks import TASKS, Task, load
 from experiments.run.timing import time_batches, time_images
@@ -73,11 +73,12 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> RunRe
     _check(config)
     if mesh is not None:
         for field in ('batch_size', 'batch_size_grown') if config.shallow_depth else ('batch_size',):
-            bj.sharding.check_divisible(f'config.{field}', config[field], mesh)
+            check_divisible(f'config.{field}', config[field], mesh)
     dataset, task = load(config), TASKS[config.task]
     options = network_options(config, num_classes=dataset.num_classes, image_shape=dataset.image_shape)
     _check_beside_the_data(config, dataset, options)
-    costs = bj.costs.count_macs(bj.models.create(config.network, **options), dataset.image_shape)
+    model, inputs = bj.models.create(config.network, **options), image_specs(dataset.image_shape)
+    costs = bj.costs.count_macs(model, inputs=inputs)
     claim(workdir, config)
     baseline_variables, variables = train_both(config, options, dataset, workdir, mesh)
     networks = Networks(config.network, options, variables, baseline_variables, dataset.normalization)
@@ -85,7 +86,7 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> RunRe
         bj.inference.exit_table,
         statistics=task.statistics,
         metric=task.metric,
-        prepare=dataset.normalization,
+        preprocess=dataset.normalization,
         mesh=mesh,
     )
     choice = _choose(config, task, dataset.validation, costs, networks, look)
@@ -128,7 +129,8 @@ def _check(config: ConfigDict) -> None:
         )
     if not config.network.startswith('b-'):
         raise ValueError(f'config.network: got {config.network!r}; give the branchy one, its baseline is trained too')
-    exits, weights = bj.models.create(config.network, **own_options(config)).num_exits, len(config.exit_weights)
+    model, weights = bj.models.create(config.network, **own_options(config)), len(config.exit_weights)
+    exits = count_exits(model, image_specs(model.image_shape))
     if weights != exits:
         raise ValueError(f'config.exit_weights: {config.network} has {exits} exits, got {weights} weights')
 
@@ -141,7 +143,7 @@ def _check_beside_the_data(config: ConfigDict, dataset: bj.data.Dataset, options
             '(config.latency_images, or the data); give fewer'
         )
     if config.shallow_depth:
-        build, example = builder(config, options), jnp.zeros((1, *dataset.image_shape))
+        build, example = builder(config, options), image_specs(dataset.image_shape)
         deep, shallow = build(), build(depth=config.shallow_depth)
         states = (jax.eval_shape(model.init, jax.random.key(0), example) for model in (deep, shallow))
         jax.eval_shape(lambda *both: bj.training.initialize_from_shallower(deep, both[0], shallow, both[1]), *states)

@@ -35,7 +35,10 @@ def class_iou(table: ExitTable, baseline: ExitTable, point: bj.OperatingPoint) -
     rows = {'baseline': baseline.statistics[0]}
     rows.update({f'exit {n + 1}': statistics for n, statistics in enumerate(table.statistics)})
     rows['operating point'] = table.statistics[first, np.arange(len(first))]
-    found = {name: bj.thresholds.iou_per_class(statistics.sum(axis=0)).tolist() for name, statistics in rows.items()}
+    found = {
+        name: bj.thresholds.statistics.iou_per_class(statistics.sum(axis=0)).tolist()
+        for name, statistics in rows.items()
+    }
     return {name: tuple(None if math.isnan(value) else value for value in values) for name, values in found.items()}
 
 
@@ -51,7 +54,7 @@ def anytime(networks: Networks, test: bj.Batch, costs: bj.costs.StageCosts) -> t
 
 
 def _anytime(networks: Networks, test: bj.Batch, costs: bj.costs.StageCosts, threshold: float) -> Pixelwise:
-    exits = networks.model.num_exits
+    exits = networks.num_exits
     table = bj.inference.exit_table(
         networks.model,
         networks.variables,
@@ -61,7 +64,7 @@ def _anytime(networks: Networks, test: bj.Batch, costs: bj.costs.StageCosts, thr
         metric=bj.thresholds.mean_iou,
         costs=costs,
         split='test',
-        prepare=networks.normalization,
+        preprocess=networks.normalization,
         batch_size=64,
     )
     unsure = [1.0, *np.asarray(table.uncertainty).mean(axis=1)[:-1].tolist(), 0.0]
@@ -97,7 +100,7 @@ def picture(
     answers = {name: table.answering_exits(point) for name, point in points.items()}
     name = max(answers, key=lambda name: len(np.unique(answers[name])))
     first = answers[name]
-    shown = np.concatenate([np.flatnonzero(first == n)[:_PICTURED] for n in range(networks.model.num_exits)])
+    shown = np.concatenate([np.flatnonzero(first == n)[:_PICTURED] for n in range(networks.num_exits)])
     images = dataset.test.image[shown]
     logits = networks.model.apply(networks.variables, networks.normalization(images))
     bj.plots.masks(

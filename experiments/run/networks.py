@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
+from branchy_jax import calling
 from branchy_jax.types import Variables
 from experiments.configs import common
 from experiments.run.records import RunRecord, read_record
@@ -39,33 +40,86 @@ class Networks:
     normalization: bj.Normalization
 
     @functools.cached_property
-    def model(self) -> bj.BranchyNet:
+    def model(self) -> Any:
         """The branchy network."""
         return bj.models.create(self.name, **self.options)
 
     @functools.cached_property
-    def baseline(self) -> bj.BranchyNet:
+    def baseline(self) -> Any:
         """The one-exit network."""
         return bj.models.without_branches(self.model)
 
-    @functools.cached_property
-    def fast(self) -> tuple[bj.BranchyNet, Variables]:
-        """The branchy network as `branchy_jax.inference.optimize` rewrites it, with its variables."""
-        return bj.inference.optimize(self.model, self.variables)
+    @property
+    def inputs(self) -> jax.ShapeDtypeStruct:
+        """The shape of one image, with its batch axis."""
+        return image_specs(self.options['image_shape'])
 
     @functools.cached_property
-    def fast_baseline(self) -> tuple[bj.BranchyNet, Variables]:
-        """The one-exit network, likewise."""
-        return bj.inference.optimize(self.baseline, self.baseline_variables)
+    def num_exits(self) -> int:
+        """N of the branchy network."""
+        return count_exits(self.model, self.inputs)
+
+    @functools.cached_property
+    def fast(self) -> tuple[Any, Variables]:
+        """The branchy network as `branchy_jax.inference.optimize` rewrites it, with its variables."""
+        return bj.inference.optimize(self.model, self.variables, inputs=self.inputs)
+
+    @functools.cached_property
+    def fast_baseline(self) -> tuple[Any, Variables]:
+        """The one-exit network, rewritten in the same way, with its variables."""
+        return bj.inference.optimize(self.baseline, self.baseline_variables, inputs=self.inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = jax.tree.map(np.asarray, (self.variables, self.baseline_variables, self.normalization))
         return Networks, (self.name, dict(self.options), *arrays)
 
 
-def first_stages(model: bj.BranchyNet, n: int) -> bj.BranchyNet:
+def image_specs(image_shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+    """Returns the shape ``[1, H, W, C]`` of one float32 image, for whatever traces a network."""
+    return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+
+def count_exits(model: Any, inputs: Any) -> int:
+    """Returns N of a network; traces it.
+
+    Args:
+        model: a network with N exits.
+        inputs: an example, or its shapes.
+    """
+
+    def logits(key: jax.Array, inputs: Any) -> Any:
+        return calling.apply(model, calling.init(model, key, inputs), inputs)
+
+    return len(jax.eval_shape(logits, jax.random.key(0), inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class UpToExit:
+    """The exits of a network up to one of them. A model with ``init`` and ``apply``.
+
+    Attributes:
+        model: the network.
+        exit: the number of its last exit that stays.
+    """
+
+    model: Any
+    exit: int
+
+    def init(self, key: jax.Array, *inputs: Any) -> Variables:
+        """Returns fresh variables of the whole network."""
+        return calling.init(self.model, key, calling.one_input(inputs))
+
+    def apply(self, variables: Variables, *inputs: Any, mutable: Any = False, **options: Any) -> Any:
+        """Computes the logits of exits 0 to ``exit``, as `flax.linen.Module.apply` would."""
+        result = calling.apply(self.model, variables, calling.one_input(inputs), mutable=mutable, **options)
+        if mutable is False:
+            return result[: self.exit + 1]
+        return result[0][: self.exit + 1], result[1]
+
+
+def first_stages(model: Any, n: int) -> Any:
     """Returns the network that ends at exit n, with that exit alone."""
-    return bj.BranchyNet(stages=(tuple(model.stages[: n + 1]),), exits=(model.exits[n],), image_shape=model.image_shape)
+    return bj.models.without_branches(UpToExit(model, n))
 
 
 def network_options(config: ConfigDict, *, num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
@@ -80,8 +134,11 @@ def own_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def training_options(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those to train with: the same networks and parameters, in the form in which a CPU trains them fastest."""
-    return {**options, 'convolution': bj.models.banded_convolution} if config.banded else dict(options)
+    """Returns the arguments for training: the same parameters, in the form in which a CPU trains them fastest."""
+    changed: dict[str, Any] = {'convolution': bj.models.banded_convolution} if config.banded else {}
+    if config.image_sides:  # images grow during training
+        changed['image_shape'] = None
+    return {**options, **changed}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run found, as one typed record: what ``report.json`` holds, written and read here alone.
+"""The results of a run as one typed record, which ``report.json`` holds; only this module writes and reads it.
 
 Fields are called ``accuracy`` whatever the metric of the task is; in the file they carry its name, such as
 ``test_accuracy`` or ``test_miou``.
@@ -21,7 +21,7 @@ Kind = TypeVar('Kind')
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What the clock said of one network, in passes that took turns with its baseline's.
+    """Times of one network, from passes that took turns with its baseline's.
 
     Attributes:
         batch: images in a call.
@@ -54,7 +54,7 @@ class Clock:
         Args:
             seconds: of passes over all images, by name; ``'plain'`` is the baseline as written.
             name: whose figures these are.
-            baseline: whom it is compared with.
+            baseline: the name of the network to compare with.
             images: in a pass.
             batch: images in a call.
             executor: that the planner chose.
@@ -75,7 +75,7 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """What the clock said of a run.
+    """Times of a run.
 
     Attributes:
         baseline: of the one-exit network.
@@ -214,7 +214,7 @@ class Pixelwise:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """Everything that the main job found. The first operating point is the table's.
+    """Every result of the main job. The first operating point is the table's.
 
     Attributes:
         network: the branchy one; its baseline's name lacks the ``b-``.

@@ -124,7 +124,7 @@ def _run(workdir: Path, name: str, *, quick: bool) -> list[Step]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Does what is not done yet, then packs."""
     parser = command.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, default=Path('runs/gpu'), help='Of all runs; kept between calls.')
+    parser.add_argument('--workdir', type=Path, default=Path('runs/gpu'), help='Of all runs; later calls resume there.')
     parser.add_argument('--out', type=Path, help='Folder for what is to be brought back.')
     parser.add_argument('--minutes', type=float, default=9.0, help='Wall clock of this call.')
     parser.add_argument('--quick', action='store_true', help='One epoch on few images, small networks: to try it out.')

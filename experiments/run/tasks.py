@@ -1,4 +1,4 @@
-"""What a run's data are, and what its task decides: loss, what is counted, and who may let an input leave."""
+"""The data of a run, and what its task decides: loss, statistics, metric, and the criteria to compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
-from branchy_jax.criteria import Criterion, EveryOther, QuantileOverPatches, QuantileOverPixels, from_logits
+from branchy_jax.criteria import Criterion, as_criterion
 from branchy_jax.losses import Loss, MetricsOf
 from branchy_jax.thresholds.statistics import Metric, Statistics
 
@@ -22,9 +22,9 @@ class Task:
     Attributes:
         key: of the metric in records: ``test_<key>``.
         label: of the metric in tables and pictures.
-        statistics: what each answer adds.
-        metric: of their sums.
-        criteria: the one whose thresholds are cheapest on validation data is taken.
+        statistics: what each answer adds to the metric's sums.
+        metric: of these sums.
+        criteria: to compare; a run takes the one whose thresholds are cheapest on validation data.
         loss: per exit.
         metrics: to look at while training.
     """
@@ -43,14 +43,14 @@ class Task:
 
 
 # Entropy of a quarter of the pixels: a patch of 8 pixels is 4 of them wide.
-_ENTROPY = EveryOther(bj.criteria.entropy_of_logits, stride=2)
+_ENTROPY = as_criterion(bj.criteria.entropy, stride=2, name='mean entropy')
 
 TASKS = {
     'classification': Task(
         key='accuracy',
         label='accuracy',
         statistics=bj.thresholds.accuracy_statistics,
-        metric=bj.thresholds.mean_of_statistic,
+        metric=bj.thresholds.statistics.mean_of_statistic,
         criteria=(bj.criteria.entropy,),
     ),
     'segmentation': Task(
@@ -59,9 +59,9 @@ TASKS = {
         statistics=bj.thresholds.iou_statistics,
         metric=bj.thresholds.mean_iou,
         criteria=(
-            from_logits(_ENTROPY, name='mean entropy'),
-            from_logits(_ENTROPY, name='98 % quantile of entropy', pool=QuantileOverPixels(0.98)),
-            from_logits(_ENTROPY, name='most unsure 8 × 8 patch', pool=QuantileOverPatches(1.0, size=4)),
+            _ENTROPY,
+            as_criterion(_ENTROPY, name='98 % quantile of entropy', quantile=0.98),
+            as_criterion(_ENTROPY, name='most unsure 8 × 8 patch', quantile=1.0, patch=4),
         ),
     ),
 }

@@ -18,13 +18,13 @@ import numpy as np
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
 from branchy_jax.inference.compiler_options import BY_NAME, may_use_one_core
-from branchy_jax.inference.planning.segment_times import segment_functions
+from branchy_jax.inference.planning.segments import Segments
 from branchy_jax.types import Variables
 from experiments.run.networks import Networks, first_stages
 from experiments.run.processes import as_a_user_starts_them
 from experiments.run.records import Clock, Timed
 
-Network = tuple[bj.BranchyNet, Variables]
+Network = tuple[Any, Variables]
 Policies = Mapping[str, bj.ExitPolicy]
 Runs = dict[Any, tuple[Callable[[Any], Any], Sequence[Any]]]
 """What answers an input, and the inputs of a pass, by name."""
@@ -35,9 +35,9 @@ _TRIAL_IMAGES, _TRIAL_PASSES = 50, 7
 def time_images(networks: Networks, images: np.ndarray, policies: Policies, *, passes: int) -> Timed:
     """Times both networks on the same images, one call per image, every call waited for.
 
-    Both run through `branchy_jax.inference.optimize`, each compiled as a short trial finds it fastest; the plain jitted
-    baseline runs beside them. On a CPU all of them run in a process of their own that keeps to one core, the fastest
-    way for each: at batch 1 waking another core costs as much as a small network.
+    Both run through `branchy_jax.inference.optimize`, each with the compiler options that are faster in a short trial;
+    the plain jitted baseline runs beside them. On a CPU all of them run in a process of their own on one core, where
+    each is fastest: at batch 1 waking another core costs as much as a small network.
 
     Args:
         networks: both.
@@ -72,19 +72,19 @@ def keep_to_one_core() -> None:
 
 
 def _time_images(networks: Networks, images: np.ndarray, policies: Policies, passes: int) -> Timed:
-    criterion, exits = _criterion(policies), networks.model.num_exits
+    criterion, exits = _criterion(policies), networks.num_exits
     inputs, nothing = on_device(images), _no_exits(criterion)
     few, again = inputs[: max(1, len(inputs) // 5)], range(_SEGMENT_CALLS)
-    way = fastest_way(networks.fast, next(iter(policies.values())), few)
-    alone = segment_functions(*networks.fast, images, 1, criterion=criterion, compiler_options=BY_NAME[way])
+    compiled = fastest_options(networks.fast, next(iter(policies.values())), few)
+    alone = Segments(networks.fast, images, 1, criterion, BY_NAME[compiled]).functions(images)
     runs: Runs = {
         'plain': (staged((networks.baseline, networks.baseline_variables), nothing), inputs),
         'rewritten': (
-            staged(networks.fast_baseline, nothing, fastest_way(networks.fast_baseline, nothing, few)),
+            staged(networks.fast_baseline, nothing, fastest_options(networks.fast_baseline, nothing, few)),
             inputs,
         ),
-        **{('point', name): (staged(networks.fast, policy, way), inputs) for name, policy in policies.items()},
-        **{('exit', n): (staged(networks.fast, _forced(criterion, exits, n), way), few) for n in range(exits)},
+        **{('point', name): (staged(networks.fast, policy, compiled), inputs) for name, policy in policies.items()},
+        **{('exit', n): (staged(networks.fast, _forced(criterion, exits, n), compiled), few) for n in range(exits)},
         **{key: (lambda _, key=key: alone[key](), again) for key in _trunk(exits, 1)},
     }
     return _time(runs, ('rewritten',), policies, exits, batch=1, passes=passes)
@@ -129,10 +129,10 @@ def time_batches(
         passes: interleaved passes over the images.
     """
     inputs = on_device(images, batch)
-    criterion, exits = _criterion(policies), networks.model.num_exits
+    criterion, exits = _criterion(policies), networks.num_exits
     fast, fast_variables = networks.fast
     compacted = bj.inference.compacted(fast, chunk_size=batch)
-    alone = segment_functions(fast, fast_variables, images[:batch], batch, criterion=criterion)
+    alone = Segments(networks.fast, images, batch, criterion).functions(images)
     planned: dict[str, bj.inference.Plan] = {}
     for name, policy in policies.items():  # what one measured of the stages holds at other thresholds
         planned[name] = bj.inference.plan(
@@ -181,9 +181,12 @@ def time_static(
 
 def _time_static(networks: Networks, static: Sequence[Variables], images: np.ndarray, passes: int) -> tuple[Clock, ...]:
     inputs, nothing = on_device(images), _no_exits(bj.criteria.entropy)
-    parts = [bj.inference.optimize(first_stages(networks.model, n), variables) for n, variables in enumerate(static)]
+    parts = [
+        bj.inference.optimize(first_stages(networks.model, n), variables, inputs=networks.inputs)
+        for n, variables in enumerate(static)
+    ]
     fast = dict(enumerate(parts)) | {'baseline': networks.fast_baseline}
-    runs = {name: staged(network, nothing, fastest_way(network, nothing, inputs)) for name, network in fast.items()}
+    runs = {name: staged(network, nothing, fastest_options(network, nothing, inputs)) for name, network in fast.items()}
     runs['plain'] = staged((networks.baseline, networks.baseline_variables), nothing)
     functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
@@ -211,17 +214,17 @@ def _forced(criterion: Criterion, exits: int, n: int) -> bj.ExitPolicy:
 
 
 def _trunk(exits: int, batch: int) -> list[tuple[str, int, int]]:
-    """Names every stage alone, then the last head, as `segment_functions` does."""
+    """Names every stage alone, then the last head, as `Segments.functions` does."""
     return [*(('stage', n, batch) for n in range(exits)), ('exit', exits - 1, batch)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Staged:
-    """What answers one image by `branchy_jax.inference.staged`.
+    """`branchy_jax.inference.staged` with its weights and policy.
 
     Attributes:
-        answer: an image.
-        executor: how it is compiled; empty where nothing was chosen.
+        answer: answers an image.
+        executor: its name with its compiler options; empty where none were chosen.
     """
 
     answer: Callable[[jax.Array], bj.ExitPrediction]
@@ -232,24 +235,30 @@ class Staged:
         return self.answer(image)
 
 
-def staged(network: Network, policy: bj.ExitPolicy, way: str = '') -> Staged:
-    """Returns what answers one image by `branchy_jax.inference.staged`, compiled as one of `fastest_way`."""
+def staged(network: Network, policy: bj.ExitPolicy, options: str = '') -> Staged:
+    """Binds `branchy_jax.inference.staged` to weights and a policy.
+
+    Args:
+        network: with its variables.
+        policy: when an image leaves.
+        options: the name of compiler options, from `fastest_options`.
+    """
     (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
-    execute = bj.inference.staged(model, compiler_options=BY_NAME[way])
-    return Staged(lambda image: execute(variables, image, policy), way and f'staged, {way}')
+    execute = bj.inference.staged(model, compiler_options=BY_NAME[options])
+    return Staged(lambda image: execute(variables, image, policy), options and f'staged, {options}')
 
 
-def fastest_way(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Array]) -> str:
-    """Returns how to compile `staged` for one core: as ever, or with `branchy_jax.inference.ONE_CORE`; by a trial."""
+def fastest_options(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Array]) -> str:
+    """Tries `staged` on one core with XLA's own options and `branchy_jax.inference.ONE_CORE`; names the faster."""
     if not may_use_one_core():
         return ''
     few = inputs[:_TRIAL_IMAGES]
-    runs = {way: bj.measure.one_by_one(staged(network, policy, way), few) for way in ('', 'one core')}
+    runs = {name: bj.measure.one_by_one(staged(network, policy, name), few) for name in ('', 'one core')}
     return fastest(bj.measure.interleaved_passes(runs, passes=_TRIAL_PASSES), tuple(runs))
 
 
-def whole(model: bj.BranchyNet, variables: Variables) -> Callable[[Any], Any]:
-    """Returns what answers a batch by all exits."""
+def whole(model: Any, variables: Variables) -> Callable[[Any], Any]:
+    """Returns the jitted network, which computes every exit of a batch."""
     return functools.partial(jax.jit(model.apply), jax.tree.map(jnp.asarray, variables))
 
 

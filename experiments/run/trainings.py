@@ -1,4 +1,4 @@
-"""Training the baseline and the branchy network of a run, each resumed where it stopped, with a bar that tells."""
+"""Trains the baseline and the branchy network of a run, each resumed where it stopped, with a progress bar."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import branchy_jax as bj
-from branchy_jax.training.fit import Prepare
+from branchy_jax.losses import Loss
+from branchy_jax.training.fit import Augment
 from branchy_jax.training.step import Metrics
 from branchy_jax.types import Variables
-from experiments.run.networks import training_options
+from experiments.run.networks import image_specs, own_options, training_options
 from experiments.run.tasks import TASKS
 
-Build = Callable[..., bj.BranchyNet]
+Build = Callable[..., Any]
 
 _REFRESH_SECONDS = 0.5
 
@@ -100,7 +101,7 @@ def train_network(
     """Trains one network, resuming from its checkpoints.
 
     Args:
-        build: makes the network; of another depth where it is told one.
+        build: makes the network; ``depth=`` gives a ResNet another depth.
         variables: to start from.
         key: of the whole training.
         exit_weights: ``[N]``.
@@ -112,9 +113,9 @@ def train_network(
         mesh: devices to share batches over.
         frozen_trunk: trains the side heads only.
     """
-    model = _of_any_side(build(), config)
+    model, inputs = build(), image_specs(dataset.image_shape)
     phases = config.image_sides or (None,)
-    prepare = {side: _preparation(config, dataset, side=side) for side in phases}
+    augment = {side: _augmentation(config, dataset, side=side) for side in phases}
     if config.shallow_depth and not frozen_trunk:
         variables = _grown(
             build,
@@ -131,7 +132,7 @@ def train_network(
         epochs, phases = config.epochs_grown, phases[-1:]
         config = _of_the_grown(config)
     optimizer = _optimizer(config, steps=round(epochs * (len(dataset.train) // config.batch_size)))
-    state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk)
+    state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk, inputs=inputs)
     data = dataset.train
     if mesh is not None:
         state = bj.sharding.replicate(mesh, state)
@@ -147,8 +148,8 @@ def train_network(
                 epochs=epochs * phase / len(phases),
                 directory=workdir / 'checkpoints' / name,
                 batch_size=config.batch_size,
-                prepare=prepare[side],
-                loss=_loss(config, model),
+                augment=augment[side],
+                loss=_loss(config, num_exits=len(exit_weights)),
                 metrics=TASKS[config.task].metrics,
                 on_step=on_step,
                 save_every=config.save_every or None,
@@ -158,27 +159,24 @@ def train_network(
 
 
 def off_the_mesh(variables: Variables) -> Variables:
-    """Returns what every device of a mesh holds as arrays that are bound to no device."""
+    """Returns the arrays that every device of a mesh holds, not committed to any device."""
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), variables)
-
-
-def _of_any_side(model: bj.BranchyNet, config: ConfigDict) -> bj.BranchyNet:
-    """Returns a network that takes images of every size where images grow while it trains."""
-    return model.clone(image_shape=None) if config.image_sides else model
 
 
 def _grown(build: Build, variables: Variables, *rest: Any, name: str, config: ConfigDict, **options: Any) -> Variables:
     """Trains the shallow network with the same exits, and returns the whole network's variables grown from it."""
     shallow_build = functools.partial(build, depth=config.shallow_depth)
-    model, shallow = (_of_any_side(made(), config) for made in (build, shallow_build))
     example = jnp.zeros((1, *options['dataset'].image_shape), jnp.float32)
-    start = jax.jit(shallow.init)(jax.random.fold_in(rest[0], 1), example)
+    start = jax.jit(shallow_build().init)(jax.random.fold_in(rest[0], 1), example)
     shallow_config = config.copy_and_resolve_references()
     shallow_config.shallow_depth = 0
     trained = train_network(
         shallow_build, start, *rest, name=f'{name}-depth{config.shallow_depth}', config=shallow_config, **options
     )
-    return bj.training.initialize_from_shallower(model, variables, shallow, trained)
+    # The whole ResNets say which blocks correspond, also for a baseline or for the first stages alone.
+    deep = bj.models.create(config.network, **own_options(config))
+    shallow = deep.clone(depth=config.shallow_depth)
+    return bj.training.initialize_from_shallower(deep, variables, shallow, trained)
 
 
 def _of_the_grown(config: ConfigDict) -> ConfigDict:
@@ -187,29 +185,25 @@ def _of_the_grown(config: ConfigDict) -> ConfigDict:
     return changed
 
 
-def _loss(config: ConfigDict, model: bj.BranchyNet) -> bj.losses.Loss:
-    share, told = config.distillation, TASKS[config.task].loss
+def _loss(config: ConfigDict, *, num_exits: int) -> Loss:
+    share, supervised = config.distillation, TASKS[config.task].loss
     if config.label_smoothing:
-        told = functools.partial(told, label_smoothing=config.label_smoothing)
-    if not share or model.num_exits == 1:  # a network of one exit would teach itself: a smaller step, no teacher
-        return told
-    taught = bj.losses.distillation(bj.losses.last_exit, temperature=config.temperature)
-    return bj.losses.weighted_sum((1 - share, told), (share, taught))
+        supervised = functools.partial(supervised, label_smoothing=config.label_smoothing)
+    if not share or num_exits == 1:  # a single exit would be its own teacher: its loss would only shrink
+        return supervised
+    distilled = bj.losses.distillation(bj.losses.last_exit, temperature=config.temperature)
+    return bj.losses.weighted_sum((1 - share, supervised), (share, distilled))
 
 
-def _preparation(config: ConfigDict, dataset: bj.data.Dataset, *, side: int | None) -> Prepare:
-    augment = functools.partial(bj.data.augment, crop_padding=config.crop_padding, flip=config.flip)
-    normalize = dataset.normalization
-
-    def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:
-        image, label = normalize(augment(key, batch.image)), batch.label
+def _augmentation(config: ConfigDict, dataset: bj.data.Dataset, *, side: int | None) -> Augment:
+    def augment(key: jax.Array, batch: bj.Batch) -> bj.Batch:
+        batch = bj.data.augment(key, batch, crop_padding=config.crop_padding, flip=config.flip)
+        image = dataset.normalization(batch.image)
         if side is not None and side != image.shape[1]:
             image = jax.image.resize(image, (len(image), side, side, image.shape[-1]), 'linear')
-        if label.ndim == 3:  # a mask moves with its image: same key, same shift
-            label = augment(key, label[..., None])[..., 0]
-        return bj.Batch(image, label)
+        return batch.replace(image=image)
 
-    return prepare
+    return augment
 
 
 def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformation:

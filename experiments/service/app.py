@@ -65,14 +65,14 @@ def make_service(options: argparse.Namespace) -> tuple[Service, bj.data.Dataset]
     """Loads the network, picks the path of thresholds on validation data, and starts the service."""
     name, _, trained_on = options.network.partition('@')
     weights = bj.models.load_pretrained(name, dataset=trained_on or None)
-    model, variables = bj.inference.optimize(weights.model, weights.variables)
+    model, variables = bj.inference.optimize(weights.model, weights.variables, inputs=weights.inputs)
     dataset = bj.data.load_dataset(options.dataset)
     criterion = weights.operating_points[0].policy.criterion
     table = bj.inference.exit_table(
-        weights.model, weights.variables, dataset.validation, prepare=weights.normalize, criterion=criterion
+        weights.model, weights.variables, dataset.validation, preprocess=weights.normalize, criterion=criterion
     )
-    path = bj.thresholds.path_by_shares(table, size=51, floor=options.floor)
-    controller = bj.thresholds.create_controller(
+    path = table.path_by_shares(size=51, floor=options.floor)
+    controller = bj.thresholds.Controller.create(
         path, criterion=criterion, target=options.target_ms, scale=4 * options.target_ms, position=1.0, horizon=100.0
     )
     fast = dataclasses.replace(weights, model=model, variables=variables)
@@ -90,7 +90,7 @@ def make_app(service: Service) -> Starlette:
         yield
         await asyncio.to_thread(service.close)
 
-    shape = service.weights.model.image_shape
+    shape = service.image_shape
 
     async def classify(request: Request) -> Response:
         content = await request.body()
@@ -122,8 +122,8 @@ def make_app(service: Service) -> Starlette:
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-def _refusal(status: int, told: str, headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps({'error': told}), status, headers, media_type='application/json')
+def _refusal(status: int, error: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps({'error': error}), status, headers, media_type='application/json')
 
 
 def _shown(answer: Any, image: np.ndarray) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bursts of several times the load that the network sustains, over HTTP on the loopback: what is kept, what is late.
+"""Bursts of several times the sustained load, over HTTP on the loopback: accuracy, refusals, late answers.
 
     python -m experiments.service.burst --network=b-alexnet@cifar10 --dataset=cifar10 --floor=0.78 --workdir=DIR
 
@@ -37,7 +37,7 @@ _TO_SUSTAIN = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a client got for one image: which, in which phase, the class answered, and what the service told."""
+    """The reply to one image: its row, its phase, whether the class is right, and the fields of the answer."""
 
     row: int
     phase: int
@@ -142,12 +142,12 @@ def _client(port: int, test: bj.Batch, due: queue.Queue[Any], replies: list[Repl
             tries += 1
             connection.request('POST', '/classify', body=np.asarray(test.image[row]).tobytes())
             response = connection.getresponse()
-            told = json.loads(response.read())
+            answer = json.loads(response.read())
             if response.status == http.HTTPStatus.OK:
                 break
-            time.sleep(min(1.0, 0.02 * 2**tries))  # later each time: whoever is refused must not press harder
-        right = told['label'] == int(test.label[row])
-        replies.append(Reply(row, number, right, told['exit'], told['waited_ms'], told['in_time'], tries))
+            time.sleep(min(1.0, 0.02 * 2**tries))  # longer after each refusal
+        right = answer['label'] == int(test.label[row])
+        replies.append(Reply(row, number, right, answer['exit'], answer['waited_ms'], answer['in_time'], tries))
 
 
 def phase(replies: Sequence[Reply], number: int, load: float) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Service:
         deadline: float = 0.25,
     ) -> None:
         self.weights, self.controller, self.capacity = weights, controller, capacity
-        self.counts = _Counts(exits=[0] * weights.model.num_exits)
+        self.counts = _Counts(exits=[0] * (1 + controller.path.shape[1]))
         self.recent: collections.deque[tuple[Answer, np.ndarray]] = collections.deque(maxlen=_RECENT)
         self.failure: BaseException | None = None
         self._policy, self._chunk_size, self._patience, self._deadline = (
@@ -95,10 +95,14 @@ class Service:
         self._update, self._run = jax.jit(_updated), bj.inference.stream(weights.model, chunk_size=chunk_size)
         self._thread = threading.Thread(target=self._serve, name='branchy_jax service', daemon=True)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """``(H, W, C)`` of an image."""
+        return tuple(self.weights.inputs.shape[1:])
+
     def start(self) -> Service:
         """Compiles, and begins to answer."""
-        shape = self.weights.model.image_shape
-        nothing = np.zeros((1, *shape), np.uint8)
+        nothing = np.zeros((1, *self.image_shape), np.uint8)
         # Never leaving, so that every stage compiles before the first image comes.
         never = self._policy.replace(thresholds=np.full(np.shape(self._policy.thresholds), -np.inf, np.float32))
         for _ in self._run(self.weights.variables, [np.asarray(self.weights.normalize(nothing))], never):
@@ -115,9 +119,8 @@ class Service:
             queue.Full: too many wait already; nothing was taken.
             RuntimeError: the service has ended.
         """
-        shape = self.weights.model.image_shape
-        if image.shape != tuple(shape) or image.dtype != np.uint8:
-            raise ValueError(f'image: expected uint8 {shape}, got {image.dtype} {image.shape}')
+        if image.shape != self.image_shape or image.dtype != np.uint8:
+            raise ValueError(f'image: expected uint8 {self.image_shape}, got {image.dtype} {image.shape}')
         if self._closed.is_set() or self.failure is not None:
             raise RuntimeError('the service has ended')
         future: Future[Answer] = Future()
@@ -173,7 +176,7 @@ class Service:
                 observed = np.full(self._chunk_size, np.nan, np.float32)
                 observed[: len(waited)] = waited
                 self.controller, self._policy = self._update(self.controller, observed)
-        except BaseException as error:  # whoever waits is told
+        except BaseException as error:  # raised by every pending future
             self.failure = error
         with self._lock:
             left, self._pending = self._pending, {}

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
-from branchy_jax.inference import SegmentTimes
-from branchy_jax.inference.planning.segment_times import segment_functions
-from branchy_jax.inference.steps import Executor
+from branchy_jax.inference.planning.segments import Segments
+from branchy_jax.inference.planning.times import SegmentTimes
 from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.run.records import Numbers
-from experiments.run.timing import Network, fastest_way, on_device, staged, whole
+from experiments.run.timing import Network, fastest_options, on_device, staged, whole
 
 USUAL_SHARES = {2: (0.94, 0.06), 3: (0.7, 0.2, 0.1)}
 """Shares that leave at each exit where nothing else is asked for, about those of the paper, by the number of exits."""
@@ -98,7 +97,7 @@ class Subject:
 
 
 def prepare(name: str, variables: Variables | None, images: np.ndarray) -> Subject:
-    """Creates the network; without trained variables, with random ones whose BatchNorms know the images."""
+    """Creates the network; without trained variables, with random ones and BatchNorm statistics of the images."""
     model = bj.models.create(name)
     if variables is None:
         variables = _settled(model, model.init(jax.random.key(0), images[:1]), images[:32])
@@ -106,12 +105,12 @@ def prepare(name: str, variables: Variables | None, images: np.ndarray) -> Subje
     return Subject(
         name=name,
         plain=(model, variables),
-        fast=bj.inference.optimize(model, variables),
-        macs=bj.costs.count_macs(model, model.image_shape),
+        fast=bj.inference.optimize(model, variables, inputs=images[:1]),
+        macs=bj.costs.count_macs(model, inputs=images[:1]),
     )
 
 
-def _settled(model: bj.BranchyNet, variables: Variables, images: np.ndarray) -> Variables:
+def _settled(model: Any, variables: Variables, images: np.ndarray) -> Variables:
     """Lets running statistics settle: a deep residual network with fresh ones overflows, and all its exits agree."""
     if 'batch_stats' not in variables:
         return variables
@@ -164,7 +163,7 @@ def measure_cell(
     compiled = {name: _seconds(function) for name, function in functions.items()}
     best = times.best_sizes.tolist()
     for n, size in enumerate(best):
-        every = segment_functions(*subject.fast, images, size)
+        every = Segments(subject.fast, images, size, bj.criteria.entropy).functions(images)
         functions.update({key: every[key] for key in every if key[1] == n})
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
     limit = sum(
@@ -180,7 +179,7 @@ def measure_cell(
             executor=name,
             **_figures(seconds, name, len(images), limit, _limit_within(times, batch, fractions)),
             mac_limit=bj.costs.mac_limit(subject.macs, fractions),
-            # The race compiled the winner already.
+            # Planning has compiled the plan already.
             compile_s=plan_seconds if name == 'planned' else compiled[name] - float(np.median(seconds[name])),
             peak_memory_mb=peak_memory_mb(),
             plan=str(planned) if name == 'planned' else '',
@@ -238,8 +237,9 @@ def _baselines(subject: Subject, images: np.ndarray, batch: int) -> dict[str, Ca
     baseline, nothing = bj.models.without_branches(model), np.zeros(0, np.float32)
     alike: Callable[[Any], Any]
     if batch == 1:
-        fast, policy = bj.inference.optimize(baseline, variables), bj.ExitPolicy(bj.criteria.entropy, nothing)
-        alike = staged(fast, policy, fastest_way(fast, policy, on_device(images)))
+        fast = bj.inference.optimize(baseline, variables, inputs=images[:1])
+        policy = bj.ExitPolicy(bj.criteria.entropy, nothing)
+        alike = staged(fast, policy, fastest_options(fast, policy, on_device(images)))
     else:
         alike = bj.inference.plan(baseline, variables, images, nothing, batch_size=batch)
     return {'baseline': whole(baseline, variables), _ALIKE: alike}
@@ -250,12 +250,12 @@ def _executors(
 ) -> dict[str, Callable[[Any], Any]]:
     (model, variables), policy = subject.fast, jax.tree.map(jnp.asarray, policy)
 
-    def bound(execute: Executor) -> Callable[[Any], Any]:
+    def bound(execute: Callable[..., Any]) -> Callable[[Any], Any]:
         return lambda images: execute(variables, images, policy)
 
     found = {'dense': bound(bj.inference.dense(model))}
     if batch == 1:
-        found['staged'] = staged(subject.fast, policy, fastest_way(subject.fast, policy, on_device(images)))
+        found['staged'] = staged(subject.fast, policy, fastest_options(subject.fast, policy, on_device(images)))
     else:
         found['compacted'] = bound(bj.inference.compacted(model, chunk_size=chunk_sizes))
     return found
@@ -283,7 +283,7 @@ def _limit_within(times: SegmentTimes, batch: int, fractions: np.ndarray) -> flo
 
 
 def peak_memory_mb() -> float:
-    """Returns the most memory used so far: of the device where it tells, else of the process."""
+    """Returns the most memory used so far: of the device if it reports memory, else of the process."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if 'peak_bytes_in_use' in statistics:
         return statistics['peak_bytes_in_use'] / 2**20

@@ -15,6 +15,7 @@ from scipy import ndimage
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
 from branchy_jax.thresholds import ExitTable, Screen
+from branchy_jax.thresholds.screen import answering_exits
 from experiments.pages import pictures
 from experiments.run.networks import Networks
 from experiments.study.cached import Cached
@@ -62,7 +63,7 @@ def all_criteria(fitting: Cached, temperatures: np.ndarray) -> list[Criterion]:
 
 
 def compare_criteria(criteria: list[Criterion], choosing: Cached, test: Cached) -> list[Record]:
-    """Compares what criteria cost, in two ways.
+    """Compares what criteria cost, by two measures.
 
     ``cost``: of the cheapest setting that on validation data gives up no more than asked against the last exit, with
     its accuracy on test data. ``cost_at_equal_accuracy``: read off the test curve of the validation frontier at the
@@ -75,10 +76,10 @@ def compare_criteria(criteria: list[Criterion], choosing: Cached, test: Cached) 
         on_test = test.table(criterion, split='test').evaluate(frontier)
         for given_up in _GIVEN_UP:
             record: Record = {'criterion': criterion.name, 'given_up': given_up}
-            kept = np.flatnonzero(frontier.accuracy >= full - given_up - 1e-9)
-            if len(kept):
-                record['cost'] = float(on_test.cost[kept[0]])
-                record['accuracy_change'] = float(on_test.accuracy[kept[0]]) - full_test
+            reached = np.flatnonzero(frontier.accuracy >= full - given_up - 1e-9)
+            if len(reached):
+                record['cost'] = float(on_test.cost[reached[0]])
+                record['accuracy_change'] = float(on_test.accuracy[reached[0]]) - full_test
             reaching = on_test.cost[on_test.accuracy >= full_test - given_up - 1e-9]
             if len(reaching):
                 record['cost_at_equal_accuracy'] = float(reaching.min())
@@ -87,7 +88,7 @@ def compare_criteria(criteria: list[Criterion], choosing: Cached, test: Cached) 
 
 
 def searches(networks: Networks, stored: np.ndarray, validation: Cached, test: Cached) -> list[Record]:
-    """Compares searches under bounds on the measured time: part of the way from the first exit to the last.
+    """Compares searches under bounds on the measured time: shares of the range from the first exit to the last.
 
     Args:
         networks: both.
@@ -98,10 +99,9 @@ def searches(networks: Networks, stored: np.ndarray, validation: Cached, test: C
     images = networks.normalization(stored[:64])
     times = bj.inference.segment_times(*networks.fast, images, batch_sizes=[16, 64]).best()
     table, on_test = validation.table().replace(costs=times), test.table(split='test').replace(costs=times)
-    grid = bj.thresholds.quantile_grid(table.uncertainty, size=_GRID)
     methods: dict[str, Callable[[float], Any]] = {
-        'exact': lambda bound: table.exact(bound, grid=grid),
-        'coordinate descent': lambda bound: table.coordinate_descent(bound, grid=grid),
+        'exact': lambda bound: table.screen(_GRID).for_cost(bound),
+        'coordinate descent': lambda bound: table.coordinate_descent(bound, _GRID),
         'geometric budget': table.for_budget,
     }
     records = []
@@ -141,7 +141,7 @@ def time_exact_search() -> Record:
         split='random',
     )
     start = time.perf_counter()
-    table.exact(0.6 * exits, grid=bj.thresholds.quantile_grid(table.uncertainty, size=values))
+    table.screen(values).for_cost(0.6 * exits)
     return {'exits': exits, 'inputs': inputs, 'values': values, 'seconds': time.perf_counter() - start}
 
 
@@ -164,9 +164,9 @@ def control(
     parts = {'clean': images, 'noise': noisy, 'clean again': images, 'blur': blurred}
     uncertainty = np.concatenate([cached(part, labels).table().uncertainty for part in parts.values()], axis=1)
     table, relative = validation.table(), validation.costs.to_exit / validation.costs.trunk
-    path = bj.thresholds.path_by_shares(table)
+    path = table.path_by_shares()
     target = float(relative[0] + 0.3 * (relative[-1] - relative[0]))
-    controller = bj.thresholds.create_controller(
+    controller = bj.thresholds.Controller.create(
         path, criterion=table.criterion, target=target, scale=float(relative[-1] - relative[0])
     )
     # Beside it the setting of the same path whose cost on validation data is nearest to the target.
@@ -175,10 +175,10 @@ def control(
     held, left_alone = [], []
     for start in range(0, uncertainty.shape[1], _CONTROL_BATCH):
         batch = uncertainty[:, start : start + _CONTROL_BATCH]
-        spent = relative[bj.thresholds.answering_exits(batch, np.asarray(controller.policy.thresholds))]
+        spent = relative[answering_exits(batch, np.asarray(controller.policy.thresholds))]
         controller = update(controller, jnp.asarray(spent))
         held.extend(spent)
-        left_alone.extend(relative[bj.thresholds.answering_exits(batch, fixed)])
+        left_alone.extend(relative[answering_exits(batch, fixed)])
     averages = {
         name: _moving_average(np.array(values))
         for name, values in (('controlled', held), ('thresholds left alone', left_alone))
@@ -209,7 +209,7 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
 def protocols(criteria: list[Criterion], choosing: Cached, test: Cached, picture: Path, title: str) -> Record:
     """Reports anytime and budgeted-batch accuracy on test data, and the frontier of each criterion as a picture."""
     on_test = test.table(split='test')
-    found = {'anytime': on_test.anytime(), 'budgeted batch': on_test.budgeted(found_on=choosing.table())}
+    found = {'anytime': on_test.anytime(), 'budgeted batch': on_test.budgeted(choosing.table())}
     named: Mapping[str, Criterion] = {criterion.name: criterion for criterion in criteria}
     for name in ('entropy', 'learned', 'arithmetic ensemble'):
         frontier = choosing.table(named[name]).screen().frontier()
@@ -230,7 +230,9 @@ def who_leaves_where(images: np.ndarray, validation: Cached, test: Cached, pictu
     exits = table.answering_exits(validation.table().screen().knee())
     answers = test.logits.argmax(-1)[exits, np.arange(len(exits))]
     num_exits, num_classes = table.num_exits, test.logits.shape[-1]
-    confusions = bj.thresholds.confusion(test.labels, answers, exits, num_exits=num_exits, num_classes=num_classes)
+    confusions = bj.thresholds.statistics.confusion(
+        test.labels, answers, exits, num_exits=num_exits, num_classes=num_classes
+    )
     order = np.random.default_rng(0).permutation(len(exits))
     bj.plots.images_by_exit(
         picture, images[order], exits[order], num_exits=num_exits, title=f'{title}: which images leave where'

@@ -28,7 +28,7 @@ _KERNEL_SCALE = 0.3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Plans, tells where the time goes, and writes ``planning.json`` and ``planning.md``."""
+    """Plans, prints where the time goes, and writes ``planning.json`` and ``planning.md``."""
     parser = command.parser(__doc__)
     parser.add_argument('--workdir', type=Path, required=True, help='Folder to write into.')
     parser.add_argument('--network', default='b-resnet110', help='With exits.')
@@ -45,15 +45,17 @@ def measure(name: str, batch: int) -> dict[str, Any]:
     model = bj.models.create(name)
     images = np.random.default_rng(1).standard_normal((batch, *model.image_shape), np.float32)
     variables = random_variables(model, images)
+    costs = bj.costs.count_macs(model, inputs=images)
+    exits = len(costs.stages)
     table = ExitTable(
         uncertainty=bj.inference.exit_outputs(model, variables, images).uncertainty,
-        statistics=np.zeros((model.num_exits, batch, 1)),
-        costs=bj.costs.count_macs(model, model.image_shape),
+        statistics=np.zeros((exits, batch, 1)),
+        costs=costs,
         criterion=bj.criteria.entropy,
         split='random images',
     )
-    shares = USUAL_SHARES.get(model.num_exits, np.full(model.num_exits, 1 / model.num_exits))
-    first, other = table.for_shares(shares), table.for_shares(np.full(model.num_exits, 1 / model.num_exits))
+    equal = np.full(exits, 1 / exits)
+    first, other = table.for_shares(USUAL_SHARES.get(exits, equal)), table.for_shares(equal)
     clock, phases = _Clock(), []
     planned = bj.inference.plan(model, variables, images, first, on_progress=lambda text, _: phases.append(clock(text)))
     later = _Clock()
@@ -69,7 +71,7 @@ def measure(name: str, batch: int) -> dict[str, Any]:
     return {'network': name, 'batch': batch, 'seconds': seconds, 'phases': phases, 'plan': str(planned)}
 
 
-def random_variables(model: bj.BranchyNet, images: np.ndarray) -> Variables:
+def random_variables(model: Any, images: np.ndarray) -> Variables:
     """Makes variables without compiling an initialisation."""
     generator = np.random.default_rng(0)
 
@@ -85,7 +87,7 @@ def random_variables(model: bj.BranchyNet, images: np.ndarray) -> Variables:
 
 
 class _Clock:
-    """Tells seconds since it was made: of the wall, and of all cores together."""
+    """Returns seconds since it was made: of the wall, and of all cores together."""
 
     def __init__(self) -> None:
         self._wall, self._cores = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""Are the promises kept? Calibration sets drawn from a population of cached outputs, a thousand times."""
+"""How often do the guarantees hold? Calibration sets drawn from a population of cached outputs, a thousand times."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from branchy_jax.thresholds import ExitTable, losses_along
-from branchy_jax.thresholds.guarantees import METHODS, last_passed
+from branchy_jax.thresholds import ExitTable
+from branchy_jax.thresholds.guarantees import METHODS, last_passed, losses_along
 
 
 class Population:
     """Inputs whose losses along a path are known, to draw calibration sets from.
 
-    The promise is about the distribution that calibration inputs come from: here that is the empirical one of these
+    The guarantee is about the distribution that calibration inputs come from: here that is the empirical one of these
     inputs, so the risk to compare with is the mean over all of them, and draws are with replacement.
 
     Args:
@@ -58,7 +58,7 @@ class Population:
         return np.array([last_passed(row) for row in passes.T])
 
     def outcome(self, stops: np.ndarray, epsilon: float) -> dict[str, float]:
-        """Returns how often a promise broke and what was saved."""
+        """Returns how often the guarantee failed, and what was saved."""
         return {
             'splits': len(stops),
             'broken': float((self.risk[stops] > epsilon).mean()),
@@ -74,7 +74,7 @@ def simulate(network: str, populations: dict[str, Population]) -> dict[str, list
     """Runs all methods on all populations.
 
     Args:
-        network: its name, kept with the records.
+        network: its name, for the records.
         populations: name of the loss to its population.
 
     Returns:

@@ -37,7 +37,7 @@ def answer(session: ort.InferenceSession, images: np.ndarray) -> dict[str, np.nd
 
 
 def exits_asked(path: Path, image: np.ndarray) -> int:
-    """Returns up to which exit any node ran for one image, as ONNX Runtime's profile tells by the names of nodes."""
+    """Returns up to which exit any node ran for one image, from the names of nodes in ONNX Runtime's profile."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_file(path, enable_profiling=True, profile_file_prefix=os.path.join(folder, 'profile'))
         session.run(None, {'image': image})
@@ -70,23 +70,23 @@ def main() -> None:
     images, expected = np.load(options.images), np.load(options.expect)
     found = answer(open_file(options.file), images)
     same = (found['label'] == expected['label']) & (found['exit_index'] == expected['exit_index'])
-    told = {
+    result = {
         'images': len(images),
         'differ': int((~same & ~expected['tie']).sum()),
         'differ at ties': int((~same & expected['tie']).sum()),
         'ties': int(expected['tie'].sum()),
     }
     exits = found['exit_index']
-    told['shares'] = [float((exits == n).mean()) for n in range(int(exits.max()) + 1)]
+    result['shares'] = [float((exits == n).mean()) for n in range(int(exits.max()) + 1)]
     asked = {n: exits_asked(options.file, images[exits == n][:1]) for n in sorted(set(exits.tolist()))}
-    told['exits_asked'] = asked
+    result['exits_asked'] = asked
     if options.against is not None:
         if hasattr(os, 'sched_setaffinity'):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         seconds = times([options.against, options.file], images, options.passes)
-        told['ms of each pass'] = seconds.tolist()
-    print(json.dumps(told))
-    if told['differ'] or any(count != n + 1 for n, count in asked.items()):
+        result['ms of each pass'] = seconds.tolist()
+    print(json.dumps(result))
+    if result['differ'] or any(count != n + 1 for n, count in asked.items()):
         raise SystemExit(1)
 
 

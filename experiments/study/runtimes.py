@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
-from branchy_jax.models.branchy import without_branches
 from branchy_jax.types import Variables
 from experiments import run_iree
 from experiments.study import run_onnx
@@ -46,7 +45,7 @@ class Exported:
 
     name: str
     weights: str
-    model: bj.BranchyNet
+    model: Any
     variables: Variables
     policy: bj.ExitPolicy
     normalization: bj.Normalization
@@ -69,10 +68,10 @@ def load(name: str, count: int) -> Exported:
     images = np.asarray(dataset.test.image[:count])
     inputs = dataset.normalization(images)
     variables = jax.jit(model.init)(jax.random.key(0), inputs[:1])
-    unsure = bj.criteria.entropy_of_logits(jnp.stack(jax.jit(model.apply)(variables, inputs)))
-    shares = [0.7] + [0.67] * (model.num_exits - 2)
+    unsure = bj.inference.exit_outputs(model, variables, inputs).uncertainty
+    shares = [0.7] + [0.67] * (len(unsure) - 2)
     thresholds = [float(np.quantile(values, share)) for values, share in zip(unsure, shares, strict=False)]
-    policy = bj.criteria.as_policy(thresholds, model.num_exits)
+    policy = bj.ExitPolicy(bj.criteria.entropy, jnp.array(thresholds))
     return Exported(name, 'random', model, variables, policy, dataset.normalization, images)
 
 
@@ -86,17 +85,17 @@ def run_as_onnx(exported: Exported, workdir: Path, python: Path, *, passes: int)
         passes: over the images, in turns; 0: no clocks.
 
     Returns:
-        What `run_onnx` tells, and how much faster the file is than its baseline's, where there were clocks.
+        What `run_onnx` prints, and how much faster the file is than its baseline's, where there were clocks.
 
     Raises:
         SystemExit: an answer differs, or a stage ran that should not have.
     """
     exits = _expected(exported, workdir)
     files = [workdir / f'{exported.name}.onnx', workdir / f'{exported.name}-without-exits.onnx']
-    baseline = without_branches(exported.model)
-    for path, network, thresholds in zip(files, (exported.model, baseline), (exported.policy, []), strict=True):
+    baseline, inputs = bj.models.without_branches(exported.model), exported.inputs[:1]
+    for path, network, policy in zip(files, (exported.model, baseline), (exported.policy, []), strict=True):
         bj.export.save_onnx(
-            path, network, exported.variables, thresholds=thresholds, normalization=exported.normalization
+            path, network, exported.variables, policy, inputs=inputs, normalization=exported.normalization
         )
     clocks = [f'--against={files[1]}', f'--passes={passes}'] if passes else []
     found = _elsewhere(python, run_onnx.__file__, files[0], workdir, *clocks)
@@ -104,8 +103,8 @@ def run_as_onnx(exported: Exported, workdir: Path, python: Path, *, passes: int)
     if len(seconds):
         ratio = bj.measure.paired_ratio(seconds[:, 0], seconds[:, 1])
         found.update(ms=np.median(seconds, axis=0).tolist(), gain=[ratio.median, ratio.low, ratio.high], passes=passes)
-    costs = bj.costs.count_macs(exported.model, exported.model.image_shape)
-    mac_limit = bj.costs.mac_limit(costs, np.bincount(exits, minlength=exported.model.num_exits) / len(exits))
+    costs = bj.costs.count_macs(exported.model, inputs=inputs)
+    mac_limit = bj.costs.mac_limit(costs, np.bincount(exits, minlength=len(costs.stages)) / len(exits))
     return [
         {
             'network': exported.name,
@@ -128,7 +127,7 @@ def run_by_iree(exported: Exported, workdir: Path, python: Path, *, passes: int)
         passes: over the images; 0: no clocks.
 
     Returns:
-        What `run_iree` tells of each program.
+        What `run_iree` prints of each program.
 
     Raises:
         SystemExit: an answer differs.
@@ -137,15 +136,22 @@ def run_by_iree(exported: Exported, workdir: Path, python: Path, *, passes: int)
     folder = workdir / 'folder'
     shutil.rmtree(folder, ignore_errors=True)
     manifest = bj.export.save(
-        folder, exported.model, exported.variables, thresholds=exported.policy, normalization=exported.normalization
+        folder,
+        exported.model,
+        exported.variables,
+        exported.policy,
+        inputs=exported.inputs[:1],
+        normalization=exported.normalization,
     )
     found = []
     for program in run_iree.PROGRAMS:
-        told = _elsewhere(python, run_iree.__file__, folder, workdir, f'--program={program}', f'--passes={passes}')
-        if seconds := told.pop('ms of each pass'):
-            told.update(ms=float(np.median(seconds)), passes=passes)
+        result = _elsewhere(python, run_iree.__file__, folder, workdir, f'--program={program}', f'--passes={passes}')
+        if seconds := result.pop('ms of each pass'):
+            result.update(ms=float(np.median(seconds)), passes=passes)
         size = manifest['programs'][program]['text']['bytes']
-        found.append({'network': exported.name, 'weights': exported.weights, 'program': program, 'bytes': size, **told})
+        found.append(
+            {'network': exported.name, 'weights': exported.weights, 'program': program, 'bytes': size, **result}
+        )
     return found
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import optax
 from jax.sharding import Mesh
 
 import branchy_jax as bj
-from branchy_jax.training.fit import Prepare
+from branchy_jax.training.fit import Augment
 from branchy_jax.types import Variables
+from experiments.run.networks import image_specs
 from experiments.run.trainings import off_the_mesh
 
 _EVALUATED_AT_ONCE = 500
@@ -81,7 +83,7 @@ class Seeds:
     def train(
         self,
         name: str,
-        model: bj.BranchyNet,
+        model: Any,
         exit_weights: Sequence[float],
         *,
         starts: Sequence[Variables] | None = None,
@@ -113,7 +115,7 @@ class Seeds:
                 jax.random.fold_in(jax.random.key(1), seed),
                 epochs=epochs,
                 batch_size=self.recipe.batch_size,
-                prepare=self._prepare,
+                augment=self._augment,
                 scan=None if mesh is None else False,
                 directory=self.directory / name / str(seed),
             )
@@ -122,17 +124,17 @@ class Seeds:
         return Trained(every, train, test)
 
     @functools.cached_property  # one object: jit compares functions by identity
-    def _prepare(self) -> Prepare:
-        def prepare(key: jax.Array, batch: bj.Batch) -> bj.Batch:
-            image = bj.data.augment(key, batch.image, crop_padding=self.recipe.crop_padding, flip=self.recipe.flip)
-            return bj.Batch(self.dataset.normalization(image), batch.label)
+    def _augment(self) -> Augment:
+        def augment(key: jax.Array, batch: bj.Batch) -> bj.Batch:
+            batch = bj.data.augment(key, batch, crop_padding=self.recipe.crop_padding, flip=self.recipe.flip)
+            return batch.replace(image=self.dataset.normalization(batch.image))
 
-        return prepare
+        return augment
 
-    def _accuracy(self, model: bj.BranchyNet, every: Sequence[Variables], part: bj.Batch) -> np.ndarray:
+    def _accuracy(self, model: Any, every: Sequence[Variables], part: bj.Batch) -> np.ndarray:
         """Returns ``[S, N]``."""
-        costs = bj.costs.count_macs(model, self.dataset.image_shape)  # once for all seeds
-        options = {'costs': costs, 'prepare': self.dataset.normalization, 'batch_size': _EVALUATED_AT_ONCE}
+        costs = bj.costs.count_macs(model, inputs=image_specs(self.dataset.image_shape))  # once for all seeds
+        options = {'costs': costs, 'preprocess': self.dataset.normalization, 'batch_size': _EVALUATED_AT_ONCE}
         tables = [bj.inference.exit_table(model, variables, part, **options) for variables in every]
         return np.array([table.statistics for table in tables]).mean(axis=(2, 3))
 

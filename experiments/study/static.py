@@ -27,10 +27,10 @@ def run(finished: FinishedRun, *, mesh: Mesh | None = None) -> list[StaticRow]:
     """
     dataset, config, networks = finished.dataset(), finished.config, finished.networks
     static: list[Variables] = []
-    build, exits = builder(config, networks.options), networks.model.num_exits
+    build, exits = builder(config, networks.options), networks.num_exits
     for n in range(exits - 1):
 
-        def build_static(n: int = n, **changed: Any) -> bj.BranchyNet:
+        def build_static(n: int = n, **changed: Any) -> Any:
             return first_stages(build(**changed), n)
 
         start = jax.jit(build_static().init)(jax.random.key(config.seed), jnp.zeros((1, *dataset.image_shape)))
@@ -60,7 +60,7 @@ def run(finished: FinishedRun, *, mesh: Mesh | None = None) -> list[StaticRow]:
             statistics=task.statistics,
             metric=task.metric,
             criterion=task.criteria[0],
-            prepare=dataset.normalization,
+            preprocess=dataset.normalization,
         )
         name = f'{config.network[2:]}, first {n + 1} of {exits} stages'
         rows.append(StaticRow(name, float(table.anytime().accuracy[-1]), clock, float(table.costs.trunk)))

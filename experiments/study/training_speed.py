@@ -26,7 +26,7 @@ _WARMUP, _STEPS = 2, {'as jax starts': 4, 'as the commands start it': 16}
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How one way of training did.
+    """Times of one setting of training.
 
     Attributes:
         network: which.
@@ -46,11 +46,11 @@ class Way:
 
 
 def compare(networks: tuple[str, ...] = ('b-resnet110', 'b-alexnet'), *, rounds: int) -> list[Way]:
-    """Times both ways of both networks, each in a process of its own, in turns.
+    """Times both settings of both networks, each in a process of its own, in turns.
 
     Args:
         networks: names.
-        rounds: processes of each way.
+        rounds: processes of each setting.
     """
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(rounds):
@@ -81,7 +81,7 @@ def _in_a_process(network: str, way: str) -> dict[str, float]:
 
 
 def measure(network: str, way: str) -> None:
-    """Takes steps of one way in this process and prints what they took, as JSON."""
+    """Takes training steps in this process and prints their times as JSON."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -96,10 +96,11 @@ def measure(network: str, way: str) -> None:
     if len(jax.devices()) > 1:
         mesh = bj.sharding.data_mesh()
         state, batch = bj.sharding.replicate(mesh, state), bj.sharding.shard(mesh, batch)
+    weights = jnp.ones(len(jax.eval_shape(model.apply, variables, images)))
     seconds = []
     for _ in range(_WARMUP + _STEPS[way]):
         start = time.perf_counter()
-        state, metrics = bj.training.train_step(state, batch, jnp.ones(model.num_exits), jax.random.key(1))
+        state, metrics = bj.training.train_step(state, batch, weights, jax.random.key(1))
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     ms, peak = np.median(seconds[_WARMUP:]) / batch_size * 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -107,7 +108,7 @@ def measure(network: str, way: str) -> None:
 
 
 def write(workdir: Path, provenance: dict[str, str], *, rounds: int) -> None:
-    """Compares both ways and writes ``training.json`` and ``training.md``."""
+    """Compares both settings and writes ``training.json`` and ``training.md``."""
     found = compare(rounds=rounds)
     write_json(workdir / 'training.json', {**provenance, 'ways': [dataclasses.asdict(way) for way in found]})
     write_text(workdir / 'training.md', page(found, **provenance))

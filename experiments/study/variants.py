@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,77 +10,129 @@ import jax
 import jax.numpy as jnp
 
 import branchy_jax as bj
-from branchy_jax.models.compose import flatten_layers
-from branchy_jax.models.layers import ResidualBlock, flatten, max_pool
+from branchy_jax.models.layers import flatten, global_average_pool, local_response_normalization, max_pool
+from branchy_jax.types import Array
+from experiments.run.networks import image_specs
 
 _LARGEST_MAP = 8
 
 
-def with_branch(network: str, *, after: int, convolutions: int, **options: Any) -> bj.BranchyNet:
+class Branch(nn.Module):
+    """So many 3 × 3 convolutions of 32 features, then pooling and a dense layer.
+
+    Attributes:
+        before: what the trunk applies between the place of the branch and its next layer with weights.
+        convolutions: their number; 0 leaves pooling and the dense layer.
+        num_classes: K.
+        dtype: of the convolutions.
+        convolution: drop-in for `jax.lax.conv_general_dilated`.
+    """
+
+    before: Callable[[Array], Array]
+    convolutions: int
+    num_classes: int = 10
+    dtype: jnp.dtype = jnp.float32
+    convolution: Callable[..., Array] = jax.lax.conv_general_dilated
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Computes logits ``[B, K]``."""
+        x = self.before(x)
+        for _ in range(self.convolutions):
+            conv = nn.Conv(32, (3, 3), padding=1, dtype=self.dtype, conv_general_dilated=self.convolution)
+            x = nn.relu(conv(x))
+        while x.shape[1] > _LARGEST_MAP:  # so that the dense layer stays small
+            x = max_pool(x, window=2, stride=2)
+        return nn.Dense(self.num_classes)(flatten(x))
+
+
+def with_branch(network: str, *, after: int, convolutions: int, **options: Any) -> Any:
     """Builds a trunk with one branch: so many 3 × 3 convolutions of 32 features, then a dense layer.
 
     Args:
         network: the one-exit network, such as ``'alexnet'``.
-        after: layers (parts with weights, a residual block being one) before the branch; with their activation,
-            pooling and normalisation.
+        after: layers (convolutions, or residual blocks) before the branch; with their activation, pooling and
+            normalisation.
         convolutions: in the branch; 0 leaves pooling and the dense layer.
         **options: of `branchy_jax.models.create`.
 
     Raises:
-        ValueError: the trunk has not so many layers.
+        ValueError: the trunk does not have that many layers.
     """
-    trunk = bj.models.create(network, **options)
-    layers = flatten_layers(trunk.stages)
-    weighted = [n for n, layer in enumerate(layers) if isinstance(layer, (nn.Conv, nn.Dense, ResidualBlock))]
-    if not 0 < after < len(weighted):
-        raise ValueError(f'after: got {after}; {network} has {len(weighted)} layers before its head, give fewer')
-    cut = weighted[after]  # right before the next layer with weights, and before what only prepares a dense one
-    cut -= layers[cut - 1] is flatten
-    convolution = options.get('convolution', jax.lax.conv_general_dilated)
-    dtype = options.get('dtype', jnp.float32)
-    conv = functools.partial(nn.Conv, 32, (3, 3), padding=1, conv_general_dilated=convolution, dtype=dtype)
-    branch: list[Any] = []
-    for n in range(convolutions):
-        branch += [conv(name=f'exit1_conv{n + 1}'), nn.relu]
-    head = (*branch, _pool_to_small, flatten, nn.Dense(options.get('num_classes', 10), name='exit1_fc'))
-    return bj.BranchyNet(
-        stages=(layers[:cut], layers[cut:]), exits=(head, trunk.exits[-1]), image_shape=trunk.image_shape
-    )
+    places = _places(network)
+    if not 0 < after <= len(places):
+        raise ValueError(f'after: got {after}; {network} has places after layers 1 to {len(places)}')
+    place, before = places[after - 1]
+    shared = {name: options[name] for name in ('num_classes', 'dtype', 'convolution') if name in options}
+    trunk = bj.models.create(f'b-{network}', **options)
+    exits = {place: Branch(before, convolutions, **shared), '': _last}
+    model = bj.models.attach(trunk, exits, inputs=image_specs(trunk.image_shape))
+    return bj.models.select_exits(model, [0, 1])  # without the parameters of the trunk's own branches
 
 
-def deep_plain(*, depth: int, branches: int, image_shape: tuple[int, int, int], num_classes: int = 10) -> bj.BranchyNet:
-    """Builds a deep network without shortcuts or normalisation: strided once a third, with branches evenly between.
+def _places(network: str) -> list[tuple[str, Callable[[Array], Array]]]:
+    """Returns the paths after each layer of a trunk, and what the trunk applies next."""
+    if network == 'lenet':
+        return [(f'conv{n}', _pool_and_activate) for n in (1, 2, 3)]
+    if network == 'alexnet':
+        activations = (_normalize, _normalize, nn.relu, nn.relu, _activate_and_pool)
+        return [(f'conv{n}', activation) for n, activation in enumerate(activations, 1)]
+    blocks = (int(network.removeprefix('resnet')) - 2) // 2
+    return [('conv1_norm', nn.relu), *((f'block{n}', _identity) for n in range(1, blocks))]
 
-    Args:
+
+def _pool_and_activate(x: Array) -> Array:
+    return nn.relu(max_pool(x, window=2, stride=2))
+
+
+def _activate_and_pool(x: Array) -> Array:
+    return max_pool(nn.relu(x), window=3, stride=2)
+
+
+def _normalize(x: Array) -> Array:
+    return local_response_normalization(_activate_and_pool(x))
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _last(logits: tuple[Array, ...]) -> Array:
+    return logits[-1]
+
+
+class DeepPlain(nn.Module):
+    """A deep network without shortcuts or normalisation: strided once a third, with branches evenly between.
+
+    Attributes:
         depth: convolutions.
-        branches: side exits; 0 for the plain network.
-        image_shape: ``(H, W, C)``.
+        branches: side exits.
         num_classes: K.
     """
-    places = [round((n + 1) * depth / (branches + 1)) for n in range(branches + 1)]
-    strided = {depth // 3, 2 * depth // 3}
-    layers = [
-        (nn.Conv(16, (3, 3), strides=2 if n in strided else 1, padding=1, name=f'conv{n + 1}'), nn.relu)
-        for n in range(depth)
-    ]
-    starts = [0, *places[:-1]]
-    heads = [
-        (bj.models.layers.global_average_pool, nn.Dense(num_classes, name=f'exit{n + 1}_fc')) for n in range(branches)
-    ]
-    return bj.BranchyNet(
-        stages=tuple(tuple(layers[a:b]) for a, b in zip(starts, places, strict=True)),
-        exits=(*heads, (bj.models.layers.global_average_pool, nn.Dense(num_classes, name='fc'))),
-        image_shape=image_shape,
-    )
+
+    depth: int
+    branches: int
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, ...]:
+        """Computes logits ``[B, K]`` of every exit from ``[B, H, W, C]``."""
+        places = [round((n + 1) * self.depth / (self.branches + 1)) for n in range(self.branches)]
+        logits = []
+        for n in range(self.depth):
+            stride = 2 if n in (self.depth // 3, 2 * self.depth // 3) else 1
+            x = nn.relu(nn.Conv(16, (3, 3), strides=stride, padding=1, name=f'conv{n + 1}')(x))
+            if n + 1 in places:
+                logits.append(nn.Dense(self.num_classes, name=f'exit{len(logits) + 1}_fc')(global_average_pool(x)))
+        return *logits, nn.Dense(self.num_classes, name='fc')(global_average_pool(x))
 
 
-def trunk_layers(model: bj.BranchyNet) -> list[str]:
-    """Returns the names of the trunk's layers with weights, in order."""
-    return [layer.name for layer in flatten_layers(model.stages) if isinstance(layer, nn.Module)]
+def trunk_layers(model: nn.Module, image_shape: Sequence[int]) -> list[str]:
+    """Returns the names of the trunk's convolutions, blocks and dense layers in order, without the last head."""
+    names: list[str] = []
 
+    def note(key: jax.Array, images: Array) -> None:
+        names.extend(model.init(key, images)['params'])  # Flax keeps them in the order of the calls
 
-def _pool_to_small(x: jax.Array) -> jax.Array:
-    """Halves a map by maxima until its side is at most 8, so that dense layers stay small."""
-    while x.shape[1] > _LARGEST_MAP:
-        x = max_pool(x, window=2, stride=2)
-    return x
+    jax.eval_shape(note, jax.random.key(0), image_specs(image_shape))
+    return [name for name in names if not name.startswith('exit') and not name.endswith('_norm')][:-1]

@@ -1,1 +1,1 @@
-"""Choosing by measuring: times of stages and heads, a forecast of every choice, a race of the best."""
+"""The planner: measure a network, try executors, bind the fastest one."""

@@ -1,243 +1,257 @@
-"""Ways to run a network, and what the planner found out about them."""
+"""Candidates: executors with their settings. Forecasts propose them, and a trial eliminates all but the fastest."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from branchy_jax.inference.any_batch import AnyBatch, any_batch, sizes_up_to
-from branchy_jax.inference.compacted import compacted
-from branchy_jax.inference.compiler_options import (
-    BY_NAME,
-    Options,
-    in_order,
-    may_use_all_cores,
-    may_use_one_core,
-    num_cores,
-)
-from branchy_jax.inference.dense import dense, dense_program
-from branchy_jax.inference.planning.forecast import Forecast, forecast
-from branchy_jax.inference.planning.segment_times import SegmentTimes
-from branchy_jax.inference.sharded import on_mesh, sharded
-from branchy_jax.inference.staged import sequential, sequential_program
-from branchy_jax.inference.steps import Executor, compiled_once
-from branchy_jax.measure import Ratio
-from branchy_jax.models.branchy import BranchyNet, without_branches
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
+from branchy_jax.inference.compiler_options import BY_NAME, may_use_all_cores, may_use_one_core, num_cores
+from branchy_jax.inference.planning.times import Forecast, SegmentTimes, forecast
+from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
 
-# The second forecast races if it comes as close to the best, the network without branches if this close.
-_WORTH_A_RACE = 1.15
+# The second forecast is tried if it comes this close to the best, the network without branches if this close.
+_CLOSE = 1.15
 _NEARLY_AS_FAST = 1.25
-_UNKNOWN = Ratio(float('nan'), float('nan'), float('nan'))
-# Of a piece of a batch that a worker answers by itself: long beside starting it, short beside the whole batch.
+# Of a piece of a batch that one worker answers: long beside starting it, short beside the whole batch.
 _PIECE_MS = 2.0
 
-_KINDS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
+_EXECUTORS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
+
+_FEW_PASSES = 3
+# With fewer paired passes the range of all ratios holds their median in less than 95 % of cases.
+_FEWEST_PASSES = 6
+# Noise is short: where all functions together take longer, one pass tells which are clearly slower, and memory that was
+# idle during the turns of others costs little.
+_LONG_SECONDS = 0.3
+_CLEARLY_SLOWER = 1.25
+_CLEARLY_FASTER = 0.8  # than the baseline: no further passes and candidates are needed
+
+_STEPS_TO_GO = 8  # of a plan, at any time
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """An executor and its settings: the choice that a plan makes, and keeps in a file.
+class Candidate:
+    """An executor with its settings, and its measurements: one line of a plan's table.
 
     Attributes:
-        name: what tables call it.
-        kind: ``'dense'``, ``'sequential'``, ``'compacted'``, ``'sharded'``, or ``'baseline'``, the plain jitted network
-            without branches, which only sets the pace.
+        name: in tables.
+        executor: ``'dense'``, ``'sequential'``, ``'compacted'``, ``'sharded'``, or ``'baseline'``, the plain jitted
+            network without branches, which is never chosen.
         exits: the exits that it asks.
         optimized: whether it runs the network as `optimize` rewrites it.
         chunk_sizes: of `compacted` and `sharded`, one for each exit asked; of the workers of `sequential`, one.
         on_host: of `compacted`.
         workers: of `compacted` and `sequential`.
-        compiled: with which options: ``'all cores'`` for `branchy_jax.inference.ALL_CORES`, ``'one core'`` for
+        compiler_options: ``'all cores'`` for `branchy_jax.inference.ALL_CORES`, ``'one core'`` for
             `branchy_jax.inference.ONE_CORE`, or ``''``.
+        predicted_ms: of a batch, where forecast.
+        measured_ms: of a batch, once tried.
+        ratio: time ÷ the baseline's from paired passes, once tried: median, and both ends of its 95 % interval.
+        eliminated: whether it was clearly slower than others after a few passes.
     """
 
     name: str
-    kind: str
+    executor: str
     exits: tuple[int, ...]
     optimized: bool = True
     chunk_sizes: tuple[int, ...] = ()
     on_host: bool = False
     workers: int = 1
-    compiled: str = ''
+    compiler_options: str = ''
+    predicted_ms: float | None = None
+    measured_ms: float = 0.0
+    ratio: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    eliminated: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise ValueError(f'kind: got {self.kind!r}; known are {", ".join(_KINDS)}')
-        if self.compiled not in BY_NAME:
-            raise ValueError(f'compiled: got {self.compiled!r}; known are {", ".join(map(repr, BY_NAME))}')
-
-    def build(self, network: BranchyNet, batch_size: int, mesh: Mesh | None = None) -> AnyBatch | Executor:
-        """Builds the executor for batches of any size, in pieces of ``batch_size`` where they are larger.
-
-        Args:
-            network: plain or rewritten, as ``optimized`` says.
-            batch_size: that it is planned for.
-            mesh: the devices that share every batch.
-        """
-        if mesh is not None:
-            return self._build_on(mesh, network, batch_size)
-        compiler_options = BY_NAME[self.compiled]
-        options: dict[str, Any] = {'exits': self.exits, 'compiler_options': compiler_options, 'max_batch': batch_size}
-        if self.kind == 'baseline':
-            return _pace(network)
-        if self.kind == 'sequential':
-            (piece,) = self.chunk_sizes or (batch_size,)
-            return sequential(network, **{**options, 'max_batch': piece}, workers=self.workers)
-        if self.kind == 'compacted':
-            return compacted(
-                network, chunk_size=self.chunk_sizes, on_host=self.on_host, workers=self.workers, **options
-            )
-        return _dense_but_for_single_images(network, self.exits, in_order(compiler_options), batch_size)
-
-    def _build_on(self, mesh: Mesh, network: BranchyNet, batch_size: int) -> AnyBatch | Executor:
-        if self.kind == 'baseline':
-            return on_mesh(_pace(network), mesh)
-        size = -(-batch_size // mesh.size) * mesh.size
-        if self.kind == 'sharded':
-            counted: Any = sharded(network, mesh=mesh, chunk_size=self.chunk_sizes, exits=self.exits).counted
-            return any_batch(counted, counted, network, (size,))
-        run: Any = on_mesh(dense(network, exits=self.exits), mesh)
-        return any_batch(lambda variables, images, policy, _: run(variables, images, policy), run, network, (size,))
+        if self.executor not in _EXECUTORS or self.compiler_options not in BY_NAME:
+            raise ValueError(f'executor: got {self.executor!r} compiled for {self.compiler_options!r}')
 
 
-Prediction = tuple[Way, float]
-"""A way, and the milliseconds predicted for a batch; NaN where nothing predicts them."""
-
-
-@compiled_once
-def baseline(network: BranchyNet) -> Callable[[Variables, Array], Any]:
-    """Returns the plain jitted network without branches, which every plan is compared with."""
-    return jax.jit(without_branches(network).apply)
-
-
-def _pace(network: BranchyNet) -> Executor:
-    run = baseline(network)
-    return lambda variables, images, _: run(variables, images)
-
-
-def _dense_but_for_single_images(
-    network: BranchyNet, exits: tuple[int, ...], options: Options, batch_size: int
-) -> AnyBatch:
-    """Builds `dense` that runs single images as `staged` does: an exit that does not pay in a batch may pay for one."""
-    together, alone = dense_program(network, exits, options), sequential_program(network, exits, options)
-
-    def run(variables: Variables, images: Array, policy: ExitPolicy, _: np.int32) -> ExitPrediction:
-        return (alone if num_rows(images) == 1 else together)(variables, images, policy)
-
-    return any_batch(run, together, network, sizes_up_to(batch_size))
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A way to run a network, and what was found out about it: one line of a plan's table.
-
-    Attributes:
-        way: the executor and its setting.
-        predicted_ms: for a batch; NaN where nothing predicts it.
-        measured_ms: for a batch; NaN before the race.
-        slowdown: its time ÷ the plain baseline's, from paired passes; NaN before the race.
-        finalist: whether it came into the final race; else the figures are of the few passes of the heat.
-    """
-
-    way: Way
-    predicted_ms: float = float('nan')
-    measured_ms: float = float('nan')
-    slowdown: Ratio = _UNKNOWN
-    finalist: bool = False
-
-    @property
-    def name(self) -> str:
-        """Of the executor and its setting."""
-        return self.way.name
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """The exits that it asks."""
-        return self.way.exits
-
-
-def ways_to_race(
-    times: SegmentTimes, confident: np.ndarray, batch_size: int, share: int, *, skip: bool, mesh: Mesh | None = None
-) -> tuple[list[Prediction], list[Prediction]]:
-    """Returns what is to race, the baseline first, and what else if nothing of it is clearly faster than that.
+def candidates_to_try(
+    times: SegmentTimes, confident: np.ndarray, batch_size: int, *, may_skip: bool, mesh: Mesh | None = None
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Returns the candidates to try, the baseline first, and a reserve for when none of them is clearly faster.
 
     Args:
         times: of stages and heads.
-        confident: ``[N - 1, M]`` which side exit is sure of which image.
+        confident: ``[N - 1, M]`` whether a side exit is confident of an input.
         batch_size: B.
-        share: of one device.
-        skip: whether heads may be left out, so that the network without branches is a choice.
+        may_skip: whether heads may be left out, so that the network without branches is a candidate.
         mesh: the devices that share every batch.
     """
-    num_exits, heavy = len(confident) + 1, times.heavy
-    last, everyone, rates = (num_exits - 1,), tuple(range(num_exits)), times.per_image(share)
-    best, *others = forecast(times, confident, share, may_skip=skip)
-    close = [other for other in others[:1] if other.ms < _WORTH_A_RACE * best.ms and not heavy]
-    compiled = functools.partial(_compiled, batch_size=batch_size, on_cpu=mesh is None)
-    found = [(Way('baseline', 'baseline', last, optimized=False), float('nan'))]
-    found += [
-        (way, option.ms)
-        for option in (best, *close)
-        for plain in _ways(option, batch_size, mesh, heavy=heavy)
-        for way in compiled(plain, all_ways=option is best and not heavy)
-    ]
-    if skip:
-        ms = float(rates.trunk) * share
-        otherwise = [(way, ms) for way in compiled(Way('last exit, optimized', 'dense', last))]
-        plain = [(Way('last exit', 'dense', last, optimized=False), float('nan'))]
+    last, share = len(confident), batch_size if mesh is None else -(-batch_size // mesh.size)
+    best, *others = forecast(times, confident, share, may_skip=may_skip)
+    close = [other for other in others[:1] if other[0] < _CLOSE * best[0] and not times.heavy]
+    first = [Candidate('baseline', 'baseline', (last,), optimized=False)]
+    for choice in (best, *close):
+        all_options = batch_size == 1 or (choice is best and not times.heavy)
+        for candidate in _executors(choice, batch_size, mesh, heavy=times.heavy):
+            options = _with_compiler_options(candidate, batch_size, mesh)
+            first += options if all_options else options[:1]
+    rates = times.per_image(share)
+    ms = share * float(rates.trunk if may_skip else rates.to_exit[-1])
+    if may_skip:
+        whole = Candidate('last exit, optimized', 'dense', (last,), predicted_ms=ms)
+        plain = [Candidate('last exit', 'dense', (last,), optimized=False)]
     else:
-        ms, plain = float(rates.stages.sum() + rates.exits.sum()) * share, []
-        otherwise = [(way, ms) for way in compiled(Way('dense', 'dense', everyone))]
-    if ms < _NEARLY_AS_FAST * best.ms:
-        return [*found, *otherwise], plain
-    return found, [*otherwise, *plain]
+        whole, plain = Candidate('dense', 'dense', tuple(range(last + 1)), predicted_ms=ms), []
+    reserve = _with_compiler_options(whole, batch_size, mesh)
+    if ms < _NEARLY_AS_FAST * best[0]:
+        return [*first, *reserve], plain
+    return first, [*reserve, *plain]
 
 
-def _compiled(way: Way, *, batch_size: int, on_cpu: bool, all_ways: bool = True) -> Iterator[Way]:
-    """Yields a way as it may be compiled, the likeliest first; one of them unless all are asked for."""
-    several = on_cpu and may_use_all_cores()
-    one_by_one = on_cpu and (batch_size == 1 or way.kind == 'sequential')
-    labels = ['one core'] * (one_by_one and may_use_one_core()) + ['all cores'] * several + ['']
-    if way.workers > 1 and way.kind == 'sequential':
-        labels = [label for label in labels if label != 'all cores']
-    for label in labels if all_ways or batch_size == 1 else labels[:1]:
-        name = f'{way.name}, {label}' if label else way.name
-        yield dataclasses.replace(way, name=name, compiled=label)
+def _with_compiler_options(candidate: Candidate, batch_size: int, mesh: Mesh | None) -> list[Candidate]:
+    """Returns a candidate with each set of compiler options that may suit it, the most promising first."""
+    alone, shared = batch_size == 1 or candidate.executor == 'sequential', candidate.workers > 1
+    options = []
+    if mesh is None and alone and may_use_one_core():
+        options.append('one core')
+    if mesh is None and not (alone and shared) and may_use_all_cores():
+        options.append('all cores')
+    named = [dataclasses.replace(candidate, name=f'{candidate.name}, {o}', compiler_options=o) for o in options]
+    return [*named, candidate]
 
 
-def _ways(forecast: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool) -> Iterator[Way]:
-    """Yields the executors that a forecast is for, the likeliest first."""
-    exits, sizes = forecast.exits, '/'.join(map(str, forecast.chunk_sizes))
-    on_cpu = jax.default_backend() == 'cpu'
+def _executors(choice: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool) -> Sequence[Candidate]:
+    """Returns the executors for a forecast, the most promising first."""
+    ms, exits, chunk_sizes = choice
+    sizes, cores = '/'.join(map(str, chunk_sizes)), num_cores()
+    whole = Candidate('sequential', 'sequential', exits, predicted_ms=ms)
+    loop = Candidate(f'compacted, loop of {sizes}', 'compacted', exits, chunk_sizes=chunk_sizes, predicted_ms=ms)
     if mesh is not None:
-        yield Way(f'sharded × {mesh.size}, {sizes}', 'sharded', exits, chunk_sizes=forecast.chunk_sizes)
-    elif batch_size == 1:
-        if len(exits) > 1:
-            yield Way('staged', 'sequential', exits)
-    else:
-        if on_cpu and (cores := num_cores()) > 1:
-            turns = max(1, round(forecast.ms / (cores * _PIECE_MS)))
-            piece = -(-batch_size // (cores * turns))
-            yield Way(f'sequential × {cores}, {piece}', 'sequential', exits, chunk_sizes=(piece,), workers=cores)
-        elif on_cpu and heavy:
-            yield Way('sequential', 'sequential', exits)
-        for workers in (1, 2) if on_cpu else ():
-            yield Way(
-                f'compacted, host × {workers}, {sizes}',
-                'compacted',
-                exits,
-                chunk_sizes=forecast.chunk_sizes,
-                on_host=True,
-                workers=workers,
-            )
-        # On several cores none of these wins with a heavy network, and such networks take longest to compile.
-        if not (on_cpu and heavy):
-            yield Way(f'compacted, loop of {sizes}', 'compacted', exits, chunk_sizes=forecast.chunk_sizes)
-            yield Way('sequential', 'sequential', exits)
+        return [dataclasses.replace(loop, name=f'sharded × {mesh.size}, {sizes}', executor='sharded')]
+    if batch_size == 1:
+        return [dataclasses.replace(whole, name='staged')] if len(exits) > 1 else []
+    if jax.default_backend() != 'cpu':
+        return [loop, whole]
+    hosted = [
+        dataclasses.replace(loop, name=f'compacted, host × {workers}, {sizes}', on_host=True, workers=workers)
+        for workers in (1, 2)
+    ]
+    piece = -(-batch_size // (cores * max(1, round(ms / (cores * _PIECE_MS)))))
+    shared = dataclasses.replace(whole, name=f'sequential × {cores}, {piece}', chunk_sizes=(piece,), workers=cores)
+    several = [shared] if cores > 1 else []
+    if heavy:  # compiling takes long, and on several cores neither a loop nor one worker wins
+        return [*(several or [whole]), *hosted]
+    return [*several, *hosted, loop, whole]
+
+
+class Progress:
+    """Reports the steps of a plan, and watches its budget.
+
+    Args:
+        report: called with text and the share done as each step begins.
+        budget_seconds: from now on; ``None`` has no end.
+    """
+
+    def __init__(self, report: Callable[[str, float], None] | None, budget_seconds: float | None) -> None:
+        self._report, self._steps = report, 0
+        self._end = np.inf if budget_seconds is None else time.monotonic() + budget_seconds
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the budget is spent."""
+        return time.monotonic() >= self._end
+
+    def report(self, text: str, share: float | None = None) -> None:
+        """Reports that a step begins; the share done is an estimate, since the number of steps is not known."""
+        if self._report is not None:
+            self._report(text, self._steps / (self._steps + _STEPS_TO_GO) if share is None else share)
+        self._steps += 1
+
+
+def try_candidates(
+    candidates: Sequence[Candidate],
+    reserve: Sequence[Candidate],
+    build: Callable[[Candidate], Callable[[Any], Any]],
+    batches: Sequence[Any],
+    *,
+    passes: int,
+    progress: Progress,
+) -> list[Candidate]:
+    """Times candidates in turns, eliminates those that are clearly slower, and goes on until it is decided.
+
+    Args:
+        candidates: the baseline, then the others, the most promising first.
+        reserve: tried likewise if none of these is clearly faster than the baseline.
+        build: returns the function of a candidate, which takes a batch.
+        batches: to time on.
+        passes: of the candidates that are not eliminated, at most.
+        progress: is told each step. Once its budget is spent, one candidate beside the baseline is tried.
+
+    Returns:
+        The candidates that were tried, with their measurements, the baseline first.
+    """
+    functions = _compiled(candidates, build, batches, progress)
+    seconds = interleaved_passes(functions, passes=1, warmup=0)
+    short = sum(values[0] for values in seconds.values()) < _LONG_SECONDS
+    if short and not progress.is_over:
+        seconds = interleaved_passes(functions, passes=min(_FEW_PASSES, passes), warmup=0, settle=1)
+    baseline, remaining, fastest = candidates[0], list(functions), 1.0
+
+    def ratio(candidate: Candidate) -> tuple[float, float, float]:
+        values = seconds[candidate]
+        paired = paired_ratio(values, seconds[baseline][: len(values)])
+        return paired.median, paired.low, paired.high
+
+    def may_win(candidate: Candidate) -> bool:
+        without_branches = candidate.executor == 'dense' and len(candidate.exits) == 1
+        needed = without_branches and fastest > _CLEARLY_FASTER
+        return needed or candidate == baseline or ratio(candidate)[0] <= _CLEARLY_SLOWER * fastest
+
+    while len(remaining) > 1:
+        fastest = min(ratio(candidate)[0] for candidate in remaining[1:])
+        remaining, done = [candidate for candidate in remaining if may_win(candidate)], len(seconds[baseline])
+        decided = done >= _FEWEST_PASSES and any(ratio(c)[2] < _CLEARLY_FASTER for c in remaining[1:])
+        if decided or progress.is_over or done >= passes:
+            break
+        count = min(passes - done, _FEWEST_PASSES)
+        progress.report(f'comparing {len(remaining)} candidates: {done + count} of at most {passes} passes')
+        timed = {candidate: functions[candidate] for candidate in remaining}
+        for candidate, more in interleaved_passes(timed, passes=count, warmup=0, settle=int(short)).items():
+            seconds[candidate] = np.concatenate([seconds[candidate], more])
+
+    def measured(candidate: Candidate) -> Candidate:
+        ms, out = float(np.median(seconds[candidate])) / len(batches) * 1e3, candidate not in remaining
+        return dataclasses.replace(candidate, measured_ms=ms, ratio=ratio(candidate), eliminated=out)
+
+    results = [measured(candidate) for candidate in functions]
+    if reserve and fastest > _CLEARLY_FASTER and not (progress.is_over and len(results) > 1):
+        results += try_candidates([baseline, *reserve], (), build, batches, passes=passes, progress=progress)[1:]
+    return results
+
+
+def _compiled(
+    candidates: Sequence[Candidate],
+    build: Callable[[Candidate], Callable[[Any], Any]],
+    batches: Sequence[Any],
+    progress: Progress,
+) -> dict[Candidate, Callable[[], None]]:
+    """Returns functions that run all batches, each called once, until the budget is spent."""
+    functions: dict[Candidate, Callable[[], None]] = {}
+    for candidate in candidates:
+        if progress.is_over and len(functions) > 1:
+            break
+        progress.report(f'trying {candidate.name}')
+        functions[candidate] = one_by_one(build(candidate), batches)
+        functions[candidate]()  # compiles
+    return functions
+
+
+def choose(tried: Sequence[Candidate], num_exits: int) -> Candidate:
+    """Returns the fastest candidate that beats the baseline for certain; if none does, the best without branches.
+
+    Where the network without branches answers otherwise and is no candidate, the fastest is returned.
+    """
+    eligible = [candidate for candidate in tried if not candidate.eliminated and candidate.executor != 'baseline']
+    certain = [candidate for candidate in eligible if candidate.ratio[2] < 1]
+    without = [candidate for candidate in eligible if candidate.exits == (num_exits - 1,)]
+    return min(certain or without or eligible, key=lambda candidate: candidate.ratio)

@@ -1,91 +1,66 @@
-"""Plans as files: the choice and the measurements as JSON, no code; and whether they hold where they are read."""
+"""Plans as files: the choice and the measurements as JSON, without weights or code."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
-import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from branchy_jax import program
 from branchy_jax.checkpoint import write_atomically
-from branchy_jax.criteria.policy import decode_policy, encode_policy
+from branchy_jax.criteria import decode_policy, encode_policy
 from branchy_jax.inference.compiler_options import num_cores
-from branchy_jax.inference.planning.candidates import Candidate, Way
-from branchy_jax.inference.planning.segment_times import SegmentTimes
-from branchy_jax.measure import Ratio
-from branchy_jax.models.branchy import naming_variables
-from branchy_jax.types import ExitPolicy, Variables, input_specs
+from branchy_jax.inference.planning.candidates import Candidate
+from branchy_jax.inference.planning.programs import Programs
+from branchy_jax.inference.planning.times import SegmentTimes
+from branchy_jax.types import Variables
 
-_FORMAT = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What a file holds of a plan.
-
-    Attributes:
-        way: the choice.
-        policy: as the plan applies it.
-        batch_size: that it was planned for.
-        inputs: ``jax.ShapeDtypeStruct [1, …]`` of each array of an input, in the order of the pytree's leaves.
-        candidates: what was found out.
-        times: of stages and heads.
-    """
-
-    way: Way
-    policy: ExitPolicy
-    batch_size: int
-    inputs: tuple[jax.ShapeDtypeStruct, ...]
-    candidates: tuple[Candidate, ...]
-    times: SegmentTimes
+_FORMAT = 4
+_FORMATS_OF_0_2 = (1, 2, 3)
 
 
-def write_plan(path: Path | str, kept: Kept, model: Any, variables: Variables, devices: int) -> None:
+def write_plan(path: Path | str, plan: Any, programs: Programs) -> None:
     """Writes a plan atomically.
 
     Args:
         path: the file.
-        kept: what to write.
-        model: the network that was planned for, not the rewritten one.
-        variables: of ``model``.
-        devices: that share a batch.
+        plan: a `Plan`.
+        programs: of its network.
 
     Raises:
-        ValueError: a criterion that cannot be written.
+        ValueError: a criterion that cannot be stored.
     """
-    policy, arrays = encode_policy(kept.policy)
     record = {
         'format': _FORMAT,
-        'made_with': _surroundings(devices),
-        'network': fingerprint(model, variables, kept.inputs),
-        'way': dataclasses.asdict(kept.way),
-        'batch_size': int(kept.batch_size),
-        'policy': policy,
-        'arrays': {name: _encode(value) for name, value in arrays.items()},
-        'inputs': [{'shape': list(spec.shape[1:]), 'dtype': str(spec.dtype)} for spec in kept.inputs],
-        'times': {field.name: _encode(getattr(kept.times, field.name)) for field in dataclasses.fields(SegmentTimes)},
-        'candidates': [_encode_candidate(candidate) for candidate in kept.candidates],
+        'made_with': _surroundings(programs.mesh),
+        'network': _identity(programs.model, programs.variables, programs.inputs),
+        'chosen': plan.candidates.index(plan.chosen),
+        'batch_size': plan.batch_size,
+        'policy': encode_policy(plan.policy),
+        'inputs': _encode_inputs(programs.inputs),
+        'times': {name: values.tolist() for name, values in vars(plan.times).items()},
+        'candidates': [dataclasses.asdict(candidate) for candidate in plan.candidates],
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
 
 
-def read_plan(path: Path | str, model: Any, variables: Variables, devices: int) -> Kept:
-    """Reads what `write_plan` wrote.
+def read_plan(path: Path | str, model: Any, variables: Variables, mesh: Mesh | None) -> tuple[dict[str, Any], Any]:
+    """Returns the fields of a `Plan` that `write_plan` wrote, and the shapes of its inputs.
 
     Raises:
-        ValueError: no such file, damaged, or of another device, other versions or another network; the message says
-            what was there and what is here. Variables that are none of the model's.
+        ValueError: no such file, a damaged one, one of version 0.2, or a plan of another device, of other versions or
+            of another network; the message says which.
     """
     try:
         record = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -93,131 +68,94 @@ def read_plan(path: Path | str, model: Any, variables: Variables, devices: int) 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'path: cannot read a plan from {path} ({type(error).__name__}: {error})') from error
     if written != _FORMAT:
-        raise ValueError(f'path: the plan in {path} has format {written}, this version reads {_FORMAT}; plan anew')
+        writer = 'version 0.2 of branchy_jax' if written in _FORMATS_OF_0_2 else f'another version (format {written})'
+        raise ValueError(f'path: the plan in {path} was written by {writer}, which this version cannot read; plan anew')
     try:
-        kept = _decode_plan(record)
+        fields, inputs = _decode(record), _decode_inputs(record['inputs'])
         there, network = dict(record['made_with']), record['network']
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'path: the plan in {path} is damaged ({type(error).__name__}: {error}); plan anew') from error
-    here = _surroundings(devices)
-    other = [f'{name} {there.get(name)} there, {here.get(name)} here' for name in here if there.get(name) != here[name]]
+    here = _surroundings(mesh)
+    other = [f'{name} {there.get(name)} there, {here[name]} here' for name in here if there.get(name) != here[name]]
     if other:
         raise ValueError(f'path: the plan in {path} was measured elsewhere ({"; ".join(other)}); plan anew')
-    differs = ValueError(
-        f'path: the plan in {path} is of another network, whose layers, shapes or exits differ from those of this '
-        'model and its variables; plan anew'
-    )
-    with naming_variables(variables):
-        try:
-            same = network == fingerprint(model, variables, kept.inputs)
-        except (TypeError, ValueError) as error:  # inputs of the plan's network do not fit this one
-            raise differs from error
-    if not same:
-        raise differs
-    return kept
+    if network != _identity(model, variables, inputs):
+        raise ValueError(
+            f'path: the plan in {path} is of another network: names, shapes or dtypes of variables, or the '
+            'multiply-accumulates of its stages, differ from those of this model and its variables; plan anew'
+        )
+    return fields, inputs
 
 
-def fingerprint(model: Any, variables: Variables, inputs: Sequence[jax.ShapeDtypeStruct]) -> str:
-    """Returns what tells networks apart: their program for one input, and names and shapes of their variables."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    program = str(jax.make_jaxpr(model.apply)(shapes, inputs_of(model, inputs)))
-    names = [
-        (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in jax.tree.leaves_with_path(shapes)
-    ]
-    # Functions in it show where they lie in memory, which is another place in every process.
-    text = re.sub(r' at 0x[0-9a-f]+', '', program) + repr(names)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _identity(model: Any, variables: Variables, inputs: Any) -> dict[str, Any]:
+    """Returns paths, shapes and dtypes of all variables, and the multiply-accumulates of stages and heads."""
+    leaves = jax.tree.leaves_with_path(variables)
+    names = [[jax.tree_util.keystr(path), list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves]
+    try:
+        macs = program.stages(model, variables, inputs).macs
+    except Exception as error:  # a network may raise anything at the variables or inputs of another one
+        return {'error': str(error)}
+    return {'leaves': names, 'macs': [macs.stages.tolist(), macs.exits.tolist()]}
 
 
-def inputs_of(model: Any, leaves: Sequence[Any]) -> Any:
-    """Returns one input of a network from its arrays, or from what describes these."""
-    if model.image_shape is None:
-        return leaves[0]
-    return jax.tree.unflatten(jax.tree.structure(input_specs(model.image_shape, 1)), leaves)
-
-
-def _surroundings(devices: int) -> dict[str, Any]:
-    """Names everything that a measurement depends on, but the network."""
+def _surroundings(mesh: Mesh | None) -> dict[str, Any]:
+    """Returns everything that a measurement depends on beside the network."""
     device = jax.devices()[0]
     return {
-        'jax': jax.__version__,
-        'jaxlib': jaxlib.__version__,
-        'branchy-jax': _version(),
+        **versions('jax', 'jaxlib', 'branchy-jax'),
         'platform': device.platform,
         'device': device.device_kind,
         'processor': _processor(),
         'cores': num_cores(),
-        'devices': devices,
+        'devices': 1 if mesh is None else mesh.size,
     }
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version('branchy-jax')
-    except importlib.metadata.PackageNotFoundError:  # run from its source folder
-        return 'unknown'
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the version of each package; ``'unknown'`` for one that runs from its source folder."""
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed[package] = 'unknown'
+    return installed
 
 
 def _processor() -> str:
     """Returns the processor's name; JAX calls every one of them ``cpu``."""
-    try:
-        found = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))
-    except OSError:  # not Linux
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
+    cpuinfo = Path('/proc/cpuinfo')  # of Linux
+    match = re.search(r'model name\s*:\s*(.+)', cpuinfo.read_text(encoding='utf-8') if cpuinfo.exists() else '')
+    return match.group(1) if match else platform.processor() or platform.machine()
 
 
-def _encode(values: Any) -> dict[str, Any]:
-    """Returns an array as JSON holds it; numbers that JSON has not are strings."""
-    values = np.asarray(values)
-    flat = [
-        value if isinstance(value, (bool, int)) or math.isfinite(value) else str(value)
-        for value in values.ravel().tolist()
-    ]
-    return {'dtype': str(values.dtype), 'shape': list(values.shape), 'values': flat}
+def _encode_inputs(inputs: Any) -> Any:
+    """Returns shapes as text in the tuples (JSON's lists) and dictionaries that hold them."""
+    record = jax.tree.map(lambda spec: f'{spec.dtype}{list(spec.shape)}', inputs)
+    structure: Any = jax.tree.structure(inputs)
+    if structure != jax.tree.structure(_decode_inputs(record)):
+        raise ValueError('inputs: a file of a plan holds an array, tuples and dictionaries with names as keys')
+    return record
 
 
-def _decode(record: Mapping[str, Any]) -> np.ndarray:
-    dtype = np.dtype(record['dtype'])
-    return np.array([dtype.type(value) for value in record['values']], dtype).reshape(record['shape'])
+def _decode_inputs(record: Any) -> Any:
+    if isinstance(record, str):
+        dtype, shape = record[:-1].split('[')
+        return jax.ShapeDtypeStruct(tuple(map(int, shape.split(','))), jnp.dtype(dtype))
+    if isinstance(record, dict):
+        return {str(name): _decode_inputs(value) for name, value in record.items()}
+    return tuple(map(_decode_inputs, record))
 
 
-def _encode_candidate(candidate: Candidate) -> dict[str, Any]:
-    ratio = candidate.slowdown
+def _decode(record: Mapping[str, Any]) -> dict[str, Any]:
+    candidates = []
+    for settings in record['candidates']:
+        lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+        candidates.append(Candidate(**{**settings, **lists}))
     return {
-        'way': dataclasses.asdict(candidate.way),
-        'predicted_ms': None if math.isnan(candidate.predicted_ms) else float(candidate.predicted_ms),
-        'measured_ms': candidate.measured_ms,
-        'slowdown': [ratio.median, ratio.low, ratio.high],
-        'finalist': candidate.finalist,
+        'chosen': candidates[record['chosen']],
+        'policy': decode_policy(record['policy']),
+        'batch_size': int(record['batch_size']),
+        'candidates': tuple(candidates),
+        'times': SegmentTimes(**{name: np.array(values) for name, values in record['times'].items()}),
     }
-
-
-def _decode_candidate(record: Mapping[str, Any]) -> Candidate:
-    predicted = record['predicted_ms']
-    return Candidate(
-        way=_decode_way(record['way']),
-        predicted_ms=float('nan') if predicted is None else float(predicted),
-        measured_ms=float(record['measured_ms']),
-        slowdown=Ratio(*record['slowdown']),
-        finalist=bool(record['finalist']),
-    )
-
-
-def _decode_way(record: Mapping[str, Any]) -> Way:
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-    }
-    return Way(**fields)
-
-
-def _decode_plan(record: Mapping[str, Any]) -> Kept:
-    arrays = {name: _decode(value) for name, value in record['arrays'].items()}
-    return Kept(
-        way=_decode_way(record['way']),
-        policy=decode_policy(record['policy'], arrays),
-        batch_size=int(record['batch_size']),
-        inputs=tuple(jax.ShapeDtypeStruct((1, *spec['shape']), np.dtype(spec['dtype'])) for spec in record['inputs']),
-        candidates=tuple(map(_decode_candidate, record['candidates'])),
-        times=SegmentTimes(**{name: _decode(value) for name, value in record['times'].items()}),
-    )

@@ -7,16 +7,25 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
 from branchy_jax.inference.rewriting.known import Constant, Known
+from branchy_jax.jaxprs import Equation
 from branchy_jax.models.banded import DIMENSION_NUMBERS, band_matrix, multiply_band
-from branchy_jax.types import Array, spec_of
+from branchy_jax.types import Array
 
 Params = dict[str, Any]
 """Of a convolution or matrix product, as its equation holds them."""
+
+
+# Measured inside LeNet, AlexNet and ResNet at batch 1: up to 200 pairs 1.1 to 4 times faster, from 256 on slower.
+_MOST_CHANNEL_PAIRS_ON_CPU = 200
+# Likewise up to 16 channels and features 1.1 to 2 times faster on one core, and on two with `ALL_CORES` or `ONE_CORE`.
+# Compiled with neither, XLA shares the last of them among several cores as they are written, but not when wider.
+_MOST_PAIRS_TOGETHER_ON_CPU = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,19 @@ class Forms:
     dtype: Any = None
 
 
+def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
+    """Returns the forms that a platform runs fastest; by default this process's backend."""
+    if (platform or jax.default_backend()) != 'cpu':
+        return Forms(dtype=dtype)
+    return Forms(
+        _MOST_PAIRS_TOGETHER_ON_CPU,
+        _MOST_CHANNEL_PAIRS_ON_CPU,
+        sliced_pooling=True,
+        transposed_weights=True,
+        dtype=dtype,
+    )
+
+
 def as_written(primitive: jax_core.Primitive, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:
     """Emits a convolution or matrix product with known weights in its own form."""
     return primitive.bind(left, constant(kernel), **params)
@@ -54,20 +76,20 @@ def with_transposed_weights(_: Any, params: Params, left: Array, kernel: Known, 
     return lax.dot_general(left, weights, numbers, params['precision'], preferred_element_type=kept)
 
 
-def convolution(equation: jax_core.JaxprEqn, forms: Forms) -> Callable[..., Array]:
+def convolution(equation: Equation, forms: Forms) -> Callable[..., Array]:
     """Returns what emits a convolution in the form of these that suits it."""
     if not _is_plain(equation):
         return as_written
-    _, _, channels, features = spec_of(equation.invars[1]).shape
+    _, _, channels, features = equation.invars[1].aval.shape
     pairs = channels * features
     if pairs <= forms.most_pairs_together and (pixels := _pixels_together(equation)) > 1:
         return functools.partial(as_wider_convolution, pixels=pixels)
     return as_banded_product if pairs <= forms.most_channel_pairs else as_written
 
 
-def _is_plain(equation: jax_core.JaxprEqn) -> bool:
+def _is_plain(equation: Equation) -> bool:
     """Tells an undilated, ungrouped convolution of images that crops none of them, features last."""
-    params, shape, kernel = equation.params, spec_of(equation.invars[0]).shape, spec_of(equation.invars[1]).shape
+    params, shape, kernel = equation.params, equation.invars[0].aval.shape, equation.invars[1].aval.shape
     if len(shape) != 4 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
         return False
     plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
@@ -76,16 +98,16 @@ def _is_plain(equation: jax_core.JaxprEqn) -> bool:
     return params['dimension_numbers'] == plain and not dilated and not crops
 
 
-def _pixels_together(equation: jax_core.JaxprEqn) -> int:
+def _pixels_together(equation: Equation) -> int:
     """Returns how many neighbouring pixels fill what a CPU multiplies at once; 1 where none do.
 
     XLA:CPU hands convolutions of more than 16 channels or features to YNNPACK, which was fastest with 32 features, or
     64 if the channels cannot be taken in pairs. Each pixel adds zeros to the kernel.
     """
-    _, columns, channels, features = spec_of(equation.invars[1]).shape
+    _, columns, channels, features = equation.invars[1].aval.shape
     at_once = 64 if channels % 2 and channels > 1 else 32
     pixels, rest = divmod(at_once, features)
-    width, stride = spec_of(equation.outvars[0]).shape[2], equation.params['window_strides'][1]
+    width, stride = equation.outvars[0].aval.shape[2], equation.params['window_strides'][1]
     return pixels if rest == 0 and pixels <= min(8, width) and stride < columns else 1
 
 
@@ -131,7 +153,7 @@ def as_banded_product(_: Any, params: Params, left: Array, kernel: Known, consta
     )
 
 
-def pooled_by_slices(equation: jax_core.JaxprEqn, inputs: list[Array], forms: Forms) -> list[Array] | None:
+def pooled_by_slices(equation: Equation, inputs: list[Array], forms: Forms) -> list[Array] | None:
     """Emits a max pooling as maxima of strided slices, one axis after the other; ``None`` for anything else."""
     params = equation.params
     if equation.primitive.name != 'reduce_window_max' or not forms.sliced_pooling:

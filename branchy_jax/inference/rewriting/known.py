@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from branchy_jax.types import Array
@@ -26,9 +27,11 @@ class Known:
         shape: of the value.
         dtype: of the value.
         key: equal for values that come about alike: by the same operations, on the same shapes, from the same
-            variables. So it tells at one batch size what was computed at another.
+            variables, so that a value of one batch size is recognised at another.
+        name: path of the variable, or of the one of highest rank that the value is computed from.
         source: for a broadcast, the known value that was spread, so that no batch-sized constant is stored.
         dimensions: for a broadcast, the axes of ``source`` in this value.
+        depends_on_batch: whether the value was described with a symbolic batch size.
     """
 
     def __init__(
@@ -37,12 +40,16 @@ class Known:
         inputs: tuple[Known, ...],
         spec: Any,
         *description: Any,
+        name: str = '',
         source: Known | None = None,
         dimensions: tuple[int, ...] = (),
     ) -> None:
         self.function, self.inputs, self.shape, self.dtype = function, inputs, spec.shape, spec.dtype
         self.key: Any = _key_of(description, [known.key for known in inputs], self.shape, self.dtype)
+        self.name: str = name or (max(inputs, key=lambda known: len(known.shape)).name if inputs else 'number')
         self.source, self.dimensions = source, dimensions
+        is_symbolic = any(map(jax.export.is_symbolic_dim, [*self.shape, *jax.tree.leaves(description)]))
+        self.depends_on_batch: bool = is_symbolic or any(known.depends_on_batch for known in inputs)
 
     @functools.cached_property
     def value(self) -> Array:
@@ -59,19 +66,14 @@ class Known:
             **options: of the function.
         """
         inputs = (self, *others)
-        spec = _result_of(function, tuple(options.items()), *((known.shape, known.dtype) for known in inputs))
-        return Known(functools.partial(function, **options), inputs, spec, function.__name__, options)
-
-
-@functools.lru_cache(maxsize=1024)  # the blocks of a deep network are alike, and tracing is most of the work
-def _result_of(function: Callable[..., Array], options: tuple[tuple[str, Any], ...], *inputs: Any) -> Any:
-    run = functools.partial(function, **dict(options))
-    return jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs))
+        run = functools.partial(function, **options)
+        spec = jax.eval_shape(run, *(jax.ShapeDtypeStruct(known.shape, known.dtype) for known in inputs))
+        return Known(run, inputs, spec, function.__name__, options)
 
 
 def _key_of(*parts: Any) -> str:
     text = repr(parts)
-    if ' at 0x' in text:  # something that shows no value of its own, such as a function: like nothing else
+    if ' at 0x' in text:  # a function, say, whose text shows no value: equal to nothing else
         text += f' {next(_NUMBERS)}'
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -80,16 +82,17 @@ Constant = Callable[[Known], Array]
 """Hands out a known value inside the rewritten program: records it when optimising, replays it afterwards."""
 
 
-def ancestry(values: Iterable[Known], enough: Container[str] = ()) -> dict[str, Known]:
-    """Returns values and all that they are computed from, by their keys; nothing behind keys that are ``enough``."""
-    found: dict[str, Known] = {}
+def without_batch(values: Iterable[Known]) -> list[Known]:
+    """Returns known values, and in place of those that depend on the batch size what they are computed from."""
+    fixed: list[Known] = []
     waiting = list(values)
     while waiting:
         known = waiting.pop()
-        if known.key not in found:
-            found[known.key] = known
-            waiting.extend(() if known.key in enough else known.inputs)
-    return found
+        if known.depends_on_batch:
+            waiting.extend(known.inputs)
+        else:
+            fixed.append(known)
+    return fixed
 
 
 def from_stored(stored: Mapping[str, Array]) -> Constant:

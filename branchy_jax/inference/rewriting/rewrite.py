@@ -1,24 +1,24 @@
-"""Partial evaluation of a jaxpr whose weights are known: the machinery behind `optimize`.
+"""Partial evaluation of a program whose weights are known: the machinery behind `optimize`.
 
-A segment of a network (a stage or a head) is traced to a jaxpr over its variables and its input. Whatever depends on
-variables alone is *known*: it is computed once, when the network is optimised, and becomes a constant of the rewritten
-segment. What depends on the input is emitted again, with these changes:
+Values that depend on variables alone are *known*: they are computed once, when the network is optimised, and become the
+variables of the rewritten network. Equations that depend on the input are emitted again, with these changes:
 
 - a convolution or matrix product with known weights absorbs the known per-feature scales and shifts that follow it
-  (BatchNorm, biases), as long as nobody else looks at the value in between;
-- a convolution with few channels becomes one matrix product, a max pooling becomes maxima of slices, and a matrix
-  product takes its weights transposed, where the backend runs these faster.
+  (BatchNorm, biases), where no other equation reads the value in between;
+- a convolution with few channels computes several pixels together or becomes one matrix product, a max pooling becomes
+  maxima of slices, and a matrix product takes its weights transposed, where the backend runs these faster.
 
-A rewritten segment retraces the original at whatever batch size it meets, and finds its constants by how they come
-about (`Known.key`). What depends on the batch size as well, such as a class token repeated for every image, comes about
-otherwise at each: it is computed inside the program, from what does not.
+A rewritten network traces the original at every batch size and recognises its constants by their origin (`Known.key`).
+Values that depend on the batch size as well, such as a class token repeated for every image, are computed inside the
+program from values that do not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,30 +30,28 @@ from jax.extend import core as jax_core
 from branchy_jax.inference.rewriting import forms as fast
 from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.known import Constant, Known, Linear
-from branchy_jax.models.attached.program import bind
-from branchy_jax.types import Array, spec_of
+from branchy_jax.jaxprs import Equation, Program, Value, bind, value_of, variables_of
+from branchy_jax.types import Array
 
 
 def run(
-    jaxpr: jax_core.ClosedJaxpr, variables: Sequence[Known], hidden: Sequence[Array], constant: Constant, forms: Forms
+    program: Program, variables: Sequence[Known], inputs: Sequence[Array], constant: Constant, forms: Forms
 ) -> list[Array]:
-    """Evaluates a flat jaxpr from `trace` with its first arguments known.
+    """Evaluates a program whose first arguments are known.
 
     Args:
-        jaxpr: over the leaves of variables, then of hidden.
+        program: over the leaves of variables, then of inputs.
         variables: leaves, known.
-        hidden: leaves, arrays.
+        inputs: leaves, arrays.
         constant: hands out known values.
         forms: which forms to emit.
 
     Returns:
-        Leaves of the result.
+        One array per output.
     """
-    program = jaxpr.jaxpr
-    uses = Counter(v for equation in program.eqns for v in equation.invars if not isinstance(v, jax_core.Literal))
-    uses.update(v for v in program.outvars if not isinstance(v, jax_core.Literal))
-    env: dict[Any, Any] = dict(zip(program.constvars, jaxpr.consts, strict=True))
-    env.update(zip(program.invars, [*variables, *hidden], strict=True))
+    uses = Counter(v for equation in program.equations for v in variables_of(equation.invars))
+    uses.update(variables_of(program.outputs))
+    env: dict[Any, Any] = {**program.consts, **dict(zip(program.inputs, [*variables, *inputs], strict=True))}
 
     def emitted(value: Any) -> Any:
         if isinstance(value, Linear):
@@ -61,32 +59,40 @@ def run(
         return _spread(value, constant) if isinstance(value, Known) else value
 
     outputs: list[Any]
-    for equation in program.eqns:
-        inputs = [_literal(v) if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
-        if any(isinstance(x, Known) for x in inputs) and all(_is_still(x) for x in inputs):
-            outputs = _known_outputs(equation, inputs)
+    for equation, place in zip(program.equations, program.places, strict=True):
+        arguments = [_literal(v) if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
+        if any(isinstance(x, Known) for x in arguments) and all(_is_fixed(x) for x in arguments):
+            outputs = _known_outputs(equation, arguments)
         else:
-            outputs = [_absorb(equation, inputs) or _linear(equation, inputs, forms)]
-            if outputs == [None]:
-                arrays = [emitted(x) for x in inputs]
-                outputs = fast.pooled_by_slices(equation, arrays, forms) or bind(equation, arrays)
-            elif uses[equation.outvars[0]] > 1:  # several look at it: nothing may be absorbed beyond this point
-                outputs = [emitted(outputs[0])]
+            # Named, so that an error or a profile of the rewritten network shows the module.
+            with jax.named_scope(place) if place else contextlib.nullcontext():
+                outputs = _emit(equation, arguments, emitted, forms, last_use=uses[equation.outvars[0]] <= 1)
         env.update(zip(equation.outvars, outputs, strict=True))
-    return [v.val if isinstance(v, jax_core.Literal) else emitted(env[v]) for v in program.outvars]
+    return [emitted(value_of(v, env)) for v in program.outputs]
 
 
-def _literal(variable: jax_core.Literal) -> np.ndarray:
+def _emit(
+    equation: Equation, arguments: list[Any], emitted: Callable[[Any], Any], forms: Forms, *, last_use: bool
+) -> list[Any]:
+    """Emits an equation that depends on the input; a linear one waits for what follows unless several read it."""
+    linear = _absorb(equation, arguments) or _linear(equation, arguments, forms)
+    if linear is not None:
+        return [linear if last_use else emitted(linear)]
+    arrays = [emitted(x) for x in arguments]
+    return fast.pooled_by_slices(equation, arrays, forms) or bind(equation, arrays)
+
+
+def _literal(variable: Value) -> np.ndarray:
     """Returns a number in the program as a NumPy scalar, which nothing that is computed from the input ever is."""
-    return np.asarray(variable.val, spec_of(variable).dtype)
+    return np.asarray(variable.val, variable.aval.dtype)
 
 
-def _is_still(value: Any) -> bool:
+def _is_fixed(value: Any) -> bool:
     """Whether a value is the same for every input of the network."""
-    return isinstance(value, (Known, np.ndarray)) and (isinstance(value, Known) or value.ndim == 0)
+    return isinstance(value, Known) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
-def _known_outputs(equation: jax_core.JaxprEqn, inputs: list[Any]) -> list[Known]:
+def _known_outputs(equation: Equation, inputs: list[Any]) -> list[Known]:
     known = tuple(x for x in inputs if isinstance(x, Known))
     literals = [None if isinstance(x, Known) else x.tobytes() for x in inputs]
 
@@ -113,7 +119,7 @@ def _spread(value: Known, constant: Constant) -> Array:
 def _feature_vector(value: Any, features: int) -> Known | None:
     """Returns ``[features]`` if a known value of any rank varies along its last axis alone, else ``None``."""
     if not isinstance(value, Known):
-        if _is_still(value):
+        if _is_fixed(value):
             spec = jax.ShapeDtypeStruct((features,), value.dtype)
             return Known(functools.partial(jnp.full, features, value), (), spec, 'number', value.tobytes())
         return None
@@ -133,11 +139,7 @@ def _flat_features(values: Array, *, features: int) -> Array:
     return jnp.broadcast_to(values.reshape(-1), (features,))
 
 
-def _reciprocal(values: Array) -> Array:
-    return 1 / values
-
-
-def _absorb(equation: jax_core.JaxprEqn, inputs: list[Any]) -> Linear | None:
+def _absorb(equation: Equation, inputs: list[Any]) -> Linear | None:
     """Folds a known scale or shift into the linear operation before it."""
     name = equation.primitive.name
     if name not in ('add', 'add_any', 'sub', 'mul', 'div') or not any(isinstance(x, Linear) for x in inputs):
@@ -145,7 +147,7 @@ def _absorb(equation: jax_core.JaxprEqn, inputs: list[Any]) -> Linear | None:
     left, right = inputs
     if not isinstance(left, Linear) and name in ('add', 'add_any', 'mul'):
         left, right = right, left
-    if not isinstance(left, Linear) or left.aval.dtype != spec_of(equation.outvars[0]).dtype:
+    if not isinstance(left, Linear) or left.aval.dtype != equation.outvars[0].aval.dtype:
         return None
     vector = _feature_vector(right, left.features)
     if vector is None:
@@ -155,11 +157,11 @@ def _absorb(equation: jax_core.JaxprEqn, inputs: list[Any]) -> Linear | None:
         dtype = left.aval.dtype
         if not jnp.issubdtype(dtype, jnp.inexact) or left.kernel.dtype != dtype:
             return None
-        return left.scaled(vector if name == 'mul' else vector.map(_reciprocal))
+        return left.scaled(vector if name == 'mul' else vector.map(jnp.reciprocal))
     return left.shifted(vector if name != 'sub' else vector.map(jnp.negative))
 
 
-def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Linear | None:
+def _linear(equation: Equation, inputs: list[Any], forms: Forms) -> Linear | None:
     """Recognises a convolution or matrix product of something unknown with something known."""
     name, params = equation.primitive.name, equation.params
     if name not in ('conv_general_dilated', 'dot_general'):
@@ -167,7 +169,7 @@ def _linear(equation: jax_core.JaxprEqn, inputs: list[Any], forms: Forms) -> Lin
     left, kernel = inputs
     if not isinstance(kernel, Known) or isinstance(left, Known):
         return None
-    aval = spec_of(equation.outvars[0])
+    aval = equation.outvars[0].aval
     if forms.dtype is not None:
         params = {**params, 'preferred_element_type': np.dtype(np.float32)}
     if name == 'dot_general':

@@ -11,15 +11,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 
-from branchy_jax.inference.steps import Step, StepFunction, at_rows
-from branchy_jax.types import ExitPolicy, ExitPrediction, Variables
+from branchy_jax.inference.steps import Step, at_rows
+from branchy_jax.types import ExitPolicy, ExitPrediction
 
 Submit = Callable[..., Future]
 """``(function, *args) → Future``, such as `concurrent.futures.ThreadPoolExecutor.submit`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Rows:
     """Images on their way through the network.
 
@@ -31,7 +32,7 @@ class Rows:
 
     ids: np.ndarray
     values: Any
-    due: float
+    due: float = struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,9 @@ class Waiting:
         parts, missing = [], self.chunk_size
         while missing and self._blocks:
             block = self._blocks.popleft()
-            parts.append(Rows(block.ids[:missing], at_rows(block.values, slice(missing)), block.due))
+            parts.append(at_rows(block, slice(missing)))
             if len(block.ids) > missing:
-                rest = slice(missing, None)
-                self._blocks.appendleft(Rows(block.ids[rest], at_rows(block.values, rest), block.due))
+                self._blocks.appendleft(at_rows(block, slice(missing, None)))
             missing -= len(parts[-1].ids)
         ids = np.concatenate([part.ids for part in parts])
         self.count -= len(ids)
@@ -98,32 +98,28 @@ class Pipeline:
     """A network being run on images that come and go. Between runs fewer than a chunk of rows wait before each stage.
 
     Args:
-        steps: jitted, from `branchy_jax.inference.steps.build_steps`.
-        variables: of the network.
+        steps: jitted, ``(hidden, carry, policy) → Step``.
         policy: tells when an image leaves, anew for every chunk.
         chunk_sizes: one per step.
-        workers: how many chunks run at the same time.
-        submit: starts a chunk.
+        workers: how many chunks run at the same time, in threads if several.
     """
 
     def __init__(
         self,
-        steps: Sequence[StepFunction],
-        variables: Variables,
+        steps: Sequence[Callable[..., Step]],
         policy: Callable[[], ExitPolicy],
         chunk_sizes: Sequence[int],
         *,
         workers: int,
-        submit: Submit,
     ) -> None:
-        self._steps, self._variables, self._policy = steps, variables, policy
+        self._steps, self._policy = steps, policy
         self._waiting = [Waiting(size) for size in chunk_sizes]
-        self._workers, self._submit = workers, submit
+        self._workers, self._submit = workers, submitter(workers)
         self._running: deque[tuple[int, Rows, Future]] = deque()
 
-    def add(self, ids: np.ndarray, images: np.ndarray, *, due: float = float('inf')) -> None:
+    def add(self, ids: np.ndarray, images: Any, due: float = float('inf')) -> None:
         """Lets images wait for the first stage, from ``due`` on for no others."""
-        self._waiting[0].add(Rows(ids, (images, ()), due))
+        self._waiting[0].add(Rows(ids, (images, None), due))
 
     @property
     def due(self) -> float:
@@ -135,7 +131,7 @@ class Pipeline:
         while True:
             while len(self._running) < self._workers and (n := self._next(flush=flush)) is not None:
                 chunk = self._waiting[n].take()
-                arguments = (self._variables, *chunk.values, self._policy())
+                arguments = (*chunk.values, self._policy())
                 self._running.append((n, chunk, self._submit(_finished, self._steps[n], *arguments)))
             if not self._running:
                 return
@@ -158,18 +154,15 @@ class Pipeline:
         return waiting[0] if waiting and waiting[0] <= first_running else None
 
     def _leave(self, n: int, chunk: Rows, step: Step) -> Iterator[Answers]:
-        ids = chunk.ids
-        step = at_rows(step, slice(len(ids)))
-        leaves = step.confident
+        step = at_rows(step, slice(len(chunk.ids)))
         if n + 1 < len(self._waiting):
-            stay = ~leaves
-            values = at_rows((step.hidden, step.carry), stay)
-            self._waiting[n + 1].add(Rows(ids[stay], values, chunk.due))
-        if leaves.any():
-            yield Answers(ids[leaves], at_rows(step.prediction, leaves))
+            rows = Rows(chunk.ids, (step.hidden, step.carry), chunk.due)
+            self._waiting[n + 1].add(at_rows(rows, ~step.confident))
+        if step.confident.any():
+            yield Answers(*at_rows((chunk.ids, step.prediction), step.confident))
 
 
-def _finished(step: StepFunction, *arguments: Any) -> Step:
+def _finished(step: Callable[..., Step], *arguments: Any) -> Step:
     """Runs a chunk and waits for it; on a CPU the NumPy arrays share its memory."""
     return jax.tree.map(np.asarray, jax.block_until_ready(step(*arguments)))
 

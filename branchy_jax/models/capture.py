@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
-from branchy_jax.models.compose import call_arguments, in_mode, mode_flags, parameters_of
+from branchy_jax import calling
 from branchy_jax.types import Array, Variables
 
 _COLLECTION = 'places'
@@ -32,6 +31,10 @@ class Run:
     at: dict[str, tuple[Any, ...]]
     updates: Variables
 
+    def activation(self, place: str) -> Any:
+        """Returns the value at a place; '' is the result."""
+        return self.at[place][0] if place else self.output
+
 
 @dataclasses.dataclass(frozen=True)
 class LinenNetwork:
@@ -43,14 +46,9 @@ class LinenNetwork:
 
     module: nn.Module
 
-    def init(self, key: Array, inputs: Any) -> Variables:
+    def init(self, key: jax.Array, inputs: Any) -> Variables:
         """Returns fresh variables."""
-        positional, named = _call(type(self.module).__call__, self.module, inputs, train=False)
-        parameters, dropout = jax.random.split(key)
-        with nn.intercept_methods(functools.partial(_tell_layers_of_sequences, train=False)):
-            return in_mode(self.module, train=False).init(
-                {'params': parameters, 'dropout': dropout}, *positional, **named
-            )
+        return calling.init(self.module, key, inputs)
 
     def run(
         self,
@@ -88,12 +86,10 @@ class LinenNetwork:
             context.module.sow(_COLLECTION, 'output', value)
             return value
 
-        positional, named = _call(type(self.module).__call__, self.module, inputs, train=train)
         rngs = {} if key is None else {'dropout': key}
-        tell = functools.partial(_tell_layers_of_sequences, train=train)
-        with nn.intercept_methods(tell), nn.intercept_methods(keep):
-            output, updates = in_mode(self.module, train=train).apply(
-                variables, *positional, **named, rngs=rngs, mutable=[*mutable, _COLLECTION]
+        with nn.intercept_methods(keep):
+            output, updates = calling.apply_linen(
+                self.module, variables, inputs, train=train, rngs=rngs, mutable=[*mutable, _COLLECTION]
             )
         updates = dict(updates)
         return Run(output, _paths(updates.pop(_COLLECTION, {}), 'output'), updates)
@@ -103,21 +99,15 @@ class LinenNetwork:
         return variables
 
 
-def _tell_layers_of_sequences(call: Any, args: Any, kwargs: Any, context: Any, *, train: bool) -> Any:
-    """Tells each layer of a `flax.linen.Sequential`, which hands nothing on to it, whether it trains."""
-    if context.method_name == '__call__' and isinstance(context.module.parent, nn.Sequential):
-        flags, named = call_arguments(context.module, len(args), train=train)
-        return call(*args, *flags, **{**named, **kwargs})
-    return call(*args, **kwargs)
-
-
 class _Place(nnx.Intermediate):
     """What an NNX network computes at a place."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NnxNetwork:
-    """A Flax NNX module; its variables are kept by kind, as Linen's are: ``params``, ``batch_stats`` and others.
+    """A Flax NNX module, taken apart; a model if the module returns the logits of every exit.
+
+    Variables are stored by kind, as Linen's are: ``params``, ``batch_stats`` and others.
 
     Attributes:
         definition: the module without its arrays.
@@ -135,17 +125,34 @@ class NnxNetwork:
     def of(cls, module: nnx.Module) -> NnxNetwork:
         """Takes a module apart."""
         definition, state = nnx.split(module)
-        found, _ = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        variables, _ = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
         names = tuple(
             (_collection(variable), tuple(str(getattr(part, 'key', part)) for part in path))
-            for path, variable in found
+            for path, variable in variables
             for _ in jax.tree.leaves(variable)
         )
         return cls(definition, jax.tree.structure(state), names, tuple(jax.tree.leaves(state)))
 
-    def init(self, key: Array, inputs: Any) -> Variables:
-        """Returns the weights that the module came with."""
-        return self._collections(self.state)
+    def init(self, key: Any, *inputs: Any) -> Variables:
+        """Returns the weights that the module came with; zeros where it was left without weights."""
+        leaves = [jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in self.state]
+        return self._collections(leaves)
+
+    def apply(
+        self,
+        variables: Variables,
+        *inputs: Any,
+        train: bool = False,
+        frozen_trunk: bool = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+        mutable: Any = False,
+    ) -> Any:
+        """Computes the logits of every exit, as `flax.linen.Module.apply` would."""
+        names, key = collection_names(mutable, variables), (rngs or {}).get('dropout')
+        learns = train and not frozen_trunk
+        run = self.run(variables, calling.one_input(inputs), (), train=learns, key=key, mutable=names)
+        logits = calling.as_logits(run.output)
+        return logits if mutable is False else (logits, {name: run.updates.get(name, {}) for name in names})
 
     def run(
         self,
@@ -161,15 +168,23 @@ class NnxNetwork:
         module = nnx.merge(self.definition, jax.tree.unflatten(self.structure, self._leaves(variables, key)))
         (module.train if train else module.eval)()
         for _, part in nnx.iter_modules(module):
-            for name, value in mode_flags(train=train).items():
+            for name, value in calling.mode_flags(train=train).items():
                 if isinstance(getattr(part, name, None), bool):
                     setattr(part, name, value)
-        positional, named = _call(type(module).__call__, module, inputs, train=train)
-        output, found = nnx.capture(module, _Place, method_outputs=_Place)(*positional, **named)
-        at = _paths(nnx.to_pure_dict(found), '__call__')
+        positional, named = calling.call_arguments(type(module).__call__, module, inputs, train=train)
+        output, captured = nnx.capture(module, _Place, method_outputs=_Place)(*positional, **named)
+        at = _paths(nnx.to_pure_dict(captured), '__call__')
         after = self._collections(jax.tree.leaves(nnx.state(module, nnx.Not(_Place))))
         updates = {name: after[name] for name in mutable if name in after}
         return Run(output, at if places is None else {place: at[place] for place in places if place in at}, updates)
+
+    def without_weights(self) -> NnxNetwork:
+        """Returns the network without its weights; the state of random streams stays."""
+        shapes = [
+            leaf if collection is None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for (collection, _), leaf in zip(self.names, self.state, strict=True)
+        ]
+        return dataclasses.replace(self, state=tuple(shapes))
 
     def trained(self, variables: Variables) -> nnx.State:
         """Returns a state that `flax.nnx.update` puts back into the module."""
@@ -177,29 +192,20 @@ class NnxNetwork:
         return nnx.filter_state(state, nnx.Not(nnx.RngState))
 
     def _leaves(self, variables: Variables, key: Array | None) -> list[Any]:
-        leaves = []
+        given, leaves = traverse_util.flatten_dict(dict(variables)), []
         for n, ((collection, path), own) in enumerate(zip(self.names, self.state, strict=True)):
             if collection is None:
                 is_key = jnp.issubdtype(own.dtype, jax.dtypes.prng_key)
                 leaves.append(own if key is None or not is_key else jax.random.fold_in(key, n))
                 continue
-            value = variables.get(collection, {})
-            for part in path:
-                if part not in value:
-                    raise ValueError(f'variables: have no {collection}/{"/".join(path)}; give those of this network')
-                value = value[part]
-            leaves.append(value)
+            if (collection, *path) not in given:
+                raise ValueError(f'variables: have no {collection}/{"/".join(path)}; give those of this network')
+            leaves.append(given[collection, *path])
         return leaves
 
     def _collections(self, leaves: Sequence[Any]) -> Variables:
-        found: Variables = {}
-        for (collection, path), value in zip(self.names, leaves, strict=True):
-            if collection is not None:
-                place = found.setdefault(collection, {})
-                for part in path[:-1]:
-                    place = place.setdefault(part, {})
-                place[path[-1]] = value
-        return found
+        named = zip(self.names, leaves, strict=True)
+        return traverse_util.unflatten_dict({(collection, *path): x for (collection, path), x in named if collection})
 
 
 def _collection(variable: nnx.Variable) -> str | None:
@@ -209,26 +215,16 @@ def _collection(variable: nnx.Variable) -> str | None:
     return next((name for kind, name in kinds.items() if isinstance(variable, kind)), type(variable).__name__)
 
 
-def _call(function: Any, module: Any, inputs: Any, *, train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of a call: a tuple of inputs one by one, a dictionary by name where its keys are names."""
-    names = set(parameters_of(function)) - set(mode_flags(train=train))
-    if isinstance(inputs, dict) and set(inputs) <= names:
-        return (), {**inputs, **call_arguments(module, None, train=train)[1]}
-    given = inputs if isinstance(inputs, tuple) and not hasattr(inputs, '_fields') else (inputs,)
-    flags, named = call_arguments(module, len(given), train=train)
-    return (*given, *flags), named
-
-
 def _paths(tree: Any, leaf: str) -> dict[str, tuple[Any, ...]]:
-    """Returns what was kept under the name ``leaf``, by the path of the module that kept it."""
-    found: dict[str, tuple[Any, ...]] = {}
+    """Returns the values stored under the name ``leaf``, by the path of the module that stored them."""
+    flat = traverse_util.flatten_dict(tree)
+    return {'/'.join(map(str, keys[:-1])): x for keys, x in flat.items() if keys[-1] == leaf and isinstance(x, tuple)}
 
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        for name, value in node.items():
-            if name == leaf and isinstance(value, tuple):
-                found['/'.join(path)] = value
-            elif hasattr(value, 'items'):
-                walk(value, (*path, str(name)))
 
-    walk(tree, ())
-    return found
+def collection_names(mutable: Any, variables: Variables) -> list[str]:
+    """Returns the names of the collections that ``mutable`` means."""
+    if mutable is False:
+        return []
+    if mutable is True:
+        return [name for name in variables if name != 'params']
+    return [mutable] if isinstance(mutable, str) else list(mutable)

@@ -1,1 +1,0 @@
-"""Executors that the host drives: rows wait before each stage until a chunk of them has come together."""

@@ -1,0 +1,320 @@
+"""Every exit's answers to a data set, cached: what thresholds are chosen from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from branchy_jax import calling, program
+from branchy_jax.costs import warn_if_nothing_is_saved
+from branchy_jax.criteria import Criterion, as_criterion, entropy, replay
+from branchy_jax.inference.steps import at_rows, static
+from branchy_jax.sharding import replicate, replicated, shard
+from branchy_jax.thresholds import ExitTable, accuracy_statistics, iou_statistics
+from branchy_jax.thresholds.statistics import Metric, Statistics, mean_of_statistic
+from branchy_jax.types import Array, Batch, StageCosts, Variables, check_labels, num_rows
+
+OnProgress = Callable[[int, int | None], None]
+"""``(images done, of how many)``."""
+
+
+@struct.dataclass
+class ExitOutputs:
+    """Every exit's answer to every input.
+
+    Attributes:
+        logits: ``[N, M, …, K]`` answer logits, as the criterion gives them; ``None`` if they were not to be kept.
+        uncertainty: ``[N, M]``.
+    """
+
+    logits: Array | None
+    uncertainty: Array
+
+
+def exit_outputs(
+    model: Any,
+    variables: Variables,
+    images: Array | Iterable[Array],
+    *,
+    criterion: Criterion = entropy,
+    batch_size: int = 256,
+    preprocess: Callable[[Array], Array] | None = None,
+    mesh: Mesh | None = None,
+    keep_logits: bool = True,
+    on_progress: OnProgress | None = None,
+) -> ExitOutputs:
+    """Runs all exits over a data set, batch by batch, with one compilation.
+
+    What does not fit into memory comes as an iterable of batches, such as a generator or a grain loader. The logits of
+    every pixel would not fit either: leave them out, or let `exit_table` keep statistics.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        images: ``[M, H, W, C]`` as ``preprocess`` takes them, or a tuple or dictionary of arrays; may stay on the host.
+            Or a list or iterator of such batches, of any sizes, which is read once; what it raises is raised here.
+        criterion: how unsure an exit is.
+        batch_size: images per dispatch, at most as many as the first batch has; the last batch is padded.
+        preprocess: normalisation of stored images, applied inside jit; ``None`` takes them as they are.
+        mesh: the devices that share every batch; each process gets all answers.
+        keep_logits: whether to keep the logits, too, not the uncertainties alone.
+        on_progress: called after every dispatch with the number of images done, and of how many, if that is known.
+
+    Returns:
+        `ExitOutputs` as NumPy arrays.
+
+    Raises:
+        ValueError: no images, images the network refuses, batches that are not alike, a name instead of a network or
+            criterion, or variables of another network.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-lenet'), jnp.ones((5, 28, 28, 1))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> exit_outputs(model, variables, images, batch_size=2).logits.shape
+        (2, 5, 10)
+    """
+    calling.check_model(model)
+    supplied = _is_supply(images)
+    logits, uncertainty = _in_batches(
+        _Outputs(calling.without_weights(model), mesh, _keep_logits if keep_logits else _drop_logits),
+        variables,
+        map(_unlabelled, images) if supplied else _unlabelled(images),
+        as_criterion(criterion),
+        _as_pytree(preprocess),
+        batch_size,
+        supplied=supplied,
+        on_progress=on_progress,
+    )
+    return ExitOutputs(logits, uncertainty)
+
+
+def exit_table(
+    model: Any,
+    variables: Variables,
+    data: Batch | Iterable[Batch],
+    *,
+    criterion: Criterion = entropy,
+    statistics: Statistics = accuracy_statistics,
+    metric: Metric = mean_of_statistic,
+    costs: StageCosts | None = None,
+    split: str = 'validation',
+    batch_size: int = 256,
+    preprocess: Callable[[Array], Array] | None = None,
+    mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
+) -> ExitTable:
+    """Runs all exits over a labelled data set and keeps what choosing a policy needs, not the logits.
+
+    The logits of every pixel at every exit would fill the memory; their statistics are a few numbers an image.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        data: images as ``preprocess`` takes them, with their labels; may stay on the host. Or an iterable of such
+            batches, of any sizes, which is read once; what it raises is raised here.
+        criterion: how unsure an exit is.
+        statistics: ``(answer logits [N, B, …, K], labels [B, …]) → [N, B, S]``, such as
+            `branchy_jax.thresholds.iou_statistics`; applied inside jit.
+        metric: turns summed statistics into the figure to maximise.
+        costs: per stage and head; by default the multiply-accumulates of ``model``.
+        split: name of the data.
+        batch_size: images per dispatch, at most as many as the first batch has; the last batch is padded.
+        preprocess: normalisation of stored images, applied inside jit; ``None`` takes them as they are.
+        mesh: devices to share the batches out to.
+        on_progress: as for `exit_outputs`.
+
+    Returns:
+        `branchy_jax.thresholds.ExitTable`.
+
+    Raises:
+        ValueError: no images, images that the network refuses, another number of labels than images, labels of
+            another shape than its answers, or, with the library's statistics, of classes that it does not have; a
+            name instead of a network or criterion, or variables of another network.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, data = bj.models.create('b-lenet'), bj.Batch(jnp.ones((5, 28, 28, 1)), jnp.zeros(5, jnp.int32))
+        >>> variables = model.init(jax.random.key(0), data.image)
+        >>> table = exit_table(model, variables, data)
+        >>> table.statistics.shape, table.screen().for_accuracy(0.0).policy.criterion.name
+        ((2, 5, 1), 'entropy')
+    """
+    calling.check_model(model)
+    criterion, prepared = as_criterion(criterion), _as_pytree(preprocess)
+    supplied = not isinstance(data, Batch)
+    if supplied and not isinstance(data, Iterable):
+        raise ValueError(f'data: got {type(data).__name__}; give a branchy_jax.Batch, or an iterable of them')
+    source: Any = data if supplied else [data]
+    batches = iter(source)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError('data: got no batches; at least one is needed')
+    _check_labelled(first, None)
+    shapes = jax.eval_shape(prepared, calling.with_batch(first.image, 1))
+    if costs is None:
+        costs = program.stages(model, variables, shapes).macs
+        warn_if_nothing_is_saved(costs)
+    num_classes = None
+    if statistics in (accuracy_statistics, iou_statistics):  # others may take any target
+        num_classes = program.trace(model, variables, shapes).outputs[-1].aval.shape[-1]
+    checked = (_check_labelled(batch, num_classes) for batch in itertools.chain([first], batches))
+    values, uncertainty = _in_batches(
+        _Outputs(calling.without_weights(model), mesh, statistics),
+        variables,
+        checked if supplied else next(checked),
+        criterion,
+        prepared,
+        batch_size,
+        supplied=supplied,
+        on_progress=on_progress,
+    )
+    return ExitTable(
+        uncertainty=uncertainty, statistics=values, costs=costs, criterion=criterion, metric=metric, split=split
+    )
+
+
+def _check_labelled(batch: Batch, num_classes: int | None) -> Batch:
+    """Returns a batch that has one label for each image, each of one of the classes, if their number is given."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f'data: got {type(batch).__name__}; give a branchy_jax.Batch, or an iterable of them')
+    if num_rows(batch.image) != len(batch.label):
+        raise ValueError(
+            f'data: got {num_rows(batch.image)} images and {len(batch.label)} labels; give one label per image'
+        )
+    if num_classes is not None:
+        check_labels(batch.label, num_classes)
+    return batch
+
+
+def _unlabelled(images: Any) -> Batch:
+    nothing: Any = None
+    return Batch(images, nothing)
+
+
+def _keep_logits(logits: Array, labels: Array) -> Array:
+    return logits
+
+
+def _drop_logits(logits: Array, labels: Array) -> None:
+    return None
+
+
+@static
+class _Outputs:
+    """What is computed of every batch.
+
+    Attributes:
+        model: the model, without weights.
+        mesh: the devices that share every batch.
+        statistics: ``(answer logits, labels)`` to arrays ``[N, B, …]``.
+    """
+
+    model: Any
+    mesh: Mesh | None
+    statistics: Callable[[Array, Array], Any]
+
+
+@jax.jit
+def _run(
+    outputs_of: _Outputs, variables: Variables, batch: Batch, criterion: Criterion, preprocess: Callable[..., Any]
+) -> tuple[Any, Array]:
+    inputs = preprocess(batch.image)
+    program.stages(outputs_of.model, variables, inputs)  # refuses rows that influence one another
+    logits, uncertainty = replay(criterion, jnp.stack(calling.apply(outputs_of.model, variables, inputs)))
+    result = outputs_of.statistics(logits, batch.label), uncertainty
+    if outputs_of.mesh is None:
+        return result
+    return jax.lax.with_sharding_constraint(result, replicated(outputs_of.mesh))
+
+
+def _check_rows(model: Any, variables: Variables, images: Any, preprocess: Callable[..., Any]) -> None:
+    shapes = jax.eval_shape(preprocess, calling.with_batch(images, 1))
+    few = np.arange(7) % num_rows(images)
+    program.check_rows_by_trial(model, variables, shapes, lambda: preprocess(at_rows(images, few)))
+
+
+def _as_they_are(images: Array) -> Array:
+    return images
+
+
+def _as_pytree(preprocess: Callable[[Array], Array] | None) -> Callable[[Array], Array]:
+    """Returns what `jax.jit` takes as an argument: the arrays of a normalisation are no constants of the program."""
+    preprocess = _as_they_are if preprocess is None else preprocess
+    if all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(preprocess)):
+        return preprocess
+    try:
+        hash(preprocess)
+    except TypeError:  # a method of something with arrays: compiles anew
+        return jax.tree_util.Partial(lambda images: preprocess(images))
+    return jax.tree_util.Partial(preprocess)
+
+
+def _is_supply(images: Any) -> bool:
+    """Whether data are an iterable of batches: an array, tuple or dictionary is one set of inputs."""
+    one_set = hasattr(images, 'shape') or isinstance(images, (Mapping, tuple))
+    return not one_set and isinstance(images, Iterable)
+
+
+def _in_batches(
+    outputs_of: _Outputs,
+    variables: Variables,
+    data: Any,
+    criterion: Criterion,
+    preprocess: Callable[..., Any],
+    batch_size: int,
+    *,
+    supplied: bool,
+    on_progress: OnProgress | None,
+) -> tuple[Any, Array]:
+    """Runs over rows of a batch, or of all batches that ``data`` yields, in batches of one size.
+
+    Returns:
+        Statistics and uncertainties ``[N, M, …]``.
+    """
+    if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f'batch_size: got {batch_size}; expected an integer, at least 1')
+    mesh = outputs_of.mesh
+    variables = variables if mesh is None else replicate(mesh, variables)
+    total, done = None if supplied else num_rows(data), 0
+    results: list[Any] = []
+    batches = (jax.tree.map(np.asarray, batch) for batch in data) if supplied else iter([data])
+    for batch, count in _of_one_size(batches, batch_size, mesh):
+        if not results and mesh is None:
+            _check_rows(outputs_of.model, variables, batch.image, preprocess)
+        result = _run(outputs_of, variables, batch if mesh is None else shard(mesh, batch), criterion, preprocess)
+        results.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:, :count], result))
+        done += count
+        if on_progress is not None:
+            on_progress(done, total)
+    if not results:
+        raise ValueError('images: got none; at least one is needed')
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *results)
+
+
+def _of_one_size(batches: Iterator[Any], batch_size: int, mesh: Mesh | None) -> Iterator[tuple[Any, int]]:
+    """Cuts and fills up batches to the size of the first: yields one, and how many of its rows are data."""
+    size, first = 0, None
+    for batch in batches:
+        count = num_rows(batch)
+        if not count:
+            continue
+        kind = jax.tree.map(lambda leaf: (np.shape(leaf)[1:], str(leaf.dtype)), batch)
+        if first is None:
+            size, first = min(batch_size, count), kind
+            size = size if mesh is None else -(-size // mesh.size) * mesh.size
+        if kind != first:
+            raise ValueError(f'images: all batches are to be alike; the first held {first}, another one {kind}')
+        for start in range(0, count, size):
+            if count == size:
+                yield batch, count
+                break
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            yield at_rows(batch, rows), min(size, count - start)

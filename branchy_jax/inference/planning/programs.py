@@ -1,0 +1,258 @@
+"""The compiled functions of one network, its weights bound, and batches of any size from a few compiled sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from branchy_jax import calling, program
+from branchy_jax.criteria import Criterion
+from branchy_jax.inference.compacted import compacted, drive
+from branchy_jax.inference.compiler_options import BY_NAME
+from branchy_jax.inference.dense import dense
+from branchy_jax.inference.pipeline import Submit, inline, submitter
+from branchy_jax.inference.planning.candidates import Candidate
+from branchy_jax.inference.planning.segments import CompilerOptions, Network, Segments, bind
+from branchy_jax.inference.rewriting.optimize import optimize
+from branchy_jax.inference.sharded import sharded, spread
+from branchy_jax.inference.staged import sequential
+from branchy_jax.inference.steps import Step, are_traced, arrays_of, at_rows, take_step
+from branchy_jax.models import without_branches
+from branchy_jax.sharding import replicate
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
+
+# Each compiled size is four times the next one: at most four programs up to 64, and every piece of a batch fills more
+# than half of its program.
+_STEP = 4
+
+_BUILDERS: dict[str, Any] = {'dense': dense, 'sequential': sequential, 'compacted': compacted, 'sharded': sharded}
+
+Answer = Callable[..., tuple[Array, ...]]
+"""``(inputs, policy, count) → arrays of an ExitPrediction``."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runner:
+    """An executor bound to weights and a policy, which answers batches of any size from a few compiled sizes.
+
+    Attributes:
+        inputs: shapes of one input, every leaf ``[1, …]``.
+        policy: when an input leaves.
+        sizes: compiled batch sizes, descending.
+        together: ``(inputs, policy, count)`` answers the first ``count`` rows of a compiled size; the remaining rows
+            are padding, and their values are unspecified.
+        alone: ``(inputs, policy)`` answers one row, as `staged` does; ``None`` on a mesh.
+        submit: where the pieces of a batch run.
+    """
+
+    inputs: Any
+    policy: ExitPolicy
+    sizes: tuple[int, ...]
+    together: Answer
+    alone: Answer | None
+    submit: Submit
+
+    def __call__(self, inputs: Any) -> ExitPrediction:
+        """Answers inputs ``[B, …]`` of any B."""
+        return self._answer(inputs, self.policy)
+
+    def warm_up(self) -> None:
+        """Compiles all that batches of any size need; no row leaves early, so that every stage runs."""
+        never = ExitPolicy(self.policy.criterion, jnp.full_like(self.policy.thresholds, -jnp.inf))
+        for size in {1, *self.sizes}:
+            jax.block_until_ready(self._answer(self._zeros(size), never))
+
+    def _answer(self, inputs: Any, policy: ExitPolicy) -> ExitPrediction:
+        if not self._is_as_recorded(inputs):
+            if are_traced(inputs):
+                raise ValueError('plan: cannot run under jit, vmap or grad; trace an executor such as compacted')
+            calling.check_inputs(inputs, self.inputs)
+            inputs = jax.tree.map(lambda leaf: leaf if _is_uncommitted(leaf) else np.asarray(leaf), inputs)
+        count = num_rows(inputs)
+        if count == 1 and self.alone is not None:
+            return ExitPrediction(*self.alone(inputs, policy))
+        if count in self.sizes:
+            return ExitPrediction(*self.together(inputs, policy, count))
+        inputs = jax.tree.map(np.asarray, inputs) if count else self._zeros(1)
+        cuts = list(pieces(max(count, 1), self.sizes))
+        submit = self.submit if len(cuts) > 1 else inline
+        jobs = [submit(self._answer_piece, inputs, policy, *cut) for cut in cuts]
+        parts = [job.result() for job in jobs]
+        # jnp.asarray would compile at every new shape.
+        return ExitPrediction(*(jax.device_put(np.concatenate(rows)[:count]) for rows in zip(*parts, strict=True)))
+
+    def _is_as_recorded(self, inputs: Any) -> bool:
+        """Whether inputs are one array of the recorded shape and dtype: such a call needs no further check."""
+        spec = self.inputs
+        if not (isinstance(spec, jax.ShapeDtypeStruct) and _is_uncommitted(inputs) and inputs.ndim):
+            return False
+        return inputs.dtype == spec.dtype and inputs.shape[1:] == spec.shape[1:]
+
+    def _answer_piece(self, inputs: Any, policy: ExitPolicy, start: int, stop: int, size: int) -> list[np.ndarray]:
+        """Answers rows of a batch, padded with the last one: in NumPy, which compiles nothing."""
+        present = stop - start
+        if present == 1 and self.alone is not None:
+            arrays = self.alone(at_rows(inputs, slice(start, stop)), policy)
+        else:
+            rows = np.minimum(np.arange(start, start + size), stop - 1)
+            arrays = self.together(at_rows(inputs, rows), policy, present)
+        return [np.asarray(values)[:present] for values in arrays]
+
+    def _zeros(self, size: int) -> Any:
+        return jax.tree.map(lambda spec: np.zeros((size, *spec.shape[1:]), spec.dtype), self.inputs)
+
+
+def _is_uncommitted(leaf: Any) -> bool:
+    """Whether an array is bound to no device; one that is would compile the program anew."""
+    if isinstance(leaf, jax.Array):
+        return not isinstance(leaf, jax.core.Tracer) and not leaf.committed
+    return isinstance(leaf, np.ndarray)
+
+
+def sizes_up_to(batch_size: int) -> tuple[int, ...]:
+    """Returns the sizes to compile for batches up to ``batch_size``: itself, a quarter of it, and so on down to 1.
+
+    Example:
+        >>> sizes_up_to(64)
+        (64, 16, 4, 1)
+    """
+    sizes = [batch_size]
+    while sizes[-1] > 1:
+        sizes.append(max(1, sizes[-1] // _STEP))
+    return tuple(sizes)
+
+
+def pieces(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Cuts a batch into pieces; yields the first row of each, the row behind it, and the size that it is padded to.
+
+    A piece fills more than half of its size, except where no smaller size is compiled.
+
+    Args:
+        count: B.
+        sizes: descending.
+
+    Example:
+        >>> list(pieces(37 + 9, (32, 8, 1)))
+        [(0, 32, 32), (32, 40, 8), (40, 46, 8)]
+    """
+    start = 0
+    for size in sizes:
+        while start < count and (2 * (count - start) > size or size == sizes[-1]):
+            stop = min(start + size, count)
+            yield start, stop, size
+            start = stop
+
+
+class Programs:
+    """The compiled functions of one network. Plans of the network share them, and they are freed with the last plan.
+
+    Args:
+        model: a network with N exits.
+        variables: of ``model``.
+        inputs: shapes of one input, every leaf ``[1, …]``.
+        mesh: the devices that share every batch; ``None`` is one device.
+    """
+
+    def __init__(self, model: Any, variables: Variables, inputs: Any, mesh: Mesh | None) -> None:
+        self.model, self.variables, self.inputs, self.mesh = model, variables, inputs, mesh
+        self.stages = program.stages(model, variables, inputs)
+        self._functions: dict[Any, Any] = {}
+
+    @functools.cached_property
+    def optimized(self) -> Network:
+        """The rewritten network and its variables; of one that runs at some batch sizes alone, the network itself."""
+        if self.stages.fixed_because:
+            return self.model, self.variables
+        return optimize(self.model, self.variables, inputs=self.inputs)
+
+    def serve(self, other: Programs) -> bool:
+        """Whether these programs answer what others would: of the same network, weights, inputs and devices."""
+        leaves = itertools.zip_longest(jax.tree.leaves(self.variables), jax.tree.leaves(other.variables))
+        same = all(ours is theirs for ours, theirs in leaves) and self.model == other.model
+        return bool(same and self.inputs == other.inputs and self.mesh == other.mesh)
+
+    def segments(self, size: int, criterion: Criterion, compiler_options: CompilerOptions) -> Segments:
+        """Returns the stages and heads of the rewritten network at one batch size."""
+        settings = size, criterion
+        return self._once(settings, lambda: Segments(self.optimized, self.inputs, *settings, compiler_options))
+
+    def runner(self, candidate: Candidate, policy: ExitPolicy, batch_size: int) -> Any:
+        """Builds a candidate: a `Runner`, or for the baseline a function of batches.
+
+        Args:
+            candidate: the executor and its settings.
+            policy: when an input leaves; arrays of JAX.
+            batch_size: of the calls to come; larger batches are cut.
+        """
+        together, alone = self._together(candidate), None
+        sizes: tuple[int, ...] = (batch_size,)
+        if candidate.executor == 'baseline':
+            return together
+        if self.mesh is not None:
+            sizes = (-(-batch_size // self.mesh.size) * self.mesh.size,)
+        else:
+            alone = self._together(dataclasses.replace(candidate, executor='sequential', on_host=False))
+            if candidate.executor != 'compacted':  # there padding runs through no stage
+                sizes = sizes_up_to(*(candidate.chunk_sizes or sizes))
+        workers = candidate.workers if candidate.executor == 'sequential' else 1
+        return Runner(self.inputs, policy, sizes, together, alone, submitter(workers))
+
+    def _together(self, candidate: Candidate) -> Answer:
+        settings = candidate.exits, candidate.optimized, candidate.compiler_options
+        if candidate.on_host:
+            steps = self._once(('steps', *settings), lambda: self._host_steps(candidate))
+            sizes, workers = candidate.chunk_sizes, candidate.workers
+
+            def answer(inputs: Any, policy: ExitPolicy, count: int) -> tuple[Array, ...]:
+                return arrays_of(drive(steps, inputs, policy, sizes, workers=workers, count=count))
+
+            return answer
+        chunks = candidate.chunk_sizes if candidate.executor in ('compacted', 'sharded') else ()
+        bound = self._once((candidate.executor, chunks, *settings), lambda: self._bind(candidate))
+        mesh = self.mesh
+        return bound if mesh is None else lambda inputs, *arguments: bound(spread(inputs, mesh), *arguments)
+
+    def _bind(self, candidate: Candidate) -> Answer:
+        """Compiles the program of an executor, or of the baseline, whose weights are arguments as they usually are."""
+        model, variables = self._network(candidate)
+        if candidate.executor == 'baseline':
+            return bind(functools.partial(calling.apply, without_branches(model)), variables, None, embed=False)
+        chunked = candidate.executor in ('compacted', 'sharded')
+        options: dict[str, Any] = {'chunk_size': candidate.chunk_sizes} if chunked else {}
+        if candidate.executor == 'sharded':
+            options['mesh'] = self.mesh
+        executor = _BUILDERS[candidate.executor](model, exits=candidate.exits, **options)
+
+        def answer(variables: Variables, inputs: Any, policy: ExitPolicy, count: Any = None) -> Any:
+            result = executor.program(variables, inputs, policy, *([count] if chunked else []))
+            return arrays_of(result[0] if candidate.executor == 'sharded' else result)
+
+        return bind(answer, variables, BY_NAME[candidate.compiler_options], embed=self.mesh is None)
+
+    def _host_steps(self, candidate: Candidate) -> list[Callable[..., Step]]:
+        """Compiles the steps that the host starts, ``(hidden, carry, policy) → Step``."""
+        model, variables = self._network(candidate)
+        stages = program.stages(model, variables, self.inputs, exits=candidate.exits)
+
+        def step(n: int, variables: Variables, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
+            return take_step(stages.at(variables, num_rows(hidden)), n, hidden, carry, policy)
+
+        options, count = BY_NAME[candidate.compiler_options], len(candidate.exits)
+        return [bind(functools.partial(step, n), variables, options) for n in range(count)]
+
+    def _network(self, candidate: Candidate) -> Network:
+        model, variables = self.optimized if candidate.optimized else (self.model, self.variables)
+        return model, variables if self.mesh is None else replicate(self.mesh, variables)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._functions:
+            self._functions[key] = make()
+        return self._functions[key]

@@ -1,0 +1,367 @@
+"""The stages and heads of a model, found in its traced program.
+
+*Stage n* holds the equations that exit n **and** a later exit need and that no earlier stage computed; the last stage
+holds all that the last logits need, so that the last head is empty. *Head n* holds the equations that logits n alone
+need. A stage hands on the values that depend on the inputs and are read later. Values that depend on weights alone are
+computed where they are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from branchy_jax import calling
+from branchy_jax.jaxprs import Program, Value, bind, count_macs, flatten, value_of, variables_of
+from branchy_jax.rows import batch_axis, check_by_trial, check_rows, first_undecided
+from branchy_jax.types import Array, StageCosts, Variables, num_rows
+
+__all__ = ['stages']
+
+BATCH = export.symbolic_shape('b')[0]
+"""The symbolic batch size: a trace with it says where the batch lies in each value."""
+
+
+class Reference:
+    """A model as a static argument of `jax.jit`, compared by value and held weakly.
+
+    JAX's cache of traces keeps static arguments. A weak reference lets the model be freed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self) -> Any:
+        """Returns the model."""
+        return self._model()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reference):
+            return NotImplemented
+        ours, theirs = self(), other()
+        return self is other or (ours is not None and (ours is theirs or bool(ours == theirs)))
+
+    def __hash__(self) -> int:
+        return hash(Reference)  # modules with list fields have no hash
+
+
+jax.tree_util.register_static(Reference)
+
+
+@jax.jit
+def _logits(model: Any, variables: Variables, inputs: Any) -> tuple[Array, ...]:
+    return calling.apply(model(), variables, inputs)
+
+
+def trace(model: Any, variables: Variables, inputs: Any) -> Program:
+    """Traces a model in evaluation mode; JAX caches the trace for equal models, shapes and dtypes.
+
+    Args:
+        model: see `branchy_jax.calling`.
+        variables: arrays or their shapes.
+        inputs: arrays or their shapes, of a numeric or symbolic batch size.
+
+    Returns:
+        The program over the leaves of variables, then of inputs; its outputs are the logits of every exit.
+    """
+    calling.check_model(model)
+    with calling.explained_variables(variables):
+        traced = _logits.trace(Reference(model), calling.specs(variables), calling.specs(inputs))
+    return flatten(traced.jaxpr)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut:
+    """A program cut at its exits, which runs at the batch size that it was traced at.
+
+    Attributes:
+        program: the whole network.
+        num_weights: how many of the program's inputs are leaves of the variables.
+        outputs: the logits of the exits asked.
+        stages: for each exit asked, the numbers of the equations of its stage.
+        heads: for each exit asked, those of its head.
+        carried: for each stage, the values that it hands on.
+    """
+
+    program: Program
+    num_weights: int
+    outputs: tuple[Value, ...]
+    stages: tuple[tuple[int, ...], ...]
+    heads: tuple[tuple[int, ...], ...]
+    carried: tuple[tuple[Value, ...], ...]
+
+    def run_stage(self, n: int, weights: Sequence[Array], hidden: Sequence[Array]) -> list[Array]:
+        """Runs stage n on the leaves of the inputs or on the values that stage n − 1 handed on."""
+        incoming = self.program.inputs[self.num_weights :] if n == 0 else self.carried[n - 1]
+        env = self._run(self.stages[n], weights, dict(zip(incoming, hidden, strict=True)))
+        return [env[v] for v in self.carried[n]]
+
+    def run_exit(self, n: int, weights: Sequence[Array], hidden: Sequence[Array]) -> Array:
+        """Runs head n on the values that stage n handed on."""
+        env = self._run(self.heads[n], weights, dict(zip(self.carried[n], hidden, strict=True)))
+        return value_of(self.outputs[n], env)
+
+    def _run(self, numbers: Iterable[int], weights: Sequence[Array], given: dict[Value, Any]) -> dict[Value, Any]:
+        env = {**self.program.consts, **dict(zip(self.program.inputs, weights, strict=False)), **given}
+        for number in numbers:
+            equation = self.program.equations[number]
+            outputs = bind(equation, [value_of(v, env) for v in equation.invars])
+            env.update(zip(equation.outvars, outputs, strict=True))
+        return env
+
+
+def cut(program: Program, num_weights: int, exits: Sequence[int]) -> Cut:
+    """Cuts a program whose outputs are the logits of every exit.
+
+    Args:
+        program: from `trace`.
+        num_weights: how many of its inputs are leaves of the variables.
+        exits: the exits asked, ascending.
+    """
+    equations, outputs = program.equations, tuple(program.outputs[n] for n in exits)
+    depends = _dependent(program, num_weights)
+    own = [needed(program, [output], within=depends) for output in outputs]
+    done: set[int] = set()
+    stages, heads = [], []
+    for n, mine in enumerate(own):
+        last = n == len(own) - 1
+        later: set[int] = set().union(*own[n + 1 :])
+        stages.append(mine - done if last else (mine - done) & later)
+        heads.append(set() if last else mine - done - later)
+        done |= mine - heads[-1]
+
+    order = [*program.inputs[num_weights:], *(v for equation in equations for v in equation.outvars)]
+    carried = []
+    for n in range(len(own)):
+        computed = {v for stage in stages[: n + 1] for number in stage for v in equations[number].outvars}
+        available = computed | set(program.inputs[num_weights:])
+        after = heads[n].union(*stages[n + 1 :], *heads[n + 1 :])
+        read = {v for number in after for v in variables_of(equations[number].invars)} | set(variables_of(outputs[n:]))
+        carried.append(tuple(v for v in order if v in available and v in read and v in depends))
+
+    def with_weights(numbers: set[int], results: Sequence[Value]) -> tuple[int, ...]:
+        read = [v for number in numbers for v in equations[number].invars]
+        wanted = [v for v in variables_of([*read, *results]) if v not in depends]
+        return tuple(sorted(numbers | needed(program, wanted)))
+
+    return Cut(
+        program=program,
+        num_weights=num_weights,
+        outputs=outputs,
+        stages=tuple(with_weights(numbers, ()) for numbers in stages),
+        heads=tuple(with_weights(numbers, [output]) for numbers, output in zip(heads, outputs, strict=True)),
+        carried=tuple(carried),
+    )
+
+
+def _dependent(program: Program, num_weights: int) -> set[Value]:
+    """Returns the values that depend on the inputs, not on weights alone."""
+    depends = set(program.inputs[num_weights:])
+    for equation in program.equations:
+        if any(v in depends for v in variables_of(equation.invars)):
+            depends.update(equation.outvars)
+    return depends
+
+
+def needed(program: Program, wanted: Iterable[Value], within: set[Value] | None = None) -> set[int]:
+    """Returns the numbers of the equations that values need; only through values ``within``, where given."""
+    producer = {v: n for n, equation in enumerate(program.equations) for v in equation.outvars}
+    numbers: set[int] = set()
+    waiting = variables_of(wanted)
+    while waiting:
+        v = waiting.pop()
+        number = producer.get(v)
+        if number is None or number in numbers or (within is not None and v not in within):
+            continue
+        numbers.add(number)
+        waiting.extend(variables_of(program.equations[number].invars))
+    return numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stages:
+    """The stages and heads of a model, at any batch size. In every array that a stage hands on the batch comes first.
+
+    Attributes:
+        num_exits: N, of the model.
+        exits: the exits asked.
+        fixed_because: why the stages run at the batch size of the example alone and hand on arrays as the program has
+            them; '' where any batch size runs.
+    """
+
+    num_exits: int
+    exits: tuple[int, ...]
+    fixed_because: str
+    _model: Any
+    _variables: Any
+    _inputs: Any
+    _axes: tuple[tuple[int, ...], ...]
+
+    def at(self, variables: Variables, size: Any) -> SizedStages:
+        """Returns the stages at one batch size, with their variables.
+
+        Raises:
+            ValueError: the model cannot be traced at any other size than the example's.
+        """
+        if self.fixed_because and size != num_rows(self._inputs):
+            raise self.refusal()
+        program = trace(self._model, variables, calling.with_batch(self._inputs, size))
+        weights = jax.tree.leaves(variables)
+        return SizedStages(self.num_exits, self.exits, cut(program, len(weights), self.exits), self._axes, weights)
+
+    def run_stage(self, n: int, variables: Variables, hidden: Any) -> tuple[Array, ...]:
+        """Runs the stage of the n-th exit asked on the inputs, or on what the stage before handed on."""
+        return self.at(variables, self._size(n, hidden)).run_stage(n, hidden)
+
+    def run_exit(self, n: int, variables: Variables, hidden: Any) -> Array:
+        """Runs the head of the n-th exit asked. Returns logits ``[B, …, K]`` float32."""
+        return self.at(variables, self._size(n + 1, hidden)).run_exit(n, hidden)
+
+    @property
+    def macs(self) -> StageCosts:
+        """Multiply-accumulates of one input in the stage and the head of every exit asked."""
+        program = trace(self._model, self._variables, calling.with_batch(self._inputs, 1))
+        parts = cut(program, len(jax.tree.leaves(self._variables)), self.exits)
+        stages, heads = (
+            np.array([count_macs(program.equations[number] for number in numbers) for numbers in several])
+            for several in (parts.stages, parts.heads)
+        )
+        return StageCosts(stages=stages, exits=heads)
+
+    def refusal(self) -> ValueError:
+        """Returns the error for an executor that gathers rows."""
+        return ValueError(
+            f'model: runs at the batch size of the example alone, since {self.fixed_because}; dense and staged run '
+            'such a model, executors that gather rows and exports do not'
+        )
+
+    def _size(self, n: int, hidden: Any) -> Any:
+        if n == 0 or not self.fixed_because:
+            return num_rows(hidden)
+        return num_rows(self._inputs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SizedStages:
+    """Stages at one batch size, with their variables.
+
+    Attributes:
+        num_exits: N, of the model.
+        exits: the exits asked.
+    """
+
+    num_exits: int
+    exits: tuple[int, ...]
+    _cut: Cut
+    _axes: tuple[tuple[int, ...], ...]
+    _weights: Sequence[Array]
+
+    def run_stage(self, n: int, hidden: Any) -> tuple[Array, ...]:
+        """Runs stage n."""
+        incoming = jax.tree.leaves(hidden)
+        if n > 0 and self._axes:
+            incoming = [_move(x, 0, axis) for x, axis in zip(incoming, self._axes[n - 1], strict=True)]
+        values = self._cut.run_stage(n, self._weights, incoming)
+        if not self._axes:
+            return tuple(values)
+        return tuple(_move(x, axis, 0) for x, axis in zip(values, self._axes[n], strict=True))
+
+    def run_exit(self, n: int, hidden: Any) -> Array:
+        """Runs head n."""
+        incoming = jax.tree.leaves(hidden)
+        if self._axes:
+            incoming = [_move(x, 0, axis) for x, axis in zip(incoming, self._axes[n], strict=True)]
+        return self._cut.run_exit(n, self._weights, incoming)
+
+
+def _move(x: Array, source: int, destination: int) -> Array:
+    return x if source == destination else jnp.moveaxis(x, source, destination)
+
+
+def stages(model: Any, variables: Variables, inputs: Any, *, exits: Sequence[int] | None = None) -> Stages:
+    """Finds the stages and heads of a model.
+
+    Args:
+        model: a Flax module that returns the logits of every exit, or an object with ``init`` and ``apply``.
+        variables: of the model, arrays or their shapes.
+        inputs: an example of any batch size, or `jax.ShapeDtypeStruct`: an array ``[B, …]``, a tuple or a dictionary.
+        exits: the exits to ask, ascending, the last among them; all by default.
+
+    Returns:
+        `Stages`: ``.num_exits``, ``.run_stage(n, variables, hidden)``, ``.run_exit(n, variables, hidden)``, ``.macs``.
+
+    Raises:
+        ValueError: not a model, variables of another model, rows of a batch that influence one another (the message
+            names the place), logits that do not lead with B, impossible ``exits``.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-lenet'), jnp.ones((2, 28, 28, 1))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> parts = stages(model, variables, images)
+        >>> hidden = parts.run_stage(0, variables, images)
+        >>> parts.num_exits, parts.run_exit(0, variables, hidden).shape
+        (2, (2, 10))
+    """
+    num_rows(inputs)
+    count, reason = len(jax.tree.leaves(variables)), ''
+    try:
+        program = trace(model, variables, calling.with_batch(inputs, BATCH))
+    except Exception as error:  # a model may raise anything where it asks for the number of rows
+        program, reason = trace(model, variables, inputs), f'its trace with a symbolic batch size failed: {error}'
+    num_exits = len(program.outputs)
+    asked = calling.check_exits('exits', exits, num_exits)
+    size = num_rows(inputs) if reason else BATCH
+    for n, output in enumerate(program.outputs):
+        if output.aval.shape[0] != size:
+            raise ValueError(
+                f'model: exit {n} returns {output.aval.str_short()} for a batch of {size}; logits lead with B'
+            )
+    axes: list[tuple[int, ...]] = []
+    if not reason:
+        parts = cut(program, count, asked)
+        check_rows(program, needed(program, parts.outputs, within=_dependent(program, count)), BATCH)
+        try:
+            axes = [tuple(batch_axis(program, v, BATCH) for v in values) for values in parts.carried]
+        except ValueError as error:
+            reason = str(error)
+    shapes = calling.specs(variables), calling.specs(inputs)
+    return Stages(num_exits, asked, reason, model, *shapes, () if reason else tuple(axes))
+
+
+def check_rows_by_trial(model: Any, variables: Variables, inputs: Any, rows: Callable[[], Any]) -> None:
+    """Refuses a model in which one row of a batch influences another, by trial if its program does not tell.
+
+    Args:
+        model: see `branchy_jax.calling`.
+        variables: of the model.
+        inputs: arrays or their shapes.
+        rows: returns a few inputs to try.
+
+    Raises:
+        ValueError: the message names the place.
+    """
+    if stages(model, variables, inputs).fixed_because:
+        return
+    traced = trace(model, variables, calling.with_batch(inputs, BATCH))
+    place = first_undecided(traced, needed(traced, traced.outputs), BATCH)
+    if place:
+        check_by_trial(lambda inputs: _logits(Reference(model), variables, inputs), rows(), place)
+
+
+def leaves_read(model: Any, variables: Variables, inputs: Any, exits: Sequence[int]) -> frozenset[str]:
+    """Returns the paths (`jax.tree_util.keystr`) of the leaves of ``variables`` that some exits read in evaluation."""
+    program = trace(model, variables, inputs)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(variables)]
+    outputs = [program.outputs[n] for n in exits]
+    numbers = needed(program, outputs)
+    read = set(variables_of(outputs))
+    read.update(v for number in numbers for v in variables_of(program.equations[number].invars))
+    return frozenset(path for path, v in zip(paths, program.inputs, strict=False) if v in read)

@@ -1,0 +1,227 @@
+"""Whether the rows of a batch are independent, and where the batch lies in each value of a program.
+
+The guarantee of every executor is f(x[rows]) = f(x)[rows] for every list of rows. A program that was traced with a
+symbolic batch size shows the batch in the shapes of its values; a table of primitives says which axes each one mixes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from branchy_jax.jaxprs import Equation, Program, Value
+from branchy_jax.types import Array
+
+
+def axes_with(v: Value, batch: Any) -> list[int]:
+    """Returns the axes of a value that are exactly the batch."""
+    return [axis for axis, size in enumerate(v.aval.shape) if not isinstance(size, int) and size == batch]
+
+
+def batch_axis(program: Program, v: Value, batch: Any) -> int:
+    """Returns the axis of a value that is the batch.
+
+    Raises:
+        ValueError: the value has no axis that is the batch, or several; the message names the place.
+    """
+    axes = axes_with(v, batch)
+    if len(axes) == 1 and len(_symbolic(v)) == 1:
+        return axes[0]
+    number = next((n for n, equation in enumerate(program.equations) if v in equation.outvars), None)
+    where = 'the inputs' if number is None else program.where(number)
+    raise ValueError(
+        f'a value of shape {v.aval.str_short()} at {where} is handed on past an exit and has not one row for each input'
+    )
+
+
+def check_rows(program: Program, numbers: Iterable[int], batch: Any) -> None:
+    """Refuses a program in which one row of a batch influences another.
+
+    Args:
+        program: traced with a symbolic batch size.
+        numbers: of the equations to check, which depend on the inputs.
+        batch: the symbolic size.
+
+    Raises:
+        ValueError: an equation mixes the axis of the batch; the message names the place.
+    """
+    for number in sorted(numbers):
+        mixing = _mixing(program.equations[number], batch)
+        if mixing:
+            raise ValueError(
+                f'model: the rows of a batch influence one another at {program.where(number)}: {mixing} works along '
+                'the axis of the batch; every row must be computed from its own input alone (BatchNorm: use running '
+                'averages in evaluation)'
+            )
+
+
+def _mixing(equation: Equation, batch: Any) -> str:
+    """Returns the primitive with which an equation mixes rows, '' where it does not."""
+    name = equation.primitive.name
+    bodies = _bodies(equation)
+    for body in bodies:
+        inside = next(filter(None, (_mixing(inner, batch) for inner in body.eqns)), '')
+        if inside:
+            return inside
+    if name == 'scan' and _carries_from_row_to_row(equation, batch):
+        return name
+    rule = _MIXED_AXES.get(name)
+    arguments = zip(equation.invars, rule(equation) if rule else (), strict=False)
+    if any(set(axes) & set(axes_with(v, batch)) for v, axes in arguments):
+        return name
+    return '' if bodies or _has_rows(equation, batch) else name
+
+
+def _bodies(equation: Equation) -> list[Any]:
+    """Returns the jaxprs of a loop or conditional; the condition of a loop only says when all rows are done."""
+    bodies = [equation.params[key] for key in ('jaxpr', 'body_jaxpr') if key in equation.params]
+    return [*bodies, *equation.params.get('branches', ())]
+
+
+def _has_rows(equation: Equation, batch: Any) -> bool:
+    """Whether an equation that reads rows returns as many: a single one, or one more, come from several."""
+    if not any(_symbolic(v) for v in equation.invars):
+        return True
+    return all(_symbolic(v) and all((size % batch) == 0 for size in _symbolic(v)) for v in equation.outvars)
+
+
+def _symbolic(v: Value) -> list[Any]:
+    return [size for size in v.aval.shape if not isinstance(size, int)]
+
+
+def _carries_from_row_to_row(equation: Equation, batch: Any) -> bool:
+    """Whether a scan over rows changes what it hands on from row to row."""
+    consts, carries = equation.params['num_consts'], equation.params['num_carry']
+    body = equation.params['jaxpr'].jaxpr
+    changes = any(body.outvars[n] is not body.invars[consts + n] for n in range(carries))
+    return changes and any(0 in axes_with(v, batch) for v in equation.invars[consts + carries :])
+
+
+def first_undecided(program: Program, numbers: Iterable[int], batch: Any) -> str:
+    """Returns the place of the first equation that may mix rows, depending on values; '' if there is none.
+
+    These are indices along the axis of the batch, the numbers of the rows, the size of the batch, and noise.
+
+    Args:
+        program: traced with a symbolic batch size.
+        numbers: of the equations to look at.
+        batch: the symbolic size.
+    """
+    return next((program.where(n) for n in sorted(numbers) if _is_undecided(program.equations[n], batch)), '')
+
+
+def _is_undecided(equation: Equation, batch: Any) -> bool:
+    name, params = equation.primitive.name, equation.params
+    if any(_is_undecided(inner, batch) for body in _bodies(equation) for inner in body.eqns):
+        return True
+    if name in ('dim_as_value', 'random_bits'):
+        return True
+    if name == 'iota':
+        return params['dimension'] in axes_with(equation.outvars[0], batch)
+    numbers = params.get('dimension_numbers')
+    indexed = getattr(numbers, 'start_index_map', getattr(numbers, 'scatter_dims_to_operand_dims', ()))
+    return any(axis in axes_with(equation.invars[0], batch) for axis in indexed)
+
+
+def check_by_trial(logits_of: Callable[[Any], Sequence[Array]], inputs: Any, place: str) -> None:
+    """Runs a network on 7 rows in other company: reversed, one row repeated, one row alone, NaN in another row.
+
+    Args:
+        logits_of: the network.
+        inputs: arrays ``[B, …]``.
+        place: of the equation that the program does not decide.
+
+    Raises:
+        ValueError: the logits of a row depend on the others.
+    """
+    count = len(jax.tree.leaves(inputs)[0])
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[jnp.arange(7) % count], inputs)
+    poisoned = jax.tree.map(lambda x: x.at[0].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, rows)
+    expected = [np.asarray(logits) for logits in logits_of(rows)]
+    trials = [(rows, order, order) for order in ([6, 5, 4, 3, 2, 1, 0], [2] * 7, [4])]
+    for given, order, answers in [*trials, (poisoned, list(range(7)), list(range(1, 7)))]:
+        result = logits_of(jax.tree.map(lambda x, order=order: x[jnp.array(order)], given))
+        for logits, alone in zip(result, expected, strict=True):
+            seen = np.asarray(logits)[-len(answers) :]
+            if not np.allclose(seen, alone[answers], rtol=0, atol=0.03 * np.abs(alone).max() + 1e-6, equal_nan=True):
+                raise ValueError(
+                    f'model: the rows of a batch influence one another, probably at {place}: among other rows the '
+                    'logits of the same row are others; every row must be computed from its own input alone'
+                )
+
+
+Axes = list[Any]
+"""For each argument of an equation the axes that it mixes."""
+
+
+def _by(name: str) -> Callable[[Equation], Axes]:
+    """Returns the rule for a primitive of which a parameter names the axes of its first argument that it mixes."""
+
+    def rule(equation: Equation) -> Axes:
+        named = equation.params[name]
+        return [named if isinstance(named, (tuple, list)) else [named]]
+
+    return rule
+
+
+def _dot_general(equation: Equation) -> Axes:
+    return list(equation.params['dimension_numbers'][0])
+
+
+def _convolution(equation: Equation) -> Axes:
+    numbers = equation.params['dimension_numbers']
+    groups = equation.params['batch_group_count'] > 1
+    return [numbers.lhs_spec if groups else numbers.lhs_spec[1:], numbers.rhs_spec]
+
+
+def _window(equation: Equation) -> Axes:
+    sizes = equation.params['window_dimensions']
+    return [[axis for axis, size in enumerate(sizes) if size != 1]]
+
+
+def _slice(equation: Equation) -> Axes:
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    return [[axis for axis, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]]
+
+
+def _last(equation: Equation) -> Axes:
+    return [[equation.params.get('axis', len(equation.invars[0].aval.shape) - 1)]]
+
+
+def _fft(equation: Equation) -> Axes:
+    rank = len(equation.invars[0].aval.shape)
+    return [range(rank - len(equation.params['fft_lengths']), rank)]
+
+
+def _reshape(equation: Equation) -> Axes:
+    """An axis keeps its rows only where as many values lie before it as after it."""
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    same = {(size, math.prod(after[:axis])) for axis, size in enumerate(after)}
+    moved = [axis for axis, size in enumerate(before) if (size, math.prod(before[:axis])) not in same]
+    return [moved if any(size in before for size in after if not isinstance(size, int)) else []]
+
+
+_REDUCTIONS = ('argmax', 'argmin', *(f'reduce_{kind}' for kind in ('sum', 'max', 'min', 'prod', 'and', 'or', 'xor')))
+_CUMULATIVE = ('cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp')
+_WINDOWS = ('reduce_window_sum', 'reduce_window_max', 'reduce_window_min', 'reduce_window', 'select_and_gather_add')
+
+_MIXED_AXES: dict[str, Callable[[Equation], Axes]] = {
+    **dict.fromkeys(_REDUCTIONS, _by('axes')),
+    **dict.fromkeys(_CUMULATIVE, _by('axis')),
+    **dict.fromkeys(_WINDOWS, _window),
+    'reduce': _by('dimensions'),
+    'rev': _by('dimensions'),
+    'fft': _fft,
+    'reshape': _reshape,
+    'sort': _by('dimension'),  # all arguments have the same axes
+    'top_k': _last,
+    'approx_top_k': _by('reduction_dimension'),
+    'dot_general': _dot_general,
+    'conv_general_dilated': _convolution,
+    'slice': _slice,
+}
