@@ -18,7 +18,8 @@ import numpy as np
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
 from branchy_jax.inference.compiler_options import BY_NAME, may_use_one_core
-from branchy_jax.inference.planning.segments import Segments
+from branchy_jax.inference.planning.segments import Segments, bind
+from branchy_jax.inference.steps import arrays_of
 from branchy_jax.types import Variables
 from experiments.run.networks import Networks, first_stages
 from experiments.run.processes import as_a_user_starts_them
@@ -78,7 +79,7 @@ def _time_images(networks: Networks, images: np.ndarray, policies: Policies, pas
     compiled = fastest_options(networks.fast, next(iter(policies.values())), few)
     alone = Segments(networks.fast, images, 1, criterion, BY_NAME[compiled]).functions(images)
     runs: Runs = {
-        'plain': (staged((networks.baseline, networks.baseline_variables), nothing), inputs),
+        'plain': (staged((networks.baseline, networks.baseline_variables), nothing, embed=False), inputs),
         'rewritten': (
             staged(networks.fast_baseline, nothing, fastest_options(networks.fast_baseline, nothing, few)),
             inputs,
@@ -187,7 +188,7 @@ def _time_static(networks: Networks, static: Sequence[Variables], images: np.nda
     ]
     fast = dict(enumerate(parts)) | {'baseline': networks.fast_baseline}
     runs = {name: staged(network, nothing, fastest_options(network, nothing, inputs)) for name, network in fast.items()}
-    runs['plain'] = staged((networks.baseline, networks.baseline_variables), nothing)
+    runs['plain'] = staged((networks.baseline, networks.baseline_variables), nothing, embed=False)
     functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
     seconds = bj.measure.interleaved_passes(functions, passes=passes)
     read = functools.partial(Clock.read, seconds, baseline='baseline', images=len(inputs), batch=1)
@@ -235,17 +236,23 @@ class Staged:
         return self.answer(image)
 
 
-def staged(network: Network, policy: bj.ExitPolicy, options: str = '') -> Staged:
-    """Binds `branchy_jax.inference.staged` to weights and a policy.
+def staged(network: Network, policy: bj.ExitPolicy, options: str = '', *, embed: bool = True) -> Staged:
+    """Binds `branchy_jax.inference.staged` to weights and a policy, as a plan does.
 
     Args:
         network: with its variables.
         policy: when an image leaves.
         options: the name of compiler options, from `fastest_options`.
+        embed: whether weights are constants of the program; not those of a plain network.
     """
     (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
-    execute = bj.inference.staged(model, compiler_options=BY_NAME[options])
-    return Staged(lambda image: execute(variables, image, policy), options and f'staged, {options}')
+    executor = bj.inference.staged(model)
+
+    def answer(variables: Variables, image: jax.Array) -> tuple[jax.Array, ...]:
+        return arrays_of(executor.program(variables, image, policy))
+
+    run = bind(answer, variables, BY_NAME[options], embed=embed)
+    return Staged(lambda image: bj.ExitPrediction(*run(image)), options and f'staged, {options}')
 
 
 def fastest_options(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Array]) -> str:
