@@ -22,6 +22,7 @@ from branchy_jax.inference.planning.programs import Programs
 from branchy_jax.inference.planning.times import SegmentTimes, forecast
 
 LOOKING_BACK = bj.criteria.ensemble()
+ONE_CANDIDATE = {'passes': 1, 'budget_seconds': 0.0}  # beside the baseline: compiling takes most of a plan's time
 
 
 def check_same(result, expected):
@@ -124,17 +125,16 @@ def thresholds_at(uncertainty, quantiles):
     return np.array([q if np.isinf(q) else np.quantile(uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32)
 
 
-@pytest.fixture(params=[1, 2], ids=['one core', 'two cores'])
-def cores(request, monkeypatch):
-    """The number of cores to plan for; a CPU that has another number compiles the same."""
-    monkeypatch.setattr(candidates, 'num_cores', lambda: request.param)
-    monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: request.param > 1)
+def plan_for(cores, monkeypatch):
+    """Sets the number of cores to plan for; a CPU that has another number compiles the same."""
+    monkeypatch.setattr(candidates, 'num_cores', lambda: cores)
+    monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: cores > 1)
     monkeypatch.setattr(candidates, 'may_use_one_core', lambda: True)
-    return request.param
 
 
-@pytest.mark.parametrize('batch_size', [1, 24])
-def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size, cores):
+@pytest.mark.parametrize(('batch_size', 'cores'), [(1, 1), (24, 2)])
+def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size, cores, monkeypatch):
+    plan_for(cores, monkeypatch)
     model, variables, images = network
     thresholds = thresholds_at(uncertainty, (0.7, 0.5))
     times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
@@ -144,47 +144,50 @@ def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size,
     policy = bj.ExitPolicy(bj.criteria.entropy, jnp.asarray(thresholds))
     expected = model.apply(variables, images)[-1]
     np.testing.assert_allclose(programs.runner(baseline, policy, batch_size)(images)[0], expected, rtol=1e-5, atol=1e-6)
-    compiled = {}
     for candidate in others:
         applied = np.where(np.isin([0, 1], candidate.exits), thresholds, -np.inf)
         expected = dense(model)(variables, images[:batch_size], applied)
         check_same(programs.runner(candidate, policy, batch_size)(images[:batch_size]), expected)
-        if candidate.exits in (first[1].exits, (2,)) and candidate.optimized:
-            options = compiled.setdefault((candidate.executor, candidate.name.startswith('sequential ×')), [])
-            options.append(candidate.compiler_options)
+
+
+def settings_tried(times, confident, batch_size, **options):
+    first, reserve = candidates_to_try(times, confident, batch_size, **{'may_skip': True, **options})
+    return [
+        [(c.executor, c.on_host, c.workers, c.compiler_options) for c in several] for several in (first[1:], reserve)
+    ]
+
+
+LIGHT, HEAVY = linear_times([0.1, 10, 10], [0, 0, 0]), linear_times([10, 10, 10], [0, 0, 0])
+CONFIDENT = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
+WITHOUT_BRANCHES = ('dense', False, 1)
+
+
+@pytest.mark.parametrize('cores', [1, 2])
+def test_candidates_depend_on_batch_cores_and_weight(cores, monkeypatch):
+    plan_for(cores, monkeypatch)
     several = ['all cores'] * (cores > 1)
-    expected = {('sequential', False): ['one core', *several, ''], ('dense', False): [*several, '']}
-    if batch_size == 1:
-        expected['dense', False] = ['one core', *several, '']
-    else:
-        expected['compacted', False] = [*several, ''] * 3
-    if batch_size > 1 and cores > 1:
-        expected['sequential', True] = ['one core', '']
-    assert compiled == expected
+    shared = ('sequential', False, cores)
+    first, reserve = settings_tried(HEAVY, CONFIDENT, 16)
+    assert first == [(*shared, 'one core'), ('compacted', True, cores, [*several, ''][0])]
+    assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*several, '', '')]
+    first, _ = settings_tried(LIGHT, CONFIDENT & False, 16)
+    assert first[-1] == (*WITHOUT_BRANCHES, '')  # nearly as fast, by the forecast
+    first, reserve = settings_tried(LIGHT, CONFIDENT, 1)
+    alone = ['one core', *several, '']
+    assert first[:3] == [('sequential', False, 1, options) for options in alone][:3]
+    assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*alone, '')]
+    first, reserve = settings_tried(HEAVY, CONFIDENT, 16, may_skip=False)
+    assert len(first) == 2  # every exit is asked
+    assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*several, '')]
 
 
-def test_of_a_heavy_network_few_candidates_are_compiled(cores):
-    confident = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
-    heavy = linear_times([10, 10, 10], [0, 0, 0])
-    first, reserve = candidates_to_try(heavy, confident, 16, may_skip=True)
-    several = 'all cores' if cores > 1 else ''
-    hosted = [('compacted', workers, several) for workers in (1, 2)]
-    settings = [(c.executor, c.workers, c.compiler_options) for c in first[1:]]
-    assert settings == [('sequential', cores, 'one core'), *hosted]
-    assert [c.exits for c in reserve] == [(2,)] * (cores + 1)
-    first, reserve = candidates_to_try(heavy, confident & False, 16, may_skip=True)
-    assert first[-1].name == 'last exit, optimized'  # nearly as fast, by the forecast
-    first, reserve = candidates_to_try(heavy, confident, 16, may_skip=False)
-    assert [c.exits for c in (*first[1:], *reserve)] == [(0, 1, 2)] * (3 + cores)
-
-
-def test_workers_take_pieces_of_two_milliseconds(monkeypatch):
-    monkeypatch.setattr(candidates, 'num_cores', lambda: 2)
+def test_workers_take_pieces_of_two_milliseconds_of_batches_that_take_longer(monkeypatch):
+    plan_for(2, monkeypatch)
     pieces = []
     for ms in (0.01, 1.0, 100.0):
         first, _ = candidates_to_try(linear_times([ms, 0, 0], [0, 0, 0]), np.ones((2, 10), bool), 64, may_skip=True)
-        pieces += [c.chunk_sizes for c in first if c.executor == 'sequential' and c.workers > 1][:1]
-    assert pieces == [(32,), (2,), (1,)]
+        pieces += [(c.workers, c.chunk_sizes) for c in first if c.executor == 'sequential'][:1]
+    assert pieces == [(1, ()), (2, (2,)), (2, (1,))]
 
 
 SETTINGS = [(0.7, 0.5), (-np.inf, -np.inf), (0.3, np.inf)]
@@ -192,7 +195,7 @@ SETTINGS = [(0.7, 0.5), (-np.inf, -np.inf), (0.3, np.inf)]
 
 @pytest.mark.parametrize(
     ('batch_size', 'quantiles', 'options'),
-    [(1, SETTINGS[0], ''), (8, SETTINGS[0], 'all_compiler_options'), (24, SETTINGS[1], ''), (24, SETTINGS[2], '')],
+    [(1, SETTINGS[0], ''), (8, SETTINGS[0], 'all_compiler_options'), (24, SETTINGS[2], '')],
 )
 def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quantiles, options, request):
     if options:
@@ -219,7 +222,7 @@ def test_a_criterion_that_looks_back_or_a_guarantee_asks_every_exit(network):
     model, variables, images = network
     policy = bj.ExitPolicy(LOOKING_BACK, jnp.full(2, -jnp.inf))
     for arguments, options in ((policy, {}), ([-np.inf, -np.inf], {'skip_heads': False})):
-        planned = plan(model, variables, images, arguments, passes=1, **options)
+        planned = plan(model, variables, images, arguments, **ONE_CANDIDATE, **options)
         assert planned.exits == (0, 1, 2)
         check_same(planned(images), dense(model)(variables, images, planned.policy))
 
@@ -256,17 +259,16 @@ def networks_of_users():
     return {
         'two inputs': (TwoInputs(), (image, tokens)),
         'a dictionary': (TwoInputs(), {'image': image, 'tokens': tokens}),
-        'attached': (bj.models.attach(Plain(), ['first'], inputs=image), image),
         'fixed batch': (AsksForTheBatch(), image),
     }
 
 
-@pytest.mark.parametrize('name', ['two inputs', 'a dictionary', 'attached', 'fixed batch'])
+@pytest.mark.parametrize('name', ['two inputs', 'a dictionary', 'fixed batch'])
 def test_networks_of_users_are_planned(name, tmp_path):
     model, inputs = networks_of_users()[name]
     variables = bj.calling.init(model, jax.random.key(1), inputs)
     policy = [float(np.median(exit_outputs(model, variables, inputs).uncertainty[0]))]
-    planned = plan(model, variables, inputs, policy, batch_size=6, passes=1, skip_heads=False)
+    planned = plan(model, variables, inputs, policy, batch_size=6, skip_heads=False, **ONE_CANDIDATE)
     planned.warm_up()
     planned.save(tmp_path / 'plan.json')
     for each in (planned, bj.inference.Plan.load(tmp_path / 'plan.json', model, variables)):
@@ -280,7 +282,7 @@ def test_a_deleted_plan_frees_models_weights_and_programs():
     for width in (3, 4, 5):
         model = bj.models.attach(Plain(name=f'net{width}'), ['first'], inputs=inputs)
         variables = bj.calling.init(model, jax.random.key(width), inputs)
-        planned = plan(model, variables, inputs, [0.5], passes=1, skip_heads=False)
+        planned = plan(model, variables, inputs, [0.5], skip_heads=False, **ONE_CANDIDATE)
         planned(inputs)
         programs = planned._programs
         fast_model, fast_variables = programs.optimized
@@ -295,7 +297,7 @@ def test_a_deleted_plan_frees_models_weights_and_programs():
 def test_large_weights_are_arguments(network, monkeypatch):
     monkeypatch.setattr(segments, '_MOST_EMBEDDED_BYTES_ON_CPU', 0)
     model, variables, images = network
-    planned = plan(model, variables, images, [0.5, 0.5], passes=1)
+    planned = plan(model, variables, images, [0.5, 0.5], **ONE_CANDIDATE)
     check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 
@@ -326,7 +328,7 @@ def test_an_exit_that_saves_nothing_is_warned_of():
     images = jnp.ones((4, 6))
     model = LastLayerFirst()
     with pytest.warns(UserWarning, match='exit 0 costs 624 MACs'):
-        plan(model, model.init(jax.random.key(0), images), images, [0.0], passes=1)
+        plan(model, model.init(jax.random.key(0), images), images, [0.0], **ONE_CANDIDATE)
 
 
 def tried(name, low, median, high, *, exits=(0, 2), eliminated=False):
@@ -420,8 +422,8 @@ def test_plan_reports_its_steps_and_keeps_to_its_budget(network, uncertainty):
 
 def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, uncertainty, compilations):
     model, variables, images = network
-    # Without a budget the reserve is tried or not as the clock of this run decides.
-    options = {'passes': 1, 'skip_heads': False, 'budget_seconds': 0.0}
+    # Without a budget the clock of this run decides whether the reserve is tried.
+    options = {'skip_heads': False, **ONE_CANDIDATE}
     first = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), **options)
     before = compilations.count
     second = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), earlier=first, **options)

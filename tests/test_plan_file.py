@@ -116,7 +116,9 @@ def test_no_file_and_half_a_file_are_refused(network, path):
 def test_a_criterion_that_no_file_can_name_is_not_written(network, tmp_path):
     model, variables, images = network
     criterion = bj.criteria.as_criterion(lambda logits: -logits.max(axis=-1))
-    planned = plan(model, variables, images, bj.ExitPolicy(criterion, jnp.full(2, -jnp.inf)), passes=1)
+    planned = plan(
+        model, variables, images, bj.ExitPolicy(criterion, jnp.full(2, -jnp.inf)), passes=1, budget_seconds=0.0
+    )
     with pytest.raises(ValueError, match='policy: its criterion holds'):
         planned.save(tmp_path / 'plan.json')
     assert not list(tmp_path.iterdir())

@@ -123,7 +123,7 @@ def _with_compiler_options(candidate: Candidate, batch_size: int, mesh: Mesh | N
 def _executors(choice: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool) -> Sequence[Candidate]:
     """Returns the executors for a forecast, the most promising first."""
     ms, exits, chunk_sizes = choice
-    sizes, cores = '/'.join(map(str, chunk_sizes)), num_cores()
+    sizes, workers = '/'.join(map(str, chunk_sizes)), num_cores() if ms > num_cores() * _PIECE_MS else 1
     whole = Candidate('sequential', 'sequential', exits, predicted_ms=ms)
     loop = Candidate(f'compacted, loop of {sizes}', 'compacted', exits, chunk_sizes=chunk_sizes, predicted_ms=ms)
     if mesh is not None:
@@ -132,16 +132,13 @@ def _executors(choice: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: b
         return [dataclasses.replace(whole, name='staged')] if len(exits) > 1 else []
     if jax.default_backend() != 'cpu':
         return [loop, whole]
-    hosted = [
-        dataclasses.replace(loop, name=f'compacted, host × {workers}, {sizes}', on_host=True, workers=workers)
-        for workers in (1, 2)
-    ]
-    piece = -(-batch_size // (cores * max(1, round(ms / (cores * _PIECE_MS)))))
-    shared = dataclasses.replace(whole, name=f'sequential × {cores}, {piece}', chunk_sizes=(piece,), workers=cores)
-    several = [shared] if cores > 1 else []
-    if heavy:  # compiling takes long, and on several cores neither a loop nor one worker wins
-        return [*(several or [whole]), *hosted]
-    return [*several, *hosted, loop, whole]
+    on_host = min(workers, 2)  # each chunk may use several cores
+    hosted = dataclasses.replace(loop, name=f'compacted, host × {on_host}, {sizes}', on_host=True, workers=on_host)
+    if workers > 1:
+        piece = -(-batch_size // (workers * round(ms / (workers * _PIECE_MS))))
+        name = f'sequential × {workers}, {piece}'
+        whole = dataclasses.replace(whole, name=name, chunk_sizes=(piece,), workers=workers)
+    return [whole, hosted] if heavy else [loop, whole, hosted]  # a loop of a heavy network takes long to compile
 
 
 class Progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -145,11 +144,11 @@ def segment_times(
 
 def time_segments(several: Sequence[Segments], inputs: Any, *, passes: int) -> SegmentTimes:
     """Times stages and heads at several sizes, in ascending order."""
-    with ThreadPoolExecutor() as pool:  # one size compiles while the next is traced
-        by_size = list(pool.map(lambda segments: segments.functions(inputs), several))
-    functions = {key: function for functions in by_size for key, function in functions.items()}
+    functions: dict[Any, Callable[[], Any]] = {}
+    for segments in several:
+        functions |= segments.functions(inputs)
     seconds = interleaved_passes(functions, passes=passes, warmup=0, settle=1)
-    sizes, exits = [segments.size for segments in several], range(len(by_size[0]) // 2)
+    sizes, exits = [segments.size for segments in several], sorted({n for _, n, _ in functions})
 
     def ms(kind: str) -> np.ndarray:
         return np.array([[np.median(seconds[kind, n, size]) * 1e3 for n in exits] for size in sizes])
