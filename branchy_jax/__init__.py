@@ -21,24 +21,6 @@ from branchy_jax.types import Batch, ExitPolicy, ExitPrediction, Normalization, 
 
 __version__ = '0.3.0.dev0'
 
-__all__ = [
-    'Batch',
-    'ExitPolicy',
-    'ExitPrediction',
-    'Normalization',
-    'OperatingPoint',
-    'checkpoint',
-    'costs',
-    'criteria',
-    'data',
-    'export',
-    'inference',
-    'losses',
-    'measure',
-    'models',
-    'plots',
-    'program',
-    'sharding',
-    'thresholds',
-    'training',
-]
+__all__ = ['Batch', 'ExitPolicy', 'ExitPrediction', 'Normalization', 'OperatingPoint']
+__all__ += ['checkpoint', 'costs', 'criteria', 'data', 'export', 'inference', 'losses', 'measure', 'models', 'plots']
+__all__ += ['program', 'sharding', 'thresholds', 'training']

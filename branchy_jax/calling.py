@@ -1,10 +1,9 @@
 """How the library calls a model: its inputs, the flag that tells whether it trains, and its logits.
 
 A model is a Flax Linen module that returns the logits of every exit, earliest first, or an object with the same two
-methods: ``init(key, *inputs)`` and ``apply(variables, *inputs, train=…, frozen_trunk=…, rngs=…, mutable=…)``.
+methods, such as a `Model`: ``init(key, *inputs)`` and ``apply(variables, *inputs, train=…, frozen_trunk=…, rngs=…,
+mutable=…)``.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -34,10 +33,7 @@ def check_model(model: Any) -> None:
         ValueError: a name, a bound module, or an object without ``init`` and ``apply``.
     """
     if not (callable(getattr(model, 'init', None)) and callable(getattr(model, 'apply', None))):
-        raise ValueError(
-            f'model: got {model!r}; give a Flax module that returns the logits of every exit, such as '
-            'branchy_jax.models.create makes from a name'
-        )
+        raise ValueError(f'model: got {model!r}; give a Flax module, such as branchy_jax.models.create returns')
     if isinstance(model, nn.Module) and model.scope is not None:
         raise ValueError(f'model: got a {type(model).__name__} that is bound; give the module without its variables')
 
@@ -53,21 +49,10 @@ def init(model: Any, key: jax.Array, inputs: Any) -> Variables:
     check_model(model)
     if not isinstance(model, nn.Module):
         return model.init(key, inputs)
-    positional, named = call_arguments(type(model).__call__, model, inputs, train=False)
-    with nn.intercept_methods(functools.partial(_pass_mode_through_sequential, train=False)):
-        return in_mode(model, train=False).init({'params': key, 'dropout': key}, *positional, **named)
+    return _call_linen('init', model, {'params': key, 'dropout': key}, inputs, train=False)
 
 
-def apply(
-    model: Any,
-    variables: Variables,
-    inputs: Any,
-    *,
-    train: bool = False,
-    frozen_trunk: bool = False,
-    rngs: Mapping[str, jax.Array] | None = None,
-    mutable: Any = False,
-) -> Any:
+def apply(model: Any, variables: Variables, inputs: Any, *, mutable: Any = False, **mode: Any) -> Any:
     """Computes the logits of every exit.
 
     Args:
@@ -75,11 +60,9 @@ def apply(
         variables: of the model.
         inputs: an array, tuple or dictionary; every leaf leads with B. A tuple is passed argument by argument, a
             dictionary by name where all its keys are names of arguments.
-        train: whether the model trains.
-        frozen_trunk: whether the trunk stays in evaluation mode; a Linen module without an argument of this name then
-            runs in evaluation mode altogether.
-        rngs: PRNG keys by name.
         mutable: collections to update.
+        **mode: ``train``, ``frozen_trunk`` and ``rngs``, as in `Mode`; evaluation by default. A Linen module without an
+            argument ``frozen_trunk`` runs in evaluation mode altogether where that is true.
 
     Returns:
         N arrays ``[B, …, K]`` float32; with ``mutable`` a pair of these and the updated collections.
@@ -88,17 +71,10 @@ def apply(
         ValueError: not a model, variables of another model, or a result that is not the logits of exits.
     """
     check_model(model)
+    call = functools.partial(apply_linen, model) if isinstance(model, nn.Module) else model.apply
     with explained_variables(variables):
-        if isinstance(model, nn.Module):
-            result = apply_linen(
-                model, variables, inputs, train=train, frozen_trunk=frozen_trunk, rngs=rngs, mutable=mutable
-            )
-        else:
-            options: dict[str, Any] = {'train': train, 'frozen_trunk': frozen_trunk, 'rngs': rngs, 'mutable': mutable}
-            result = model.apply(variables, inputs, **options)
-    if mutable is False:
-        return as_logits(result)
-    return as_logits(result[0]), result[1]
+        result = call(variables, inputs, mutable=mutable, **mode)
+    return as_logits(result) if mutable is False else (as_logits(result[0]), result[1])
 
 
 def apply_linen(
@@ -106,25 +82,87 @@ def apply_linen(
     variables: Variables,
     inputs: Any,
     *,
-    train: bool,
+    train: bool = False,
     frozen_trunk: bool = False,
-    rngs: Mapping[str, jax.Array] | None = None,
-    mutable: Any = False,
+    **options: Any,
 ) -> Any:
-    """Applies any Linen module in a mode; returns what the module returns."""
-    takes_frozen = 'frozen_trunk' in parameters_of(type(module).__call__)
-    train = train and (takes_frozen or not frozen_trunk)
-    positional, named = call_arguments(type(module).__call__, module, inputs, train=train)
-    if takes_frozen and frozen_trunk:
-        named = {**named, 'frozen_trunk': True}
+    """Applies any Linen module in a mode; returns what the module returns.
+
+    Args:
+        module: unbound.
+        variables: of the module.
+        inputs: as for `apply`.
+        train: whether the module trains.
+        frozen_trunk: is passed on to a module with such an argument.
+        **options: ``rngs`` and ``mutable`` of `flax.linen.Module.apply`.
+    """
+    if frozen_trunk and 'frozen_trunk' in parameters_of(module):
+        options['frozen_trunk'] = True
+    elif frozen_trunk:
+        train = False
+    return _call_linen('apply', module, variables, inputs, train=train, **options)
+
+
+def _call_linen(method: str, module: nn.Module, first: Any, inputs: Any, *, train: bool, **options: Any) -> Any:
+    positional, named = call_arguments(module, inputs, train=train)
     with nn.intercept_methods(functools.partial(_pass_mode_through_sequential, train=train)):
-        bound: Any = in_mode(module, train=train)
-        return bound.apply(variables, *positional, **named, rngs=rngs, mutable=mutable)
+        return getattr(in_mode(module, train=train), method)(first, *positional, **named, **options)
 
 
-def one_input(inputs: tuple[Any, ...]) -> Any:
-    """Returns the positional arguments of a call as one set of inputs."""
-    return inputs[0] if len(inputs) == 1 else inputs
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a model is run.
+
+    Attributes:
+        train: whether dropout drops and BatchNorm uses the batch's statistics.
+        frozen_trunk: whether the trunk stays in evaluation mode while the side heads train.
+        rngs: PRNG keys by name.
+        mutable: names of the collections to update.
+    """
+
+    train: bool = False
+    frozen_trunk: bool = False
+    rngs: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    mutable: Sequence[str] = ()
+
+
+class Model:
+    """A model that is no Linen module: gives ``init`` and ``apply`` to a class with ``_init`` and ``_run``.
+
+    ``_init(key, inputs)`` returns variables; ``_run(variables, inputs, mode)`` returns logits and updated collections.
+    """
+
+    _init: Callable[..., Variables]
+    _run: Callable[..., tuple[Any, Variables]]
+
+    def init(self, key: Any, *inputs: Any) -> Variables:
+        """Returns variables to start from.
+
+        Args:
+            key: PRNG key.
+            *inputs: of the model.
+        """
+        return self._init(key, inputs[0] if len(inputs) == 1 else inputs)
+
+    def apply(self, variables: Variables, *inputs: Any, mutable: Any = False, **mode: Any) -> Any:
+        """Computes the logits of every exit, as `flax.linen.Module.apply` would.
+
+        Args:
+            variables: of the model.
+            *inputs: of the model.
+            mutable: names of collections to update; ``True`` for all but ``params``.
+            **mode: ``train``, ``frozen_trunk`` and ``rngs``, as in `Mode`; evaluation by default.
+
+        Raises:
+            ValueError: variables or inputs of another model.
+        """
+        names = [mutable] if isinstance(mutable, str) else mutable or ()
+        if mutable is True:
+            names = [name for name in variables if name != 'params']
+        given = {name: value for name, value in mode.items() if value is not None}
+        how = Mode(**given, mutable=tuple(names))
+        logits, updates = self._run(variables, inputs[0] if len(inputs) == 1 else inputs, how)
+        return as_logits(logits) if mutable is False else (as_logits(logits), updates)
 
 
 def as_logits(result: Any) -> tuple[Array, ...]:
@@ -135,9 +173,7 @@ def as_logits(result: Any) -> tuple[Array, ...]:
     """
     exits = (result,) if hasattr(result, 'dtype') else result
     if not isinstance(exits, (tuple, list)) or not exits:
-        raise ValueError(
-            f'model: returns a {type(result).__name__}; return a tuple of the logits of every exit, earliest first'
-        )
+        raise ValueError(f'model: returns a {type(result).__name__}; return a tuple of the logits of every exit')
     for n, value in enumerate(exits):
         if not (hasattr(value, 'dtype') and jnp.issubdtype(value.dtype, jnp.floating) and value.ndim > 1):
             arrived = f'{value.dtype} {value.shape}' if hasattr(value, 'dtype') else type(value).__name__
@@ -176,27 +212,37 @@ def check_inputs(inputs: Any, expected: Any) -> None:
     if arrived != structure:
         raise ValueError(f'inputs: expected a pytree {structure}, got {arrived}')
     for (path, spec), value in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(inputs), strict=True):
-        _check_input(f'inputs{jax.tree_util.keystr(path)}', value, spec)
+        check_array(f'inputs{jax.tree_util.keystr(path)}', value, spec.shape[1:], spec.dtype)
     num_rows(inputs)
 
 
-def _check_input(name: str, value: Any, spec: jax.ShapeDtypeStruct) -> None:
-    shape = spec.shape[1:]
+def check_array(name: str, value: Any, shape: Sequence[Any], dtype: Any) -> None:
+    """Refuses what is not an array of a rank, size and kind of dtype.
+
+    Args:
+        name: of the argument.
+        value: to check.
+        shape: without B; a letter stands for any size.
+        dtype: a float dtype stands for any float dtype.
+
+    Raises:
+        ValueError: the message says what arrived and what to do.
+    """
     expected = f'[{", ".join(("B", *map(str, shape)))}]'
     if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
-        raise ValueError(f'{name}: expected an array {expected} of {spec.dtype}, got {type(value).__name__}')
-    if len(value.shape) != len(shape) + 1:
+        raise ValueError(f'{name}: expected an array {expected} of {dtype}, got {type(value).__name__}')
+    arrived = tuple(value.shape)
+    fits = len(arrived) == len(shape) + 1
+    if not fits or any(not isinstance(size, str) and size != own for size, own in zip(shape, arrived[1:], strict=True)):
         raise ValueError(
-            f'{name}: expected {expected}, got shape {tuple(value.shape)}; '
-            'add or drop axes, a single input needs a leading batch axis of 1'
+            f'{name}: expected {expected}, got shape {arrived}; resize or pad them; a single input needs a leading '
+            'batch axis of 1'
         )
-    if tuple(value.shape[1:]) != tuple(shape):
-        raise ValueError(f'{name}: expected {expected}, got shape {tuple(value.shape)}; resize or pad them')
-    floating = jnp.issubdtype(spec.dtype, jnp.floating)
-    if floating and not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f'{name}: expected a float dtype, got {value.dtype}; normalise them first')
-    if not floating and _dtype(value) != spec.dtype:
-        raise ValueError(f'{name}: expected {spec.dtype}, got {value.dtype}; convert them')
+    if jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f'{name}: expected a float dtype, got {value.dtype}; normalise them first')
+    elif _dtype(value) != dtype:
+        raise ValueError(f'{name}: expected {dtype}, got {value.dtype}; convert them')
 
 
 def without_weights(model: Any) -> Any:
@@ -229,10 +275,7 @@ def explained_variables(variables: Variables) -> Iterator[None]:
             '__call__ an argument train, and BatchNorm use_running_average=not train'
         ) from error
     except errors.ScopeParamShapeError as error:
-        raise ValueError(
-            f'inputs: their shape does not fit the variables: {_without_link(error)} Give inputs of the shape '
-            'that the variables were made for'
-        ) from error
+        raise ValueError(f'inputs: their shape does not fit the variables: {_without_link(error)}') from error
 
 
 def _without_link(error: Exception) -> str:
@@ -244,11 +287,9 @@ def mode_flags(*, train: bool) -> dict[str, bool]:
     return {name: train != (name in _TRUE_IN_EVALUATION) for name in MODE_FLAGS}
 
 
-def call_arguments(
-    function: Callable[..., Any], module: Any, inputs: Any, *, train: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(module: Any, inputs: Any, *, train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the positional and named arguments of a call, mode flags included."""
-    names = set(parameters_of(function)) - set(MODE_FLAGS)
+    names = set(parameters_of(module)) - set(MODE_FLAGS)
     if isinstance(inputs, Mapping) and set(inputs) <= names:
         return (), {**inputs, **_flag_arguments(module, None, train=train)[1]}
     given = inputs if isinstance(inputs, tuple) and not hasattr(inputs, '_fields') else (inputs,)
@@ -264,12 +305,11 @@ def _flag_arguments(layer: Any, inputs: int | None, *, train: bool) -> tuple[tup
     `flax.linen.jit` can take arguments as static by place alone.
 
     Args:
-        layer: a module or a function.
+        layer: a module.
         inputs: how many positional arguments come before; ``None`` if the inputs go by name.
         train: whether this is training.
     """
-    function = type(layer).__call__ if isinstance(layer, (nn.Module, nnx.Module)) else layer
-    parameters = parameters_of(function)
+    parameters = parameters_of(layer)
     flags = {
         name: value
         for name, value in mode_flags(train=train).items()
@@ -288,28 +328,24 @@ def _flag_arguments(layer: Any, inputs: int | None, *, train: bool) -> tuple[tup
 
 
 def in_mode(module: nn.Module, *, train: bool) -> nn.Module:
-    """Returns an unbound module in which the mode flags held as attributes, at any depth, have a mode's values."""
+    """Returns an unbound module in which the mode flags held as attributes, at any depth, have a mode's values.
+
+    A module that several attributes hold stays one module, with one set of parameters.
+    """
+    done: dict[int, Any] = {}
 
     def inside(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return tuple(inside(part) for part in value)
+        if type(value) in (tuple, list):
+            return type(value)(map(inside, value))
         if not isinstance(value, nn.Module):
             return value
-        parts = {
-            field.name: inside(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if field.init and field.name != 'parent' and _holds_module(getattr(value, field.name))
-        }
-        changed = {**_held_flags(value, train=train), **parts}
-        return value.clone(**changed) if changed else value
+        if id(value) not in done:
+            names = [field.name for field in dataclasses.fields(value) if field.init and field.name != 'parent']
+            parts = {name: inside(getattr(value, name)) for name in names}
+            done[id(value)] = value.clone(**{**parts, **_held_flags(value, train=train)})
+        return done[id(value)]
 
     return inside(module)
-
-
-def _holds_module(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_holds_module(part) for part in value)
-    return isinstance(value, nn.Module)
 
 
 def _held_flags(layer: Any, *, train: bool) -> dict[str, bool]:
@@ -335,33 +371,25 @@ def _pass_mode_through_sequential(call: Any, args: Any, kwargs: Any, context: An
     return call(*args, **kwargs)
 
 
-def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a function by name; none for builtins and ufuncs, which have no signature."""
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return {}
+def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a module's call by name."""
+    return inspect.signature(type(module).__call__).parameters
 
 
-def check_exits(argument: str, exits: Sequence[int] | None, num_exits: int) -> tuple[int, ...]:
-    """Returns a choice of exits as a tuple; all of them for ``None``.
+def check_exits(argument: str, exits: Sequence[int], num_exits: int | None = None) -> tuple[int, ...]:
+    """Returns a choice of exits as a tuple.
 
     Args:
         argument: its name in the message.
         exits: ascending, the last exit among them.
-        num_exits: N.
+        num_exits: N, if known.
 
     Raises:
         ValueError: not integers, not ascending, out of range, or without the last exit.
     """
-    if exits is None:
-        return tuple(range(num_exits))
-    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in exits):
-        raise ValueError(f'{argument}: got {list(exits)}; give the numbers of exits, which are integers')
-    chosen = tuple(int(n) for n in exits)
-    if list(chosen) != sorted(set(chosen)) or not chosen or chosen[0] < 0 or chosen[-1] != num_exits - 1:
-        raise ValueError(
-            f'{argument}: got {list(chosen)}; give ascending exits in [0, {num_exits}), the last one '
-            f'({num_exits - 1}) among them'
-        )
-    return chosen
+    chosen = list(exits)
+    numbers = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in chosen)
+    ascending = numbers and chosen and chosen == sorted(set(chosen))
+    if not ascending or num_exits not in (None, chosen[-1] + 1):
+        raise ValueError(f'{argument}: got {chosen}; give ascending exits, integers in [0, N), the last among them')
+    return tuple(map(int, chosen))

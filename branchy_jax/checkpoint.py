@@ -1,9 +1,6 @@
 """Files: orbax for resuming a run, safetensors for weights that others load. Never pickle."""
 
-from __future__ import annotations
-
 import contextlib
-import json
 import os
 import shutil
 import uuid
@@ -22,8 +19,6 @@ __all__ = ['load_weights', 'save_weights']
 
 State = TypeVar('State')
 
-_RECIPE = 'recipe.json'
-
 
 @contextlib.contextmanager
 def locked(directory: Path | str) -> Iterator[None]:
@@ -34,20 +29,20 @@ def locked(directory: Path | str) -> Iterator[None]:
     Raises:
         ValueError: if another process has locked the folder.
     """
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    path = Path(directory) / '.lock'
+    path.parent.mkdir(parents=True, exist_ok=True)
     if jax.process_index() > 0 or os.name == 'nt':  # Windows has no fcntl, so folders are not locked there
         yield
         return
     import fcntl
 
-    with (path / '.lock').open('a+') as lock:
+    with path.open('a+') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            lock.seek(0)
-            process = lock.read().strip() or '?'
-            raise ValueError(f'directory: {path} is in use by process {process}; wait, or choose another') from error
+            process = path.read_text().strip() or '?'
+            message = f'directory: {directory} is in use by process {process}; wait, or choose another'
+            raise ValueError(message) from error
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         yield
@@ -64,31 +59,21 @@ def save(directory: Path | str, step: int, state: State, *, recipe: Mapping[str,
 
     Raises:
         OSError: if the checkpoint cannot be written; the earlier one is still complete.
-        ValueError: if the folder holds a checkpoint of this or a later number, or ``recipe`` is not JSON-able.
+        ValueError: if the folder holds a checkpoint of this or a later number.
     """
     import orbax.checkpoint as ocp
 
-    path = Path(directory)
     try:
-        text = json.dumps(dict(recipe or {}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'recipe: {error}; give numbers, text, and lists or dicts of them') from error
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            for partial in path.glob('*.orbax-checkpoint-tmp*'):  # left by a kill or a full disk
-                shutil.rmtree(partial, ignore_errors=True)
-        with _manager(path) as manager:
+        with _manager(directory) as manager:
             newest = manager.latest_step()
-            if newest is None or newest < step:  # otherwise orbax would silently write nothing
-                if recipe is not None:
-                    write_atomically(path / _RECIPE, lambda temporary: temporary.write_text(text))
-                manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+            arrays = ocp.args.StandardSave(_arrays(state))
+            saved = manager.save(step, args=arrays, custom_metadata=dict(recipe or {}))
     except Exception as error:  # orbax and tensorstore wrap system errors in many classes
-        message = f'directory: cannot write checkpoint {step} to {path} ({error!r:.300}); the earlier one is complete'
-        raise OSError(f'{message}: free some space and run the same command to resume') from error
-    if newest is not None and newest >= step:
-        raise ValueError(f'step: got {step}, but {path} holds checkpoint {newest}; give a higher number')
+        message = f'directory: cannot write checkpoint {step} to {directory} ({error!r:.300})'
+        advice = 'the earlier one is complete: free some space and run the same command to resume'
+        raise OSError(f'{message}; {advice}') from error
+    if not saved:
+        raise ValueError(f'step: got {step}, but {directory} holds checkpoint {newest}; give a higher number')
 
 
 def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None) -> tuple[int, State] | None:
@@ -98,32 +83,34 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
         directory: as given to `save`.
         like: a pytree of the same structure, shapes and dtypes, which also gives the static fields of the result. Each
             array is put on the devices of its counterpart in ``like``, however many devices wrote it.
-        recipe: the settings that the checkpoint must have been saved with.
+        recipe: the settings that the checkpoint must have been saved with, if it was saved with any.
 
     Returns:
         The number of the checkpoint and the state, or ``None`` if there is none.
 
     Raises:
-        ValueError: if the checkpoint cannot be read, does not match ``like``, or was saved with another recipe.
+        ValueError: if the checkpoint cannot be read, does not match ``like``, or was saved with another recipe or by
+            version 0.2.
     """
     import orbax.checkpoint as ocp
 
-    path = Path(directory)
-    if not path.is_dir():
+    if not Path(directory).is_dir():
         return None
-    with _manager(path) as manager:
+    if (Path(directory) / 'recipe.json').exists():
+        raise ValueError(f'directory: {directory} holds checkpoints of version 0.2; give another directory')
+    with _manager(directory) as manager:
         if (step := manager.latest_step()) is None:
             return None
         try:
-            if recipe is not None and (path / _RECIPE).exists():
-                _check_equal(json.loads((path / _RECIPE).read_text()), recipe)
-            target = jax.tree.map(_spec, _arrays(like))
-            _check_equal(*(jax.tree.map(_kind, dict(tree)) for tree in (manager.item_metadata(step).tree, target)))
+            stored, target = manager.metadata(step), _arrays(like)
+            if recipe is not None and stored.custom_metadata:
+                _check_equal(stored.custom_metadata, recipe)
+            _check_equal(*(jax.tree.map(_kind, dict(tree)) for tree in (stored.item_metadata.tree, target)))
             arrays = manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise many classes
             reasons = 'it is damaged, or of another recipe, network, optimiser or version'
-            message = f'directory: cannot resume from checkpoint {step} in {path}, because {reasons} ({error!r:.300})'
-            raise ValueError(f'{message}; give those that wrote it, or another directory') from error
+            message = f'directory: cannot resume from checkpoint {step} in {directory}, because {reasons}'
+            raise ValueError(f'{message} ({error!r:.300}); give those that wrote it, or another directory') from error
     # Copies: buffers that orbax allocated may not be donated on every backend.
     return step, jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[name]) for name in _arrays(like)])
 
@@ -132,10 +119,6 @@ def _check_equal(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for name in sorted({*stored, *given}):
         if stored.get(name) != given.get(name):
             raise ValueError(f'{name}: {stored.get(name)} in the checkpoint, {given.get(name)} given')
-
-
-def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
 
 
 def _kind(leaf: Any) -> str:
@@ -148,11 +131,15 @@ def _arrays(state: State) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def _manager(path: Path):  # noqa: ANN202 - orbax is imported on use
+def _manager(directory: Path | str):  # noqa: ANN202 - orbax is imported on use
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(path.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler())
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(
+        Path(directory).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+    )
 
 
 def save_weights(path: Path | str, variables: Variables, metadata: dict[str, str] | None = None) -> None:
@@ -188,11 +175,11 @@ def load_weights(path: Path | str) -> tuple[Variables, dict[str, str]]:
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a temporary path beside ``path``, then renames the file: readers never see a partial file.
+    """Calls ``write`` with a temporary path beside ``path``, then renames it: readers never see a part of the result.
 
     Args:
-        path: the file to write.
-        write: writes a whole file at its argument.
+        path: the file to write, or a new folder.
+        write: writes the whole file or folder at its argument.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,4 +188,6 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         write(temporary)
         temporary.replace(path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)

@@ -9,8 +9,6 @@ Every command but the first takes a folder that ``train`` wrote, ``network@datas
 ``owner/name`` on the Hugging Face hub.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +28,12 @@ _PASSES = 20
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; a ``ValueError`` becomes one line on standard error and exit status 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
         options.run(options)
     except ValueError as error:
-        print(f'branchy-jax {options.command}: {error}', file=sys.stderr)
-        raise SystemExit(2) from error
+        parser.exit(2, f'branchy-jax {options.command}: {error}\n')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,9 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest='command', required=True, metavar='train | report | plan | export')
 
-    def command(run: Callable[..., None]) -> Callable[..., Any]:
+    def command(run: Callable[..., None], *parents: argparse.ArgumentParser) -> Callable[..., Any]:
         summary = (run.__doc__ or '').split('\n')[0]
-        subparser = commands.add_parser(run.__name__.strip('_'), help=summary, description=summary)
+        subparser = commands.add_parser(run.__name__.strip('_'), help=summary, description=summary, parents=parents)
         subparser.set_defaults(run=run)
         return subparser.add_argument
 
@@ -59,26 +57,22 @@ def _parser() -> argparse.ArgumentParser:
     add('--exit_weights', type=float, nargs='+', help='one for each exit (default: 1 each)')
     add('--learning_rate', type=float, default=1e-3, help='of Adam (default: %(default)s)')
     add('--seed', type=int, default=0, help='of everything random (default: %(default)s)')
-    for run in (_report, _plan, _export):
-        add = command(run)
-        add('network', help='a folder, network@dataset, or owner/name on the hub')
-        add('--point', type=int, default=1, help='number of its operating point (default: %(default)s)')
-        if run is _export:
-            add('--to', type=Path, required=True, help='a folder to make, or a file that ends in .onnx')
-            continue
-        add('--dataset', help='by default the one it was trained on')
-        if run is _report:
-            add('--images', type=int, default=100, help='number of images to time (default: %(default)s)')
-        else:
-            add('--batch_size', type=int, default=64, help='(default: %(default)s)')
+    trained = argparse.ArgumentParser(add_help=False)
+    trained.add_argument('network', help='a folder, network@dataset, or owner/name on the hub')
+    trained.add_argument('--point', type=int, default=1, help='number of its operating point (default: %(default)s)')
+    tested = argparse.ArgumentParser(add_help=False, parents=[trained])
+    tested.add_argument('--dataset', help='by default the one it was trained on')
+    command(_report, tested)('--images', type=int, default=100, help='number of images to time (default: %(default)s)')
+    command(_plan, tested)('--batch_size', type=int, default=64, help='(default: %(default)s)')
+    command(_export, trained)('--to', type=Path, required=True, help='folder to make, or file that ends in .onnx')
     return parser
 
 
 def _train(options: argparse.Namespace) -> None:
     """Trains all exits of a network jointly and saves it with two operating points, chosen on validation data."""
     dataset = data.load_dataset(options.dataset, seed=options.seed)
-    settings: dict[str, Any] = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
-    model = models.create(options.network, **settings)
+    network: dict[str, Any] = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
+    model = models.create(options.network, **network)
     inputs = jnp.zeros((1, *dataset.image_shape))
     start, order = jax.random.split(jax.random.key(options.seed))
     variables = jax.jit(model.init)(start, inputs)
@@ -97,9 +91,9 @@ def _train(options: argparse.Namespace) -> None:
     table = inference.exit_table(model, state.variables, dataset.validation, preprocess=dataset.normalization)
     screen = table.screen()
     points = [screen.for_accuracy(float(screen.accuracy.max())), screen.knee()]
-    card = {'dataset': options.dataset, 'seed': options.seed, 'epochs': options.epochs}
-    stored: dict[str, Any] = {'normalization': dataset.normalization, 'operating_points': points, 'card': card}
-    models.save_pretrained(options.to, options.network, state.variables, options=settings, **stored)
+    stored: dict[str, Any] = {'normalization': dataset.normalization, 'operating_points': points}
+    stored['card'] = {'dataset': options.dataset, 'seed': options.seed, 'epochs': options.epochs}
+    models.save_pretrained(options.to, options.network, state.variables, options=network, **stored)
     print(_table_of(points, macs.trunk))
     print(f'Saved in {options.to}. Next: branchy-jax report {options.to}')
 

@@ -3,8 +3,6 @@
 ``compiled.cost_analysis()`` does not serve: on a GPU a convolution is a custom call that it counts as nothing.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

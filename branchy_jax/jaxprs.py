@@ -1,7 +1,5 @@
 """Jaxprs as flat lists of equations: inlining, running, multiply-accumulates, source lines."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +38,10 @@ class Program:
         line = _source_line(self.equations[number])
         return ', '.join(filter(None, [self.places[number], line])) or 'an unknown place'
 
+    def read_by(self, numbers: Iterable[int], results: Iterable[Value]) -> set[Value]:
+        """Returns the variables that equations read, and those among results."""
+        return set(variables_of([*(v for number in numbers for v in self.equations[number].invars), *results]))
+
 
 def flatten(closed: jax_core.ClosedJaxpr) -> Program:
     """Inlines the calls of a jaxpr that only group equations: jit, custom derivatives, remat."""
@@ -74,14 +76,10 @@ def flatten(closed: jax_core.ClosedJaxpr) -> Program:
 
 
 def _call_body(equation: Equation) -> jax_core.ClosedJaxpr | None:
-    name, params = equation.primitive.name, equation.params
-    if name in ('jit', 'pjit', 'closed_call', 'core_call'):
-        return params.get('jaxpr', params.get('call_jaxpr'))
-    if name in ('custom_jvp_call', 'custom_vjp_call'):
-        return params['call_jaxpr']
-    if name in ('checkpoint', 'remat', 'remat2'):
-        return jax_core.ClosedJaxpr(params['jaxpr'], ())
-    return None
+    if equation.primitive.name not in ('jit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'checkpoint'):
+        return None
+    body = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
+    return jax_core.ClosedJaxpr(body, ()) if isinstance(body, jax_core.Jaxpr) else body
 
 
 def bind(equation: Equation, inputs: Sequence[Any]) -> list[Any]:
@@ -132,11 +130,9 @@ def _count(equation: Equation) -> int:
     if name == 'while':
         raise ValueError('model: holds a while_loop, whose trip count is unknown; count the MACs of its body instead')
     if name == 'cond':
-        return max(count_macs(branch.jaxpr.eqns) for branch in params['branches'])
-    macs = 0
-    for value in params.values():
-        if isinstance(value, (jax_core.Jaxpr, jax_core.ClosedJaxpr)):
-            macs += count_macs(getattr(value, 'jaxpr', value).eqns)
+        return max(count_macs(branch.eqns) for branch in params['branches'])
+    bodies = [value for value in params.values() if isinstance(value, (jax_core.Jaxpr, jax_core.ClosedJaxpr))]
+    macs = sum(count_macs(body.eqns) for body in bodies)
     return macs * params['length'] if name == 'scan' else macs
 
 
@@ -147,11 +143,9 @@ def _convolution_macs(equation: Equation) -> int:
     taps = 1
     for n, (low, _) in enumerate(params['padding']):
         length, window = image[numbers.lhs_spec[2 + n]], kernel[numbers.rhs_spec[2 + n]]
-        count, spacing = out[numbers.out_spec[2 + n]], params['lhs_dilation'][n]
-        if spacing == 1:
-            taps *= count * window
-            continue
-        starts = np.arange(count) * params['window_strides'][n] - low
+        spacing = params['lhs_dilation'][n]
+        starts = np.arange(out[numbers.out_spec[2 + n]]) * params['window_strides'][n] - low
         pixels = np.add.outer(starts, np.arange(window) * params['rhs_dilation'][n])
-        taps *= int(((pixels >= 0) & (pixels < length * spacing) & (pixels % spacing == 0)).sum())
+        inside = (pixels >= 0) & (pixels < length * spacing) & (pixels % spacing == 0)
+        taps *= pixels.size if spacing == 1 else int(inside.sum())
     return out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]] * taps

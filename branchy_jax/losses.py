@@ -1,7 +1,5 @@
 """Losses: one value per exit, from the logits of all exits and the targets. `weighted_sum` combines them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 
@@ -11,24 +9,14 @@ import optax
 
 from branchy_jax.types import Array, check_labels
 
-__all__ = [
-    'accuracy_per_exit',
-    'cross_entropy_per_exit',
-    'distillation',
-    'ensemble_of_exits',
-    'last_exit',
-    'next_exit',
-    'weighted_sum',
-]
-
+# (logits of N exits, targets) → losses [N]
 Loss = Callable[[tuple[Array, ...], Array], Array]
-"""``(logits of N exits, targets) → losses [N]``."""
 
+# (logits of N exits, targets) → metrics by name, each a scalar or [N]
 MetricsOf = Callable[[tuple[Array, ...], Array], Mapping[str, Array]]
-"""``(logits of N exits, targets) → metrics by name``, each a scalar or [N]."""
 
+# logits of N exits → logits of the teacher of each exit
 Teachers = Callable[[tuple[Array, ...]], tuple[Array, ...]]
-"""``logits of N exits → logits of the teacher of each exit``."""
 
 
 def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_smoothing: float = 0.0) -> Array:
@@ -58,12 +46,9 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_sm
     """
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f'labels: expected integers in [0, K), got dtype {labels.dtype}; one-hot labels need argmax')
-    for n, exit_logits in enumerate(logits):
-        if exit_logits.shape[:-1] != labels.shape:
-            shape = exit_logits.shape
-            raise ValueError(
-                f'labels: the logits of exit {n} are {shape}; give labels {shape[:-1]}; got {labels.shape}'
-            )
+    for n, z in enumerate(logits):
+        if z.shape[:-1] != labels.shape:
+            raise ValueError(f'labels: the logits of exit {n} need labels {z.shape[:-1]}; got {labels.shape}')
     check_labels(labels, logits[-1].shape[-1])
     if not 0 <= label_smoothing < 1:
         raise ValueError(f'label_smoothing: got {label_smoothing}; give a share in [0, 1)')

@@ -5,17 +5,14 @@ the device's own counter, minus idle power. Counters are read through maintained
 NVIDIA's through nvidia-ml-py, RAPL of the processor through zeus.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from flax import struct
 from scipy import stats
 
 __all__ = ['interleaved_passes', 'measure_energy', 'paired_ratio']
@@ -26,8 +23,7 @@ _LONGEST_WAIT = 5.0  # seconds until that many updates
 _UPDATES_PER_RUN = 120  # each end of a run is uncertain by one update: together below 2 %
 
 
-@struct.dataclass
-class Ratio:
+class Ratio(NamedTuple):
     """How many times faster a candidate is than a baseline, from paired passes.
 
     Attributes:
@@ -117,8 +113,7 @@ def paired_ratio(baseline: np.ndarray, candidate: np.ndarray) -> Ratio:
     return Ratio(median=float(np.median(ratios)), low=float(ratios[below]), high=float(ratios[len(ratios) - 1 - below]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Meter:
+class Meter(NamedTuple):
     """An energy counter that only increases.
 
     Attributes:
@@ -157,7 +152,10 @@ class Energy:
 
 def find_meter() -> Meter | None:
     """Returns the meter of the device that JAX computes on, or ``None`` if it has no readable one."""
-    return _nvidia_meter() if jax.default_backend() in ('gpu', 'cuda') else _processor_meter()
+    try:
+        return _nvidia_meter() if jax.default_backend() in ('gpu', 'cuda') else _processor_meter()
+    except Exception:  # the library, the driver or the permission is missing; each has its own class
+        return None
 
 
 def measure_energy(
@@ -165,7 +163,6 @@ def measure_energy(
     meter: Meter,
     *,
     seconds: float = 10.0,
-    idle_seconds: float = 5.0,
     idle_watts: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
@@ -179,8 +176,7 @@ def measure_energy(
     Args:
         function: returns a pytree of arrays, for which the measurement waits.
         meter: from `find_meter`.
-        seconds: shortest duration of the run; longer if the meter is slow.
-        idle_seconds: shortest duration of the rest; longer if the meter is slow.
+        seconds: shortest duration of the run; the rest lasts half as long. Both are longer if the meter is slow.
         idle_watts: from an earlier measurement, which saves the rest.
         clock: returns seconds.
         sleep: rests for a number of seconds.
@@ -208,7 +204,7 @@ def measure_energy(
     jax.block_until_ready(function())
     period = _update_period(meter, clock, sleep)
     if idle_watts is None:
-        idle_watts = run(lambda: sleep(period), idle_seconds)[0]
+        idle_watts = run(lambda: sleep(period), seconds / 2)[0]
     watts, calls, elapsed = run(function, seconds)
     joules, resolution = watts * elapsed / calls, 2 * period / elapsed
     idle = idle_watts * elapsed / calls
@@ -229,27 +225,21 @@ def _update_period(meter: Meter, clock: Callable[[], float], sleep: Callable[[fl
     return max(after - before for before, after in itertools.pairwise(moments))
 
 
-def _nvidia_meter() -> Meter | None:
-    try:
-        import pynvml
+def _nvidia_meter() -> Meter:
+    import pynvml
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(jax.local_devices()[0].local_hardware_id or 0)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # the library, the driver or the permission is missing; each has its own class
-        return None
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(jax.local_devices()[0].local_hardware_id or 0)
+    pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # raises where the device has no counter
     name = f'{jax.devices()[0].device_kind} (NVML)'
     return Meter(name, lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
 
 
 def _processor_meter() -> Meter | None:
-    try:
-        from zeus.device import get_cpus
+    from zeus.device import get_cpus
 
-        processors = get_cpus()
-        numbers = range(len(processors))
-    except Exception:  # as above
-        return None
+    processors = get_cpus()
+    numbers = range(len(processors))
 
     def read() -> float:
         return sum(processors.get_total_energy_consumption(n).cpu_mj for n in numbers) / 1e3

@@ -6,8 +6,6 @@ need. A stage hands on the values that depend on the inputs and are read later. 
 computed where they are read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -43,9 +41,7 @@ class Reference:
         return self._model()
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Reference):
-            return NotImplemented
-        ours, theirs = self(), other()
+        ours, theirs = self(), other() if isinstance(other, Reference) else None
         return self is other or (ours is not None and (ours is theirs or bool(ours == theirs)))
 
     def __hash__(self) -> int:
@@ -84,32 +80,47 @@ class Cut:
     Attributes:
         program: the whole network.
         num_weights: how many of the program's inputs are leaves of the variables.
-        outputs: the logits of the exits asked.
+        exits: the exits asked.
+        outputs: their logits.
         stages: for each exit asked, the numbers of the equations of its stage.
         heads: for each exit asked, those of its head.
         carried: for each stage, the values that it hands on.
+        axes: for each of these, the axis that is the batch, and is moved to the front.
+        weights: the leaves of the variables, to run with.
     """
 
     program: Program
     num_weights: int
+    exits: tuple[int, ...]
     outputs: tuple[Value, ...]
     stages: tuple[tuple[int, ...], ...]
     heads: tuple[tuple[int, ...], ...]
     carried: tuple[tuple[Value, ...], ...]
+    axes: tuple[tuple[int, ...], ...] = ()
+    weights: Sequence[Array] = ()
 
-    def run_stage(self, n: int, weights: Sequence[Array], hidden: Sequence[Array]) -> list[Array]:
-        """Runs stage n on the leaves of the inputs or on the values that stage n − 1 handed on."""
-        incoming = self.program.inputs[self.num_weights :] if n == 0 else self.carried[n - 1]
-        env = self._run(self.stages[n], weights, dict(zip(incoming, hidden, strict=True)))
-        return [env[v] for v in self.carried[n]]
+    @property
+    def num_exits(self) -> int:
+        """N, of the model."""
+        return len(self.program.outputs)
 
-    def run_exit(self, n: int, weights: Sequence[Array], hidden: Sequence[Array]) -> Array:
-        """Runs head n on the values that stage n handed on."""
-        env = self._run(self.heads[n], weights, dict(zip(self.carried[n], hidden, strict=True)))
-        return value_of(self.outputs[n], env)
+    def run_stage(self, n: int, hidden: Any) -> tuple[Array, ...]:
+        """Runs the stage of the n-th exit asked on the inputs, or on what the stage before handed on."""
+        env = self._run(self.stages[n], n - 1, hidden)
+        return tuple(jnp.moveaxis(env[v], axis, 0) for v, axis in zip(self.carried[n], self.axes[n], strict=True))
 
-    def _run(self, numbers: Iterable[int], weights: Sequence[Array], given: dict[Value, Any]) -> dict[Value, Any]:
-        env = {**self.program.consts, **dict(zip(self.program.inputs, weights, strict=False)), **given}
+    def run_exit(self, n: int, hidden: Any) -> Array:
+        """Runs the head of the n-th exit asked on what its stage handed on."""
+        return value_of(self.outputs[n], self._run(self.heads[n], n, hidden))
+
+    def _run(self, numbers: Iterable[int], stage: int, hidden: Any) -> dict[Value, Any]:
+        """Runs equations on what a stage handed on; on the inputs for stage −1."""
+        env = {**self.program.consts, **dict(zip(self.program.inputs, self.weights, strict=False))}
+        if stage < 0:
+            env.update(zip(self.program.inputs[self.num_weights :], jax.tree.leaves(hidden), strict=True))
+        else:
+            for v, axis, value in zip(self.carried[stage], self.axes[stage], hidden, strict=True):
+                env[v] = jnp.moveaxis(value, 0, axis)
         for number in numbers:
             equation = self.program.equations[number]
             outputs = bind(equation, [value_of(v, env) for v in equation.invars])
@@ -137,23 +148,21 @@ def cut(program: Program, num_weights: int, exits: Sequence[int]) -> Cut:
         heads.append(set() if last else mine - done - later)
         done |= mine - heads[-1]
 
-    order = [*program.inputs[num_weights:], *(v for equation in equations for v in equation.outvars)]
+    given = program.inputs[num_weights:]
+    order = [*given, *(v for equation in equations for v in equation.outvars)]
     carried = []
     for n in range(len(own)):
-        computed = {v for stage in stages[: n + 1] for number in stage for v in equations[number].outvars}
-        available = computed | set(program.inputs[num_weights:])
-        after = heads[n].union(*stages[n + 1 :], *heads[n + 1 :])
-        read = {v for number in after for v in variables_of(equations[number].invars)} | set(variables_of(outputs[n:]))
-        carried.append(tuple(v for v in order if v in available and v in read and v in depends))
+        available = {*given, *(v for stage in stages[: n + 1] for number in stage for v in equations[number].outvars)}
+        read = program.read_by(heads[n].union(*stages[n + 1 :], *heads[n + 1 :]), outputs[n:])
+        carried.append(tuple(v for v in order if v in available & read))
 
     def with_weights(numbers: set[int], results: Sequence[Value]) -> tuple[int, ...]:
-        read = [v for number in numbers for v in equations[number].invars]
-        wanted = [v for v in variables_of([*read, *results]) if v not in depends]
-        return tuple(sorted(numbers | needed(program, wanted)))
+        return tuple(sorted(numbers | needed(program, program.read_by(numbers, results) - depends)))
 
     return Cut(
         program=program,
         num_weights=num_weights,
+        exits=tuple(exits),
         outputs=outputs,
         stages=tuple(with_weights(numbers, ()) for numbers in stages),
         heads=tuple(with_weights(numbers, [output]) for numbers, output in zip(heads, outputs, strict=True)),
@@ -172,16 +181,12 @@ def _dependent(program: Program, num_weights: int) -> set[Value]:
 
 def needed(program: Program, wanted: Iterable[Value], within: set[Value] | None = None) -> set[int]:
     """Returns the numbers of the equations that values need; only through values ``within``, where given."""
-    producer = {v: n for n, equation in enumerate(program.equations) for v in equation.outvars}
     numbers: set[int] = set()
-    waiting = variables_of(wanted)
-    while waiting:
-        v = waiting.pop()
-        number = producer.get(v)
-        if number is None or number in numbers or (within is not None and v not in within):
-            continue
-        numbers.add(number)
-        waiting.extend(variables_of(program.equations[number].invars))
+    values = set(variables_of(wanted))
+    for number, equation in reversed(list(enumerate(program.equations))):
+        if any(v in values and (within is None or v in within) for v in equation.outvars):
+            numbers.add(number)
+            values.update(variables_of(equation.invars))
     return numbers
 
 
@@ -204,7 +209,7 @@ class Stages:
     _inputs: Any
     _axes: tuple[tuple[int, ...], ...]
 
-    def at(self, variables: Variables, size: Any) -> SizedStages:
+    def at(self, variables: Variables, size: Any) -> Cut:
         """Returns the stages at one batch size, with their variables.
 
         Raises:
@@ -212,9 +217,13 @@ class Stages:
         """
         if self.fixed_because and size != num_rows(self._inputs):
             raise self.refusal()
-        program = trace(self._model, variables, calling.with_batch(self._inputs, size))
+        return self._at(variables, size)
+
+    def _at(self, variables: Variables, size: Any) -> Cut:
         weights = jax.tree.leaves(variables)
-        return SizedStages(self.num_exits, self.exits, cut(program, len(weights), self.exits), self._axes, weights)
+        parts = cut(trace(self._model, variables, calling.with_batch(self._inputs, size)), len(weights), self.exits)
+        axes = self._axes or tuple((0,) * len(values) for values in parts.carried)
+        return dataclasses.replace(parts, axes=axes, weights=weights)
 
     def run_stage(self, n: int, variables: Variables, hidden: Any) -> tuple[Array, ...]:
         """Runs the stage of the n-th exit asked on the inputs, or on what the stage before handed on."""
@@ -227,10 +236,9 @@ class Stages:
     @property
     def macs(self) -> StageCosts:
         """Multiply-accumulates of one input in the stage and the head of every exit asked."""
-        program = trace(self._model, self._variables, calling.with_batch(self._inputs, 1))
-        parts = cut(program, len(jax.tree.leaves(self._variables)), self.exits)
+        parts = self._at(self._variables, 1)
         stages, heads = (
-            np.array([count_macs(program.equations[number] for number in numbers) for numbers in several])
+            np.array([count_macs(parts.program.equations[number] for number in numbers) for numbers in several])
             for several in (parts.stages, parts.heads)
         )
         return StageCosts(stages=stages, exits=heads)
@@ -243,46 +251,7 @@ class Stages:
         )
 
     def _size(self, n: int, hidden: Any) -> Any:
-        if n == 0 or not self.fixed_because:
-            return num_rows(hidden)
-        return num_rows(self._inputs)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SizedStages:
-    """Stages at one batch size, with their variables.
-
-    Attributes:
-        num_exits: N, of the model.
-        exits: the exits asked.
-    """
-
-    num_exits: int
-    exits: tuple[int, ...]
-    _cut: Cut
-    _axes: tuple[tuple[int, ...], ...]
-    _weights: Sequence[Array]
-
-    def run_stage(self, n: int, hidden: Any) -> tuple[Array, ...]:
-        """Runs stage n."""
-        incoming = jax.tree.leaves(hidden)
-        if n > 0 and self._axes:
-            incoming = [_move(x, 0, axis) for x, axis in zip(incoming, self._axes[n - 1], strict=True)]
-        values = self._cut.run_stage(n, self._weights, incoming)
-        if not self._axes:
-            return tuple(values)
-        return tuple(_move(x, axis, 0) for x, axis in zip(values, self._axes[n], strict=True))
-
-    def run_exit(self, n: int, hidden: Any) -> Array:
-        """Runs head n."""
-        incoming = jax.tree.leaves(hidden)
-        if self._axes:
-            incoming = [_move(x, 0, axis) for x, axis in zip(incoming, self._axes[n], strict=True)]
-        return self._cut.run_exit(n, self._weights, incoming)
-
-
-def _move(x: Array, source: int, destination: int) -> Array:
-    return x if source == destination else jnp.moveaxis(x, source, destination)
+        return num_rows(self._inputs if n > 0 and self.fixed_because else hidden)
 
 
 def stages(model: Any, variables: Variables, inputs: Any, *, exits: Sequence[int] | None = None) -> Stages:
@@ -317,23 +286,20 @@ def stages(model: Any, variables: Variables, inputs: Any, *, exits: Sequence[int
     except Exception as error:  # a model may raise anything where it asks for the number of rows
         program, reason = trace(model, variables, inputs), f'its trace with a symbolic batch size failed: {error}'
     num_exits = len(program.outputs)
-    asked = calling.check_exits('exits', exits, num_exits)
+    asked = tuple(range(num_exits)) if exits is None else calling.check_exits('exits', exits, num_exits)
     size = num_rows(inputs) if reason else BATCH
-    for n, output in enumerate(program.outputs):
-        if output.aval.shape[0] != size:
-            raise ValueError(
-                f'model: exit {n} returns {output.aval.str_short()} for a batch of {size}; logits lead with B'
-            )
-    axes: list[tuple[int, ...]] = []
+    for n, aval in enumerate(output.aval for output in program.outputs):
+        if aval.shape[0] != size:
+            raise ValueError(f'model: exit {n} returns {aval.str_short()} for a batch of {size}; logits lead with B')
+    axes: tuple[tuple[int, ...], ...] = ()
     if not reason:
         parts = cut(program, count, asked)
         check_rows(program, needed(program, parts.outputs, within=_dependent(program, count)), BATCH)
         try:
-            axes = [tuple(batch_axis(program, v, BATCH) for v in values) for values in parts.carried]
+            axes = tuple(tuple(batch_axis(program, v, BATCH) for v in values) for values in parts.carried)
         except ValueError as error:
             reason = str(error)
-    shapes = calling.specs(variables), calling.specs(inputs)
-    return Stages(num_exits, asked, reason, model, *shapes, () if reason else tuple(axes))
+    return Stages(num_exits, asked, reason, model, calling.specs(variables), calling.specs(inputs), axes)
 
 
 def check_rows_by_trial(model: Any, variables: Variables, inputs: Any, rows: Callable[[], Any]) -> None:
@@ -361,7 +327,5 @@ def leaves_read(model: Any, variables: Variables, inputs: Any, exits: Sequence[i
     program = trace(model, variables, inputs)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(variables)]
     outputs = [program.outputs[n] for n in exits]
-    numbers = needed(program, outputs)
-    read = set(variables_of(outputs))
-    read.update(v for number in numbers for v in variables_of(program.equations[number].invars))
+    read = program.read_by(needed(program, outputs), outputs)
     return frozenset(path for path, v in zip(paths, program.inputs, strict=False) if v in read)

@@ -1,7 +1,5 @@
 """Records of a run as JSON and Markdown."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

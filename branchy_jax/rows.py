@@ -4,8 +4,6 @@ The guarantee of every executor is f(x[rows]) = f(x)[rows] for every list of row
 symbolic batch size shows the batch in the shapes of its values; a table of primitives says which axes each one mixes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -64,14 +62,12 @@ def _mixing(equation: Equation, batch: Any) -> str:
     """Returns the primitive with which an equation mixes rows, '' where it does not."""
     name = equation.primitive.name
     bodies = _bodies(equation)
-    for body in bodies:
-        inside = next(filter(None, (_mixing(inner, batch) for inner in body.eqns)), '')
-        if inside:
-            return inside
+    inside = next(filter(None, (_mixing(inner, batch) for body in bodies for inner in body.eqns)), '')
+    if inside:
+        return inside
     if name == 'scan' and _carries_from_row_to_row(equation, batch):
         return name
-    rule = _MIXED_AXES.get(name)
-    arguments = zip(equation.invars, rule(equation) if rule else (), strict=False)
+    arguments = zip(equation.invars, _MIXED_AXES.get(name, _named)(equation), strict=False)
     if any(set(axes) & set(axes_with(v, batch)) for v, axes in arguments):
         return name
     return '' if bodies or _has_rows(equation, batch) else name
@@ -159,14 +155,15 @@ Axes = list[Any]
 """For each argument of an equation the axes that it mixes."""
 
 
-def _by(name: str) -> Callable[[Equation], Axes]:
-    """Returns the rule for a primitive of which a parameter names the axes of its first argument that it mixes."""
+def _named(equation: Equation) -> Axes:
+    """Returns the axes that a parameter names: reductions, running sums, sorting, reversal and others."""
+    named = [equation.params[name] for name in _AXIS_PARAMETERS if name in equation.params]
+    axes = [axes if isinstance(axes, (tuple, list)) else [axes] for axes in named]
+    return axes * len(equation.invars)  # all arguments have the same axes
 
-    def rule(equation: Equation) -> Axes:
-        named = equation.params[name]
-        return [named if isinstance(named, (tuple, list)) else [named]]
 
-    return rule
+def _none(equation: Equation) -> Axes:
+    return []
 
 
 def _dot_general(equation: Equation) -> Axes:
@@ -189,10 +186,6 @@ def _slice(equation: Equation) -> Axes:
     return [[axis for axis, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]]
 
 
-def _last(equation: Equation) -> Axes:
-    return [[equation.params.get('axis', len(equation.invars[0].aval.shape) - 1)]]
-
-
 def _fft(equation: Equation) -> Axes:
     rank = len(equation.invars[0].aval.shape)
     return [range(rank - len(equation.params['fft_lengths']), rank)]
@@ -206,21 +199,14 @@ def _reshape(equation: Equation) -> Axes:
     return [moved if any(size in before for size in after if not isinstance(size, int)) else []]
 
 
-_REDUCTIONS = ('argmax', 'argmin', *(f'reduce_{kind}' for kind in ('sum', 'max', 'min', 'prod', 'and', 'or', 'xor')))
-_CUMULATIVE = ('cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp')
+_AXIS_PARAMETERS = ('axes', 'axis', 'dimensions', 'dimension', 'reduction_dimension')
 _WINDOWS = ('reduce_window_sum', 'reduce_window_max', 'reduce_window_min', 'reduce_window', 'select_and_gather_add')
 
 _MIXED_AXES: dict[str, Callable[[Equation], Axes]] = {
-    **dict.fromkeys(_REDUCTIONS, _by('axes')),
-    **dict.fromkeys(_CUMULATIVE, _by('axis')),
     **dict.fromkeys(_WINDOWS, _window),
-    'reduce': _by('dimensions'),
-    'rev': _by('dimensions'),
+    'concatenate': _none,  # keeps every row
     'fft': _fft,
     'reshape': _reshape,
-    'sort': _by('dimension'),  # all arguments have the same axes
-    'top_k': _last,
-    'approx_top_k': _by('reduction_dimension'),
     'dot_general': _dot_general,
     'conv_general_dilated': _convolution,
     'slice': _slice,

@@ -4,8 +4,6 @@
 those of the whole batch.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 import jax
@@ -98,29 +96,9 @@ def shard(mesh: Mesh, tree: Tree) -> Tree:
         if _is_on(value, target):
             return value
         check_divisible('tree', len(value), mesh)
-        if target.is_fully_addressable:
-            return jax.device_put(value, target)
-        whole = np.asarray(value)
-        return jax.make_array_from_callback(whole.shape, target, lambda index: whole[index])
+        return jax.make_array_from_process_local_data(target, value, value.shape)
 
     return jax.tree.map(put, tree)
-
-
-def shard_local(mesh: Mesh, tree: Tree) -> Tree:
-    """Returns global arrays whose rows each process holds a part of.
-
-    Args:
-        mesh: from `data_mesh`.
-        tree: pytree of arrays ``[B ÷ processes, …]``: the rows of this process, in the order of the processes.
-    """
-    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(by_rows(mesh), value), tree)
-
-
-def constrain(mesh: Mesh | None, tree: Tree) -> Tree:
-    """Inside jit, makes the compiler split rows among the devices. Without a mesh, returns ``tree``."""
-    if mesh is None:
-        return tree
-    return jax.tree.map(lambda value: jax.lax.with_sharding_constraint(value, by_rows(mesh)), tree)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -10,9 +10,7 @@ Shape legend, used in every docstring:
 ``…`` stands for the extra axes of a dense prediction (none for classification, ``H, W`` for segmentation).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,34 +26,26 @@ Variables = Any
 """Flax variable collections: ``{'params': …, 'batch_stats': …}``."""
 
 
-class Replaceable:
-    """A frozen pytree; declares the method that `flax.struct.dataclass` adds unseen by type checkers."""
-
-    if TYPE_CHECKING:
-
-        def replace(self, **changes: Any) -> Self:
-            """Returns a copy with other values."""
-            ...
+def static() -> Any:
+    """Returns a field that is no leaf of a pytree: JAX compares it, and a program compiles for each value."""
+    return struct.field(pytree_node=False)
 
 
-class ByValue(Replaceable):
+class ByValue:
     """Equality and hash of a frozen pytree by its kind and the values of its leaves; two NaN are alike."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
         structure: Any = jax.tree.structure(self)
-        return structure == jax.tree.structure(other) and all(
-            np.array_equal(ours, theirs, equal_nan=True)
-            for ours, theirs in zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
-        )
+        pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
+        return structure == jax.tree.structure(other) and all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
 
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self))
 
 
-@struct.dataclass
-class Batch(Replaceable):
+class Batch(struct.PyTreeNode):
     """Images with their labels, or inputs with their targets.
 
     Attributes:
@@ -70,8 +60,7 @@ class Batch(Replaceable):
         return len(self.label)
 
 
-@struct.dataclass
-class Normalization:
+class Normalization(struct.PyTreeNode):
     """Affine map from stored pixels to network inputs, ``(x / 255 - mean) / deviation`` per channel.
 
     It belongs to the weights that were trained with it and is stored beside them.
@@ -91,8 +80,7 @@ class Normalization:
         return (images / 255.0 - mean) / deviation
 
 
-@struct.dataclass
-class ExitPrediction:
+class ExitPrediction(struct.PyTreeNode):
     """What an early-exit network answered, and where. Every executor returns one; ``staged`` without B.
 
     Attributes:
@@ -109,8 +97,7 @@ class ExitPrediction:
     uncertainty: Array
 
 
-@struct.dataclass(eq=False)
-class ExitPolicy(ByValue):
+class ExitPolicy(ByValue, struct.PyTreeNode, eq=False):
     """Says when an input leaves: at the first exit whose uncertainty is below its threshold, else at the last.
 
     A frozen pytree: the thresholds and the arrays that a criterion has learned are leaves; all else is static. A policy
@@ -127,12 +114,11 @@ class ExitPolicy(ByValue):
         True
     """
 
-    criterion: Criterion
+    criterion: 'Criterion'
     thresholds: Array
 
 
-@struct.dataclass(eq=False)
-class OperatingPoint(ByValue):
+class OperatingPoint(ByValue, struct.PyTreeNode, eq=False):
     """A policy and its results on the data that it was chosen on. Goes wherever a policy goes.
 
     Attributes:
@@ -173,8 +159,7 @@ def num_rows(tree: Any, argument: str = 'inputs') -> Any:
     return shapes[0][0]
 
 
-@struct.dataclass
-class StageCosts:
+class StageCosts(struct.PyTreeNode):
     """Cost of one input in every stage and every head.
 
     Attributes:
@@ -214,7 +199,5 @@ def check_labels(labels: Array, num_classes: int) -> None:
     values = np.asarray(labels)  # jnp would trace even concrete labels inside jit
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= num_classes:
-        raise ValueError(
-            f'labels: expected classes in [0, {num_classes}), got {lowest} to {highest}; '
-            'count classes from 0, and give the network as many as there are'
-        )
+        advice = 'count classes from 0, and give the network as many as there are'
+        raise ValueError(f'labels: expected classes in [0, {num_classes}), got {lowest} to {highest}; {advice}')

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the guide into docs/_build/html, strictly: a warning, such as a link that leads nowhere, fails it.
+# Builds the guide into docs/_build/html; a warning, such as a missing link target, fails the build.
 # Usage: bash docs/build.sh [--execute]    --execute runs the tutorials and shows what they print and draw
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
@@ -10,5 +10,6 @@ elif [ $# -gt 0 ]; then
     echo "unknown argument $1: there is --execute" >&2
     exit 2
 fi
+python docs/generate.py
 sphinx-build -b html -W --keep-going -q "${execute[@]}" docs docs/_build/html
 echo "docs/_build/html/index.html"

@@ -1,8 +1,8 @@
 """How Sphinx builds the guide: Markdown pages, notebooks, API pages made from docstrings.
 
-Three extensions are our own, each a few lines: inline code such as ``bj.inference.plan``
-becomes a link to its entry, formulas become MathML, which browsers show without a script,
-and the table of networks comes from the stored reports.
+Two extensions are our own: inline code such as ``bj.inference.plan`` becomes a link to its
+entry, and formulas become MathML, which browsers show without a script. `generate.py`
+writes the API pages and the tables of results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import branchy_jax as bj
-from branchy_jax.report import markdown_table, read_json
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
@@ -23,8 +22,6 @@ from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 from sphinx.util.nodes import make_refnode
-
-RESULTS = Path(__file__).parents[1] / 'experiments' / 'results'
 
 project = 'branchy_jax'
 release = bj.__version__
@@ -42,7 +39,7 @@ html_copy_source = False
 html_math_renderer = 'mathml'
 pygments_style = 'friendly'
 
-myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath', 'substitution']
+myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
 nb_execution_mode = 'off'  # build.sh --execute turns it on
 nb_execution_timeout = 300
@@ -75,45 +72,6 @@ napoleon_use_rtype = False
 toc_object_entries_show_parents = 'hide'
 
 
-def table_of_networks() -> str:
-    """Returns the table of networks: accuracies of the runs, clocks of batch 1."""
-    columns = ['network', 'test accuracy %', 'ms per image', 'gain', '95 % of it']
-    columns += ['gain over plain', 'leave first', 'paper: accuracy %', 'paper: gain']
-    cells = []
-    for run in ('lenet_mnist_tuned', 'alexnet_cifar10', 'resnet110_cifar10_tuned'):
-        report = read_json(RESULTS / run / 'report.json')
-        clock = read_json(RESULTS / run / 'batches.json')['batches'][0]
-        assert (clock['batch'], clock['operating_point']) == (1, 'table'), run
-        (trunk, branchy), papers = report['rows'], report['paper']
-        over_plain = clock['plain_baseline_ms'] / clock['baseline_ms']
-        interval = f'{clock["gain_low"]:.2f}\u2009–\u2009{clock["gain_high"]:.2f}'
-        leave = f'{100 * branchy["exit_fractions"][0]:.1f} %'
-        clocks = [
-            [f'{clock["baseline_ms"]:.3f}', '1.00', '–', f'{over_plain:.2f}', '–'],
-            [
-                f'{clock["latency_ms"]:.3f}',
-                f'{clock["gain"]:.2f}',
-                interval,
-                f'{clock["gain_plain"]:.2f}',
-                leave,
-            ],
-        ]
-        for row, clock_of, paper in zip((trunk, branchy), clocks, papers, strict=True):
-            cells.append(
-                [
-                    f'{row["network"]}, {report["dataset"]}',
-                    f'{100 * row["test_accuracy"]:.2f}',
-                    *clock_of,
-                    f'{100 * paper["test_accuracy"]:.2f}',
-                    f'{paper["gain"]:.2f}',
-                ]
-            )
-    return markdown_table(columns, cells)
-
-
-myst_substitutions = {'table_of_networks': table_of_networks()}
-
-
 _NOT_LINKED = nodes.title | nodes.reference | addnodes.pending_xref
 
 
@@ -128,12 +86,12 @@ class LinkCode(SphinxTransform):
     default_priority = 400
 
     def apply(self, **_: Any) -> None:
-        """Looks at every literal of a page."""
-        if self.env.docname == 'about/changelog':  # names what there was, too
+        """Replaces the literals of a page."""
+        if self.env.docname == 'about/changelog':  # which has names of earlier versions
             return
         for literal in list(self.document.findall(nodes.literal)):
-            found = re.fullmatch(r'bj((?:\.\w+)+)(\(.*\))?', literal.astext())
-            if found is None or any(
+            match = re.fullmatch(r'bj((?:\.\w+)+)(\(.*\))?', literal.astext())
+            if match is None or any(
                 isinstance(node, _NOT_LINKED) for node in _ancestors(literal)
             ):
                 continue
@@ -141,7 +99,7 @@ class LinkCode(SphinxTransform):
                 '',
                 refdomain='py',
                 reftype='obj',
-                reftarget=f'branchy_jax{found[1]}',
+                reftarget=f'branchy_jax{match[1]}',
                 refexplicit=True,
                 refwarn=True,
                 refdoc=self.env.docname,
@@ -153,7 +111,7 @@ class LinkCode(SphinxTransform):
 def public_entry(
     app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Element
 ) -> nodes.Element | None:
-    """Finds the entry of a name that stands alone, or goes by the file that defines it."""
+    """Finds the entry of a name without its package, or with the file that defines it."""
     if node.get('refdomain') != 'py':
         return None
     entries, name = env.get_domain('py').objects, node['reftarget'].rsplit('.', 1)[-1]
@@ -170,7 +128,7 @@ def public_entry(
 def described_where_defined(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
-    """Gives a value the description that stands below it in the file that defines it."""
+    """Gives a value the description below it in the file that defines it."""
     if what != 'data':
         return
     package, _, own = name.rpartition('.')
@@ -218,7 +176,7 @@ def as_mathml(translator: Any, node: nodes.Element) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Registers the above."""
+    """Registers the extensions."""
     app.add_transform(LinkCode)
     app.add_html_math_renderer('mathml', (as_mathml, None), (as_mathml, None))
     app.connect('missing-reference', public_entry)

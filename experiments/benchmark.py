@@ -1,81 +1,114 @@
-"""Measures every executor against the plain jitted baseline, over batch sizes and forced exit shares.
+"""How fast is a network with exits? As it is served best, in turns with its baseline on this machine.
 
     python -m experiments.benchmark --network=b-resnet110 --workdir=runs/benchmark_resnet110
-    python -m experiments.benchmark --training --workdir=runs/benchmark_training
 
-The second, on a CPU, times a training step of B-ResNet-110 and B-AlexNet as jax starts by itself and as the commands
-start it.
+Over batch sizes and forced exit shares, with random weights: time does not depend on them. 2 minutes for B-LeNet at
+batch 1, 45 for B-ResNet-110. Writes ``benchmark.json`` (a row per cell), ``benchmark.md`` and ``gain.png``; times
+are milliseconds an image, ratios are medians over interleaved passes.
 
-Random weights unless given: time does not depend on them. Writes ``benchmark.json``, ``benchmark.md``,
-``gain.png`` (gain against batch size), ``cost.png`` (milliseconds a batch against batch size) and ``follows.png`` (time
-against multiply-accumulates). All times are milliseconds per image; ratios are medians over interleaved passes.
+    python -m experiments.benchmark --run=runs/lenet_mnist --batches=1,256     # its operating points: batches.json
+    python -m experiments.benchmark --run=runs/lenet_mnist --energy            # joules an image: energy.json
+    python -m experiments.benchmark --run=runs/alexnet_cifar10 --cache=5       # Figure 6, by valgrind: cache.json
+
+measure a finished run of the main job, or a stored report whose weights ship with the package, in its own folder. And
+
+    python -m experiments.benchmark --training --workdir=runs/benchmark_training    # a step, by two settings of a CPU
+    python -m experiments.benchmark --network=b-resnet110 --planning --workdir=DIR  # where the time of `plan` goes
+    python -m experiments.benchmark --network=b-lenet --other=/tmp/old              # this checkout against another
 """
 
-from __future__ import annotations
-
-import dataclasses
+import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.report import write_json, write_text
-from experiments.pages import pictures
-from experiments.pages.tables import table
-from experiments.run import command
-from experiments.run.networks import count_exits, image_specs
-from experiments.run.timing import keep_to_one_core
-from experiments.study import training_speed
-from experiments.study.cells import Cell, images_needed, measure_cell, peak_memory_mb, prepare
+from experiments.pages.pictures import gain_against_batch
+from experiments.run.networks import count_exits
+from experiments.run.report import Row, provenance, table
+from experiments.study import flags, on_a_run, speed
+from experiments.study.cells import force, images_needed, measure, plan_by_the_clock, random_networks
+from experiments.study.finished import read_run
 
 _SHARES_BY_EXITS = {2: ['94/6', '70/30', '0/100', '100/0'], 3: ['100/0/0', '70/20/10', '40/30/30', '0/0/100']}
-_SIZES_PER_BATCH = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the grid, writing what is known after every cell."""
-    parser = command.parser(__doc__)
+    """Measures what the flags ask for."""
+    parser = flags.parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--network', help='A branchy network: b-lenet, b-alexnet, b-resnet110.')
+    what.add_argument('--run', type=Path, help='Folder of a finished main job, or a stored report.')
     what.add_argument('--training', action='store_true', help='Times training steps instead of executors.')
-    parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
-    parser.add_argument('--weights', type=Path, help='Safetensors of the network; random weights without.')
-    parser.add_argument('--batches', type=command.positives, help='Batch sizes, such as 1,32,256.')
+    parser.add_argument('--workdir', type=Path, help='Folder for the results.')
+    parser.add_argument('--batches', type=flags.positives, help='Batch sizes, such as 1,32,256.')
     parser.add_argument('--shares', help='Exit shares in percent, such as 70/20/10,100/0/0.')
-    parser.add_argument('--passes', type=command.positive, default=20, help='Interleaved pairs per cell.')
-    parser.add_argument('--rounds', type=command.positive, default=3, help='Of --training: processes of each setting.')
-    parser.add_argument('--one_core', action='store_true', help='Keep to one CPU core: fastest for small networks.')
-    parser.add_argument('--seed', type=int, default=0, help='Of the images.')
+    parser.add_argument('--passes', type=flags.positive, default=20, help='Interleaved pairs.')
+    parser.add_argument('--planning', action='store_true', help='Times `plan` and the warm-up.')
+    parser.add_argument('--other', type=Path, help='Another checkout, to compare planned published networks with.')
+    parser.add_argument('--energy', action='store_true', help='With --run: joules, where the device has a meter.')
+    parser.add_argument('--cache', type=flags.positive, help='With --run: cache misses at so many settings.')
+    parser.add_argument('--images', type=flags.positive, help='With --run and --other: test images in a pass.')
+    parser.add_argument('--seconds', type=float, default=10.0, help='With --energy: to run each for, at least.')
+    parser.add_argument('--rounds', type=flags.positive, default=3, help='With --training: processes of each setting.')
     options = parser.parse_args(arguments)
-    if options.training:
-        training_speed.write(options.workdir, command.provenance('benchmark'), rounds=options.rounds)
+    if options.run is not None:
+        _measure_a_run(options)
+    elif options.other is not None:
+        for batch in options.batches or [1, 256]:
+            images, passes = options.images or 512, options.passes
+            row = speed.compare_checkouts(options.other, options.network, batch, images=images, passes=passes)
+            print(row, flush=True)
+    elif options.workdir is None:
+        parser.error('--workdir: give the folder for the results')
+    elif options.training:
+        _write(options.workdir, 'training', speed.training_steps(rounds=options.rounds))
+    else:
+        _measure_a_network(options)
+
+
+def _measure_a_run(options: argparse.Namespace) -> None:
+    batches = options.batches or [1]
+    if on_a_run.INSIDE in os.environ:
+        on_a_run.run_under_valgrind(read_run(options.run), images=options.images, settings=options.cache)
         return
-    if options.one_core:
-        keep_to_one_core()
-    model = bj.models.create(options.network)
-    all_shares = _shares(options.shares, count_exits(model, image_specs(model.image_shape)))
-    on_cpu = jax.default_backend() == 'cpu'
-    batches = options.batches or ([1, 32, 256] if on_cpu else [1, 32, 256, 2048, 10000])
-    count = max(images_needed(batch) for batch in batches)
-    images = np.random.default_rng(options.seed).standard_normal((count, *model.image_shape), np.float32)
-    weights = None if options.weights is None else bj.checkpoint.load_weights(options.weights)[0]
-    subject = prepare(options.network, weights, images)
-    cells: list[Cell] = []
-    all_times: dict[str, Any] = {}
+    if options.cache:
+        rows = on_a_run.cache(options.run, images=options.images or 8, settings=options.cache)
+    elif options.energy:
+        meter = bj.measure.find_meter()
+        rows = on_a_run.energy(read_run(options.run), meter, batches, seconds=options.seconds)
+        print('' if meter else on_a_run.NO_METER)
+    else:
+        rows = on_a_run.batches(read_run(options.run), batches, images=options.images or 2048, passes=options.passes)
+    if rows:
+        print(table(rows, *rows[0]))
+
+
+def _measure_a_network(options: argparse.Namespace) -> None:
+    """Times a network at every batch size, writing what is known after each; or times planning."""
+    batches = options.batches or ([1, 32, 256] if jax.default_backend() == 'cpu' else [1, 32, 256, 2048, 10000])
+    shape = (max(map(images_needed, batches)), *bj.models.create(options.network).image_shape)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    networks, rows = random_networks(options.network, images), []
+    shares = _shares(options.shares, count_exits(networks.model, networks.inputs))
+    if options.planning:
+        policies = force(networks, images, dict(list(shares.items())[:2]))
+        _write(options.workdir, 'planning', plan_by_the_clock(networks, images, policies), network=options.network)
+        return
     for batch in batches:
-        times = bj.inference.segment_times(*subject.fast, images, batch_sizes=_sizes(batch), passes=7)
-        all_times[str(batch)] = dataclasses.asdict(times)
-        for shares in all_shares:
-            cells += measure_cell(subject, images, shares, batch, times, passes=options.passes)
-            _write(options.workdir, cells, all_times, passes=options.passes)
-            print(_line(cells[-1]), flush=True)
+        own = images[: images_needed(batch)]
+        rows += measure(networks, own, force(networks, own, shares), batch, passes=options.passes)
+        record = _write(options.workdir, 'benchmark', rows, network=options.network)
+        gain_against_batch(options.workdir / 'gain.png', rows, title=f'{options.network}, {record["device"]}')
+        print(table(rows[-len(shares) :], *_CLOCKS), flush=True)
 
 
-def _shares(given: str | None, num_exits: int) -> list[list[float]]:
-    found = []
+def _shares(given: str | None, num_exits: int) -> dict[str, list[float]]:
+    every = {}
     for text in given.split(',') if given else _SHARES_BY_EXITS[num_exits]:
         try:
             shares = [float(share) / 100 for share in text.split('/')]
@@ -83,86 +116,43 @@ def _shares(given: str | None, num_exits: int) -> list[list[float]]:
             shares = []
         if len(shares) != num_exits or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
             raise ValueError(f'shares: got {text!r}; give {num_exits} percentages that sum to 100, such as 70/20/10')
-        found.append(shares)
-    return found
+        every[text] = shares
+    return every
 
 
-def _sizes(batch: int) -> list[int]:
-    """Returns batch sizes to measure stages at: the batch, fractions of it, and for small batches a few larger ones."""
-    return sorted({max(1, batch // 4**power) for power in range(_SIZES_PER_BATCH)} | {1, 16, 64})
+def _write(workdir: Path, name: str, rows: Sequence[Row], **more: str) -> Row:
+    """Writes rows as JSON and as a page."""
+    record = {**more, **provenance('benchmark'), 'rows': list(rows)}
+    write_json(workdir / f'{name}.json', record)
+    write_text(workdir / f'{name}.md', page(record))
+    return record
 
 
-def _write(workdir: Path, cells: Sequence[Cell], times: dict[str, Any], *, passes: int) -> None:
-    record = {
-        **command.provenance('benchmark'),
-        'passes': passes,
-        'unit': 'ms per image',
-        'peak_memory_mb': peak_memory_mb(),
-        'segment_times': times,
-        'cells': [dataclasses.asdict(cell) for cell in cells],
-    }
-    write_json(workdir / 'benchmark.json', record)
-    write_text(workdir / 'benchmark.md', _page(record, cells))
-    title = f'{cells[0].network}, {record["device"]}'
-    pictures.gain_against_batch(workdir / 'gain.png', record['cells'], title=title)
-    pictures.time_against_batch(workdir / 'cost.png', record['cells'], title=title)
-    pictures.time_against_macs(workdir / 'follows.png', record['cells'], title=title)
+def page(record: Row) -> str:
+    """Lays out the record of executors, of training steps or of planning in Markdown: the rows say which it is."""
+    rows = record['rows']
+    if 'exit_fractions' in rows[0]:
+        title, parts = f'Benchmark of {record["network"]}', [table(rows, *_CLOCKS), _LEGEND]
+    elif 'what' in rows[0]:
+        title, parts = f'How long planning takes for {record["network"]}', [table(rows, 'what', 'seconds')]
+    else:
+        title, parts = 'A training step on a CPU', [table(rows, *_STEPS)]
+    return '\n\n'.join([f'# {title}', f'`{record["command"]}`', f'{record["device"]}.', *parts]) + '\n'
 
 
-_COLUMNS = {
-    'batch': '{batch}',
-    'exits %': '{exits}',
-    'executor': '{executor}',
-    'ms': '{ms:.4f}',
-    'baseline ms': '{baseline_ms:.4f}',
-    'gain': '{gain:.2f}',
-    'over optimized': '{gain_over_optimized:.2f}',
-    'MAC limit': '{mac_limit:.2f}',
-    'time limit ms': '{time_limit_ms:.4f}',
-    'realised': '{realised:.2f}',
-    'within batch': '{realised_within_batch:.2f}',
-    'time ÷ baseline': '[{slowdown_low:.3f}, {slowdown_high:.3f}]',
-    'compile s': '{compile_s:.1f}',
-}
-
-
-def _page(record: dict[str, Any], cells: Sequence[Cell]) -> str:
-    rows = [{**vars(cell), 'exits': _exits(cell)} for cell in cells]
-    plans = '\n\n'.join(f'```\n{cell.plan}\n```' for cell in cells if cell.plan)
-    return '\n\n'.join(
-        [
-            f'# Benchmark of {cells[0].network}',
-            f'`{record["command"]}`',
-            f'{record["device"]}, {record["passes"]} interleaved passes. Milliseconds per image.',
-            table(_COLUMNS, rows),
-            _LEGEND,
-            f'# How the planner chose\n\n{plans}\n',
-        ]
-    )
-
-
+_CLOCKS = (
+    *('batch', 'operating_point', 'exit_fractions', 'executor', 'latency_ms', 'gain', 'gain_plain', 'mac_limit'),
+    *('time_limit_ms', 'realised'),
+)
+_STEPS = ('network', 'settings', 'devices', 'batch_size', 'ms', 'times_faster', 'peak_gb')
 _LEGEND = """\
-- gain: plain jitted baseline ÷ this, median of paired passes; over optimized: the same over the baseline that went
-  through `optimize` as well, and is served alike: by `staged` at batch 1, as planned for it in batches.
+- The operating point is the share that is forced to leave at each exit. Times are milliseconds an image.
+- gain: like with like, over the baseline that went through `optimize` as well, and is served alike: by `staged` on one
+  core at batch 1, as planned in batches; the median of paired passes. gain plain: over the plain jitted baseline.
 - MAC limit: baseline MACs ÷ expected MACs, heads included. Time limit: Σ share of images that reach a stage × (stage +
-  head), each measured alone at its best batch size, rewritten alike, in the same passes.
-- realised: time limit ÷ ms. It may exceed 1: stages measured alone pay a dispatch each, and run one chunk at a time.
-  Within batch: against stages measured (before) at batch sizes up to this one, which for batch 1 is 1.
-- time ÷ baseline: 95 % interval of the median.
-- exits: the shares forced; a plan that skips a head serves its images later.
-- compile: of the executor; of a plan, all of planning."""
-
-
-def _exits(cell: Cell) -> str:
-    return '/'.join(f'{100 * share:.0f}' for share in cell.exit_fractions)
-
-
-def _line(cell: Cell) -> str:
-    return (
-        f'{cell.network} batch {cell.batch} exits {_exits(cell)}: {cell.ms:.4f} ms planned, gain {cell.gain:.2f}, '
-        f'over optimized {cell.gain_over_optimized:.2f}, realised {cell.realised:.2f} '
-        f'(within batch {cell.realised_within_batch:.2f}), MAC limit {cell.mac_limit:.2f}'
-    )
+  head), each measured alone at its best batch size, rewritten alike.
+- realised: time limit ÷ latency. It may exceed 1: stages measured alone pay a dispatch each, and run one chunk at a
+  time."""
 
 
 if __name__ == '__main__':

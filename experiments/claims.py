@@ -1,198 +1,204 @@
-"""Puts the paper's claims to the test, each from several seeds, with a verdict that may be no.
+"""Do the paper's claims hold? Each is trained from several seeds and answered with an interval; the answer may be no.
 
     python -m experiments.claims --workdir=runs/claims --network=b-lenet --dataset=mnist5k
 
-Writes ``claims_NETWORK.json`` after every trained variant, and checkpoints: a run that was stopped goes on where it
-was. In the end writes ``claims_NETWORK.md``; claims whose variants were not trained are left out. Baselines are
-trained on their own; variants of a seed share initial weights and the order of the data, so that differences are
-paired.
+Does joint training regularise, does it help to start from the baseline, do larger weights on early exits help, how deep
+should a branch be (Figure 5), and where should it leave? Half an hour for B-LeNet on 2 cores, hours for B-AlexNet.
+Writes ``claims_NETWORK.json``, a row per variant and seed, and ``claims_NETWORK.md`` after every trained variant: a run
+that was stopped goes on where it was. Variants of a seed share initial weights and the order of the data, so that
+differences are paired; baselines are trained on their own.
+
+    python -m experiments.claims --gradients --workdir=runs/claims --network=b-plain30 --dataset=cifar10
+
+Do branches keep gradients from vanishing? The gradient of each layer, with and without branches, at initialisation and
+after some steps, in minutes: ``gradients_NETWORK.json``, ``.md`` and ``.png``. ``b-plainD`` is a network of D
+convolutions without shortcuts or normalisation, with two branches. Both networks have the same initial weights, see the
+same batches, and sum the losses of all of their exits.
 """
 
-from __future__ import annotations
-
-import contextlib
+import argparse
 import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
-from branchy_jax.checkpoint import locked
+from branchy_jax.types import Variables
 from experiments.configs import common
-from experiments.pages.claims import page
-from experiments.run import command
-from experiments.run.networks import count_exits, image_specs
-from experiments.run.processes import start_again_on_cpu
-from experiments.run.tasks import load
-from experiments.study.seeds import Recipe, Seeds, Trained
+from experiments.run.networks import count_exits, image_specs, load, network_options
+from experiments.run.report import JPEG_NOTE, Row, provenance
+from experiments.run.trainings import Trainer, start_again_on_cpu
+from experiments.study import flags, gradients
 from experiments.study.variants import with_branch
-from experiments.study.verdicts import DEPTHS, depth_name, judge_all, position_name, positions
+from experiments.study.verdicts import DEPTHS, bullets, depth_name, interval, judge_all, position_name, positions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains all variants, judges and writes."""
-    parser = command.parser(__doc__)
+    parser = flags.parser(__doc__)
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
     parser.add_argument('--network', default='b-lenet', help='A branchy one, such as b-lenet, b-alexnet, b-resnet20.')
     parser.add_argument('--dataset', default='mnist5k', help='mnist5k, a TFDS name or an .npz.')
-    parser.add_argument('--seeds', type=command.positive, default=5, help='Trainings of each variant.')
-    parser.add_argument('--epochs', type=command.positive, default=15, help='Of each training.')
-    parser.add_argument('--batch_size', type=command.positive, default=64, help='Examples in a step.')
+    parser.add_argument('--seeds', type=flags.positive, default=5, help='Trainings of each variant.')
+    parser.add_argument('--epochs', type=flags.positive, default=15, help='Of each training.')
+    parser.add_argument('--batch_size', type=flags.positive, default=64, help='Examples in a step.')
     parser.add_argument('--learning_rate', type=float, default=3e-3, help='Peak.')
     parser.add_argument('--weight_decay', type=float, default=0.0, help='Of AdamW.')
     parser.add_argument('--augment', action='store_true', help='Shifts and, but for digits, mirroring; not the paper.')
     parser.add_argument('--dtype', default='float32', help='Of the computation.')
-    parser.add_argument('--most_examples', type=int, default=0, help='Of each part of the data, to try it; 0: all.')
-    parser.add_argument('--cpu_devices', type=command.positive, default=1, help='That a CPU makes to share each step.')
-    parser.add_argument('--judge_only', action='store_true', help='Judge by what was trained so far.')
+    parser.add_argument('--cpu_devices', type=flags.positive, default=1, help='That a CPU makes to share each step.')
+    parser.add_argument('--gradients', action='store_true', help='Measure the gradient of each layer instead.')
+    parser.add_argument('--steps', type=flags.positive, default=20, help='With --gradients: before the second reading.')
     options = parser.parse_args(arguments)
+    config = settings(options)
+    if options.gradients:
+        sizes = {'seeds': options.seeds, 'steps': options.steps, 'batch_size': options.batch_size}
+        gradients.run(options.workdir, options.network, load(config), **sizes)
+        return
     start_again_on_cpu(options.cpu_devices)
     mesh = bj.sharding.data_mesh(options.cpu_devices) if options.cpu_devices > 1 else None
-    config: ConfigDict = common.get_config()
-    config.update(dataset=options.dataset, most_examples=options.most_examples)
-    digits = 'mnist' in options.dataset
-    recipe = Recipe(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        crop_padding=(2 if digits else 4) * options.augment,
-        flip=options.augment and not digits,
-    )
-    run(
-        options.workdir,
-        options.network,
-        load(config),
-        recipe,
-        seeds=options.seeds,
-        dtype=options.dtype,
-        judge_only=options.judge_only,
-        mesh=mesh,
-    )
+    dataset = load(config)
+    network = network_options(config, dataset.num_classes, dataset.image_shape)
+    trainer = Trainer(config, network, dataset, options.workdir / 'checkpoints' / options.network, mesh)
+    print(run(trainer, options.workdir, seeds=options.seeds))
 
 
-def run(
-    workdir: Path,
-    network: str,
-    dataset: bj.data.Dataset,
-    recipe: Recipe,
-    *,
-    seeds: int,
-    dtype: str,
-    judge_only: bool,
-    mesh: Mesh | None = None,
-) -> dict[str, Any]:
-    """Trains what the claims need, resuming, and returns the record.
+def settings(options: argparse.Namespace) -> ConfigDict:
+    """Returns the recipe of all variants as settings of a run."""
+    config, digits = common.get_config(), 'mnist' in options.dataset
+    given = ('network', 'dataset', 'dtype', 'epochs', 'batch_size', 'learning_rate', 'weight_decay', 'cpu_devices')
+    config.update({name: getattr(options, name) for name in given})
+    config.update(optimizer='adamw', regime='joint', warmup=0.3, scan_epoch=options.cpu_devices == 1)
+    config.update(crop_padding=(2 if digits else 4) * options.augment, flip=options.augment and not digits)
+    return config
+
+
+def run(trainer: Trainer, workdir: Path, *, seeds: int) -> str:
+    """Trains every variant that the record lacks, judges, and writes after each; returns the page.
 
     Args:
-        workdir: ``claims_NETWORK.json`` and ``.md`` go there.
-        network: the branchy one.
-        dataset: to train and evaluate on.
-        recipe: of every training.
+        trainer: the recipe and the data of all variants.
+        workdir: where the record goes.
         seeds: trainings of each variant.
-        dtype: of the computation.
-        judge_only: trains nothing more.
-        mesh: devices that share every step.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
     """
-    checkpoints = workdir / 'checkpoints' / network
-    with contextlib.nullcontext() if judge_only else locked(checkpoints):
-        settings = {
-            'network': network,
-            'dataset': dataset.name,
-            'seeds': seeds,
-            'dtype': dtype,
-            **vars(recipe),
-            'train': len(dataset.train),
-            'test': len(dataset.test),
-        }
-        path = workdir / f'claims_{network}.json'
-        record = _started(path, settings)
-        if not judge_only:
-            options = {'num_classes': dataset.num_classes, 'image_shape': dataset.image_shape}
-            options['dtype'] = jnp.dtype(dtype)
-            if network == 'b-lenet':  # the same network in the form in which a CPU trains it fastest
-                options['convolution'] = bj.models.banded_convolution
-            trainings = Seeds(dataset, recipe, count=seeds, directory=checkpoints, mesh=mesh)
-            _train_missing(record, _variants(network, options, trainings), path)
-        _write(path, record)
-        bj.report.write_text(path.with_suffix('.md'), page(record))
-    print(page(record))
-    return record
-
-
-def _started(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the record so far, refusing one of other settings."""
-    record = bj.report.read_json(path) if path.exists() else {}
-    if record.get('settings', settings) != settings:
+    config, dataset = trainer.config, trainer.dataset
+    names = ('network', 'dataset', 'dtype', 'epochs', 'batch_size', 'learning_rate', 'weight_decay', 'crop_padding')
+    ours = {name: config[name] for name in (*names, 'flip')}
+    ours |= {'seeds': seeds, 'train': len(dataset.train), 'test': len(dataset.test)}
+    path = workdir / f'claims_{config.network}.json'
+    record = bj.report.read_json(path) if path.exists() else {'settings': ours, **provenance('claims'), 'rows': []}
+    if record['settings'] != ours:
         raise ValueError(
             f'workdir: {path} holds results of other settings; choose another folder, or delete this one with its '
             'checkpoints'
         )
-    return {'settings': settings, **command.provenance('claims'), 'seconds': 0.0, 'variants': {}, **record}
+    for name, train in variants(trainer).items():
+        if any(row['variant'] == name for row in record['rows']):
+            continue
+        record['rows'] += [{'variant': name, 'seed': seed, **train(name, seed)[1]} for seed in range(seeds)]
+        record['answers'] = judge_all(record['rows'], config.network)
+        bj.report.write_json(path, record)
+        bj.report.write_text(path.with_suffix('.md'), page(record))
+    return page(record)
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
-    record['claims'] = judge_all(record['variants'], record['settings']['network'])
-    bj.report.write_json(path, record)
+Variant = Callable[[str, int], tuple[Variables, Row]]
+"""Trains under a name from a seed; returns the variables and what the exits reach."""
 
 
-def _variants(network: str, options: dict[str, Any], seeds: Seeds) -> dict[str, Callable[[str], Trained]]:
-    """Returns by name what trains each variant under that name."""
-    model = bj.models.create(network, **options)
-    exits = count_exits(model, image_specs(options['image_shape']))
-    twice = 2 * seeds.recipe.epochs
-    equal, falling = [1.0] * exits, np.linspace(1.0, 0.3, exits).tolist()
+def variants(trainer: Trainer) -> dict[str, Variant]:
+    """Returns what trains each variant, by name."""
+    config, options = trainer.config, {**trainer.options}
+    if config.network == 'b-lenet':  # the same network in the form in which a CPU trains it fastest
+        options['convolution'] = bj.models.banded_convolution
+    del options['placement']
+    model = bj.models.create(config.network, **options)
+    exits = count_exits(model, image_specs(trainer.dataset.image_shape))
+
+    def variant(
+        model: Any, weights: Sequence[float], name: str, seed: int, *, epochs: int = config.epochs, start: bool = False
+    ) -> tuple[Variables, Row]:
+        variables = trainer.init(lambda: model, jax.random.key(seed))
+        if start:
+            variables, _ = bj.training.initialize_from_baseline(variables, baseline('baseline', seed)[0])
+        key = jax.random.fold_in(jax.random.key(1), seed)
+        trained = trainer.train(lambda: model, variables, key, weights, f'{name}, seed {seed}', epochs)
+        return trained, _accuracy(trainer, model, trained)
 
     @functools.cache  # of two variants
-    def baseline(name: str) -> Trained:
-        return seeds.train(name, bj.models.without_branches(model), [1.0])
+    def baseline(name: str, seed: int) -> tuple[Variables, Row]:
+        return variant(bj.models.without_branches(model), [1.0], name, seed)
 
-    def joint(name: str, weights: list[float] = equal, **changed: Any) -> Trained:
-        return seeds.train(name, model, weights, **changed)
-
-    def branch(name: str, after: int, convolutions: int) -> Trained:
-        return seeds.train(
-            name, with_branch(network[2:], after=after, convolutions=convolutions, **options), [1.0, 1.0]
+    def branch(after: int, convolutions: int) -> Variant:
+        trunk = config.network[2:]
+        return lambda name, seed: variant(
+            with_branch(trunk, after=after, convolutions=convolutions, **options), [1.0, 1.0], name, seed
         )
 
+    joint = functools.partial(variant, model, [1.0] * exits)
     return {
         'baseline': baseline,
         'joint': joint,
-        'joint, from the baseline': lambda name: joint(name, starts=baseline('baseline').variables),
-        'joint, first exit 1.0 to last 0.3': lambda name: joint(name, falling),
-        **{depth_name(depth): functools.partial(branch, after=1, convolutions=depth) for depth in DEPTHS},
-        'joint, twice as long': lambda name: joint(name, epochs=twice),
-        **{
-            position_name(position): functools.partial(branch, after=position, convolutions=1)
-            for position in positions(network)
-        },
+        'joint, from the baseline': functools.partial(joint, start=True),
+        'joint, first exit 1.0 to last 0.3': functools.partial(variant, model, np.linspace(1.0, 0.3, exits).tolist()),
+        **{depth_name(depth): branch(1, depth) for depth in DEPTHS},
+        'joint, twice as long': functools.partial(joint, epochs=2 * config.epochs),
+        **{position_name(position): branch(position, 1) for position in positions(config.network)},
     }
 
 
-def _train_missing(record: dict[str, Any], variants: dict[str, Callable[[str], Trained]], path: Path) -> None:
-    """Trains every variant that the record lacks, and writes the record after each."""
-    for name in [name for name in variants if name not in record['variants']]:
-        start = time.perf_counter()
-        found = variants[name](name)
-        seconds = time.perf_counter() - start
-        record['variants'][name] = {
-            'train_accuracy': found.train_accuracy.tolist(),
-            'test_accuracy': found.test_accuracy.tolist(),
-            'seconds': seconds,
-        }
-        record['seconds'] += seconds
-        _write(path, record)
-        exits_text = ', '.join(f'{100 * value:.2f}' for value in found.test_accuracy.mean(axis=0))
-        print(
-            f'{record["settings"]["network"]} {name}: test accuracy per exit {exits_text} %, {seconds:.0f} s',
-            flush=True,
+def _accuracy(trainer: Trainer, model: Any, variables: Variables) -> Row:
+    """Returns the accuracy of every exit on training images, not augmented, and on test images."""
+    dataset, row = trainer.dataset, {}
+    for name, part in (('train_accuracy', dataset.train), ('test_accuracy', dataset.test)):
+        outputs = bj.inference.exit_outputs(
+            model, variables, part.image, preprocess=dataset.normalization, batch_size=min(500, len(part))
         )
+        row[name] = (outputs.logits.argmax(-1) == part.label).mean(axis=1).tolist()
+    return row
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """Lays out a record in Markdown: verdicts first, then the figures they rest on."""
+    ours = record['settings']
+    by_variant: dict[str, list[Row]] = {}
+    for row in record['rows']:
+        by_variant.setdefault(row['variant'], []).append(row)
+    cells = []
+    for name, rows in by_variant.items():
+        test, train = (np.array([row[part] for row in rows]) for part in ('test_accuracy', 'train_accuracy'))
+        each = ', '.join(_with_interval(values) for values in 100 * test.T)
+        cells.append([name, each, _with_interval(100 * (train - test)[:, -1])])
+    columns = ['variant', 'test accuracy of each exit, %', 'train − test of the last']
+    note = f'\n\n{JPEG_NOTE}' if ours['dataset'] == 'cifar10' else ''
+    return f"""# The paper's claims on {ours['network']}, {ours['dataset']}
+
+`{record['command']}`
+
+{record['device']}. {ours['train']:,} training and {ours['test']:,} test images, {ours['epochs']} epochs,
+{ours['seeds']} seeds. Figures are means with 95 % confidence intervals (Student's t); questions are answered by
+differences paired by seed.{note}
+
+## Verdicts
+
+{bullets(record['answers'])}
+
+## Figures
+
+{bj.report.markdown_table(columns, cells)}
+"""
+
+
+def _with_interval(values: np.ndarray) -> str:
+    mean = interval(values)
+    return f'{mean["mean"]:.2f} ± {mean["high"] - mean["mean"]:.2f}'
 
 
 if __name__ == '__main__':

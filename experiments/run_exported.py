@@ -10,8 +10,6 @@ Nothing is read before its checksum is verified, and nothing is executed but Sta
 callbacks. Checksums detect damage, not malice: they are as trustworthy as the source of the folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib

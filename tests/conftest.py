@@ -15,7 +15,7 @@ import branchy_jax as bj
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
-settings.register_profile('suite', deadline=None, max_examples=25, derandomize=True)
+settings.register_profile('suite', deadline=None, max_examples=15, derandomize=True)
 settings.load_profile('suite')
 
 IMAGE_SHAPE = (4, 4, 1)
@@ -44,12 +44,15 @@ def thresholds_between(model, variables, inputs):
     return uncertainty[:, middle - 1 : middle + 1].mean(1)
 
 
-@pytest.fixture(autouse=True)
-def xla_defaults(monkeypatch):
-    """Plans try only the compiler options that XLA has by itself: every other set compiles each candidate once more.
+def pytest_collection_modifyitems(items):
+    """Puts files with slow tests first: a worker that starts one of them last would leave the other worker idle."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
 
-    A test that wants all of them asks for `all_compiler_options`.
-    """
+
+@pytest.fixture
+def xla_defaults(monkeypatch):
+    """Plans try only the compiler options that XLA has by itself: every other set compiles each candidate once more."""
     for name, module in list(sys.modules.items()):
         for switch in ('may_use_all_cores', 'may_use_one_core'):
             if name.startswith('branchy_jax.') and hasattr(module, switch):
@@ -58,7 +61,7 @@ def xla_defaults(monkeypatch):
 
 @pytest.fixture
 def all_compiler_options(xla_defaults, monkeypatch):
-    """Lets plans try every compiler option that they try where a user calls them."""
+    """Lets plans of a module that uses `xla_defaults` try every compiler option, as where a user calls them."""
     monkeypatch.undo()
 
 
@@ -134,8 +137,8 @@ def compilations():
 
 
 @pytest.fixture
-def few_digits(monkeypatch):
-    """Makes the digits that pages and the README load few: a reader can wait for a minute, a test cannot."""
+def few_digits(monkeypatch, xla_defaults):
+    """Makes the digits that pages and the README load few, and their plans short: a reader can wait for a minute."""
     load = bj.data.load_dataset
 
     def few(name, **options):

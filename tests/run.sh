@@ -11,4 +11,5 @@ if XLA_FLAGS="$older" python -c 'import jax; jax.devices()' 2> /dev/null; then e
 ruff check .
 ruff format --check .
 mypy --cache-dir .venv/types
-exec python -m pytest --numprocesses=2 --dist=loadfile "$@"  # a file per worker at a time: fixtures are made once
+# A file per worker at a time: fixtures are made once. Files with slow tests come first (conftest.py).
+exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

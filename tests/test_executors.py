@@ -1,8 +1,9 @@
-"""Executors that do less than `dense` and answer the same."""
+"""All executors follow one rule, and do less than `dense`."""
 
 import collections
 import functools
 import itertools
+import types
 
 import flax.linen as nn
 import jax
@@ -10,173 +11,146 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CLASSES, equations
+from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
-from test_inference import CRITERIA, check_same
+from test_inference import check_same, entropy64
 
 import branchy_jax as bj
-from branchy_jax.inference import compacted, compiler_options, dense, exit_outputs, sequential, staged
+from branchy_jax.criteria import Criterion, entropy
+from branchy_jax.inference import compacted, compiler_options, dense, sequential, sharded, staged
 
-CRITERION = {criterion.name: criterion for criterion in CRITERIA}
-BATCH_SIZES = (0, 1, 5, 24)
-CHUNK_SIZES = (1, 3, 40, (5, 2, 1))
+BATCH = 8
 
 
-def executors(model):
-    """Every executor of batches."""
-    built = {'sequential': sequential(model)}
-    for size in CHUNK_SIZES:
-        built[f'loop {size}'] = compacted(model, chunk_size=size, on_host=False)
-        built[f'host {size}'] = compacted(model, chunk_size=size, on_host=True)
-    built['host 3 × 2'] = compacted(model, chunk_size=3, on_host=True, workers=2)
-    return built
+def staged_in_turn(model, **options):
+    """Returns what answers a batch with `staged`, one image after the other."""
+    execute = staged(model, **options)
+
+    def answer(variables, images, policy):
+        answers = [execute(variables, image, policy) for image in np.asarray(images)]
+        return jax.tree.map(lambda *values: np.stack(values), *answers)
+
+    return answer
+
+
+BUILDERS = {
+    'dense': dense,
+    'staged': staged_in_turn,
+    'sequential': sequential,
+    'loop': functools.partial(compacted, chunk_size=(3, 2, 1), on_host=False),
+    'loop of whole chunks': functools.partial(compacted, chunk_size=4, on_host=False),
+    'loop of one chunk': functools.partial(compacted, chunk_size=40, on_host=False),
+    'host': functools.partial(compacted, chunk_size=3, on_host=True),
+    'host × 2': functools.partial(compacted, chunk_size=(5, 2, 1), on_host=True, workers=2),
+    'sharded': functools.partial(sharded, chunk_size=3, mesh=bj.sharding.data_mesh(1)),
+}
+LOOKING_BACK = ('dense', 'staged', 'loop', 'host × 2', 'sharded')
+FEW = ('dense', 'staged', 'sequential', 'loop of whole chunks', 'host')
+
+
+@functools.partial(struct.dataclass, eq=False, repr=False)
+class RunningMean(Criterion):
+    """A criterion that uses earlier exits: the mean of the entropies so far, answering with the summed logits."""
+
+    name = 'running mean'
+
+    def __call__(self, logits, carry, n):
+        answer, total = (jnp.zeros_like(logits), jnp.zeros(logits.shape[0])) if carry is None else carry
+        answer, total = answer + logits, total + entropy(logits, None, n)[1]
+        return answer, total / (n + 1), (answer, total)
+
+
+CRITERIA = {'entropy': entropy, 'running mean': RunningMean()}
 
 
 @pytest.fixture(scope='module')
-def uncertainty(network):
+def every(network):
+    """Answers and uncertainties ``[N, M, …]`` of both criteria, in NumPy float64."""
     model, variables, images = network
-    return {name: exit_outputs(model, variables, images, criterion=c).uncertainty for name, c in CRITERION.items()}
+    logits = np.float64(jnp.stack(model.apply(variables, images)))
+    mean = entropy64(logits).cumsum(0) / np.arange(1, 4)[:, None]
+    return {'entropy': (logits, entropy64(logits)), 'running mean': (logits.cumsum(0), mean)}
+
+
+def by_the_rule(answers, uncertainty, thresholds):
+    """The first exit whose uncertainty is below its threshold answers, else the last."""
+    confident = np.vstack([uncertainty[:-1] < np.float64(thresholds)[:, None], np.ones(uncertainty.shape[1], bool)])
+    exits, rows = confident.argmax(0), np.arange(uncertainty.shape[1])
+    chosen = answers[exits, rows]
+    return bj.types.ExitPrediction(chosen.argmax(-1), exits, chosen, uncertainty[exits, rows])
 
 
 def between(values):
-    """Returns thresholds that lie clearly between neighbouring values: rounding differs with the batch size."""
+    """Returns thresholds that lie clearly between neighbouring values, so that rounding decides nothing."""
     ordered = np.sort(values)
     return [-np.inf, np.inf, *((a + b) / 2 for a, b in itertools.pairwise(ordered) if b - a > 1e-4)]
 
 
-@pytest.mark.parametrize('criterion', CRITERION)
-@settings(max_examples=100)
+@pytest.mark.parametrize('criterion', CRITERIA)
+@settings(max_examples=15)
 @given(data=st.data())
-def test_all_executors_are_dense(network, uncertainty, criterion, data):
-    """Whatever thresholds, batch and chunk sizes, two executors each."""
+def test_all_executors_follow_the_rule(network, every, criterion, data):
     model, variables, images = network
-    batch_size = data.draw(st.sampled_from(BATCH_SIZES), label='batch size')
-    seed = data.draw(st.integers(0, 1000), label='which images')
-    thresholds = [data.draw(st.sampled_from(between(uncertainty[criterion][n]))) for n in range(2)]
-    batch = np.random.default_rng(seed).permutation(np.asarray(images))[:batch_size]
-    policy = bj.ExitPolicy(CRITERION[criterion], np.float32(thresholds))
-    expected = dense(model)(variables, batch, policy)
-    built = executors(model)
-    for name in data.draw(st.tuples(*[st.sampled_from(sorted(built))] * 2), label='executors'):
-        check_same(built[name](variables, batch, policy), expected)
+    answers, uncertainty = every[criterion]
+    thresholds = [data.draw(st.sampled_from(between(uncertainty[n]))) for n in range(2)]
+    rows = np.random.default_rng(data.draw(st.integers(0, 1000))).permutation(24)[:BATCH]
+    policy = bj.ExitPolicy(CRITERIA[criterion], np.float32(thresholds))
+    expected = by_the_rule(answers[:, rows], uncertainty[:, rows], thresholds)
+    for name in BUILDERS if criterion == 'entropy' else LOOKING_BACK:
+        answer = BUILDERS[name](model)(variables, np.asarray(images)[rows], policy)
+        check_same(answer, expected)
+        assert (answer.label.dtype, answer.exit_index.dtype) == (jnp.int32, jnp.int32)
 
 
-@pytest.mark.parametrize('name', ['sequential', 'loop 3', 'host 3', 'host 3 × 2', 'host (5, 2, 1)'])
-@pytest.mark.parametrize('leaves', [0, 1, 2])
-def test_all_leave_at_one_exit(network, name, leaves):
+@pytest.mark.parametrize('name', ['dense', 'sequential', 'loop', 'host', 'sharded'])
+def test_an_empty_batch_is_answered(network, name):
     model, variables, images = network
-    thresholds = [np.inf if n == leaves else -np.inf for n in range(2)]
-    answer = executors(model)[name](variables, images, thresholds)
-    assert set(answer.exit_index.tolist()) == {leaves}
-    check_same(answer, dense(model)(variables, images, thresholds))
+    answer = BUILDERS[name](model)(variables, images[:0], [0.1, 0.1])
+    assert jax.tree.map(jnp.shape, answer) == bj.types.ExitPrediction((0,), (0,), (0, CLASSES), (0,))
 
 
-@pytest.mark.parametrize('exits', [(2,), (0, 2), (1, 2)])
-@pytest.mark.parametrize(
-    'build',
-    [
-        dense,
-        sequential,
-        functools.partial(compacted, chunk_size=3, on_host=False),
-        functools.partial(compacted, chunk_size=3, on_host=True),
-    ],
-)
-def test_exits_left_out_are_thresholds_of_minus_infinity(network, uncertainty, exits, build):
+@pytest.mark.parametrize('name', ['dense', 'staged', 'sequential', 'loop', 'host', 'sharded'])
+def test_exits_left_out_are_thresholds_of_minus_infinity(network, every, name):
     model, variables, images = network
-    thresholds = np.median(uncertainty['entropy'][:2], axis=1)
-    as_if = np.where(np.isin([0, 1], exits), thresholds, -np.inf)
-    check_same(build(model, exits=exits)(variables, images, thresholds), dense(model)(variables, images, as_if))
+    answers, uncertainty = (values[:, :BATCH] for values in every['entropy'])
+    middle = np.sort(uncertainty[1])[3:5].mean()
+    options = {'chunk_size': (3, 2)} if name == 'loop' else {}
+    execute = BUILDERS[name](model, exits=[1, 2], **options)
+    answer = execute(variables, images[:BATCH], np.float32([np.inf, middle]))
+    check_same(answer, by_the_rule(answers, uncertainty, [-np.inf, middle]))
 
 
-def test_single_images_with_exits_left_out(network, uncertainty):
+def test_programs_can_be_mapped_and_jitted(network, every):
     model, variables, images = network
-    thresholds = np.median(uncertainty['entropy'][:2], axis=1)
-    expected = dense(model)(variables, images, [-np.inf, thresholds[1]])
-    for b in range(4):
-        alone = jax.tree.map(lambda x, b=b: x[b], expected)
-        check_same(staged(model, exits=[1, 2])(variables, images[b], thresholds), alone)
-        kept = sequential(model, exits=[1, 2])(variables, images[b : b + 1], thresholds)
-        check_same(jax.tree.map(lambda x: x[0], kept), alone)
-
-
-@pytest.mark.parametrize(
-    'build',
-    [
-        dense,
-        staged,
-        sequential,
-        functools.partial(compacted, chunk_size=2),
-        functools.partial(compacted, chunk_size=2, on_host=False),
-    ],
-)
-def test_compiler_options_reach_the_compiler(network, build):
-    model, variables, images = network
-    with pytest.raises(Exception, match='no_such_option'):
-        build(model, compiler_options={'no_such_option': 1})(
-            variables, images[0 if build is staged else slice(2)], [0, 0]
-        )
-
-
-def test_all_cores_are_used_where_there_are_several(all_compiler_options, monkeypatch):
-    monkeypatch.setattr(compiler_options, 'num_cores', lambda: 2)
-    assert compiler_options.may_use_all_cores() == compiler_options.may_use_one_core()  # a compiler knows both or none
-    monkeypatch.setattr(compiler_options, 'num_cores', lambda: 1)
-    assert not compiler_options.may_use_all_cores()
-
-
-@pytest.mark.parametrize('build', [dense, staged, sequential, functools.partial(compacted, chunk_size=2)])
-@pytest.mark.parametrize('exits', [[], [0], [2, 0], [0, 0, 2], [0, 3], [-1, 2]])
-def test_impossible_exits_are_refused(network, build, exits):
-    model, variables, images = network
-    with pytest.raises(ValueError, match='exits: got'):  # those of a larger network when it is called
-        build(model, exits=exits)(variables, images[0] if build is staged else images, [0.0, 0.0])
-
-
-def test_a_criterion_that_uses_earlier_exits_needs_every_exit(network):
-    model, variables, images = network
-    with pytest.raises(ValueError, match="exits: criterion 'running mean' uses earlier exits"):
-        dense(model, exits=[2])(variables, images, bj.ExitPolicy(CRITERIA[1], jnp.zeros(2)))
-
-
-@pytest.mark.parametrize('chunk_size', [0, -1, 2.5, (1, 2), (1, 2, 0), 'two'])
-def test_impossible_chunk_sizes_are_refused(network, chunk_size):
-    with pytest.raises(ValueError, match='chunk_size: got'):
-        compacted(network[0], chunk_size=chunk_size)(network[1], network[2], [0.0, 0.0])
-
-
-def test_impossible_workers_are_refused(network):
-    with pytest.raises(ValueError, match='workers: got 0'):
-        compacted(network[0], chunk_size=1, workers=0)
-    with pytest.raises(ValueError, match='workers: got 2 with on_host=False'):
-        compacted(network[0], chunk_size=1, workers=2, on_host=False)
-
-
-def test_host_driven_says_that_it_cannot_be_traced(network):
-    model, variables, images = network
-    execute = compacted(model, chunk_size=4, on_host=True)
+    images, (answers, uncertainty) = images[:BATCH], (values[:, :BATCH] for values in every['entropy'])
+    settings = jnp.float32([[np.sort(u)[k : k + 2].mean() for u in uncertainty[:2]] for k in (2, 4)])
+    for name in ('dense', 'loop'):
+        mapped = jax.jit(jax.vmap(BUILDERS[name](model), in_axes=(None, None, 0)))(variables, images, settings)
+        for n, thresholds in enumerate(settings):
+            one_setting = jax.tree.map(lambda x, n=n: x[n], mapped)
+            check_same(one_setting, by_the_rule(answers, uncertainty, thresholds))
+    mapped = jax.vmap(staged(model), in_axes=(None, 0, None))(variables, images, settings[0])
+    check_same(mapped, by_the_rule(answers, uncertainty, settings[0]))
+    never = jax.jit(dense(model))(variables, images, jnp.full(2, jnp.nan))
+    assert set(never.exit_index.tolist()) == {2}
     with pytest.raises(ValueError, match='on_host=False'):
-        jax.jit(execute)(variables, images, jnp.zeros(2))
+        jax.jit(BUILDERS['host'](model))(variables, images, settings[0])
 
 
-def test_loops_work_under_jit_and_vmap(network, uncertainty):
+@pytest.mark.parametrize('name', FEW)
+def test_nothing_compiles_however_many_survive(network, every, compilations, name):
     model, variables, images = network
-    execute = compacted(model, chunk_size=5, on_host=False)
-    settings = jnp.asarray(np.quantile(uncertainty['entropy'][:2], [0.2, 0.8], axis=1), jnp.float32)
-    mapped = jax.jit(jax.vmap(execute, in_axes=(None, None, 0)))(variables, images, settings)
-    for n, thresholds in enumerate(settings):
-        check_same(jax.tree.map(lambda x, n=n: x[n], mapped), dense(model)(variables, images, thresholds))
-
-
-@pytest.mark.parametrize('execute', ['dense', 'sequential', 'loop 3', 'host 3', 'host 3 × 2'])
-def test_bad_input_is_refused_by_all(network, execute):
-    model, variables, images = network
-    run = {**executors(model), 'dense': dense(model)}[execute]
-    for thresholds in ([0.0], [0.0, np.nan], [[0.0, 0.0]], 'low'):
-        with pytest.raises(ValueError, match='thresholds:'):
-            run(variables, images, thresholds)
-    with pytest.raises(ValueError, match='inputs: their shape does not fit the variables'):
-        run(variables, images[:, :2], [0.0, 0.0])
+    execute, images = BUILDERS[name](model), np.asarray(images[:BATCH])
+    quantiles = np.quantile(every['entropy'][1][:2, :BATCH], np.linspace(0, 1, 5), axis=1)
+    policies = (*np.float32(quantiles), [0.5, 0.5], jnp.array([0.1, 0.2]))
+    execute(variables, images, np.full(2, -np.inf))
+    before, survivors = compilations.count, set()
+    for thresholds in policies:
+        survivors.add(int((np.asarray(execute(variables, images, thresholds).exit_index) > 0).sum()))
+    assert len(survivors) > 3
+    assert compilations.count == before
 
 
 def counting_network(runs):
@@ -199,73 +173,106 @@ def counting_network(runs):
     return Counting()
 
 
-@pytest.mark.parametrize(
-    ('build', 'expected'),
-    [
-        (sequential, [{0: 24}, {0: 24, 1: 24}]),
-        (functools.partial(compacted, chunk_size=8, on_host=False), [{0: 24}, {0: 24, 1: 24}]),
-        (functools.partial(compacted, chunk_size=8, on_host=True), [{0: 24}, {0: 24, 1: 24}]),
-        (functools.partial(compacted, chunk_size=8, on_host=True, workers=2), [{0: 24}, {0: 24, 1: 24}]),
-        (dense, [{0: 24, 1: 24, 2: 24}] * 2),
-    ],
-)
-def test_a_skipped_stage_runs_zero_times(network, build, expected):
-    runs, images = collections.Counter(), network[2]
+@pytest.mark.parametrize('name', FEW)
+def test_a_skipped_stage_runs_zero_times(network, name):
+    runs, images = collections.Counter(), network[2][:9] if name == 'host' else network[2][:BATCH]
     model = counting_network(runs)
-    variables = model.init(jax.random.key(0), images)
-    execute = build(model)
-    for thresholds, counts in zip(([np.inf, np.inf], [-np.inf, np.inf]), expected, strict=True):
-        runs.clear()
-        jax.block_until_ready(execute(variables, images, thresholds))
-        assert dict(runs) == counts
-
-
-def test_staged_runs_skipped_stages_zero_times(network):
-    runs, image = collections.Counter(), network[2][0]
-    model = counting_network(runs)
-    variables = model.init(jax.random.key(0), image[None])
+    variables, execute = model.init(jax.random.key(0), images), BUILDERS[name](model)
     for leaves in range(3):
         runs.clear()
-        thresholds = [np.inf if n >= leaves else -np.inf for n in range(2)]
-        jax.block_until_ready(staged(model)(variables, image, thresholds))
-        assert dict(runs) == dict.fromkeys(range(leaves + 1), 1)
+        jax.block_until_ready(execute(variables, images, [np.inf if n >= leaves else -np.inf for n in range(2)]))
+        assert dict(runs) == dict.fromkeys(range(3 if name == 'dense' else leaves + 1), len(images))
 
 
-@pytest.mark.parametrize('on_host', [True, False])
-def test_one_compilation_per_stage_however_many_survive(network, uncertainty, compilations, on_host):
-    model, variables, images = network
-    execute = compacted(model, chunk_size=7, on_host=on_host)
-    execute(variables, images, np.full(2, -np.inf))
-    before, survivors = compilations.count, set()
-    for quantile in np.linspace(0, 1, 9):
-        thresholds = np.quantile(uncertainty['entropy'][:2], quantile, axis=1)
-        answer = execute(variables, images, thresholds)
-        survivors.add(int((np.asarray(answer.exit_index) > 0).sum()))
-    assert len(survivors) > 5
-    assert compilations.count == before
-
-
-@pytest.mark.parametrize('name', ['dense', 'sequential', 'loop', 'sharded', 'staged'])
-def test_no_program_writes_or_reads_behind_a_buffer(network, uncertainty, name):
+@pytest.mark.parametrize('name', ['loop', 'sharded'])
+def test_no_program_writes_or_reads_behind_a_buffer(network, name):
     """Compilers disagree about what happens there: IREE has put such a write into row 0."""
     model, variables, images = network
-    mesh = bj.sharding.data_mesh(1)
-    run = {
-        'dense': dense,
-        'sequential': sequential,
-        'staged': staged,
-        'loop': functools.partial(compacted, chunk_size=5, on_host=False),
-        'sharded': functools.partial(bj.inference.sharded, mesh=mesh, chunk_size=5),
-    }[name](model)
-    policy = bj.ExitPolicy(bj.criteria.entropy, np.median(uncertainty['entropy'][:2], axis=1).astype(np.float32))
-    inputs = images[0] if name == 'staged' else images
-    modes = [
-        equation.params['mode']
-        for equation in equations(jax.make_jaxpr(lambda *arguments: run(*arguments))(variables, inputs, policy).jaxpr)
-        if equation.primitive.name in ('gather', 'scatter', 'scatter-add')
-    ]
-    assert bool(modes) == (name in ('loop', 'sharded'))
-    assert set(modes) <= {jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS, jax.lax.GatherScatterMode.CLIP}
+    arguments = variables, images, bj.ExitPolicy(entropy, np.float32([0.9, 0.9]))
+    execute = BUILDERS[name](model)
+    jaxpr = jax.make_jaxpr(lambda *arguments: execute(*arguments))(*arguments).jaxpr
+    kinds = ('gather', 'scatter', 'scatter-add')
+    modes = {equation.params['mode'] for equation in equations(jaxpr) if equation.primitive.name in kinds}
+    assert modes
+    assert modes <= {jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS, jax.lax.GatherScatterMode.CLIP}
     if name != 'sharded':  # which checkify does not know
-        checked = checkify.checkify(lambda *arguments: run(*arguments), errors=checkify.index_checks)
-        assert checked(variables, inputs, policy)[0].get() is None
+        checked = checkify.checkify(lambda *arguments: execute(*arguments), errors=checkify.index_checks)
+        assert checked(*arguments)[0].get() is None
+
+
+@pytest.mark.parametrize('name', FEW)
+def test_compiler_options_reach_the_compiler(network, name):
+    model, variables, images = network
+    with pytest.raises(Exception, match='no_such_option'):
+        BUILDERS[name](model, compiler_options={'no_such_option': 1})(variables, images, [0.0, 0.0])
+
+
+def test_all_cores_are_used_where_there_are_several(all_compiler_options, monkeypatch):
+    monkeypatch.setattr(compiler_options, 'num_cores', lambda: 2)
+    assert compiler_options.may_use_all_cores() == compiler_options.may_use_one_core()  # a compiler knows both or none
+    monkeypatch.setattr(compiler_options, 'num_cores', lambda: 1)
+    assert not compiler_options.may_use_all_cores()
+
+
+@pytest.mark.parametrize('name', FEW)
+def test_bad_input_is_refused(network, name):
+    model, variables, images = network
+    execute = BUILDERS[name](model)
+    for thresholds, message in (
+        ([0.5], r'takes 2 thresholds; got shape \(1,\)'),
+        (0.5, r'got shape \(\)'),
+        (np.zeros((1, 2)), r'got shape \(1, 2\)'),
+        ([0.5, np.nan], 'got NaN in'),
+        (['low', 'high'], 'expected a number for each side exit'),
+        (jnp.array([1, 2]), 'expected floats, got int32'),
+    ):
+        with pytest.raises(ValueError, match=f'thresholds: .*{message}'):
+            execute(variables, images, thresholds)
+    with pytest.raises(ValueError, match='inputs: their shape does not fit the variables'):
+        execute(variables, images[:, :2], [0.0, 0.0])
+    for exits in ([], [0], [2, 0], [0, 0, 2], [0, 3], [-1, 2]):
+        with pytest.raises(ValueError, match='exits: got'):  # those of a larger network when it is called
+            BUILDERS[name](model, exits=exits)(variables, images, [0.0, 0.0])
+    policy = bj.ExitPolicy(CRITERIA['running mean'], jnp.zeros(2))
+    with pytest.raises(ValueError, match="exits: criterion 'running mean' uses earlier exits"):
+        BUILDERS[name](model, exits=[2])(variables, images, policy)
+
+
+def test_images_that_a_network_refuses_are_refused():
+    checked = bj.models.create('b-lenet')  # the library's own networks know the shape of their images
+    weights = jax.eval_shape(checked.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    for bad in (np.zeros((2, 28, 28, 2), np.float32), np.zeros((2, 28, 28, 1), np.uint8), np.zeros((2, 28, 28))):
+        with pytest.raises(ValueError, match='images: expected'):
+            jax.eval_shape(lambda weights, bad=bad: staged(checked)(weights, bad[0], [0.1]), weights)
+
+
+def test_impossible_settings_are_refused(network):
+    model, variables, images = network
+    for chunk_size in (0, -1, 2.5, (1, 2), (1, 2, 0), 'two'):
+        with pytest.raises(ValueError, match='chunk_size: got'):
+            compacted(model, chunk_size=chunk_size)(variables, images, [0.0, 0.0])
+    with pytest.raises(ValueError, match='workers: got 0'):
+        compacted(model, chunk_size=1, workers=0)
+    with pytest.raises(ValueError, match='workers: got 2 with on_host=False'):
+        compacted(model, chunk_size=1, workers=2, on_host=False)
+
+
+def test_policies_are_checked_at_every_call(network):
+    """The same array, list or holder may have other contents the next time."""
+    model, variables, images = network
+
+    def exits(policy):
+        return set(dense(model)(variables, images[:BATCH], policy).exit_index.tolist())
+
+    changing = np.array([-np.inf, -np.inf], np.float32)
+    holder = types.SimpleNamespace(policy=jnp.full(2, -jnp.inf))
+    listed = bj.ExitPolicy(entropy, [jnp.float32(-jnp.inf)] * 2)
+    assert [exits(policy) for policy in (changing, holder, listed)] == [{2}] * 3
+    changing[0], holder.policy, listed.thresholds[0] = np.inf, jnp.full(2, jnp.inf), jnp.float32(jnp.inf)
+    assert [exits(policy) for policy in (changing, holder, listed)] == [{0}] * 3
+    changing[0] = np.nan
+    with pytest.raises(ValueError, match='thresholds: got NaN in'):
+        exits(changing)
+    weak = jnp.full(2, 0.5)  # weakly typed; what was converted under jit serves outside, too
+    jax.make_jaxpr(lambda image: staged(model)(variables, image, weak))(images[0])
+    exits(weak)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import thresholds_between
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
 from test_inference import check_same
 
 import branchy_jax as bj
+from branchy_jax.criteria.policy import as_policy, decode_policy
 from branchy_jax.export import folder as folder_module
 from branchy_jax.export import programs as programs_module
 from branchy_jax.export import save
-from experiments import run_exported
+from experiments import run_exported, run_without_jax
 
-READER = Path(run_exported.__file__)
 SCALE = bj.Normalization(mean=jnp.float32([0.5]), deviation=jnp.float32([0.25]))
 
 
@@ -34,34 +35,35 @@ def thresholds(network):
 
 
 @pytest.fixture(scope='module')
+def expected(network, thresholds):
+    answer = bj.inference.dense(network[0])(*network[1:], thresholds)
+    assert set(answer.exit_index.tolist()) == {0, 1, 2}
+    return answer
+
+
+@pytest.fixture(scope='module')
 def exported(network, thresholds, tmp_path_factory):
-    model, variables, images = network
+    """A folder for all platforms with weights in the programs, and its manifest."""
     folder = tmp_path_factory.mktemp('export') / 'network'
-    options = {'inputs': images, 'normalization': SCALE, 'batch_size': 10, 'exit_names': ['a', 'b', 'c']}
-    return folder, save(folder, model, variables, thresholds, **options)
+    options = {'inputs': network[2], 'normalization': SCALE, 'batch_size': 10, 'exit_names': ['a', 'b', 'c']}
+    return folder, save(folder, *network[:2], thresholds, **options)
 
 
-@pytest.fixture
-def copy(exported, tmp_path):
-    return Path(shutil.copytree(exported[0], tmp_path / 'copy'))
+@pytest.fixture(scope='module')
+def beside(network, thresholds, tmp_path_factory):
+    """A folder with weights beside the programs, and its manifest."""
+    folder = tmp_path_factory.mktemp('export') / 'large'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs_module, '_MOST_EMBEDDED_BYTES', 0)
+        return folder, save(folder, *network[:2], thresholds, inputs=network[2], batch_size=10, platforms=['cpu'])
 
 
-def check_programs(folder, images, expected):
-    """Runs the staged program, the batch program and the parts; returns the loaded folder."""
-    loaded = run_exported.load(folder)
+@pytest.mark.parametrize('form', ['exported', 'beside'])
+def test_every_program_is_dense(network, thresholds, expected, form, request):
+    loaded = run_exported.load(request.getfixturevalue(form)[0])
     for run in run_exported.PROGRAMS.values():
-        check_same(bj.ExitPrediction(**run(loaded, np.asarray(images))), expected)
-    return loaded
-
-
-def test_every_program_is_dense(network, exported, thresholds):
-    model, variables, images = network
-    expected = bj.inference.dense(model)(variables, images, thresholds)
-    assert set(expected.exit_index.tolist()) == {0, 1, 2}
-    loaded = check_programs(exported[0], images, expected)
+        check_same(bj.ExitPrediction(**run(loaded, np.asarray(network[2]))), expected)
     np.testing.assert_array_equal(loaded.thresholds, thresholds)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1)).astype(np.uint8)
-    np.testing.assert_allclose(loaded.normalize(pixels), SCALE(pixels), rtol=1e-6, atol=1e-6)
 
 
 class Convolution(nn.Module):
@@ -70,12 +72,9 @@ class Convolution(nn.Module):
         return (nn.Dense(3)(nn.Conv(2, (3, 3))(x).reshape(x.shape[0], -1)),)
 
 
-def test_one_module_holds_all_platforms_and_the_forms_that_suit_each(network, exported, tmp_path):
+def test_one_module_holds_all_platforms_and_the_forms_that_suit_each(exported, tmp_path):
     module = jax.export.deserialize(bytearray((exported[0] / 'staged.stablehlo').read_bytes()))
     assert module.platforms == ('cpu', 'cuda', 'tpu')
-    inputs = jax.ShapeDtypeStruct((4, 4, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
-    compiled = jax.jit(module.call).lower({}, *inputs).compile({'xla_backend_optimization_level': 1}).as_text()
-    assert len(re.findall(r' conditional\(', compiled)) == 2
     model, images = Convolution(), jnp.ones((1, 4, 4, 1))
     variables = model.init(jax.random.key(0), images)
     save(tmp_path / 'both', model, variables, [], inputs=images, platforms=['cpu', 'cuda'])
@@ -85,23 +84,65 @@ def test_one_module_holds_all_platforms_and_the_forms_that_suit_each(network, ex
     assert 'convolution' not in jax.jit(module.call).lower({}, *inputs).compile().as_text()
 
 
-def test_manifest_describes_the_folder(exported, thresholds):
+def test_manifest_describes_the_folder(exported, beside, thresholds):
     folder, manifest = exported
     assert manifest == json.loads((folder / 'manifest.json').read_text())
     assert manifest['thresholds'] == pytest.approx(thresholds.tolist())
-    assert bj.criteria.decode_policy(manifest['policy']) == bj.criteria.as_policy(thresholds)
+    assert decode_policy(manifest['policy']) == as_policy(thresholds)
     assert (manifest['exits'], manifest['criterion'], manifest['format']) == (['a', 'b', 'c'], 'entropy', 1)
     assert (manifest['input']['shape'], manifest['input']['normalization']['mean']) == ([4, 4, 1], [0.5])
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1)).astype(np.uint8)
+    loaded = run_exported.Network(manifest, {}, thresholds)
+    np.testing.assert_allclose(loaded.normalize(pixels), SCALE(pixels), rtol=1e-6, atol=1e-6)
     # 4 × 4 pixels, then 8 hidden values, 4 bytes each.
     assert [cut['bytes_per_image'] for cut in manifest['cuts']] == [64, 32, 32]
     parts = [f'{kind} {n}' for n in (1, 2, 3) for kind in ('stage', 'exit')]
     assert list(manifest['programs']) == ['staged', 'batch', *parts]
     described = [file for part in manifest['programs'].values() for file in (part, part['text'])]
-    for file in described:
-        assert hashlib.sha256((folder / file['file']).read_bytes()).hexdigest() == file['sha256']
     assert {path.name for path in folder.iterdir()} == {'manifest.json', *(file['file'] for file in described)}
     stage = manifest['programs']['stage 2']
     assert stage['inputs'] == [{'name': 'hidden', 'shape': ['batch', 8], 'dtype': 'float32'}]
+    assert beside[1]['programs']['exit 1']['weights'] == ['head1/bias', 'head1/kernel']
+
+
+def operations(block):
+    for operation in block.operations:
+        yield operation.operation
+        for region in operation.operation.regions:
+            for inner in region.blocks:
+                yield from operations(inner)
+
+
+@pytest.mark.parametrize('form', ['exported', 'beside'])
+def test_every_text_is_plain_stablehlo_for_one_platform(form, request):
+    folder, manifest = request.getfixturevalue(form)
+    for name, program in manifest['programs'].items():
+        text = (folder / program['text']['file']).read_text()
+        assert not re.search(r'custom_call|callback|loc\(|mhlo|jax|platform|tensor<\?', text), name
+        with mlir.make_ir_context():
+            module = ir.Module.parse(text)
+            assert module.operation.verify()
+            names = [operation.name for operation in operations(module.body)]
+            assert {name.split('.')[0] for name in names} <= {'builtin', 'func', 'stablehlo'}, name
+            (main,) = [f for f in module.body.operations if ir.StringAttr(f.attributes['sym_name']).value == 'main']
+            shapes = [[1 if size == 'batch' else size for size in array['shape']] for array in program['inputs']]
+            given = [ir.RankedTensorType(t).shape for t in main.type.inputs]
+            assert given[len(program['weights']) :] == shapes
+            assert len(main.type.results) == len(program['outputs'])
+        assert names.count('stablehlo.case') == 2 or name != 'staged'
+
+
+class Inverse(nn.Module):
+    """Computes what StableHLO has no operation for."""
+
+    def __call__(self, x):
+        return (jnp.linalg.inv(x[..., 0]).sum(1),)
+
+
+def test_what_is_more_than_stablehlo_has_no_text(tmp_path):
+    model, images = Inverse(), jax.ShapeDtypeStruct((2, 3, 3, 1), jnp.float32)
+    manifest = save(tmp_path / 'new', model, {}, [], inputs=images, platforms=['cpu'])
+    assert manifest['programs']['staged']['text'] is None
 
 
 class Pixels(nn.Module):
@@ -122,10 +163,10 @@ def test_several_inputs_and_a_criterion_that_looks_back(tmp_path):
     logits = jnp.stack(model.apply(variables, **inputs))
     cut = np.sort(bj.criteria.replay(criterion, logits)[1][0])[3:5].mean()
     policy = bj.ExitPolicy(criterion, jnp.array([cut]))
-    manifest = save(tmp_path / 'pixels', model, variables, policy, inputs=inputs, batch_size=9)
+    manifest = save(tmp_path / 'new', model, variables, policy, inputs=inputs, batch_size=9, platforms=['cpu'])
     expected = bj.inference.dense(model)(variables, inputs, policy)
     assert set(expected.exit_index.tolist()) == {0, 1}
-    loaded = run_exported.load(tmp_path / 'pixels', ['batch'])
+    loaded = run_exported.load(tmp_path / 'new', ['batch'])
     answer = loaded.programs['batch'](*inputs.values(), loaded.thresholds)
     check_same(bj.ExitPrediction(**answer), expected)
     assert [array['name'] for array in manifest['input']['arrays']] == ["['image']", "['scale']"]
@@ -133,133 +174,102 @@ def test_several_inputs_and_a_criterion_that_looks_back(tmp_path):
     assert manifest['cuts'][1]['bytes_per_image'] == 4 * (16 + 16 * 2 + 1 + 16 * 3)
 
 
-def test_large_weights_lie_beside(network, thresholds, tmp_path, monkeypatch):
-    model, variables, images = network
-    monkeypatch.setattr(programs_module, '_MOST_EMBEDDED_BYTES', 0)
-    manifest = save(tmp_path / 'large', model, variables, thresholds, inputs=images, batch_size=10)
-    assert manifest['programs']['exit 1']['weights'] == ['head1/bias', 'head1/kernel']
-    check_programs(tmp_path / 'large', images, bj.inference.dense(model)(variables, images, thresholds))
-    weights = tmp_path / 'large' / 'weights.safetensors'
-    weights.write_bytes(weights.read_bytes()[:-4] + b'\0\0\0\1')
-    with pytest.raises(ValueError, match='weights.safetensors was altered'):
-        run_exported.load(tmp_path / 'large')
-
-
-def change(manifest_path, **changes):
+def change(folder, change_programs=None, **changes):
     """Alters a manifest and its own checksum."""
-    manifest = json.loads(manifest_path.read_text())
-    manifest.update(changes)
+    path = folder / 'manifest.json'
+    manifest = {**json.loads(path.read_text()), **changes}
+    if change_programs is not None:
+        change_programs(manifest['programs'])
     manifest['sha256'] = hashlib.sha256(folder_module.canonical(manifest)).hexdigest()
-    manifest_path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest))
 
 
-def truncate(copy):
-    path = copy / 'batch.stablehlo'
-    path.write_bytes(path.read_bytes()[:-100])
+def alter(folder, name, new):
+    (folder / name).write_bytes(new((folder / name).read_bytes()))
 
 
-def alter(copy):
-    path = copy / 'stage_2.stablehlo'
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def alter_manifest(copy):
-    path = copy / 'manifest.json'
-    path.write_text(path.read_text().replace('"entropy"', '"margin"'))
-
-
-def newer_jax(copy):
-    versions = {**json.loads((copy / 'manifest.json').read_text())['versions'], 'calling_convention': 999}
-    change(copy / 'manifest.json', versions=versions)
-
-
-def reach_out(copy):
-    programs = json.loads((copy / 'manifest.json').read_text())['programs']
-    programs['staged']['file'] = '../staged.stablehlo'
-    change(copy / 'manifest.json', programs=programs)
-
-
-def call_back(copy):
+def call_back(folder):
     """A program that calls a function registered in the process that loads it."""
     spec = jax.ShapeDtypeStruct((), jnp.float32)
     unsafe = jax.export.DisabledSafetyCheck.custom_call('anything')
     function = jax.jit(lambda weights, x: jax.ffi.ffi_call('anything', spec)(x))
     content = jax.export.export(function, disabled_checks=[unsafe])({}, spec).serialize()
-    (copy / 'staged.stablehlo').write_bytes(content)
-    programs = json.loads((copy / 'manifest.json').read_text())['programs']
-    programs['staged'].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    change(copy / 'manifest.json', programs=programs)
+    (folder / 'staged.stablehlo').write_bytes(content)
+    entry = {'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()}
+    change(folder, lambda programs: programs['staged'].update(entry))
 
 
 @pytest.mark.parametrize(
     ('damage', 'message'),
     [
-        (truncate, 'batch.stablehlo has .* truncated or altered'),
-        (alter, 'stage_2.stablehlo was altered'),
-        (alter_manifest, 'manifest.json was altered'),
-        (lambda copy: (copy / 'manifest.json').write_text('{"format": 1'), 'missing, truncated or no manifest'),
-        (lambda copy: (copy / 'exit_1.stablehlo').unlink(), 'exit_1.stablehlo is missing'),
-        (lambda copy: change(copy / 'manifest.json', format=2), 'is of format 2, this reader knows 1'),
-        (newer_jax, 'calling convention 999 is too new'),
-        (lambda copy: change(copy / 'manifest.json', platforms=['tpu']), 'was lowered for tpu, not for cpu'),
-        (reach_out, 'no name of a file within'),
+        (lambda f: alter(f, 'batch.stablehlo', lambda x: x[:-100]), 'batch.stablehlo has .* truncated or altered'),
+        (lambda f: alter(f, 'stage_2.stablehlo', lambda x: bytes([x[0] ^ 1]) + x[1:]), 'stage_2.stablehlo was altered'),
+        (lambda f: alter(f, 'manifest.json', lambda x: x.replace(b'"a"', b'"z"')), 'manifest.json was altered'),
+        (lambda f: alter(f, 'manifest.json', lambda x: x[:9]), 'missing, truncated or no manifest'),
+        (lambda f: (f / 'exit_1.stablehlo').unlink(), 'exit_1.stablehlo is missing'),
+        (lambda f: change(f, format=2), 'is of format 2, this reader knows 1'),
+        (lambda f: change(f, versions={'jax': '9', 'calling_convention': 999}), 'convention 999 is too new'),
+        (lambda f: change(f, platforms=['tpu']), 'was lowered for tpu, not for cpu'),
+        (lambda f: change(f, lambda p: p['staged'].update(file='../x')), 'no name of a file within'),
         (call_back, 'more than StableHLO: anything'),
     ],
 )
-def test_an_altered_folder_is_refused(copy, damage, message):
-    damage(copy)
+def test_an_altered_folder_is_refused(exported, tmp_path, damage, message):
+    folder = Path(shutil.copytree(exported[0], tmp_path / 'copy'))
+    damage(folder)
     with pytest.raises(ValueError, match=f'folder: .*{message}'):
-        run_exported.load(copy)
+        run_exported.load(folder)
 
 
-def test_reader_needs_jax_and_numpy_only(exported, network, thresholds, tmp_path):
-    tree = ast.parse(READER.read_text())
-    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {module.split('.')[0] for module in modules} - set(sys.stdlib_module_names) == {'jax', 'numpy'}
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1)).astype(np.uint8)
-    expected = bj.inference.dense(network[0])(network[1], SCALE(pixels), thresholds)
-    np.save(tmp_path / 'images.npy', pixels)
-    np.savez(tmp_path / 'answers.npz', label=expected.label, exit_index=expected.exit_index)
-    # The packages that a machine without this library would not have cannot be imported here.
-    blocked = "import sys, runpy; sys.modules.update(dict.fromkeys(['branchy_jax', 'flax', 'optax', 'experiments']))"
-    code = f'{blocked}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    command = [
-        sys.executable,
-        '-c',
-        code,
-        READER,
-        exported[0],
-        f'--images={tmp_path}/images.npy',
-        f'--expect={tmp_path}/answers.npz',
-        '--program=parts',
-    ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    assert 'exit_index: 0 of 6 differ' in result.stdout
+def test_altered_texts_and_weights_are_refused_before_anything_is_compiled(beside, tmp_path):
+    folder = Path(shutil.copytree(beside[0], tmp_path / 'copy'))
+    with pytest.raises(ValueError, match="names: .* has no 'staged 2'; choose from staged, batch, stage 1"):
+        run_without_jax.load(folder, ['staged 2'])
+    alter(folder, 'staged.mlir', lambda x: bytes([x[0] ^ 1]) + x[1:])
+    with pytest.raises(ValueError, match='staged.mlir was altered'):
+        run_without_jax.load(folder, ['staged'])
+    alter(folder, 'weights.safetensors', lambda content: content[:-4] + b'\0\0\0\1')
+    for reader in (run_exported, run_without_jax):
+        with pytest.raises(ValueError, match='weights.safetensors was altered'):
+            reader.load(folder, ['staged'])
+
+
+def imported(nodes):
+    nodes = list(nodes)
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {module.split('.')[0] for module in modules} - set(sys.stdlib_module_names)
+
+
+def test_readers_need_few_packages():
+    exported, iree = (ast.parse(Path(reader.__file__).read_text()) for reader in (run_exported, run_without_jax))
+    assert imported(ast.walk(exported)) == {'jax', 'numpy'}
+    assert imported(exported.body) == {'numpy'}  # the other reader imports this one
+    assert imported(ast.walk(iree)) == {'numpy', 'iree', 'onnxruntime', 'experiments', 'run_exported'}
 
 
 def test_reader_reports_differences(exported, tmp_path, monkeypatch, capsys):
     np.save(tmp_path / 'images.npy', np.zeros((2, 4, 4, 1), np.uint8))
     arguments = ['run_exported.py', str(exported[0]), f'--images={tmp_path}/images.npy', '--program=batch']
-    monkeypatch.setattr(sys, 'argv', [*arguments, f'--output={tmp_path}/answers.npz'])
+    answers = tmp_path / 'answers.npz'
+    monkeypatch.setattr(sys, 'argv', [*arguments, f'--output={answers}'])
     run_exported.main()
-    with np.load(tmp_path / 'answers.npz') as answers:
-        wrong = {'label': answers['label'], 'exit_index': answers['exit_index'] + [1, 0]}
-    np.savez(tmp_path / 'wrong.npz', **wrong)
-    monkeypatch.setattr(sys, 'argv', [*arguments, f'--expect={tmp_path}/wrong.npz'])
+    monkeypatch.setattr(sys, 'argv', [*arguments, f'--expect={answers}'])
+    run_exported.main()
+    with np.load(answers) as right:
+        wrong = {'label': right['label'], 'exit_index': right['exit_index'] + [1, 0]}
+    np.savez(answers, **wrong)
     with pytest.raises(SystemExit):
         run_exported.main()
-    assert 'exit_index: 1 of 2 differ' in capsys.readouterr().out
+    assert 'exit_index: 0 of 2 differ\n' in (out := capsys.readouterr().out)
+    assert 'exit_index: 1 of 2 differ\n' in out
 
 
 def test_failed_export_leaves_nothing(network, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(folder_module, '_described', fail)
+    monkeypatch.setattr(folder_module, 'plain_text', fail)
     with pytest.raises(OSError, match='No space'):
         save(tmp_path / 'new', *network[:2], [0.0, 0.0], inputs=network[2], platforms=['cpu'])
     assert not list(tmp_path.iterdir())
@@ -286,7 +296,7 @@ class AsksForTheBatch(nn.Module):
 def test_impossible_settings_are_refused(network, tmp_path, options, message):
     images, model = network[2], options.get('model', network[0])
     variables = model.init(jax.random.key(0), images)
-    folder, policy = tmp_path / options.pop('folder', 'new'), options.pop('policy', [0.0, 0.0])
+    given = {'model': model, 'variables': variables, 'policy': [0.0, 0.0], 'inputs': images, **options}
     with pytest.raises(ValueError, match=message):
-        save(folder, **{'model': model, 'variables': variables, 'policy': policy, 'inputs': images, **options})
+        save(**given | {'folder': tmp_path / given.get('folder', 'new')})
     assert not list(tmp_path.iterdir())

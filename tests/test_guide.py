@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import importlib.util
 import inspect
 import itertools
 import re
@@ -17,9 +18,10 @@ DOCS = ROOT / 'docs'
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.glob('*.md'))} | {
     str(path.relative_to(DOCS)): path.read_text()
     for path in sorted(DOCS.glob('*/*.md'))
-    if path.parts[-2][0] not in '._'
+    if path.parts[-2][0] not in '._' and path.parts[-2] != 'api'  # a build generates the pages of the API
 }
 TUTORIALS = {name: text for name, text in PAGES.items() if text.startswith('---\n')}
+README = (ROOT / 'README.md').read_text()
 FENCE = re.compile(r'^(`{3,})(\{[\w-]+\}|\w*)([^\n]*)\n(.*?)^\1$', re.S | re.M)
 
 
@@ -45,17 +47,8 @@ def test_python_of_a_page_runs(name):
 
 def test_no_python_hides_behind_another_name():
     kinds = {match[2] for text in PAGES.values() for match in FENCE.finditer(text)}
-    assert kinds <= {
-        'python',
-        'bash',
-        'text',
-        'bibtex',
-        '{code-cell}',
-        '{toctree}',
-        '{include}',
-        '{eval-rst}',
-        '{note}',
-    }
+    sphinx = {'{code-cell}', '{toctree}', '{include}', '{eval-rst}', '{note}'}
+    assert kinds <= {'python', 'bash', 'text', 'bibtex'} | sphinx
 
 
 def public_names(module):
@@ -83,16 +76,28 @@ def all_public_names(module=bj, prefix='branchy_jax'):
             yield f'{prefix}.{name}'
 
 
+def load_generate():
+    spec = importlib.util.spec_from_file_location('generate', DOCS / 'generate.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_parts_are_current():
+    generate = load_generate()
+    for page in ('README.md', 'docs/results.md'):
+        assert generate.filled(page) == (ROOT / page).read_text(), 'run "python docs/generate.py"'
+    tree = (DOCS / 'api.md').read_text().partition('<!-- python docs/generate.py -->')[2]
+    listed = re.findall(r'^ *(\w+\.py|\w+/)', tree, re.M)
+    files = [*(ROOT / 'branchy_jax').rglob('*.py'), *(ROOT / 'experiments').rglob('*.py')]
+    names = [f'{path.parent.name}/' if path.name == '__init__.py' else path.name for path in files]
+    assert sorted(listed) == sorted(names), 'run "python docs/generate.py"'
+
+
 def test_api_pages_document_every_public_name_once():
-    text = '\n'.join(text for name, text in PAGES.items() if name.startswith('api/'))
+    text = '\n'.join(load_generate().api_pages().values())
     documented = re.findall(r'^\.\. auto(?:function|class|data):: (\S+)$', text, re.M)
     assert collections.Counter(documented) == collections.Counter(all_public_names())
-
-
-def test_every_package_has_a_page():
-    titles = '\n'.join(text for name, text in PAGES.items() if name.startswith('api/'))
-    packages = {name.rsplit('.', 1)[0] for name in all_public_names()}
-    assert packages == set(re.findall(r'^\.\. py:module:: (\S+)$', titles, re.M))
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -127,10 +132,28 @@ def test_links_exist(name):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
+@pytest.mark.parametrize('text', [*PAGES.values(), README], ids=[*PAGES, 'README.md'])
+def test_commands_exist(text):
+    for module in re.findall(r'python -m (experiments[.\w]*)', text):
+        path = ROOT / module.replace('.', '/')
+        assert path.with_suffix('.py').is_file() or (path / '__main__.py').is_file(), module
+    scripts = re.findall(r'(?:bash|python) ((?:experiments|docs|tests)/\S+?\.(?:sh|py))', text)
+    for path in [*scripts, *re.findall(r'--config=([\w/]+\.py)', text)]:
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize('text', [*PAGES.values(), README], ids=[*PAGES, 'README.md'])
+def test_measured_figures_are_in_a_generated_table_or_have_a_date(text):
+    written_by_hand = re.sub(r'<!-- python docs/generate.py -->.*?<!-- end -->', '', prose(text), flags=re.S)
+    for paragraph in written_by_hand.split('\n\n'):
+        measured = re.search(r'\d\.\d+ ?(%|ms|GB|MB|times|seconds|points|of the time)', paragraph)
+        assert not measured or re.search(r'20\d\d-\d\d-\d\d', paragraph), paragraph
+
+
 def children(name):
     """Returns the pages that the toctrees of a page name, in order."""
     lines = '\n'.join(block for _, block in blocks(PAGES[name], 'toctree')).splitlines()
-    within = [line.strip() for line in lines if line.strip() and not line.startswith(':')]
+    within = [line.strip() for line in lines if line.strip() and not line.startswith(':') and '*' not in line]
     return [str((Path(name).parent / child).with_suffix('.md')) for child in within]
 
 

@@ -13,16 +13,12 @@ def test_passes_interleave_in_rotating_order():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in 'abc'}
     seconds = interleaved_passes(functions, passes=4, warmup=2)
-    turns = [''.join(calls[at : at + 3]) for at in range(0, len(calls), 3)]
-    assert len(turns) == 6
-    assert all(sorted(turn) == list('abc') for turn in turns)
-    assert len(set(turns)) == 3
+    assert ''.join(calls) == 'bcacababcbcacababc'
     assert {name: values.shape for name, values in seconds.items()} == dict.fromkeys('abc', (4,))
     assert all((values >= 0).all() for values in seconds.values())
     calls.clear()
-    seconds = interleaved_passes(functions, passes=2, warmup=0, settle=2)
+    interleaved_passes(functions, passes=2, warmup=0, settle=2)
     assert ''.join(calls) == 'aaabbbccc' + 'bbbcccaaa'
-    assert seconds['a'].shape == (2,)
     with pytest.raises(ValueError, match='functions: got 0'):
         interleaved_passes({})
 
@@ -82,7 +78,7 @@ def test_idle_power_is_subtracted_and_shown():
 
 @pytest.mark.parametrize('update', [0.01, 0.5])
 def test_runs_are_long_enough_for_the_meter(update):
-    energy = Bench(update).measure(seconds=0.1, idle_seconds=0.1)
+    energy = Bench(update).measure(seconds=0.1)
     assert energy.resolution < 0.02
     assert energy.seconds >= 100 * update
 

@@ -18,35 +18,20 @@ def shapes_of(model, image_shape):
 
 @pytest.mark.parametrize('placement', ['text', 'released', 'tuned'])
 @pytest.mark.parametrize('trunk', SHAPES)
-def test_contract(trunk, placement):
-    model = bj.models.create(f'b-{trunk}', placement=placement, num_classes=7)
+def test_the_baseline_is_the_same_trunk_with_one_exit(trunk, placement):
+    model, baseline = (bj.models.create(name, placement=placement, num_classes=7) for name in (f'b-{trunk}', trunk))
     images = jax.ShapeDtypeStruct((2, *SHAPES[trunk]), jnp.float32)
     logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     exits = EXITS[trunk] + (trunk == 'resnet8' and placement == 'tuned')
     assert [(z.shape, z.dtype) for z in logits] == [((2, 7), jnp.float32)] * exits
-
-
-@pytest.mark.parametrize('placement', ['text', 'released', 'tuned'])
-@pytest.mark.parametrize('trunk', SHAPES)
-def test_baseline_is_the_same_trunk_with_one_exit(trunk, placement):
-    baseline = bj.models.create(trunk, placement=placement)
-    branchy = shapes_of(bj.models.create(f'b-{trunk}', placement=placement), SHAPES[trunk])
-    alone = shapes_of(baseline, SHAPES[trunk])
-    assert {path: x.shape for path, x in alone.items()}.items() <= {p: x.shape for p, x in branchy.items()}.items()
+    branchy, alone = (shapes_of(m, SHAPES[trunk]) for m in (model, baseline))
+    assert alone.items() <= branchy.items()
     assert all(path.split('/')[1].startswith('exit') for path in set(branchy) - set(alone))
-
-
-def test_baseline_computes_what_the_last_exit_computes(getkey):
-    branchy, baseline = bj.models.create('b-lenet'), bj.models.create('lenet')
-    images = jax.random.normal(getkey(), (2, 28, 28, 1))
-    variables = branchy.init(getkey(), images)
-    np.testing.assert_array_equal(baseline.apply(variables, images)[0], branchy.apply(variables, images)[1])
 
 
 def test_equal_arguments_give_equal_models():
     """Models are static arguments of jitted functions: unequal ones would compile again."""
-    for name in bj.models.names():
-        assert bj.models.create(name) == bj.models.create(name)
+    assert all(bj.models.create(name) == bj.models.create(name) for name in bj.models.names())
     assert bj.models.create('b-lenet') != bj.models.create('b-lenet', placement='released')
 
 
@@ -66,14 +51,20 @@ def test_bfloat16_keeps_float32_parameters():
         ('b-resnet2', {}, 'depth: got 2'),
         ('b-lenet', {'placement': 'txt'}, "placement: got 'txt'; choose from 'text', 'released', 'tuned'"),
         ('b-lenet', {'clases': 3}, "options: 'b-lenet' takes no clases; choose from .*num_classes"),
+        ('b-vit', {'patch_size': 5}, 'patch_size: got 5'),
+        ('b-vit', {'num_heads': 5}, 'num_heads: got 5'),
+        ('b-vit', {'exits_after': (6,)}, 'exits_after: got'),
+        ('b-vit', {'exits_after': (3, 1)}, 'exits_after: got'),
+        ('b-vit', {'pool': 'max'}, "pool: got 'max'"),
+        ('b-unet', {'image_shape': (20, 16, 1)}, 'image_shape: got .* multiples of 16'),
     ],
 )
-def test_unknown_names_are_refused_with_the_choices(name, options, message):
+def test_unknown_names_and_impossible_options_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         bj.models.create(name, **options)
 
 
-@pytest.mark.parametrize(('size', 'window', 'stride'), [(30, 2, 2), (15, 2, 2), (32, 3, 2), (16, 3, 2), (7, 3, 3)])
+@pytest.mark.parametrize(('size', 'window', 'stride'), [(15, 2, 2), (16, 3, 2), (7, 3, 3)])
 def test_max_pool_rounds_up(getkey, size, window, stride):
     x = np.asarray(jax.random.normal(getkey(), (1, size, size, 2)))
     out = -(-(size - window) // stride) + 1
@@ -86,21 +77,20 @@ def test_max_pool_rounds_up(getkey, size, window, stride):
     np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x), window=window, stride=stride)[0], expected)
 
 
-@pytest.mark.parametrize('beta', [0.75, 0.5])
-def test_local_response_normalization_by_its_formula(getkey, beta):
+def test_local_response_normalization_by_its_formula(getkey):
     x = np.asarray(jax.random.normal(getkey(), (2, 3, 3, 6)), np.float64) * 30
     expected = np.empty_like(x)
     for c in range(6):
         energy = (x[..., max(0, c - 1) : c + 2] ** 2).sum(-1)
-        expected[..., c] = x[..., c] / (2 + 5e-5 * energy) ** beta
-    np.testing.assert_allclose(layers.local_response_normalization(jnp.float32(x), beta=beta), expected, rtol=1e-5)
+        expected[..., c] = x[..., c] / (2 + 5e-5 * energy) ** 0.75
+    np.testing.assert_allclose(layers.local_response_normalization(jnp.float32(x)), expected, rtol=1e-5)
 
 
 def test_residual_block_without_weights_is_its_shortcut(getkey):
     """With the last scale at zero only the shortcut is left: strided, padded with zero channels, rectified."""
     x = jax.random.normal(getkey(), (1, 6, 6, 2))
     block = layers.ResidualBlock(5, stride=2)
-    variables = block.init(getkey(), x)
+    variables = jax.jit(block.init)(getkey(), x)
     variables['params']['norm2']['scale'] = jnp.zeros(5)
     result = block.apply(variables, x)
     np.testing.assert_allclose(result[..., :2], np.maximum(x[:, ::2, ::2], 0), atol=1e-6)
@@ -123,18 +113,13 @@ def test_bad_images_are_refused(images, message):
         jax.eval_shape(lambda variables: model.apply(variables, images), variables)
 
 
-@pytest.fixture(scope='module')
-def vit():
+def test_transformer_block_is_the_float64_reference():
+    """Attention and feed-forward of the first block, written out, and the first exit's class token."""
     model = bj.models.create(
-        'b-vit', image_shape=(4, 4, 1), patch_size=2, depth=3, width=8, num_heads=2, exits_after=(1, 2), num_classes=3
+        'b-vit', image_shape=(4, 4, 1), patch_size=2, depth=2, width=8, num_heads=2, exits_after=(1,), num_classes=3
     )
     images = jax.random.normal(jax.random.key(0), (6, 4, 4, 1))
-    return model, model.init(jax.random.key(1), images), images
-
-
-def test_transformer_block_is_the_float64_reference(vit):
-    """Attention and feed-forward of the first block, written out, and the first exit's class token."""
-    model, variables, images = vit
+    variables = jax.jit(model.init)(jax.random.key(1), images)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables['params'])
     embedded = np.asarray(images).reshape(6, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(6, 4, 4)
     patches = embedded @ p['embedding']['patches']['kernel'].reshape(4, 8) + p['embedding']['patches']['bias']
@@ -156,30 +141,16 @@ def test_transformer_block_is_the_float64_reference(vit):
     h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
     x = x + h @ block['contract']['kernel'] + block['contract']['bias']
     expected = norm(x[:, 0], p['exit1_norm']) @ p['exit1_fc']['kernel'] + p['exit1_fc']['bias']
-    logits = model.apply(variables, images)
-    np.testing.assert_allclose(logits[0], expected, rtol=1e-3, atol=1e-4)
-    assert len(logits) == 3
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, images)[0], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.fixture(scope='module')
-def unet():
+def test_each_exit_of_the_encoder_decoder_reads_the_newest_level():
     model = bj.models.create('b-unet', width=2, head_width=2, image_shape=(16, 16, 1), num_classes=3)
-    images = jax.random.normal(jax.random.key(0), (9, 16, 16, 1))
-    return model, jax.jit(model.init)(jax.random.key(1), images), images
-
-
-def test_masks_have_the_size_of_the_image(unet):
-    model, variables, images = unet
-    logits = jax.jit(model.apply)(variables, images)
+    images = jax.ShapeDtypeStruct((9, 16, 16, 1), jnp.float32)
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(1), images)
     assert [z.shape for z in logits] == [(9, 16, 16, 3)] * 3
-    baseline = bj.models.without_branches(model)
-    np.testing.assert_allclose(jax.jit(baseline.apply)(variables, images)[0], logits[-1], rtol=1e-5, atol=1e-6)
-    costs, alone = (bj.costs.count_macs(m, inputs=images) for m in (model, baseline))
-    assert costs.exits[0] + costs.stages[0] < alone.trunk / 2
-
-
-def test_each_exit_of_the_encoder_decoder_reads_the_newest_level(unet):
-    model, variables, images = unet
+    costs = bj.costs.count_macs(model, inputs=images)
+    assert costs.exits[0] + costs.stages[0] < costs.trunk / 2
     read = [bj.program.leaves_read(model, variables, images, [n]) for n in range(3)]
     newest = ['down3_conv2', 'up2_conv2', 'up0_conv2']
     assert [[f"['params']['{name}']['kernel']" in leaves for name in newest] for leaves in read] == [
@@ -193,37 +164,3 @@ def test_folding_pixels_is_exact(getkey):
     x = jax.random.normal(getkey(), (2, 4, 6, 3))
     folded = layers.space_to_depth(x, size=2)
     np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
-    np.testing.assert_array_equal(layers.depth_to_space(folded, size=2), x)
-
-
-def test_executors_agree_on_masks(unet):
-    model, variables, images = unet
-    criterion = bj.criteria.as_criterion(bj.criteria.entropy, quantile=1.0, patch=4, name='patches')
-    outputs = bj.inference.exit_outputs(model, variables, images, criterion=criterion)
-    thresholds = np.quantile(outputs.uncertainty[:2], [0.4, 0.6], axis=1).diagonal()
-    policy = bj.ExitPolicy(criterion, jnp.asarray(thresholds))
-    expected = bj.inference.dense(model)(variables, images, policy)
-    compacted = bj.inference.compacted(model, chunk_size=4)(variables, images, policy)
-    np.testing.assert_array_equal(compacted.exit_index, expected.exit_index)
-    np.testing.assert_array_equal(compacted.label, expected.label)
-    assert compacted.label.shape == (9, 16, 16)
-    assert len(set(expected.exit_index.tolist())) > 1
-    one = bj.inference.staged(model)(variables, images[0], policy)
-    assert one.exit_index == expected.exit_index[0]
-    np.testing.assert_array_equal(one.label, expected.label[0])
-
-
-@pytest.mark.parametrize(
-    ('name', 'options', 'message'),
-    [
-        ('b-vit', {'patch_size': 5}, 'patch_size: got 5'),
-        ('b-vit', {'num_heads': 5}, 'num_heads: got 5'),
-        ('b-vit', {'exits_after': (6,)}, 'exits_after: got'),
-        ('b-vit', {'exits_after': (3, 1)}, 'exits_after: got'),
-        ('b-vit', {'pool': 'max'}, "pool: got 'max'"),
-        ('b-unet', {'image_shape': (20, 16, 1)}, 'image_shape: got .* multiples of 16'),
-    ],
-)
-def test_impossible_options_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        bj.models.create(name, **options)

@@ -4,7 +4,6 @@ import collections
 import collections.abc
 import functools
 import json
-import os
 import re
 
 import flax.linen as nn
@@ -14,11 +13,13 @@ import numpy as np
 import pytest
 
 import branchy_jax as bj
-from branchy_jax.export import onnx_file, save_onnx
+from branchy_jax.export import save_onnx
+from branchy_jax.inference import onnx_program
 
 onnx = pytest.importorskip('onnx', reason='pip install branchy-jax[onnx]')
 runtime = pytest.importorskip('onnxruntime', reason='pip install branchy-jax[onnx]')
 
+LOOKING_BACK = bj.criteria.ensemble()
 ANSWER = ('label', 'exit_index', 'logits', 'uncertainty')
 SCALE = bj.Normalization(mean=jnp.float32([0.5, 0.4]), deviation=jnp.float32([0.25, 0.5]))
 
@@ -39,15 +40,6 @@ class Layers(nn.Module):
         return first, second, nn.Dense(5)(x[:, 0])
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = nn.relu(nn.Conv(16, (3, 3))(x))
-        early = nn.Dense(10)(x.mean((1, 2)))
-        x = nn.relu(nn.Conv(32, (3, 3), 2)(x))
-        return early, nn.Dense(10)(x.mean((1, 2)))
-
-
 class Function(nn.Module):
     """Exits without parameters."""
 
@@ -55,17 +47,6 @@ class Function(nn.Module):
 
     def __call__(self, x):
         return self.function(x)
-
-
-@pytest.fixture(scope='module')
-def layers():
-    model, images = Layers(), jax.random.normal(jax.random.key(1), (20, 6, 4, 2)) * 3
-    return model, jax.jit(model.init)(jax.random.key(0), images), images
-
-
-@pytest.fixture(scope='module')
-def policy(layers):
-    return policy_of(*layers, bj.criteria.entropy)
 
 
 def policy_of(model, variables, images, criterion):
@@ -76,10 +57,21 @@ def policy_of(model, variables, images, criterion):
 
 
 @pytest.fixture(scope='module')
-def saved(layers, policy, tmp_path_factory):
+def layers():
+    """A network, its variables, stored pixels, and a policy."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 6, 4, 2)).astype(np.uint8)
+    model = Layers()
+    variables = jax.jit(model.init)(jax.random.key(0), SCALE(pixels))
+    return model, variables, pixels, policy_of(model, variables, SCALE(pixels), bj.criteria.entropy)
+
+
+@pytest.fixture(scope='module')
+def saved(layers, tmp_path_factory):
+    """The file of the network, and what `dense` answers."""
+    model, variables, pixels, policy = layers
     path = tmp_path_factory.mktemp('onnx') / 'network.onnx'
-    save_onnx(path, *layers[:2], policy, inputs=layers[2])
-    return path
+    save_onnx(path, model, variables, policy, inputs=SCALE(pixels), normalization=SCALE)
+    return path, bj.inference.dense(model)(variables, SCALE(pixels), policy)
 
 
 def session(path, **options):
@@ -106,33 +98,39 @@ def check(result, expected):
     np.testing.assert_allclose(result.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-5)
 
 
-def check_batches(path, model, variables, inputs, file_inputs=None, sizes=(1, 2, 5)):
-    """Checks a file for batches at several sizes."""
-    leaves = jax.tree.leaves(inputs if file_inputs is None else file_inputs)
-    names = ['image'] if len(leaves) == 1 else [f'image_{n + 1}' for n in range(len(leaves))]
-    whole, expected = session(path), model.apply(variables, inputs)
-    for size in sizes:
-        results = whole.run(None, {name: np.asarray(leaf)[:size] for name, leaf in zip(names, leaves, strict=True)})
+def check_batches(path, expected, images):
+    """Checks the logits that a file for batches returns at several sizes."""
+    whole = session(path)
+    for size in (1, 2, 5):
+        results = whole.run([f'logits_{n + 1}' for n in range(len(expected))], {'image': np.asarray(images)[:size]})
         for result, logits in zip(results, expected, strict=True):
             np.testing.assert_allclose(result, logits[:size], rtol=1e-4, atol=1e-4)
 
 
-def test_file_is_dense(layers, policy, saved):
-    model, variables, images = layers
-    expected = bj.inference.dense(model)(variables, images, policy)
-    assert set(expected.exit_index.tolist()) == {0, 1, 2}
-    check(answers(saved, images), expected)
+def test_file_is_dense(layers, saved):
+    assert set(saved[1].exit_index.tolist()) == {0, 1, 2}
+    check(answers(saved[0], layers[2]), saved[1])
 
 
-@pytest.mark.parametrize('model', [Net(), bj.models.create('b-lenet')], ids=['the user’s own', 'b-lenet'])
-def test_plain_modules_are_exported(model, tmp_path):
-    images = jax.random.normal(jax.random.key(2), (6, *getattr(model, 'image_shape', (8, 8, 3))))
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    policy = policy_of(model, variables, images, bj.criteria.entropy)
-    save_onnx(tmp_path / 'file.onnx', model, variables, policy, inputs=images[:2])
-    expected = bj.inference.dense(model)(variables, images, policy)
-    assert sorted(set(expected.exit_index.tolist())) == [0, 1]
-    check(answers(tmp_path / 'file.onnx', images), expected)
+def test_batches_of_any_size_return_every_exit(layers, tmp_path):
+    model, variables, pixels, policy = layers
+    options = {'inputs': SCALE(pixels), 'normalization': SCALE, 'every_exit': True}
+    save_onnx(tmp_path / 'batch.onnx', model, variables, policy, **options)
+    check_batches(tmp_path / 'batch.onnx', model.apply(variables, SCALE(pixels)), pixels)
+    assert 'If' not in [node.op_type for node in onnx.load(tmp_path / 'batch.onnx').graph.node]
+
+
+def test_rows_of_a_batch_leave_one_by_one(layers, tmp_path):
+    model, variables, pixels, policy = layers
+    options = {'inputs': SCALE(pixels), 'normalization': SCALE, 'batch': True}
+    for number, rule in enumerate((policy, policy_of(model, variables, SCALE(pixels), LOOKING_BACK))):
+        path = tmp_path / f'{number}.onnx'
+        save_onnx(path, model, variables, rule, **options)
+        expected = bj.inference.dense(model)(variables, SCALE(pixels), rule)
+        assert set(expected.exit_index.tolist()) == {0, 1, 2}
+        for size in (20, 7, 1, 0):
+            results = bj.ExitPrediction(*session(path).run(ANSWER, {'image': pixels[:size]}))
+            check(results, jax.tree.map(lambda leaf, size=size: leaf[:size], expected))
 
 
 @pytest.mark.parametrize(
@@ -147,25 +145,22 @@ def test_plain_modules_are_exported(model, tmp_path):
     ],
     ids=str,
 )
-def test_criteria_are_part_of_the_file(layers, criterion, tmp_path):
-    model, variables, images = layers
+def test_criteria_are_part_of_the_file(criterion, tmp_path):
+    model, inputs = (
+        Function(lambda x: (x, x[:, ::2] @ jnp.eye(3, 5), 2 * x)),
+        jax.random.normal(jax.random.key(1), (20, 5)),
+    )
     if criterion == 'learned':
-        logits = jnp.stack(jax.jit(model.apply)(variables, images))
-        criterion = bj.criteria.fit_learned(logits, np.arange(20) % 5, jax.random.key(0), steps=3)
-    policy = policy_of(model, variables, images, criterion)
+        criterion = bj.criteria.fit_learned(
+            jnp.stack(model.apply({}, inputs)), np.arange(20) % 5, jax.random.key(0), steps=3
+        )
+    policy = policy_of(model, {}, inputs, criterion)
     if criterion is bj.criteria.patience:
         policy = bj.ExitPolicy(criterion, jnp.array([-0.5, -0.5]))
-    save_onnx(tmp_path / 'file.onnx', model, variables, policy, inputs=images)
-    expected = bj.inference.dense(model)(variables, images, policy)
-    assert len(set(expected.exit_index.tolist())) > 1 or criterion is bj.criteria.patience
-    check(answers(tmp_path / 'file.onnx', images), expected)
-
-
-def test_tiny_entropies_have_all_digits(tmp_path):
-    logits = np.array([[0, -9, -16, -30], [0, -17, -17, -17], [1, -np.inf, 0, 0]], np.float32)
-    save_onnx(tmp_path / 'file.onnx', Function(lambda x: (x, x)), {}, [np.inf], inputs=logits)
-    expected = bj.criteria.entropy.uncertainty_of(logits)
-    np.testing.assert_allclose(answers(tmp_path / 'file.onnx', logits).uncertainty, expected, rtol=2e-5)
+    save_onnx(tmp_path / 'file.onnx', model, {}, policy, inputs=inputs)
+    expected = bj.inference.dense(model)({}, inputs, policy)
+    assert len(set(expected.exit_index.tolist())) > 1
+    check(answers(tmp_path / 'file.onnx', inputs), expected)
 
 
 def graphs(graph):
@@ -179,90 +174,76 @@ def graphs(graph):
 
 def exits_of(names):
     """The numbers of the exits that nodes serve."""
-    matches = [re.match(r'(?:stage|exit|criterion)_(\d+)/', name) for name in names]
-    return {int(match[1]) for match in matches if match}
+    return {int(number) for name in names for number in re.findall(r'^(?:stage|exit|criterion)_(\d+)/', name)}
 
 
-def test_each_stage_lies_in_the_branch_of_the_exit_before_it(saved, policy):
-    file = onnx.load(saved)
+def test_each_stage_lies_in_the_branch_of_the_exit_before_it(layers, saved):
+    file = onnx.load(saved[0])
     conditionals = [[n.name for n in graph.node if n.op_type == 'If'] for graph in graphs(file.graph)]
     assert [len(names) for names in conditionals if names] == [1, 1]
-    for graph in graphs(file.graph):
-        # Identity nodes return the results of a branch and are named after the conditional.
-        assert len(exits_of(node.name for node in graph.node if node.op_type != 'Identity')) <= 1
+    per_graph = [exits_of(node.name for node in graph.node) for graph in graphs(file.graph)]
+    assert [exits for exits in per_graph if exits] == [{1}, {2}, {3}]
     names = [a.name for graph in graphs(file.graph) for a in graph.initializer]
     assert len(names) == len(set(names))
     metadata = {p.key: p.value for p in file.metadata_props}
-    assert [float(text) for text in json.loads(metadata['thresholds'])] == np.asarray(policy.thresholds).tolist()
-    assert (metadata['criterion'], metadata['normalization'].split(':')[0]) == ('entropy', 'none')
+    assert [float(text) for text in json.loads(metadata['thresholds'])] == np.asarray(layers[3].thresholds).tolist()
+    assert metadata['criterion'] == 'entropy'
+    assert json.loads(metadata['normalization'])['mean'] == np.asarray(SCALE.mean).tolist()
 
 
-def test_skipped_nodes_do_not_run(layers, policy, saved, tmp_path):
-    model, variables, images = layers
-    leaves = np.asarray(bj.inference.dense(model)(variables, images, policy).exit_index)
+def test_skipped_nodes_do_not_run(layers, saved, tmp_path):
+    leaves = np.asarray(saved[1].exit_index)
     for n in range(3):
-        profiled = session(saved, enable_profiling=True, profile_file_prefix=str(tmp_path / f'exit{n}'))
-        profiled.run(None, {'image': np.asarray(images)[leaves == n][:1]})
+        profiled = session(saved[0], enable_profiling=True, profile_file_prefix=str(tmp_path / f'exit{n}'))
+        profiled.run(None, {'image': layers[2][leaves == n][:1]})
         with open(profiled.end_profiling()) as file:
             ran = [event['name'] for event in json.load(file) if event['cat'] == 'Node']
         assert exits_of(ran) == set(range(1, n + 2))
 
 
-def test_thresholds_are_changed_in_the_file(layers, saved, tmp_path):
-    model, variables, images = layers
-    file = onnx.load(saved)
-    arrays = {array.name: array for array in file.graph.initializer}
-    for name, value in (('threshold_1', -np.inf), ('threshold_2', np.inf)):
-        arrays[name].CopyFrom(onnx.numpy_helper.from_array(np.float32(value), name))
-    onnx.save(file, tmp_path / 'changed.onnx')
-    expected = bj.inference.dense(model)(variables, images, [-np.inf, np.inf])
-    assert set(expected.exit_index.tolist()) == {1}
-    check(answers(tmp_path / 'changed.onnx', images), expected)
-
-
-def test_a_file_with_a_normalization_takes_pixels(layers, policy, tmp_path):
-    model, variables, _ = layers
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 6, 4, 2)).astype(np.uint8)
-    options = {'inputs': SCALE(pixels), 'normalization': SCALE}
-    save_onnx(tmp_path / 'one.onnx', model, variables, policy, **options)
-    check(answers(tmp_path / 'one.onnx', pixels), bj.inference.dense(model)(variables, SCALE(pixels), policy))
-    save_onnx(tmp_path / 'batch.onnx', model, variables, policy, batch=True, **options)
-    check_batches(tmp_path / 'batch.onnx', model, variables, SCALE(pixels), pixels)
-
-
-def test_batches_of_any_size_return_every_exit(layers, policy, tmp_path):
-    model, variables, images = layers
-    save_onnx(tmp_path / 'batch.onnx', model, variables, policy, inputs=images, batch=True)
-    check_batches(tmp_path / 'batch.onnx', model, variables, images)
-    assert [output.name for output in session(tmp_path / 'batch.onnx').get_outputs()] == [
-        'logits_1',
-        'logits_2',
-        'logits_3',
-    ]
-    assert not [node for node in onnx.load(tmp_path / 'batch.onnx').graph.node if node.op_type == 'If']
-
-
-def test_an_uncertainty_at_the_threshold_or_nan_goes_on(tmp_path):
+def test_thresholds_are_changed_in_the_file_and_ties_and_nan_go_on(tmp_path):
     logits = np.array([[0, -np.inf, -np.inf], [np.nan, 0, 0], [5, 0, 0]], np.float32)
     model = Function(lambda x: (x, x))
-    for threshold, exits in ((0.0, [1, 1, 1]), (1e-6, [0, 1, 1]), (1.0, [0, 1, 0]), (np.inf, [0, 1, 0])):
-        save_onnx(tmp_path / 'file.onnx', model, {}, [threshold], inputs=logits)
-        assert answers(tmp_path / 'file.onnx', logits).exit_index.tolist() == exits
-        assert bj.inference.dense(model)({}, logits, [threshold]).exit_index.tolist() == exits
+    save_onnx(tmp_path / 'file.onnx', model, {}, [-np.inf], inputs=logits)
+    file = onnx.load(tmp_path / 'file.onnx')
+    (threshold,) = [array for array in file.graph.initializer if array.name == 'threshold_1']
+    for value, exits in ((0.0, [1, 1, 1]), (1e-6, [0, 1, 1]), (1.0, [0, 1, 0]), (np.inf, [0, 1, 0])):
+        threshold.CopyFrom(onnx.numpy_helper.from_array(np.float32(value), 'threshold_1'))
+        onnx.save(file, tmp_path / 'changed.onnx')
+        assert answers(tmp_path / 'changed.onnx', logits).exit_index.tolist() == exits
+        assert bj.inference.dense(model)({}, logits, [value]).exit_index.tolist() == exits
 
 
-POOLINGS = (
+def test_tiny_entropies_have_all_digits(tmp_path):
+    logits = np.array([[0, -9, -16, -30], [0, -17, -17, -17], [1, -np.inf, 0, 0]], np.float32)
+    save_onnx(tmp_path / 'file.onnx', Function(lambda x: (x, x)), {}, [np.inf], inputs=logits)
+    expected = bj.criteria.entropy.uncertainty_of(logits)
+    np.testing.assert_allclose(answers(tmp_path / 'file.onnx', logits).uncertainty, expected, rtol=2e-5)
+
+
+def test_a_conditional_of_the_network_itself_is_translated(tmp_path):
+    images = np.array([[1, 2, 3], [-3, 1, -2]], np.float32)
+
+    def positive_or_not(x):
+        return (jax.lax.cond(x.sum() > 0, lambda: x @ jnp.ones((3, 3)), lambda: jnp.tanh(x) * int(x.shape[0])),)
+
+    model = Function(positive_or_not)
+    save_onnx(tmp_path / 'file.onnx', model, {}, [], inputs=jax.ShapeDtypeStruct((1, 3), jnp.float32))
+    expected = [[6, 6, 6], np.tanh(images[1])]
+    np.testing.assert_allclose(answers(tmp_path / 'file.onnx', images).logits, expected, rtol=1e-5)
+
+
+FUNCTIONS = (
     lambda x: nn.max_pool(x, (2, 2), (1, 1), padding='SAME'),
     lambda x: nn.max_pool(x, (3, 2), (2, 1), padding=((2, 0), (0, 1))),
     lambda x: nn.avg_pool(x, (2, 2), (1, 1), padding='SAME'),
     lambda x: nn.avg_pool(x, (2, 3), (1, 2), padding=((1, 0), (0, 2)), count_include_pad=False),
     nn.Conv(2, (2, 3), padding=((1, 0), (0, 2)), kernel_dilation=(2, 1)),
-)
-INDEXING = (
     lambda x: x[:, 0],
     lambda x: x[:, -1, 1:3],
     lambda x: x[:, ::2, 1:4:2],
     lambda x: x[:, jnp.array([0, 2, 3])],
+    lambda x: x[:, jnp.array([0, 2, 3]), jnp.array([3, 1, 1])],
     lambda x: jnp.split(x, 2, axis=2)[1],
     lambda x: x * x.shape[0] / x.shape[0],
     lambda x: nn.Embed(7, 3)(x[..., 0, 0].argmax(1)),
@@ -272,23 +253,21 @@ INDEXING = (
 
 
 class Heads(nn.Module):
-    """One exit per layer, of which each is flattened and cut to four logits."""
+    """One exit per function."""
 
-    layers: tuple
+    functions: tuple
 
     @nn.compact
     def __call__(self, x):
-        values = [layer(x) for layer in self.layers]
-        return tuple(nn.Dense(4)(value.reshape(x.shape[0], -1)) for value in values)
+        return tuple(function(x).reshape(x.shape[0], -1) for function in self.functions)
 
 
-@pytest.mark.parametrize('functions', [POOLINGS, INDEXING], ids=['padding', 'indexing'])
-def test_layers_and_indexing_are_translated(functions, tmp_path):
+def test_layers_and_indexing_are_translated(tmp_path):
     images = np.asarray(jax.random.normal(jax.random.key(0), (5, 5, 4, 2)))
-    model = Heads(functions)
+    model = Heads(FUNCTIONS)
     variables = model.init(jax.random.key(1), images)
-    save_onnx(tmp_path / 'file.onnx', model, variables, np.zeros(len(functions) - 1), inputs=images, batch=True)
-    check_batches(tmp_path / 'file.onnx', model, variables, images)
+    save_onnx(tmp_path / 'file.onnx', model, variables, np.zeros(len(FUNCTIONS) - 1), inputs=images, every_exit=True)
+    check_batches(tmp_path / 'file.onnx', model.apply(variables, images), images)
 
 
 class Sorted(nn.Module):
@@ -300,79 +279,56 @@ class Sorted(nn.Module):
 
 
 class Small(nn.Module):
-    """One exit; ``layer`` comes before or behind its dense layer."""
+    """One exit, a dense layer behind another one."""
 
     layer: collections.abc.Callable = nn.relu
-    behind: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        dense = nn.Dense(4, dtype=self.dtype)
-        return (self.layer(dense(x)) if self.behind else dense(self.layer(x)),)
+        return (nn.Dense(4, dtype=self.dtype)(self.layer(x)),)
+
+
+SMALLEST = bj.criteria.as_criterion(lambda z: jnp.sort(z)[..., 0], name='smallest')
 
 
 @pytest.mark.parametrize(
     ('model', 'options', 'message'),
     [
         (Small(Sorted()), {}, "model: stage 1 computes 'sort'.*Small/layer"),
+        (Small(), {'policy': bj.ExitPolicy(SMALLEST, jnp.zeros(0))}, "model: criterion 'smallest' computes 'sort'"),
         (Small(dtype=jnp.bfloat16), {}, 'bfloat16; build the network with dtype=float32'),
-        (Small(lambda x: x - x.mean(axis=0, keepdims=True)), {'batch': True}, 'rows of a batch influence one another'),
+        (
+            Small(lambda x: x - x.mean(axis=0, keepdims=True)),
+            {'every_exit': True},
+            'rows of a batch influence one another',
+        ),
         (Small(lambda x: x * int(x.shape[0])), {'batch': True}, 'runs at the batch size of the example alone'),
         (Small(), {'policy': [0.5]}, 'thresholds: a network with 1 exits'),
         (Small(), {'normalization': SCALE}, r'normalization: is for images of .* \[4\]'),
+        (Small(), {'path': ''}, 'path: .* is a folder'),
     ],
 )
 def test_networks_without_an_onnx_form_are_refused(model, options, message, tmp_path):
     inputs = jnp.ones((2, 4))
-    variables, policy = model.init(jax.random.key(0), inputs), options.pop('policy', [])
+    given = {'path': 'new.onnx', 'policy': [], 'inputs': inputs, **options}
     with pytest.raises(ValueError, match=message):
-        save_onnx(tmp_path / 'new.onnx', model, variables, policy, inputs=inputs, **options)
+        save_onnx(
+            model=model, variables=model.init(jax.random.key(0), inputs), **given | {'path': tmp_path / given['path']}
+        )
     assert not list(tmp_path.iterdir())
 
 
-def test_criterion_without_a_form_is_named(layers, tmp_path):
-    criterion = bj.criteria.as_criterion(lambda z: jnp.sort(z)[..., 0], name='smallest')
-    with pytest.raises(ValueError, match="model: criterion 'smallest' computes 'sort'"):
-        save_onnx(tmp_path / 'new.onnx', *layers[:2], bj.ExitPolicy(criterion, jnp.zeros(2)), inputs=layers[2])
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def small():
-    model = Small()
-    return functools.partial(
-        save_onnx,
-        model=model,
-        variables=model.init(jax.random.key(0), jnp.ones((1, 4))),
-        policy=[],
-        inputs=jax.ShapeDtypeStruct((1, 4), jnp.float32),
-    )
-
-
-def test_unwritable_paths_are_refused(small, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match='path: .* is a folder'):
-        small(tmp_path)
+def test_what_cannot_be_written_or_checked_leaves_no_file(tmp_path, monkeypatch):
+    variables = Small().init(jax.random.key(0), jnp.ones((1, 4)))
+    write = functools.partial(save_onnx, model=Small(), variables=variables, policy=[], inputs=jnp.ones((1, 4)))
     (tmp_path / 'file').write_text('before')
     with pytest.raises(ValueError, match='path: cannot write'):
-        small(tmp_path / 'file' / 'new.onnx')
-    assert (tmp_path / 'file').read_text() == 'before'
-
-    def fail(*arguments):
-        raise OSError(28, 'No space left on device')
-
-    for owner, name in ((os, 'replace'), (onnx_file.Path, 'replace'), (onnx_file.Path, 'rename')):
-        monkeypatch.setattr(owner, name, fail)
-    with pytest.raises(ValueError, match='No space left'):
-        small(tmp_path / 'file')
-    assert ((tmp_path / 'file').read_text(), len(list(tmp_path.iterdir()))) == ('before', 1)
-
-
-def test_only_files_that_the_checker_accepts_are_written(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, 'OPSET', 1)  # long before most operators
+        write(tmp_path / 'file' / 'new.onnx')
+    monkeypatch.setattr(onnx_program, 'OPSET', 1)  # long before most operators
     with pytest.raises(onnx.checker.ValidationError):
-        small(tmp_path / 'network.onnx')
-    assert not list(tmp_path.iterdir())
+        write(tmp_path / 'network.onnx')
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('file', 'before')]
 
 
 class Chain(nn.Module):

@@ -1,6 +1,5 @@
 """Peers do the same work on the same images, take turns in processes of their own, and the page says who did not."""
 
-import json
 import os
 import time
 
@@ -8,15 +7,12 @@ import fake_contenders as fake
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import branchy_jax as bj
-from experiments.pages import peers as pages
-from experiments.peers import cells, command, contenders, forcing
-from experiments.peers.forcing import Forced, leave_in_shares
+from experiments.peers import command, contenders, forcing, turns
+from experiments.peers.forcing import Forced
 from experiments.peers.job import Job, Ready, fastest
-from experiments.peers.workers import Unavailable, Worker
+from experiments.peers.turns import Unavailable
 
 EXITS = [0, 0, 1, 0]
 LABELS = [3, 1, 9, 0]
@@ -38,29 +34,7 @@ def forced():
 
 
 def measure(forced, **them):
-    return cells.measure(forced, them, rounds=3, seconds=0.0)
-
-
-def record_of(*found):
-    rows = [
-        {
-            **json.loads(json.dumps(cell, default=vars)),
-            'command': 'python -m experiments.peers',
-            'device': 'a CPU',
-            'packages': {'torch': '2.14.1'},
-        }
-        for cell in found
-    ]
-    return {'unit': 'ms per image', 'cells': rows}
-
-
-def timed(name, ms, ratio, low, high, told=''):
-    return cells.Timed(name, ms, ratio, low, high, (0.9375, 0.0625), told, 0.0, (ms,))
-
-
-def cell(network, batch, *others, **absent):
-    planned = timed('planned here', 0.05, 1.0, 1.0, 1.0, 'staged')
-    return cells.Cell(network, batch, 2, 100, 20, (0.9375, 0.0625), (planned, *others), absent)
+    return turns.measure(forced, them, rounds=3, seconds=0.0)
 
 
 @pytest.mark.parametrize('name', ['b-lenet', 'b-alexnet', 'b-resnet20'])
@@ -86,8 +60,7 @@ def _lively(path, leaf):
     return leaf if path[-1].key == 'kernel' else leaf * change + (0.1 * change if path[-1].key != 'var' else 0)
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('thresholds', [(-np.inf,), (np.inf,), None])
+@pytest.mark.parametrize(('channels_last', 'thresholds'), [(False, None), (True, None), (True, (np.inf,))])
 def test_masks_of_torch_are_dense(lenet, channels_last, thresholds):
     torch = pytest.importorskip('torch', reason='pip install branchy-jax[peers]')
     from experiments.peers import torch_networks
@@ -102,31 +75,6 @@ def test_masks_of_torch_are_dense(lenet, channels_last, thresholds):
         )
     np.testing.assert_array_equal(labels, expected.label)
     np.testing.assert_array_equal(exits, expected.exit_index)
-
-
-def test_torch_has_no_other_networks():
-    pytest.importorskip('torch', reason='pip install branchy-jax[peers]')
-    from experiments.peers import torch_networks
-
-    with pytest.raises(ValueError, match="name: got 'b-vit'"):
-        torch_networks.create('b-vit', {'params': {}})
-
-
-@given(st.data())
-def test_images_leave_in_exactly_the_shares_asked_for(data):
-    exits, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 60))
-    weights = np.array(data.draw(st.lists(st.integers(0, 20), min_size=exits, max_size=exits))) + 1e-9
-    shares = weights / weights.sum()
-    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    uncertainty = np.stack([generator.permutation(count) for _ in range(exits)]).astype(np.float32)
-    thresholds, left, margin = leave_in_shares(uncertainty, shares)
-    ends = np.round(np.cumsum(shares[:-1]) * count).astype(int)
-    np.testing.assert_array_equal(np.bincount(left, minlength=exits), np.diff([0, *ends, count]))
-    confident = uncertainty[:-1] < np.array(thresholds)[:, None]
-    np.testing.assert_array_equal(
-        left, [next((n for n in range(exits - 1) if confident[n, m]), exits - 1) for m in range(count)]
-    )
-    assert margin >= 0.5
 
 
 def test_forced_images_are_told_apart_clearly(lenet):
@@ -146,70 +94,76 @@ def test_shares_that_nothing_meets_are_refused(lenet, monkeypatch):
         forcing.force('b-lenet', *lenet, (0.5, 0.5), 4, cores=1)
 
 
-def test_everyone_takes_part_or_says_why_not(forced, capsys):
-    found = measure(
-        forced,
-        planned=fake.obedient,
-        plain=fake.without_exits,
-        gone=fake.missing,
-        mortal=fake.mortal,
-        stillborn=fake.stillborn,
-    )
-    planned, plain = found.contenders
-    assert (planned.name, planned.shares, planned.told, planned.ratio) == ('planned', (0.75, 0.25), 'as told', 1.0)
-    assert (plain.name, plain.shares, len(plain.ms_of_rounds)) == ('plain', (0.0, 1.0), 3)
-    assert plain.ratio_low <= plain.ratio <= plain.ratio_high
-    assert found.absent == {
+@pytest.mark.slow
+def test_everyone_takes_part_or_says_why_not(forced):
+    them = {'gone': fake.missing, 'mortal': fake.mortal, 'stillborn': fake.stillborn}
+    planned, plain, *absent = measure(forced, planned=fake.obedient, plain=fake.without_exits, **them)
+    assert (planned['contender'], planned['shares'], planned['settings']) == ('planned', [0.75, 0.25], 'as told')
+    assert (plain['contender'], plain['shares'], len(plain['ms_of_rounds'])) == ('plain', [0.0, 1.0], 3)
+    assert plain['ratio_low'] <= plain['ratio'] <= plain['ratio_high']
+    assert {row['contender']: row['absent'] for row in absent} == {
         'gone': "ModuleNotFoundError: No module named 'torch'",
         'stillborn': "the process of 'stillborn' died",
         'mortal': "the process of 'mortal' died in round 1",
     }
-    assert (found.network, found.batch, found.images, found.shares) == ('b-fake', 2, 4, (0.75, 0.25))
-    assert "mortal is left out: the process of 'mortal' died" in capsys.readouterr().out
+    assert (plain['network'], plain['batch'], plain['forced']) == ('b-fake', 2, [0.75, 0.25])
 
 
-def test_only_the_plan_may_skip_a_head(forced):
-    assert measure(forced, planned=fake.late).contenders[0].shares == (0.0, 1.0)
-    with pytest.raises(ValueError, match='late: 3 of 4 images leave at other exits'):
-        measure(forced, planned=fake.obedient, late=fake.late)
+class Here:
+    """A worker without a process: it answers, and every turn takes a second."""
+
+    def __init__(self, name, contender):
+        self.contender = contender
+
+    def open(self, job, *, seconds):
+        ready = self.contender(job)
+        return turns.Opened(*ready.answers(), ready.settings, 1)
+
+    def turn(self, passes):
+        return 1.0
+
+    def close(self):
+        pass
 
 
-def test_other_work_is_refused(forced):
-    with pytest.raises(ValueError, match='planned: 1 of 4 images leave at other exits'):
-        measure(forced, planned=fake.early)
-    with pytest.raises(ValueError, match=r'planned: only 0\.0% of the labels'):
-        measure(forced, planned=fake.wrong)
+@pytest.mark.parametrize(
+    ('them', 'message'),
+    [
+        ({'planned': fake.obedient, 'late': fake.late}, 'late: 3 of 4 images leave at other exits'),
+        ({'planned': fake.wrong}, r'planned: only 0\.0% of the labels'),
+    ],
+)
+def test_other_work_is_refused(forced, monkeypatch, them, message):
+    monkeypatch.setattr(turns, 'Worker', Here)
+    with pytest.raises(ValueError, match=message):
+        measure(forced, **them)
 
 
-@pytest.mark.parametrize('lost', [fake.missing, fake.stillborn, fake.mortal])
-def test_without_the_plan_there_is_no_cell(forced, lost):
-    with pytest.raises(Unavailable, match='^planned: '):
-        measure(forced, planned=lost, plain=fake.without_exits)
+def test_only_the_plan_may_skip_a_head_and_without_it_there_is_no_cell(forced, monkeypatch):
+    monkeypatch.setattr(turns, 'Worker', Here)
+    assert measure(forced, planned=fake.late)[0]['shares'] == [0.0, 1.0]
+
+    def gone(self, job, *, seconds):
+        raise Unavailable('no torch')
+
+    monkeypatch.setattr(Here, 'open', gone)
+    with pytest.raises(Unavailable, match='^planned: no torch'):
+        measure(forced, planned=fake.obedient, plain=fake.without_exits)
 
 
-def test_a_worker_that_waits_is_idle(forced):
-    worker = Worker('obedient', fake.obedient)
-    opened = worker.open(forced.job, seconds=0.0)
-    time.sleep(0.2)
-    turn = worker.turn(opened.passes)
-    worker.close()
-    assert turn.seconds > 0
-    assert turn.burnt < 0.5
-    assert opened.labels.tolist() == LABELS
-
-
-def test_the_fastest_way_is_taken():
+def test_the_fastest_settings_are_taken():
     slow = Ready(lambda _: (time.sleep(0.02), None), [np.zeros(1)], 'settings')
     quick = Ready(lambda _: (np.zeros(1), None), [np.zeros(1)], 'settings')
-    assert fastest({'slow': slow, 'quick': quick}).told == 'quick, settings'
+    assert fastest({'slow': slow, 'quick': quick}).settings == 'quick, settings'
 
 
+@pytest.mark.slow
 def test_plans_with_and_without_exits_do_the_same_work(lenet):
     found = forcing.force('b-lenet', *lenet, (0.94, 0.06), 4, cores=2)
     labels, exits = contenders.planned(found.job).answers()
     assert (exits >= found.exits).all()
     np.testing.assert_array_equal(labels, found.labels(exits))
-    labels, exits = contenders.planned_bare(found.job).answers()
+    labels, exits = contenders.planned(found.job, exits=False).answers()
     assert exits is None
     np.testing.assert_array_equal(labels, found.labels(np.ones(4, int)))
 
@@ -228,87 +182,40 @@ def test_onnx_files_do_the_same_work(lenet):
     np.testing.assert_array_equal(labels, found.labels(np.ones(100, int)))
 
 
-def test_page_says_who_is_faster_and_who_was_not_there(tmp_path):
-    found = record_of(
-        cell('b-lenet', 1, timed('PyTorch', 0.2, 4.0, 3.9, 4.1), timed('ONNX Runtime', 0.06, 1.2, 1.1, 1.3)),
-        cell('b-lenet', 32, timed('PyTorch', 0.049, 0.98, 0.95, 1.02), **{'ONNX Runtime': 'it takes one image'}),
-        cell('b-alexnet', 1, PyTorch='no torch'),
-    )
-    page = pages.page(found)
-    lines = [' '.join(line.split()) for line in page.splitlines()]
-    assert '| b-lenet | 1 | 2 | 93.8, 6.2 | ONNX Runtime | 1.20 [1.10, 1.30] | staged |' in lines
-    assert '| b-lenet | 32 | 2 | 93.8, 6.2 | PyTorch | 0.98 [0.95, 1.02] | staged |' in lines
-    assert '| b-alexnet | 1 | 2 | 93.8, 6.2 | – | – | staged |' in lines
-    assert '| b-lenet | 32 | 2 | 0.0500 | 0.0490 | – |' in lines
-    assert lines[lines.index('Where the lower end is below 1:') + 2].startswith('- b-lenet, batch 32, 2 cores: 0.0500')
-    assert '- ONNX Runtime: it takes one image (b-lenet at 32).' in lines
-    assert '- PyTorch: no torch (b-alexnet at 1).' in lines
-    pages.picture(tmp_path / 'peers.png', found)
-    assert (tmp_path / 'peers.png').read_bytes().startswith(b'\x89PNG')
+def timed(batch, contender, ms, ratio, **more):
+    row = {'network': 'b-lenet', 'batch': batch, 'cores': 2, 'rounds': 20, 'forced': [0.9375, 0.0625]}
+    row |= {'command': 'python -m experiments.peers', 'device': 'a CPU', 'packages': 'torch 2.14.1'}
+    clock = {'ms': ms, 'ratio': ratio, 'ratio_low': ratio - 0.1, 'ratio_high': ratio + 0.1, 'settings': 'its own'}
+    return {**row, 'contender': contender, **clock, **more}
 
 
-def test_page_takes_a_ratio_apart():
-    """0.8 = 1.6 × 3 ÷ 6: the peer's network is slower, but its exits save twice as much."""
-    row = '| b-lenet | 1 | 2 | torch.compile, exits | 0.80 | 1.60 | 3.00 | 6.00 |'
-    bare = timed('planned here, bare', 0.15, 3.0, 2.9, 3.1)
-    peers = [timed('torch.compile', 0.24, 4.8, 4.7, 4.9), timed('torch.compile, exits', 0.04, 0.8, 0.7, 0.9)]
-    page = pages.page(record_of(cell('b-lenet', 1, bare, *peers), cell('b-lenet', 32, *peers)))
-    lines = [' '.join(line.split()) for line in page.splitlines()]
-    assert row in lines
-    assert sum(line.startswith('| b-lenet | 32 |') and line.endswith('6.00 |') for line in lines) == 0
-    quick = pages.page(record_of(cell('b-lenet', 1, timed('planned here, bare', 0.01, 0.2, 0.1, 0.3), *peers)))
-    assert 'torch.compile, exits: 0.80 [0.70, 0.90] times as long' in quick  # no peer of itself
-
-
-def test_page_of_cells_that_hold():
-    page = pages.page(record_of(cell('b-lenet', 1, timed('PyTorch', 0.2, 4.0, 3.9, 4.1))))
-    assert 'In all 1 cells the lower end is at least 1.' in page
-    assert 'Everyone took part.' in page
+def test_page_names_the_best_peer_of_each_cell():
+    """Rows lie in any order; what is planned here is no peer of itself."""
+    ours = [timed(1, 'planned here', 0.05, 1.0), timed(1, 'planned here, bare', 0.01, 0.2)]
+    peers = [timed(1, 'PyTorch', 0.2, 4.0), timed(1, 'ONNX Runtime', 0.06, 1.2)]
+    alone = [timed(32, 'planned here', 0.05, 1.0), timed(32, 'ONNX Runtime', 1, 1, absent='it takes one image')]
+    lines = [' '.join(line.split()) for line in command.page([*ours, *peers, *alone]).splitlines()]
+    assert '| b-lenet | 1 | 2 | 93.75, 6.25 | 0.05 | ONNX Runtime | 0.06 | 1.2 [1.1, 1.3] |' in lines
+    assert '| b-lenet | 32 | 2 | 93.75, 6.25 | 0.05 | – | – | – |' in lines
+    assert any('| ONNX Runtime |' in line and 'it takes one image' in line for line in lines)
 
 
 def test_command_adds_to_what_is_there(tmp_path, monkeypatch, lenet):
     """At tiny scale: real images, forced; contenders that compute nothing."""
     monkeypatch.setattr(command, 'random_network', lambda name: lenet)
-    seen = []
 
     def measured(forced, them, *, rounds):
-        seen.append((forced.job.network, forced.job.batch, forced.job.cores, list(them), rounds))
-        return cells.Cell(
-            'b-lenet',
-            forced.job.batch,
-            forced.job.cores,
-            100,
-            rounds,
-            (0.94, 0.06),
-            (timed('planned here', 0.05, 1, 1, 1), timed('PyTorch', 0.1, 2, 2, 2)),
-            {},
-        )
+        assert list(them) == list(contenders.CONTENDERS)
+        cell = {'batch': forced.job.batch, 'cores': forced.job.cores, 'rounds': rounds}
+        return [timed(1, 'planned here', 0.05, 1.0) | cell, timed(1, 'PyTorch', 0.1, 2.0) | cell]
 
-    monkeypatch.setattr(cells, 'measure', measured)
+    monkeypatch.setattr(turns, 'measure', measured)
     flags = [f'--workdir={tmp_path}', '--networks=b-lenet']
     command.main([*flags, '--batches=1,4', '--rounds=2'])
-    command.main([*flags, '--batches=1', '--one_core'])
+    command.main([*flags, '--batches=4', '--one_core'])
     command.main([*flags, '--batches=4'])
-    everyone = list(contenders.CONTENDERS)
-    assert seen == [
-        ('b-lenet', batch, cores, everyone, rounds)
-        for batch, cores, rounds in [
-            (1, os.cpu_count(), 2),
-            (4, os.cpu_count(), 2),
-            (1, 1, 20),
-            (4, os.cpu_count(), 20),
-        ]
-    ]
-    rows = bj.report.read_json(tmp_path / 'peers.json')['cells']
-    assert {(row['batch'], row['cores'], row['rounds']) for row in rows} == {
-        (1, 1, 20),
-        (1, os.cpu_count(), 2),
-        (4, os.cpu_count(), 20),
-    }
-    assert (tmp_path / 'peers.md').read_text().startswith('# Beside PyTorch')
-    assert (tmp_path / 'peers.png').exists()
-
-
-def test_networks_without_usual_shares_are_refused(tmp_path):
+    rows, cores = bj.report.read_json(tmp_path / 'peers.json')['rows'], os.cpu_count()
+    cells = [(row['cores'], row['batch'], row['rounds']) for row in rows[::2]]
+    assert cells == [(1, 4, 20), (cores, 1, 2), (cores, 4, 20)]
     with pytest.raises(ValueError, match="networks: got 'lenet'"):
         command.main([f'--workdir={tmp_path}', '--networks=lenet'])

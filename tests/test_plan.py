@@ -1,5 +1,6 @@
 """The planner: forecasts against brute force, trials, and plans that equal `dense`."""
 
+import functools
 import gc
 import itertools
 import time
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_inference
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,16 +23,12 @@ from branchy_jax.inference.planning.plan import _batches
 from branchy_jax.inference.planning.programs import Programs
 from branchy_jax.inference.planning.times import SegmentTimes, forecast
 
+pytestmark = pytest.mark.usefixtures('xla_defaults')
 LOOKING_BACK = bj.criteria.ensemble()
 ONE_CANDIDATE = {'passes': 1, 'budget_seconds': 0.0}  # beside the baseline: compiling takes most of a plan's time
 
 
-def check_same(result, expected):
-    assert result.label.shape == expected.label.shape
-    np.testing.assert_array_equal(result.label, expected.label)
-    np.testing.assert_array_equal(result.exit_index, expected.exit_index)
-    np.testing.assert_allclose(result.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(result.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-5)
+check_same = functools.partial(test_inference.check_same, rtol=1e-4, atol=1e-5)
 
 
 def linear_times(stages, exits, sizes=(1, 4, 16), overhead=0.0):
@@ -42,19 +40,14 @@ def linear_times(stages, exits, sizes=(1, 4, 16), overhead=0.0):
 
 def brute_force(stages, exits, confident):
     """Mean cost of an input that walks through the network, for every choice of exits."""
-    num_exits, count = len(stages), confident.shape[1]
-    costs = {}
-    for k in range(num_exits):
-        for side in itertools.combinations(range(num_exits - 1), k):
-            total = 0.0
-            for row in range(count):
-                for n in range(num_exits):
-                    total += stages[n]
-                    if n in side or n == num_exits - 1:
-                        total += exits[n]
-                        if n < num_exits - 1 and confident[n, row]:
-                            break
-            costs[*side, num_exits - 1] = total / count
+    last, costs = len(stages) - 1, {}
+    for count in range(last + 1):
+        for side in itertools.combinations(range(last), count):
+            asked, totals = (*side, last), []
+            for row in confident.T:
+                leaves = next((n for n in side if row[n]), last)
+                totals.append(sum(stages[: leaves + 1]) + sum(exits[n] for n in asked if n <= leaves))
+            costs[asked] = np.mean(totals)
     return costs
 
 
@@ -98,6 +91,8 @@ def test_times_are_interpolated_and_the_best_size_is_taken():
     np.testing.assert_allclose(times.per_image(64).stages, [1.0, 3.0])
     few = SegmentTimes(np.array([8]), np.array([[4.0, 8.0]]), np.array([[4.0, 4.0]]))
     np.testing.assert_allclose(few.per_image(2).stages, [2.0, 4.0])  # as long as eight
+    joined = SegmentTimes.joined([few, times])
+    assert (joined.batch_sizes.tolist(), joined.stages[:, 0].tolist()) == ([1, 4, 8], [2.0, 4.0, 4.0])
     heavy = SegmentTimes(few.batch_sizes, 2 * few.stages, 2 * few.exits)
     assert (few.heavy, heavy.heavy) == (False, True)
     # A quarter of what eight need, 8 and 16, and two eighths of the rest.
@@ -117,12 +112,8 @@ def test_stages_and_heads_are_measured(network):
 
 
 @pytest.fixture(scope='module')
-def uncertainty(network):
-    return exit_outputs(*network).uncertainty
-
-
-def thresholds_at(uncertainty, quantiles):
-    return np.array([q if np.isinf(q) else np.quantile(uncertainty[n], q) for n, q in enumerate(quantiles)], np.float32)
+def thresholds(network):
+    return np.diag(np.quantile(exit_outputs(*network).uncertainty[:2], [0.7, 0.5], axis=1)).astype(np.float32)
 
 
 def plan_for(cores, monkeypatch):
@@ -132,22 +123,18 @@ def plan_for(cores, monkeypatch):
     monkeypatch.setattr(candidates, 'may_use_one_core', lambda: True)
 
 
-@pytest.mark.parametrize(('batch_size', 'cores'), [(1, 1), (24, 2)])
-def test_every_candidate_answers_as_dense_does(network, uncertainty, batch_size, cores, monkeypatch):
-    plan_for(cores, monkeypatch)
+def test_every_candidate_answers_as_dense_does(network, thresholds, monkeypatch):
+    plan_for(2, monkeypatch)
     model, variables, images = network
-    thresholds = thresholds_at(uncertainty, (0.7, 0.5))
-    times = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24))
-    first, reserve = candidates_to_try(times, uncertainty[:2] < thresholds[:, None], batch_size, may_skip=True)
-    baseline, *others = [*first, *reserve]
+    times, leaves = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24)), np.ones((2, 1), bool)
+    first, reserve = candidates_to_try(times, leaves, 24, may_skip=True)
     programs = Programs(model, variables, bj.calling.with_batch(images, 1), None)
     policy = bj.ExitPolicy(bj.criteria.entropy, jnp.asarray(thresholds))
     expected = model.apply(variables, images)[-1]
-    np.testing.assert_allclose(programs.runner(baseline, policy, batch_size)(images)[0], expected, rtol=1e-5, atol=1e-6)
-    for candidate in others:
+    np.testing.assert_allclose(programs.runner(first[0], policy, 24)(images)[0], expected, rtol=1e-5, atol=1e-6)
+    for candidate in [*first[1:], *reserve]:
         applied = np.where(np.isin([0, 1], candidate.exits), thresholds, -np.inf)
-        expected = dense(model)(variables, images[:batch_size], applied)
-        check_same(programs.runner(candidate, policy, batch_size)(images[:batch_size]), expected)
+        check_same(programs.runner(candidate, policy, 24)(images), dense(model)(variables, images, applied))
 
 
 def settings_tried(times, confident, batch_size, **options):
@@ -190,18 +177,11 @@ def test_workers_take_pieces_of_two_milliseconds_of_batches_that_take_longer(mon
     assert pieces == [(1, ()), (2, (2,)), (2, (1,))]
 
 
-SETTINGS = [(0.7, 0.5), (-np.inf, -np.inf), (0.3, np.inf)]
-
-
-@pytest.mark.parametrize(
-    ('batch_size', 'quantiles', 'options'),
-    [(1, SETTINGS[0], ''), (8, SETTINGS[0], 'all_compiler_options'), (24, SETTINGS[2], '')],
-)
-def test_plan_is_dense_at_its_thresholds(network, uncertainty, batch_size, quantiles, options, request):
+@pytest.mark.parametrize(('batch_size', 'options'), [(1, ''), (8, 'all_compiler_options')])
+def test_plan_is_dense_at_its_thresholds(network, thresholds, batch_size, options, request):
     if options:
         request.getfixturevalue(options)
     model, variables, images = network
-    thresholds = thresholds_at(uncertainty, quantiles)
     times = segment_times(model, variables, images, batch_sizes=[1, 8], passes=2)
     planned = plan(model, variables, images, thresholds, batch_size=batch_size, times=times, passes=2)
     asked = np.isin([0, 1], planned.exits)
@@ -227,14 +207,13 @@ def test_a_criterion_that_looks_back_or_a_guarantee_asks_every_exit(network):
         check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 
-class TwoInputs(nn.Module):
+class Pair(nn.Module):
     """A plain module of two inputs, one of them integers."""
 
     @nn.compact
-    def __call__(self, image, tokens, deterministic=True):
-        x = nn.relu(nn.Dense(8)(image) + nn.Embed(5, 8)(tokens).mean(axis=1))
-        early = nn.Dense(3)(x)
-        return early, nn.Dense(3)(nn.relu(nn.Dense(8)(nn.Dropout(0.5)(x, deterministic=deterministic))))
+    def __call__(self, pair, deterministic=True):
+        x = nn.relu(nn.Dense(8)(pair[0]) + nn.Embed(5, 8)(pair[1]).mean(axis=1))
+        return nn.Dense(3)(x), nn.Dense(3)(nn.relu(nn.Dense(8)(nn.Dropout(0.5)(x, deterministic=deterministic))))
 
 
 class AsksForTheBatch(nn.Module):
@@ -253,19 +232,16 @@ class Plain(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(8, name='second')(x)))
 
 
-def networks_of_users():
-    image = jax.random.normal(jax.random.key(0), (12, 6))
-    tokens = np.arange(48).reshape(12, 4) % 5
-    return {
-        'two inputs': (TwoInputs(), (image, tokens)),
-        'a dictionary': (TwoInputs(), {'image': image, 'tokens': tokens}),
-        'fixed batch': (AsksForTheBatch(), image),
-    }
+IMAGES = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+OF_USERS = {
+    'two inputs': (Pair(), {'pair': (IMAGES, np.arange(48).reshape(12, 4) % 5)}),
+    'fixed batch': (AsksForTheBatch(), IMAGES),
+}
 
 
-@pytest.mark.parametrize('name', ['two inputs', 'a dictionary', 'fixed batch'])
+@pytest.mark.parametrize('name', OF_USERS)
 def test_networks_of_users_are_planned(name, tmp_path):
-    model, inputs = networks_of_users()[name]
+    model, inputs = OF_USERS[name]
     variables = bj.calling.init(model, jax.random.key(1), inputs)
     policy = [float(np.median(exit_outputs(model, variables, inputs).uncertainty[0]))]
     planned = plan(model, variables, inputs, policy, batch_size=6, skip_heads=False, **ONE_CANDIDATE)
@@ -278,8 +254,8 @@ def test_networks_of_users_are_planned(name, tmp_path):
 
 
 def test_a_deleted_plan_frees_models_weights_and_programs():
-    inputs, freed = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32), []
-    for width in (3, 4, 5):
+    inputs, freed = IMAGES[:8], []
+    for width in (3, 4):
         model = bj.models.attach(Plain(name=f'net{width}'), ['first'], inputs=inputs)
         variables = bj.calling.init(model, jax.random.key(width), inputs)
         planned = plan(model, variables, inputs, [0.5], skip_heads=False, **ONE_CANDIDATE)
@@ -294,26 +270,16 @@ def test_a_deleted_plan_frees_models_weights_and_programs():
     assert [reference() for reference in freed if reference() is not None] == []
 
 
-def test_large_weights_are_arguments(network, monkeypatch):
-    monkeypatch.setattr(segments, '_MOST_EMBEDDED_BYTES_ON_CPU', 0)
-    model, variables, images = network
-    planned = plan(model, variables, images, [0.5, 0.5], **ONE_CANDIDATE)
-    check_same(planned(images), dense(model)(variables, images, planned.policy))
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'batch_size': 0}, 'batch_size: got'),
-        ({'batch_size': 25}, 'batch_size: got'),
-        ({'batch_size': 2.5}, 'batch_size: got'),
-        ({'passes': 0}, 'passes: got'),
-        ({'times': linear_times([1, 1], [1, 1])}, 'times: are of'),
-    ],
-)
-def test_impossible_settings_are_refused(network, options, message):
-    with pytest.raises(ValueError, match=message):
-        plan(*network, [0.0, 0.0], **options)
+def test_impossible_settings_are_refused(network):
+    for name, value in (
+        ('batch_size', 0),
+        ('batch_size', 25),
+        ('batch_size', 2.5),
+        ('passes', 0),
+        ('times', linear_times([1, 1], [1, 1])),
+    ):
+        with pytest.raises(ValueError, match=f'{name}: (got|are of)'):
+            plan(*network, [0.0, 0.0], **{name: value})
     with pytest.raises(ValueError, match='thresholds: a network with 3 exits'):
         plan(*network, [0.0])
 
@@ -355,60 +321,32 @@ def test_a_candidate_that_does_not_beat_the_baseline_for_certain_loses(candidate
 
 
 def test_batches_of_a_trial_hold_the_shares_of_all_images():
-    confident = np.array([[True] * 700 + [False] * 300, [True] * 900 + [False] * 100])
-    images = np.arange(1000, dtype=np.float32)
-    batches = _batches(images, confident, 32)
+    batches = _batches(np.arange(1000), np.arange(1000) < np.array([[700], [900]]), 32)
     assert [len(batch) for batch in batches] == [32] * 4
     drawn = np.concatenate(batches)
-    assert abs((drawn < 700).mean() - 0.7) < 0.02
-    assert abs((drawn >= 900).mean() - 0.1) < 0.02
-    assert len(_batches(images, confident, 1000)) == 1
+    np.testing.assert_allclose([(drawn < 700).mean(), (drawn >= 900).mean()], [0.7, 0.1], atol=0.02)
 
 
-SECONDS = 0.02
-
-
-def run_trial(seconds, *, budget=None, passes=12):
-    """Tries candidates that sleep; returns them by name, and what was reported."""
-    reports = []
-    given = [Candidate(name, 'baseline' if name == 'baseline' else 'dense', (0, 2)) for name in seconds]
+def test_a_clear_trial_is_short_and_slow_candidates_are_eliminated():
+    seconds, reports = {'baseline': 0.02, 'a': 0.0025, 'b': 0.04}, []
     results = try_candidates(
-        given,
+        [Candidate(name, 'baseline' if name == 'baseline' else 'dense', (0, 2)) for name in seconds],
         (),
         lambda candidate: lambda batch: time.sleep(seconds[candidate.name]),
         [None],
-        passes=passes,
-        progress=Progress(lambda text, share: reports.append((text, share)), budget),
+        passes=12,
+        progress=Progress(lambda text, share: reports.append(text), None),
     )
-    return {candidate.name: candidate for candidate in results}, reports
+    assert reports == [*(f'trying {name}' for name in seconds), 'comparing 2 candidates: 9 of at most 12 passes']
+    assert [candidate.eliminated for candidate in results] == [False, False, True]
+    assert results[1].ratio[0] < 0.5 < results[2].ratio[0]
 
 
-def test_a_clear_trial_is_short_and_slow_candidates_are_eliminated(monkeypatch):
-    passes, timed = [], candidates.interleaved_passes
-
-    def record(functions, **options):
-        passes.append((len(functions), options['passes']))
-        return timed(functions, **options)
-
-    monkeypatch.setattr(candidates, 'interleaved_passes', record)
-    results, reports = run_trial({'baseline': SECONDS, 'a': SECONDS / 8, 'b': SECONDS * 2})
-    assert passes == [(3, 1), (3, 3), (2, 6)]
-    assert [results[name].eliminated for name in ('baseline', 'a', 'b')] == [False, False, True]
-    assert results['a'].ratio[0] < 0.5 < results['b'].ratio[0]
-    shares = [share for _, share in reports]
-    assert shares == sorted(shares)
-    assert reports[0] == ('trying baseline', 0.0)
-
-
-def test_a_budget_that_is_spent_leaves_one_candidate():
-    results, _ = run_trial({'baseline': SECONDS, 'a': SECONDS / 4, 'b': SECONDS / 8}, budget=0.0)
-    assert list(results) == ['baseline', 'a']
-    assert choose(list(results.values()), 3).name == 'a'
-
-
-def test_plan_reports_its_steps_and_keeps_to_its_budget(network, uncertainty):
+def test_plan_reports_its_steps_and_keeps_to_its_budget(network, thresholds, monkeypatch):
+    """The budget is spent at once: one candidate is tried. Here its weights are arguments, as large ones are."""
+    monkeypatch.setattr(segments, '_MOST_EMBEDDED_BYTES_ON_CPU', 0)
     model, variables, images = network
-    reports, thresholds = [], thresholds_at(uncertainty, SETTINGS[0])
+    reports = []
     options = {'budget_seconds': 0.0, 'on_progress': lambda text, share: reports.append((text, share))}
     planned = plan(model, variables, images, thresholds, **options)
     texts, shares = zip(*reports, strict=True)
@@ -417,19 +355,20 @@ def test_plan_reports_its_steps_and_keeps_to_its_budget(network, uncertainty):
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert list(shares) == sorted(shares)
     assert planned.times.batch_sizes.tolist() == [8]
+    assert len(planned.candidates) == 2
     check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 
-def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, uncertainty, compilations):
+def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, thresholds, compilations):
     model, variables, images = network
     # Without a budget the clock of this run decides whether the reserve is tried.
     options = {'skip_heads': False, **ONE_CANDIDATE}
-    first = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), **options)
+    first = plan(model, variables, images, thresholds, **options)
     before = compilations.count
-    second = plan(model, variables, images, thresholds_at(uncertainty, SETTINGS[0]), earlier=first, **options)
+    second = plan(model, variables, images, thresholds, earlier=first, **options)
     assert compilations.count == before
     assert second.times is first.times
-    third = plan(model, variables, images, thresholds_at(uncertainty, (0.5, 0.5)), earlier=first, **options)
+    third = plan(model, variables, images, thresholds / 2, earlier=first, **options)
     check_same(third(images), dense(model)(variables, images, third.policy))
     with pytest.raises(ValueError, match='earlier: is a plan of another network, other weights'):
         plan(model, jax.tree.map(jnp.copy, variables), images, [0.0, 0.0], earlier=first)

@@ -1,13 +1,12 @@
 """Pictures hold the data given: read back from Matplotlib's own objects."""
 
-import types
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from branchy_jax import plots
-from branchy_jax.criteria import reliability
+from branchy_jax.criteria import entropy, reliability
+from branchy_jax.thresholds import Screen
 from experiments.pages import pictures
 
 BASELINE = {'network': 'lenet', 'test_accuracy': 0.97, 'latency_ms': 0.5, 'gain': 1.0}
@@ -16,9 +15,14 @@ BRANCHY = {'network': 'b-lenet', 'test_accuracy': 0.975, 'latency_ms': 0.2, 'gai
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures, in the order in which they were written."""
+    """Figures, in the order in which they were written; the first one really is."""
     figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, 'savefig', lambda self, *to, **how: figures.append(self) or savefig(self, *to, **how))
+
+    def record(figure, path, **options):
+        figures.append(figure)
+        return savefig(figure, path, **options) if len(figures) == 1 else path.touch()
+
+    monkeypatch.setattr(Figure, 'savefig', record)
     return figures
 
 
@@ -43,13 +47,15 @@ def test_tradeoff_draws_its_records(tmp_path, drawn):
 
 
 def test_accuracy_against_cost_draws_screens_by_ascending_cost(tmp_path, drawn):
-    screen = types.SimpleNamespace(cost=np.array([3e6, 1e6, 2e6]), accuracy=np.array([0.9, 0.5, 0.7]))
-    one = types.SimpleNamespace(cost=np.array([4e6]), accuracy=np.array([0.8]))
+    parts = {'thresholds': np.zeros((3, 1)), 'exit_fractions': np.ones((3, 2)) / 2, 'criterion': entropy}
+    screen = Screen(**parts, accuracy=np.array([0.9, 0.5, 0.7]), cost=np.array([3.0, 1.0, 2.0]), split='test')
+    one = screen.replace(accuracy=np.array([0.8]), cost=np.array([4.0]))
     plots.accuracy_against_cost(tmp_path / 'a.png', {'entropy': screen, 'margin': one})
     (axes,) = drawn[0].axes
     np.testing.assert_allclose(lines_of(axes)['entropy'], [[1, 50], [2, 70], [3, 90]])
     np.testing.assert_allclose(lines_of(axes)['margin'], [[4, 80]])
-    assert axes.get_xlabel() == 'expected cost of an input (million multiply-accumulates)'
+    labels = 'expected cost of an input (multiply-accumulates)', 'accuracy on test data (%)'
+    assert (axes.get_xlabel(), axes.get_ylabel()) == labels
     with pytest.raises(ValueError, match='screens: nothing to draw'):
         plots.accuracy_against_cost(tmp_path / 'a.png', {})
 
@@ -67,16 +73,17 @@ def test_reliability_diagrams_leave_empty_bins_out(tmp_path, drawn):
             plots.reliability_diagrams(tmp_path / 'a.png', bad)
 
 
-@pytest.mark.parametrize('channels', [1, 3])
-def test_images_are_shown_at_the_exit_they_left_at(tmp_path, drawn, channels):
-    images = np.arange(1, 7, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(channels, 3)
-    plots.images_by_exit(tmp_path / 'a.png', images, np.array([0, 1, 0, 0, 2, 0]), num_exits=3, columns=2)
-    shown = [np.unique(np.asarray(axes.images[0].get_array())).tolist() for axes in drawn[0].axes]
-    assert shown == [[1, 3, 4, 6], [2, 255], [5, 255]]
+def test_images_are_shown_at_the_exit_they_left_at(tmp_path, drawn):
+    exits = np.array([0, 1, 0, 0, 2, 0])
+    for channels in (1, 3):
+        images = np.arange(1, 7, dtype=np.uint8)[:, None, None, None] * np.ones((2, 2, channels), np.uint8)
+        plots.images_by_exit(tmp_path / 'a.png', images, exits, num_exits=3, columns=2)
+        shown = [np.asarray(axes.images[0].get_array())[::2, ::2].reshape(4, -1)[:, 0] for axes in drawn[-1].axes]
+        np.testing.assert_array_equal(shown, [[1, 3, 4, 6], [2, 255, 255, 255], [5, 255, 255, 255]])
     assert drawn[0].axes[0].get_title(loc='left') == 'left at exit 1: 66.7 %'
     for bad in (images[0], images / 255, images[:5]):
         with pytest.raises(ValueError, match='images: expected uint8'):
-            plots.images_by_exit(tmp_path / 'a.png', bad, np.zeros(6, int), num_exits=3)
+            plots.images_by_exit(tmp_path / 'a.png', bad, exits, num_exits=3)
 
 
 def test_the_exit_that_answered_is_framed(tmp_path, drawn):
@@ -88,11 +95,9 @@ def test_the_exit_that_answered_is_framed(tmp_path, drawn):
     assert [axes.get_title() for axes in grid[0]] == ['input', 'truth', 'exit 1', 'exit 2']
     assert [[axes.get_xlabel() for axes in line] for line in grid] == [['', '', '', 'answers'], ['', '', 'answers', '']]
     np.testing.assert_array_equal(grid[1, 2].images[0].get_array(), predictions[0, 1])
-    for options in ({'num_classes': 2, 'class_names': ('a', 'b', 'c')}, {'num_classes': 3, 'class_names': ('a',)}):
+    for truth, names in ((labels, ('a',)), (labels, 'abcd'), (labels[:1], 'abc')):
         with pytest.raises(ValueError, match='predictions: expected'):
-            plots.masks(tmp_path / 'masks.png', images, labels, predictions, exits, **options)
-    with pytest.raises(ValueError, match='predictions: expected'):
-        plots.masks(tmp_path / 'masks.png', images, labels[:1], predictions, exits, num_classes=3)
+            plots.masks(tmp_path / 'masks.png', images, truth, predictions, exits, num_classes=3, class_names=names)
 
 
 def test_curves_stand_against_the_papers(tmp_path, drawn):
@@ -109,26 +114,13 @@ def test_curves_stand_against_the_papers(tmp_path, drawn):
     assert not drawn[1].axes[0].texts
 
 
-def test_cells_are_drawn_by_their_shares(tmp_path, drawn):
-    common = {'shares': (0.9, 0.1), 'mac_limit': 4.0, 'baseline_ms': 0.5}
-    gains = [('planned', 256, 3.0), ('planned', 1, 2.0), ('dense', 256, 1.0), ('dense', 1, 1.0)]
-    rows = [{'executor': name, 'batch': batch, 'gain': gain, 'ms': 0.5 / gain} for name, batch, gain in gains]
-    cells = [common | row for row in rows]
-    for picture in (pictures.gain_against_batch, pictures.time_against_batch, pictures.time_against_macs):
-        picture(tmp_path / 'a.png', cells)
-    gain, time, follows = (lines_of(figure.axes[0]) for figure in drawn)
-    np.testing.assert_allclose(gain['90/10 % leave'], [[1, 2], [256, 3]])
-    np.testing.assert_allclose(time['90/10 % leave'], [[1, 0.25], [256, 256 / 6]])
-    np.testing.assert_allclose(time['plain baseline'], [[1, 0.5], [256, 128]])
-    np.testing.assert_allclose(follows['batch 256'], [[0.25, 1 / 3]])
-
-
-def test_gradients_and_costs_are_drawn_over_layers_and_images(tmp_path, drawn):
+def test_gains_are_drawn_by_batch_and_gradients_by_layer(tmp_path, drawn):
+    shared = {'operating_point': '90/10', 'mac_limit': 4.0}
+    rows = [{**shared, 'batch': batch, 'gain': gain} for batch, gain in ((256, 3.0), (1, 2.0))]
+    pictures.gain_against_batch(tmp_path / 'a.png', rows)
+    np.testing.assert_allclose(lines_of(drawn[0].axes[0])['90/10 % leave'], [[1, 2], [256, 3]])
     norms = np.array([[[1.0, 4.0], [2.0, 2.0]], [[4.0, 1.0], [2.0, 2.0]]])  # two seeds, two moments, two layers
     pictures.gradient_norms(tmp_path / 'a.png', {'with branches': norms}, steps=7)
-    pictures.controlled_cost(tmp_path / 'a.png', {'controlled': np.array([0.3, 0.5])}, 0.4, [1])
-    gradients, costs = (lines_of(figure.axes[0]) for figure in drawn)
-    np.testing.assert_allclose(gradients['with branches, at initialisation'], [[1, 2], [2, 2]])  # geometric means
-    np.testing.assert_allclose(gradients['with branches, after 7 steps'], [[1, 2], [2, 2]])
-    np.testing.assert_allclose(costs['controlled'], [[0, 0.3], [1, 0.5]])
-    assert costs['target'][:, 1].tolist() == [0.4, 0.4]
+    gradients = lines_of(drawn[1].axes[0])
+    for moment in ('at initialisation', 'after 7 steps'):
+        np.testing.assert_allclose(gradients[f'with branches, {moment}'], [[1, 2], [2, 2]])  # geometric means

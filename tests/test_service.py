@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 import queue
-import threading
 import urllib.error
 import urllib.request
 
@@ -14,6 +13,8 @@ import pytest
 
 import branchy_jax as bj
 from experiments.service.service import Service
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 1)).astype(np.uint8)
 
 
 @pytest.fixture(scope='module')
@@ -26,15 +27,9 @@ def weights():
 
 
 @pytest.fixture(scope='module')
-def images():
-    return np.random.default_rng(0).integers(0, 256, (40, 12, 12, 1)).astype(np.uint8)
-
-
-@pytest.fixture(scope='module')
-def table(weights, images):
-    return bj.inference.exit_table(
-        weights.model, weights.variables, bj.Batch(images, np.arange(40) % 4), preprocess=weights.normalize
-    )
+def table(weights):
+    data = bj.Batch(IMAGES, np.arange(40) % 4)
+    return bj.inference.exit_table(weights.model, weights.variables, data, preprocess=weights.normalize)
 
 
 def controller(table, **options):
@@ -50,12 +45,12 @@ def service(weights, table):
     made.close()
 
 
-def test_every_image_is_answered_once_as_dense_answers_it(weights, images, table):
+def test_every_image_is_answered_once_as_dense_answers_it(weights, table):
     steady = controller(table, horizon=1e30)  # thresholds stay where they are
     service = Service(weights, steady, chunk_size=4).start()
-    expected = bj.inference.dense(weights.model)(weights.variables, weights.normalize(images), steady.policy)
+    expected = bj.inference.dense(weights.model)(weights.variables, weights.normalize(IMAGES), steady.policy)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        promised = list(threads.map(service.submit, images))
+        promised = list(threads.map(service.submit, IMAGES))
     answers = [future.result(timeout=60) for future in promised]
     service.close()
     assert [answer.label for answer in answers] == np.asarray(expected.label).tolist()
@@ -66,57 +61,51 @@ def test_every_image_is_answered_once_as_dense_answers_it(weights, images, table
     assert sum(counts['exits']) == 40
 
 
-def test_what_does_not_fit_is_refused_and_the_rest_answered(weights, images, table):
+def test_what_does_not_fit_is_refused_and_the_rest_answered(weights, table):
     service = Service(weights, controller(table), capacity=3, chunk_size=4)  # not started: nothing leaves the queue
-    promised = [service.submit(image) for image in images[:3]]
+    promised = [service.submit(image) for image in IMAGES[:3]]
     with pytest.raises(queue.Full):
-        service.submit(images[3])
+        service.submit(IMAGES[3])
     service.start()
     assert [future.result(timeout=60).number for future in promised] == [0, 1, 2]
     service.close()
     assert (service.counts.taken, service.counts.refused, service.counts.answered) == (3, 1, 3)
 
 
-def test_more_waiting_makes_images_leave_earlier(weights, images, table):
+def test_more_waiting_makes_images_leave_earlier(weights, table):
     """Every image waits longer than a target of 0 ms: the thresholds go to the end that leaves most."""
     service = Service(weights, controller(table, target=0.0, scale=1e-3, horizon=10.0), chunk_size=4).start()
-    for image in images:
+    for image in IMAGES:
         service.submit(image).result(timeout=60)
     service.close()
     assert service.stats()['position'] == 0
     np.testing.assert_array_equal(service.stats()['thresholds'], table.path_by_shares()[0])
 
 
-def test_closing_answers_what_was_taken(service, images):
-    promised = [service.submit(image) for image in images]
+def test_closing_answers_what_was_taken(service):
+    promised = [service.submit(image) for image in IMAGES]
     service.close()
     assert all(future.done() for future in promised)
     with pytest.raises(RuntimeError, match='has ended'):
-        service.submit(images[0])
+        service.submit(IMAGES[0])
 
 
-def test_a_fault_of_the_network_is_told_to_whoever_waits(service, images, monkeypatch):
+def test_a_fault_of_the_network_is_told_to_whoever_waits(service, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError('broken')
 
     monkeypatch.setattr(service, '_answer', broken)
     with pytest.raises(RuntimeError, match='ended: broken'):
-        service.submit(images[0]).result(timeout=60)
+        service.submit(IMAGES[0]).result(timeout=60)
     with pytest.raises(RuntimeError, match='has ended'):
-        service.submit(images[1])
+        service.submit(IMAGES[1])
 
 
 @pytest.fixture
 def address(service):
-    uvicorn, app = pytest.importorskip('uvicorn'), pytest.importorskip('experiments.service.app')
-    server = uvicorn.Server(uvicorn.Config(app.make_app(service), host='127.0.0.1', port=0, log_level='warning'))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}'
-    server.should_exit = True
-    thread.join()
+    app = pytest.importorskip('experiments.service.app', reason="pip install 'branchy_jax[serve]'")
+    with app.served(service) as port:
+        yield f'http://127.0.0.1:{port}'
 
 
 def get(address, path, body=None):
@@ -125,9 +114,9 @@ def get(address, path, body=None):
     return content if path == '/' else json.loads(content)
 
 
-def test_over_http(address, service, images):
+def test_over_http(address, service):
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        told = list(threads.map(lambda image: get(address, '/classify', image.tobytes()), images))
+        told = list(threads.map(lambda image: get(address, '/classify', image.tobytes()), IMAGES))
     assert sorted(answer['number'] for answer in told) == list(range(40))
     assert get(address, '/stats')['answered'] == 40
     recent = get(address, '/recent')
@@ -136,22 +125,27 @@ def test_over_http(address, service, images):
     assert 'Where images leave' in get(address, '/')
 
 
-@pytest.mark.parametrize(('body', 'status'), [(b'short', 400), (b'', 400)])
-def test_what_is_no_image_is_refused_over_http(address, service, body, status):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        get(address, '/classify', body or b'\0')
-    assert refused.value.code == status
-    assert 'expected 144 bytes' in refused.value.read().decode()
-    refused.value.close()
-    assert service.counts.taken == 0
-
-
-def test_a_full_queue_is_503_over_http(address, service, images, monkeypatch):
+def test_what_is_no_image_is_400_and_a_full_queue_503_over_http(address, service, monkeypatch):
     def full(image):
         raise queue.Full
 
-    monkeypatch.setattr(service, 'submit', full)
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        get(address, '/classify', images[0].tobytes())
-    assert refused.value.code == 503
-    refused.value.close()
+    refused = []
+    for body in (b'short', IMAGES[0].tobytes()):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            get(address, '/classify', body)
+        refused.append((error.value.code, error.value.read().decode()))
+        error.value.close()
+        monkeypatch.setattr(service, 'submit', full)
+    assert [code for code, _ in refused] == [400, 503]
+    assert 'expected 144 bytes' in refused[0][1]
+    assert service.counts.taken == 0
+
+
+def test_a_burst_is_answered_whole_and_summed_up(address):
+    app = pytest.importorskip('experiments.service.app')
+    test = bj.Batch(IMAGES, np.arange(40) % 4)
+    replies = app.send(int(address.rsplit(':', 1)[1]), test, [50.0, 200.0, 50.0], 0.2)
+    rows = app.summary(replies, [50.0, 200.0, 50.0])
+    assert [row['phase'] for row in rows] == ['before', 'burst', 'after']
+    assert sum(row['answered'] for row in rows) == len(replies)
+    assert sum(rows[1]['exit_fractions']) == pytest.approx(1)

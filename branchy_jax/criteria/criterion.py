@@ -1,11 +1,10 @@
 """Criteria: the base class, the one comparison that decides whether an exit answers, and those of the literature."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,29 +12,8 @@ from flax import struct
 
 from branchy_jax.types import Array, ByValue
 
-Kind = TypeVar('Kind')
 Carry = Any
 """What a criterion remembers from exit to exit: a pytree whose leaves lead with B, or ``None``."""
-
-STORED: dict[str, Any] = {}
-"""The kinds of criteria and the functions of logits that a stored policy may name."""
-
-
-def stored(thing: Any) -> Any:
-    """Decorates a function or class that a stored policy may name."""
-    STORED[thing.__name__.removeprefix('_')] = thing
-    return thing
-
-
-def static(**options: Any) -> Any:
-    """Declares a field that is metadata of the pytree, not a leaf."""
-    return struct.field(pytree_node=False, **options)
-
-
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(struct.field, static))
-def value(kind: type[Kind]) -> type[Kind]:
-    """Decorates a class of criteria: a frozen pytree, compared by value, which a stored policy may name."""
-    return stored(struct.dataclass(kind, eq=False, repr=False))
 
 
 def is_confident(uncertainty: Array, threshold: Array) -> Array:
@@ -51,7 +29,6 @@ def is_confident(uncertainty: Array, threshold: Array) -> Array:
     return uncertainty < threshold
 
 
-@stored
 def most_likely_class(logits: Array) -> Array:
     """Returns the label of logits ``[B, …, K]``: their argmax ``[B, …]`` int32."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -111,17 +88,16 @@ def unless_nan(uncertainty: Array, answer: Array) -> Array:
     return jnp.where(jnp.isnan(answer).any(axis=tuple(range(1, answer.ndim))), jnp.nan, uncertainty)
 
 
-@value
-class _OfLogits(Criterion):
+class _OfLogits(Criterion, struct.PyTreeNode, eq=False, repr=False):
     """A criterion of one exit's logits alone; `as_criterion` builds it and documents the fields."""
 
-    uncertainty_of: Callable[[Array], Array] = static()
-    name: str = static()
-    stride: int = static(default=1)
-    patch: int = static(default=1)
-    quantile: float | None = static(default=None)
+    uncertainty_of: Callable[[Array], Array] = struct.field(pytree_node=False)
+    name: str = struct.field(pytree_node=False)
+    stride: int = struct.field(pytree_node=False, default=1)
+    patch: int = struct.field(pytree_node=False, default=1)
+    quantile: float | None = struct.field(pytree_node=False, default=None)
     # A field in place of the method:
-    decide: Callable[[Array], Array] = static(default=most_likely_class)  # type: ignore[assignment]
+    decide: Callable[[Array], Array] = struct.field(pytree_node=False, default=most_likely_class)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.stride < 1 or self.patch < 1:
@@ -226,17 +202,11 @@ def _flat(values: Array) -> Array:
 
 
 def _patch_means(values: Array, size: int) -> Array:
-    batch, height, width = values.shape
-    rows, columns = -(-height // size), -(-width // size)
-
-    def sums(values: Array) -> Array:
-        padded = jnp.pad(values, [(0, 0), (0, rows * size - height), (0, columns * size - width)])
-        return padded.reshape(batch, rows, size, columns, size).sum(axis=(2, 4))
-
-    return sums(values) / sums(jnp.ones_like(values))  # counts of the same patches: padding counts for nothing
+    """Averages ``[B, H, W]`` in square patches; one at the border averages the pixels that it has."""
+    window, padding = (size, size), [(0, -side % size) for side in values.shape[1:]]
+    return nn.avg_pool(values[..., None], window, window, padding, count_include_pad=False)[..., 0]
 
 
-@stored
 def entropy_of_logits(logits: Array) -> Array:
     r"""Computes the entropy of the softmax, in nats.
 
@@ -268,14 +238,12 @@ def entropy_of_logits(logits: Array) -> Array:
     return jnp.log1p(total) - expected
 
 
-@stored
 def max_probability_of_logits(logits: Array) -> Array:
     r"""Computes :math:`1 - \max_k \hat y_k` of ``logits [..., K]``, to full relative precision also near 0."""
     total = _shifted(logits)[1].sum(axis=-1)
     return total / (1 + total)
 
 
-@stored
 def margin_of_logits(logits: Array) -> Array:
     r"""Computes :math:`1 - (\hat y_{(1)} - \hat y_{(2)})` of ``logits [..., K]``, to full precision also near 0."""
     _, others = _shifted(logits)
@@ -302,8 +270,7 @@ margin = _OfLogits(margin_of_logits, 'margin')
 """One minus the difference between the two largest probabilities."""
 
 
-@value
-class _Patience(Criterion):
+class _Patience(Criterion, struct.PyTreeNode, eq=False, repr=False):
     """See `patience`; carries the label before and the number of agreements ``[B, …]``."""
 
     name = 'patience'
@@ -325,13 +292,12 @@ References:
 """
 
 
-@value
-class _Ensemble(Criterion):
+class _Ensemble(Criterion, struct.PyTreeNode, eq=False, repr=False):
     """See `ensemble`; carries the sum of the exits so far ``[B, …, K]``, of probabilities or of their logarithms."""
 
-    kind: str = static()
+    kind: str = struct.field(pytree_node=False)
     criterion: _OfLogits
-    name: str = static()
+    name: str = struct.field(pytree_node=False)
 
     def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
         check_classes(logits)
@@ -373,14 +339,13 @@ def ensemble(kind: str = 'arithmetic', criterion: Any = entropy) -> Criterion:
     return _Ensemble(kind, of_logits(criterion), f'{kind} ensemble')
 
 
-@value
-class _Calibrated(Criterion):
+class _Calibrated(Criterion, struct.PyTreeNode, eq=False, repr=False):
     """See `with_temperatures`."""
 
     temperatures: Array
     criterion: Criterion
-    name: str = static()
-    num_exits: int = static()
+    name: str = struct.field(pytree_node=False)
+    num_exits: int = struct.field(pytree_node=False)
 
     def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
         return self.criterion(logits / self.temperatures[n], carry, n)
@@ -414,13 +379,12 @@ def with_temperatures(temperatures: Any, criterion: Any = entropy) -> Criterion:
     return _Calibrated(jnp.asarray(values), criterion, f'{criterion.name}, calibrated', len(values))
 
 
-@value
-class _Pixelwise(Criterion):
+class _Pixelwise(Criterion, struct.PyTreeNode, eq=False, repr=False):
     """See `pixelwise`; carries the mosaic ``[B, …, K]`` and which pixels of it have answered ``[B, …]``."""
 
     pixel_thresholds: Array
     criterion: _OfLogits
-    num_exits: int = static()
+    num_exits: int = struct.field(pytree_node=False)
 
     name = 'pixelwise'
 
@@ -440,13 +404,12 @@ class _Pixelwise(Criterion):
         Returns:
             ``[B, …]`` int32 in ``[0, N)``.
         """
-        if len(logits) != self.num_exits:
-            raise ValueError(f'pixel_thresholds: got {self.num_exits - 1} for {len(logits)} exits; the last has none')
-        confident = [
-            is_confident(self.criterion.uncertainty_of(logits[n]), threshold)
-            for n, threshold in enumerate(self.pixel_thresholds)
-        ]
-        return jnp.argmax(jnp.stack([*confident, jnp.ones(logits.shape[1:-1], bool)]), axis=0).astype(jnp.int32)
+        check_criterion(self, len(logits))
+        exits, carry = jnp.zeros(logits.shape[1:-1], jnp.int32), None
+        for n, of_exit in enumerate(logits[:-1]):
+            carry = self(of_exit, carry, n)[2]
+            exits += ~carry[1]  # every exit that a pixel passes counts
+        return exits
 
 
 def pixelwise(pixel_thresholds: Any, criterion: Any = entropy) -> _Pixelwise:

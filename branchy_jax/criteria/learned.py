@@ -4,27 +4,28 @@ All functions take cached logits ``[N, B, K]`` (`branchy_jax.inference.exit_outp
 data a network is more confident than on new inputs.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from scipy import optimize, special
 
-from branchy_jax.criteria.criterion import Carry, Criterion, check_classes, mean_over_pixels, static, value
+from branchy_jax.criteria.criterion import Carry, Criterion, check_classes, mean_over_pixels
 from branchy_jax.types import Array, check_labels
 
+_NETWORK: Any = nn.Sequential([nn.Dense(32), nn.gelu, nn.Dense(1)])  # of the learned criterion, one for each exit
+_LEARNING_RATE = 3e-3  # of that network, at first
 _MOST_FEATURES = 10  # largest probabilities that the learned criterion reads
 _SMALLEST_PROBABILITY = 1e-8  # keeps logarithms finite
-_MOST_LOG_TEMPERATURE = float(np.log(1000))  # for an exit no better than chance the best temperature is infinite
+_MOST_LOG_TEMPERATURE = 6.9  # of 992: for an exit no better than chance the best temperature is infinite
 
 
-def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, steps: int = 50) -> np.ndarray:
-    r"""Fits a temperature per exit by L-BFGS, minimising the cross-entropy of ``logits / temperature``.
+def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False) -> np.ndarray:
+    r"""Fits a temperature per exit: the one that minimises the cross-entropy of ``logits / temperature``.
 
     .. math:: T_n = \arg\min_T \sum_b -\ln \operatorname{softmax}(z_{nb} / T)_{y_b}
 
@@ -32,13 +33,12 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         logits: ``[N, B, K]`` on validation data.
         labels: ``[B]``.
         shared: one temperature for all exits.
-        steps: of L-BFGS on the logarithm of the temperature.
 
     Returns:
         ``[N]`` float32 within a thousandth and a thousand, for `with_temperatures`.
 
     Raises:
-        ValueError: arrays whose shapes do not agree, logits that are not finite, labels or settings out of range.
+        ValueError: arrays whose shapes do not agree, logits that are not finite, or labels out of range.
 
     Example:
         >>> logits = np.log([[[0.99, 0.01]] * 4])   # 99 % sure, right three times of four
@@ -50,37 +50,22 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False, step
         Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
     """
     logits, labels = _checked(logits, labels)
-    if not jnp.isfinite(logits).all():
+    if not np.isfinite(logits).all():
         advice = 'leave their inputs out, or put a large negative number in place of -inf'
         raise ValueError(f'logits: got values that are not finite, to which no temperature can be fitted; {advice}')
-    if steps < 0:
-        raise ValueError(f'steps: got {steps}; give a number from 0 up')
 
-    def loss(log_temperature: Array) -> Array:
-        scaled = logits * jnp.exp(-log_temperature)[:, None, None]
-        losses = optax.softmax_cross_entropy_with_integer_labels(scaled, jnp.broadcast_to(labels, scaled.shape[:2]))
-        return losses.mean(axis=1).sum()
+    def loss(log_temperature: float, exits: np.ndarray) -> float:
+        scores = special.log_softmax(exits * np.exp(-log_temperature), axis=-1)  # in float64
+        return -scores[:, np.arange(len(labels)), labels].mean()
 
-    log_temperature = _minimise(loss, jnp.zeros(1 if shared else len(logits)), optax.lbfgs(), steps)
-    clipped = jnp.clip(log_temperature, -_MOST_LOG_TEMPERATURE, _MOST_LOG_TEMPERATURE)
-    return np.asarray(jnp.broadcast_to(jnp.exp(clipped), len(logits)), np.float32)
-
-
-def _minimise(loss: Callable[[Any], Array], start: Any, solver: optax.GradientTransformation, steps: int) -> Any:
-    solver = optax.with_extra_args_support(solver)  # L-BFGS evaluates the loss along a line
-
-    def step(carry: tuple[Any, optax.OptState], _: None) -> tuple[tuple[Any, optax.OptState], None]:
-        point, state = carry
-        value, gradient = jax.value_and_grad(loss)(point)
-        update, state = solver.update(gradient, state, point, value=value, grad=gradient, value_fn=loss)
-        return (optax.apply_updates(point, update), state), None
-
-    (point, _), _ = jax.jit(lambda start: jax.lax.scan(step, (start, solver.init(start)), length=steps))(start)
-    return point
+    # The loss falls, then rises: it is convex in 1 / T.
+    options = {'bounds': (-_MOST_LOG_TEMPERATURE, _MOST_LOG_TEMPERATURE), 'method': 'bounded'}
+    groups = logits[None] if shared else logits[:, None]
+    best = [optimize.minimize_scalar(loss, args=(exits,), **options).x for exits in groups]
+    return np.broadcast_to(np.exp(best), len(logits)).astype(np.float32)
 
 
-@struct.dataclass
-class Reliability:
+class Reliability(struct.PyTreeNode):
     """How often answers of a given confidence are right.
 
     Attributes:
@@ -146,97 +131,80 @@ def brier_score(logits: Array, labels: Array) -> float:
     return float(np.mean(np.sum((probability - truth) ** 2, axis=-1)))
 
 
-@value
-class _Learned(Criterion):
+class _Learned(Criterion, struct.PyTreeNode, eq=False, repr=False):
     """See `fit_learned`: one small network per exit that predicts from sorted probabilities whether the exit is right.
 
     Attributes:
         mean: ``[N, F]`` of the features on the data it was fitted on.
         deviation: ``[N, F]`` of the same.
-        hidden: ``[N, F, M]``.
-        hidden_bias: ``[N, M]``.
-        output: ``[N, M]``.
-        output_bias: ``[N]``.
+        params: of `_NETWORK`; leaves lead with N.
     """
 
     mean: Array
     deviation: Array
-    hidden: Array
-    hidden_bias: Array
-    output: Array
-    output_bias: Array
-    num_exits: int = static()
+    params: dict[str, Any]
+    num_exits: int = struct.field(pytree_node=False)
 
     name = 'learned'
 
     def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
-        features, of_exit = _features(logits), jax.tree.map(lambda values: values[n], self)
+        features = _features(logits)
         if features.shape[-1] != self.mean.shape[-1]:
             sizes = f'{self.mean.shape[-1]} largest probabilities, this network has {features.shape[-1]}'
             raise ValueError(f'criterion: was learned on the {sizes}; fit it on this network')
-        wrong = jax.nn.sigmoid(-_log_odds(of_exit, features))
+        mean, deviation = (jnp.expand_dims(of[n], range(features.ndim - 1)) for of in (self.mean, self.deviation))
+        params = jax.tree.map(lambda values: values[n], self.params)
+        wrong = jax.nn.sigmoid(-_log_odds(params, (features - mean) / deviation))
         return logits, mean_over_pixels(wrong), carry
 
 
-def fit_learned(
-    logits: Array, labels: Array, key: Array, *, width: int = 32, steps: int = 1000, learning_rate: float = 3e-3
-) -> Criterion:
+def fit_learned(logits: Array, labels: Array, key: Array, *, steps: int = 1000) -> Criterion:
     """Fits the paper's meta-recognition: per exit, a small network that predicts whether the exit is right.
 
-    Each network has one hidden layer on the logarithms of the ten largest probabilities; AdamW trains it on the whole
-    data at once.
+    Each network has one hidden layer of 32 units on the logarithms of the ten largest probabilities; AdamW trains it on
+    the whole data at once.
 
     Args:
         logits: ``[N, B, K]`` on validation data.
         labels: ``[B]``.
         key: PRNG key of the initial weights.
-        width: of the hidden layer.
-        steps: of AdamW.
-        learning_rate: of AdamW at first; it decays to zero.
+        steps: of AdamW, while its learning rate decays to zero.
 
     Returns:
         A `Criterion` whose uncertainty is the predicted probability of being wrong.
 
     Raises:
-        ValueError: arrays whose shapes do not agree, labels or settings out of range.
+        ValueError: arrays whose shapes do not agree, labels out of range, or no steps.
 
     References:
         BranchyNet, 2016, section V: "meta-recognition", proposed there. Zhang et al., Predicting failures of vision
         systems, 2014.
     """
     logits, labels = _checked(logits, labels)
-    for name, given in (('width', width), ('steps', steps), ('learning_rate', learning_rate)):
-        if not given > 0:
-            raise ValueError(f'{name}: got {given}; give a positive number')
+    if steps < 1:
+        raise ValueError(f'steps: got {steps}; give a positive number')
     features = _features(logits)
+    mean, deviation = features.mean(axis=1), features.std(axis=1) + 1e-3
+    scaled = (features - mean[:, None]) / deviation[:, None]
     right = (logits.argmax(axis=-1) == labels[None]).astype(jnp.float32)
-    exits, _, count = features.shape
-    first, second = jax.random.split(key)
-    start = _Learned(
-        mean=features.mean(axis=1),
-        deviation=features.std(axis=1) + 1e-3,
-        hidden=jax.random.normal(first, (exits, count, width)) / jnp.sqrt(count),
-        hidden_bias=jnp.zeros((exits, width)),
-        output=jax.random.normal(second, (exits, width)) / jnp.sqrt(width),
-        output_bias=jnp.zeros(exits),
-        num_exits=exits,
-    )
-    solver = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-3)
+    params = jax.vmap(lambda key, x: _NETWORK.init(key, x)['params'])(jax.random.split(key, len(logits)), scaled)
+    solver = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, steps), weight_decay=1e-3)
 
-    def loss(trained: _Learned) -> Array:
-        learned = trained.replace(mean=start.mean, deviation=start.deviation)
-        scores = jax.vmap(_log_odds)(learned, features)
-        return optax.sigmoid_binary_cross_entropy(scores, right).mean(axis=1).sum()
+    def loss(params: Any) -> Array:
+        return optax.sigmoid_binary_cross_entropy(jax.vmap(_log_odds)(params, scaled), right).mean(axis=1).sum()
 
-    return _minimise(loss, start, solver, steps).replace(mean=start.mean, deviation=start.deviation)
+    def step(_: int, carry: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
+        params, state = carry
+        update, state = solver.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, update), state
+
+    params, _ = jax.lax.fori_loop(0, steps, step, (params, solver.init(params)))
+    return _Learned(mean, deviation, params, num_exits=len(logits))
 
 
-def _log_odds(of_exit: _Learned, features: Array) -> Array:
-    """Returns the log odds of being right ``[…]`` from ``features […, F]``, for one exit."""
-    vectors = of_exit.mean, of_exit.deviation, of_exit.hidden_bias
-    mean, deviation, bias = (jnp.expand_dims(values, range(features.ndim - 1)) for values in vectors)
-    hidden = jax.nn.gelu((features - mean) / deviation @ of_exit.hidden + bias)
-    return hidden @ of_exit.output + of_exit.output_bias
+def _log_odds(params: Any, features: Array) -> Array:
+    """Returns the log odds of being right ``[…]`` from scaled ``features […, F]``, for one exit."""
+    return _NETWORK.apply({'params': params}, features)[..., 0]
 
 
 def _features(logits: Array) -> Array:
@@ -247,9 +215,9 @@ def _features(logits: Array) -> Array:
     return jnp.log(largest + _SMALLEST_PROBABILITY)
 
 
-def _checked(logits: Array, labels: Array) -> tuple[Array, Array]:
-    logits, labels = jnp.asarray(logits, jnp.float32), np.asarray(labels)
+def _checked(logits: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
     if logits.ndim != 3 or labels.shape != logits.shape[1:2] or 0 in logits.shape:
         raise ValueError(f'logits: expected [N, B, K] with labels [B], got {logits.shape} and {labels.shape}')
     check_labels(labels, logits.shape[-1])
-    return logits, jnp.asarray(labels)
+    return logits, labels

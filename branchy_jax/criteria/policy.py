@@ -1,7 +1,5 @@
 """Policies: what is accepted as one, what is refused, and the one form in which a policy is stored."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -13,9 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from branchy_jax.checkpoint import write_atomically
+from branchy_jax.criteria import criterion as plain
 from branchy_jax.criteria import learned  # noqa: F401 - its kind of criterion may be stored
-from branchy_jax.criteria.criterion import STORED, Criterion, as_criterion, check_criterion, entropy
+from branchy_jax.criteria.criterion import Criterion, as_criterion, check_criterion, entropy
 from branchy_jax.types import Array, ExitPolicy
+
+# What a stored policy may name. While this file is imported, the only kinds of criteria are the library's own.
+_FUNCTIONS = (plain.most_likely_class, plain.entropy_of_logits, plain.max_probability_of_logits, plain.margin_of_logits)
+_NAMED: list[Any] = [dict, *Criterion.__subclasses__(), *_FUNCTIONS]
+_STORED = {named.__name__.removeprefix('_'): named for named in _NAMED}
 
 
 def as_policy(given: Any, num_exits: int | None = None) -> ExitPolicy:
@@ -132,11 +136,11 @@ def _criterion_of_card(point: Mapping[str, Any]) -> Criterion:
     """Returns the criterion of an operating point as version 0.2 wrote it; only plain criteria of logits are read."""
     if 'policy' not in point:  # the first cards
         name = point['criterion']
-        return as_criterion(STORED[f'{name.replace(" ", "_")}_of_logits'], name=name)
+        return as_criterion(_STORED[f'{name.replace(" ", "_")}_of_logits'], name=name)
     fields = point['policy']['criterion']['fields']
     if fields['pool'] != {'function': 'mean_over_pixels'}:
         raise KeyError(fields['pool'])
-    return as_criterion(STORED[fields['uncertainty_of']['function']], name=fields['name'])
+    return as_criterion(_STORED[fields['uncertainty_of']['function']], name=fields['name'])
 
 
 def _encode(value: Any) -> Any:
@@ -144,15 +148,15 @@ def _encode(value: Any) -> Any:
         array = np.asarray(value)
         numbers = [number if math.isfinite(number) else str(number) for number in array.ravel().tolist()]
         return {'dtype': array.dtype.name, 'shape': list(array.shape), 'values': numbers}
-    if isinstance(value, Criterion):
-        fields = {name: _encode(getattr(value, name)) for name in vars(value)}
-        return {'kind': _name_of(type(value)), 'fields': fields}
+    if isinstance(value, (Criterion, dict)):
+        fields = value if isinstance(value, dict) else vars(value)
+        return {'kind': _name_of(type(value)), 'fields': {name: _encode(field) for name, field in fields.items()}}
     return {'function': _name_of(value)} if callable(value) else value
 
 
 def _name_of(thing: Any) -> str:
     name = getattr(thing, '__name__', repr(thing)).removeprefix('_')
-    if STORED.get(name) is not thing:
+    if _STORED.get(name) is not thing:
         advice = 'store the thresholds alone, and name the criterion in your code'
         raise ValueError(f'policy: its criterion holds {name!r}, which is not one of branchy_jax.criteria; {advice}')
     return name
@@ -162,8 +166,8 @@ def _decode(record: Any) -> Any:
     if not isinstance(record, dict):
         return record
     if 'values' in record:
-        numbers = np.array([float(number) for number in record['values']])
-        return jnp.asarray(numbers.astype(jnp.dtype(record['dtype'])).reshape(record['shape']))
+        numbers = np.array(record['values'], float).reshape(record['shape'])
+        return jnp.asarray(numbers.astype(jnp.dtype(record['dtype'])))
     if 'function' in record:
-        return STORED[record['function']]
-    return STORED[record['kind']](**{name: _decode(field) for name, field in record['fields'].items()})
+        return _STORED[record['function']]
+    return _STORED[record['kind']](**{name: _decode(field) for name, field in record['fields'].items()})

@@ -1,7 +1,5 @@
 """Augmentation, traced inside jit."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax

@@ -1,7 +1,5 @@
 """Digits on canvases: a segmentation task made of handwritten digits, with overlap and clutter."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from branchy_jax.data.dataset import Dataset, fit_normalization

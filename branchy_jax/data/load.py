@@ -1,9 +1,8 @@
 """Loads data sets by name: decoded once, cached, split by a seed."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from branchy_jax.checkpoint import write_atomically
 from branchy_jax.data.canvases import digit_canvases
 from branchy_jax.data.dataset import Dataset, check_alike, checked, fit_normalization, split_rows
-from branchy_jax.data.tfds import Decoding, Transform, file_name, find_builder, open_split, read_classes
+from branchy_jax.data.tfds import OnDisk, find_builder, open_split, read_classes
 from branchy_jax.types import Batch, Normalization
 
 _ARRAYS = ('x_train', 'y_train', 'x_test', 'y_test')
@@ -35,8 +34,6 @@ def load_dataset(
     image_size: tuple[int, int] | None = None,
     workers: int = 0,
     prefetch: int = 4,
-    transform: Transform | None = None,
-    cache: Path | str | None = None,
     download: bool = False,
 ) -> Dataset:
     """Loads a data set and splits a stratified validation part off its training part.
@@ -59,8 +56,8 @@ def load_dataset(
     and training reads them batch by batch in the order of images in memory. Splits and normalisation are equal; to
     compute them, loading reads all labels and images once, a few hundred at a time.
 
-    Decoded arrays, and the normalisation of images on disk, are cached under ``cache``. Results of a ``transform`` are
-    not, because it has no name.
+    Decoded arrays, and the classes and the normalisation of images on disk, are cached in ``$BRANCHY_JAX_CACHE``, by
+    default ``~/.cache/branchy_jax``.
 
     Args:
         name: the source.
@@ -70,12 +67,10 @@ def load_dataset(
         task: ``'classification'`` or ``'segmentation'``: which labels of a TFDS data set are read. Other sources have
             labels of one kind.
         image_size: ``(H, W)`` that images of a TFDS data set, and their masks, are resized to. Needed for images of
-            different sizes, unless ``transform`` returns images of one size.
+            different sizes.
         workers: number of processes that read and decode images on disk; 0 reads in a thread of this process. Each
             needs the memory of a Python with jax imported, and pays off where decoding is slower than training.
         prefetch: number of batches of images on disk to read ahead.
-        transform: applied to each image of a TFDS data set on the host, after ``image_size``.
-        cache: folder; by default ``$BRANCHY_JAX_CACHE`` or ``~/.cache/branchy_jax``.
         download: lets TFDS download a data set that is not prepared yet.
 
     Returns:
@@ -93,11 +88,8 @@ def load_dataset(
         >>> len(cifar.train), cifar.image_shape  # doctest: +SKIP
         (45000, (32, 32, 3))
     """
-    folder = Path(os.environ.get('BRANCHY_JAX_CACHE', Path.home() / '.cache/branchy_jax') if cache is None else cache)
-    split = functools.partial(split_rows, validation_fraction=validation_fraction, seed=seed)
     source, _, digits = name.partition('/')
     of_tfds = not (name == 'mnist5k' or name.endswith('.npz') or source == 'digit_canvases')
-    changed = not in_memory or image_size is not None or transform is not None
     is_size = image_size is None or (len(image_size) == 2 and min(image_size) > 0)
     for argument, value, valid, expected in (
         ('validation_fraction', validation_fraction, 0 < validation_fraction < 1, 'a share in (0, 1)'),
@@ -106,41 +98,38 @@ def load_dataset(
         ('workers', workers, workers >= 0, 'a number of processes'),
         ('prefetch', prefetch, prefetch > 0, 'a number of batches'),
         ('in_memory', in_memory, not in_memory or (workers, prefetch) == (0, 4), 'False with workers or prefetch'),
-        ('name', name, of_tfds or not changed, 'a data set of TFDS with in_memory=False, image_size or transform'),
+        ('name', name, of_tfds or (in_memory and image_size is None), 'a TFDS name with in_memory=False or image_size'),
     ):
         if not valid:
             raise ValueError(f'{argument}: got {value!r}; expected {expected}')
-    if of_tfds:
-        reading: dict[str, Any] = {'in_memory': in_memory, 'workers': workers, 'prefetch': prefetch}
-        builder, keys = find_builder(name, task=task, download=download)
-        return _from_tfds(name, builder, Decoding(keys, 0, image_size, transform), folder, split, **reading)
     if source == 'digit_canvases':
-        options: dict[str, Any] = {'cache': cache, 'download': download, **split.keywords}
+        options: dict[str, Any] = {'validation_fraction': validation_fraction, 'seed': seed, 'download': download}
         return digit_canvases(load_dataset(digits or 'mnist5k', **options), seed=seed)
+    split = functools.partial(split_rows, validation_fraction=validation_fraction, seed=seed)
     if name == 'mnist5k':
-        return _in_memory(name, _cached(folder / 'mnist5k.npz', _read_mnist5k), split, task)
-    advice = f'expected an .npz with {", ".join(_ARRAYS)} and no pickled objects'
-    return _in_memory(name, _read_npz(Path(name), 'name', advice, _ARRAYS), split, task)
-
-
-def _from_tfds(
-    name: str, builder: Any, decoding: Decoding, folder: Path, split: Any, *, in_memory: bool, **reading: Any
-) -> Dataset:
-    file = file_name(builder, decoding)
-    classes = _cached(folder / f'{file}-classes.npz', lambda: read_classes(builder, decoding.keys))
-    decoding = dataclasses.replace(decoding, first_class=int(classes['first']))
-    whole, tested = (open_split(builder, part, decoding) for part in ('train', 'test'))
+        return _in_memory(name, _cached(name, _read_mnist5k), split, task)
+    if not of_tfds:
+        advice = f'expected an .npz with {", ".join(_ARRAYS)} and no pickled objects'
+        return _in_memory(name, _read_npz(Path(name), 'name', advice, _ARRAYS), split, task)
+    builder, keys = find_builder(name, task=task, download=download)
+    key = hashlib.sha256(f'{builder.data_dir} {keys} {image_size}'.encode()).hexdigest()[:12]
+    file = f'{builder.name}-{key}'  # no other data set, version, label or size has this name
+    classes = _cached(f'{file}-classes', lambda: read_classes(builder, keys))
+    whole, tested = (open_split(builder, part, keys, int(classes['first']), image_size) for part in ('train', 'test'))
     if in_memory:
-        path = None if decoding.transform else folder / f'{file}.npz'
-        return _in_memory(name, _cached(path, lambda: _arrays(whole.read_all(), tested.read_all())), split)
+        return _in_memory(name, _cached(file, lambda: _arrays(whole.read_all(), tested.read_all())), split)
+    whole = dataclasses.replace(whole, workers=workers, prefetch=prefetch)
+    return _on_disk(name, whole, tested, classes, split, file)
+
+
+def _on_disk(name: str, whole: OnDisk, tested: OnDisk, classes: Arrays, split: Any, file: str) -> Dataset:
     train, held_out = (dataclasses.replace(whole, rows=rows) for rows in split(classes['train']))
     validation, test = held_out.read_all(), tested.read_all()
     check_alike(validation, test, name)
     options = '-'.join(map(str, split.keywords.values()))
-    path = None if decoding.transform else folder / f'{file}-normalization-{options}.npz'
-    stored = _cached(path, lambda: vars(fit_normalization(block.image for block in train.blocks())))
+    file = f'{file}-normalization-{options}'
+    stored = _cached(file, lambda: vars(fit_normalization(block.image for block in train.blocks())))
     normalization = Normalization(**jax.tree.map(jnp.asarray, stored))
-    train = dataclasses.replace(train, **reading)
     return Dataset(name, train, validation, test, int(classes['number']), normalization)
 
 
@@ -159,10 +148,9 @@ def _arrays(train: Batch, test: Batch) -> Arrays:
     return {'x_train': train.image, 'y_train': train.label, 'x_test': test.image, 'y_test': test.label}
 
 
-def _cached(path: Path | None, compute: Callable[[], Arrays]) -> Arrays:
-    """Reads arrays from a file of the cache, or computes and writes them; without a path computes them."""
-    if path is None:
-        return compute()
+def _cached(name: str, compute: Callable[[], Arrays]) -> Arrays:
+    """Reads arrays from a file of the cache, or computes and writes them."""
+    path = Path(os.environ.get('BRANCHY_JAX_CACHE', Path.home() / '.cache/branchy_jax')) / f'{name}.npz'
     if not path.exists():
         arrays = compute()
         write_atomically(path, lambda temporary: np.savez(temporary, **arrays))

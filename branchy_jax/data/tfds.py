@@ -3,14 +3,12 @@
 `OnDisk.read` decodes for data in memory and for data on disk, so both are equal.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
-import hashlib
+import functools
+import itertools
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,34 +21,6 @@ _MASK = 'segmentation_mask'
 BLOCK = 512
 """Number of examples to decode at a time where not all need to be in memory: 77 MB of 224 × 224 pixels."""
 
-Transform = Callable[[np.ndarray], np.ndarray]
-"""``decoded image → image [H, W, C]`` uint8, on the host, of one size for all images: a crop of the centre, say."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Converts an example of TFDS to an image and its label or mask.
-
-    Attributes:
-        keys: the features of the image, and of the label or mask.
-        first_class: the lowest class of the data set, such as the 1 of the pets' masks; it becomes 0.
-        image_size: ``(H, W)`` that images and masks are resized to; ``None`` does not resize.
-        transform: applied to the image last.
-    """
-
-    keys: tuple[str, str]
-    first_class: int = 0
-    image_size: tuple[int, int] | None = None
-    transform: Transform | None = None
-
-    def __call__(self, example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns an image ``[H, W, C]`` with an int32 label, or with a mask ``[H, W]`` uint8."""
-        image, label = (np.asarray(example[key]) for key in self.keys)
-        image, label = _resized(image, self.image_size, smooth=True), _resized(label, self.image_size)
-        image = self.transform(image) if self.transform else image
-        label = label[..., 0] if label.ndim == 3 else label
-        return image, (label - self.first_class).astype(np.uint8 if label.ndim else np.int32)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnDisk:
@@ -59,18 +29,20 @@ class OnDisk:
     Attributes:
         name: for messages.
         source: random access to the examples.
-        decoding: converts an example.
+        keys: the features of the image, and of the label or mask.
+        first_class: the lowest class of the data set, such as the 1 of the pets' masks; it becomes 0.
+        image_size: ``(H, W)`` that images and masks are resized to; ``None`` does not resize.
         rows: ``[M]`` indices into ``source``.
-        image_shape: ``(H, W, C)`` of every image.
         workers: number of processes that read and decode; 0 reads in a thread of this process.
         prefetch: number of batches to read ahead.
     """
 
     name: str
     source: Any
-    decoding: Decoding
+    keys: tuple[str, str]
+    first_class: int
+    image_size: tuple[int, int] | None
     rows: np.ndarray
-    image_shape: tuple[int, ...]
     workers: int = 0
     prefetch: int = 4
 
@@ -89,12 +61,26 @@ class OnDisk:
         Raises:
             ValueError: if an image has another size than the first, or a mask another size than its image.
         """
-        pairs = [self.decoding(example) for example in self.source.__getitems__(self.rows[np.asarray(rows)].tolist())]
-        for image, label in pairs:
-            if image.shape != self.image_shape or label.shape not in ((), self.image_shape[:2]):
-                sizes = f'{self.image_shape}, then {image.shape} with a label {label.shape}'
-                raise ValueError(f'image_size: images of {self.name} differ in size: {sizes}; give one, or a transform')
-        return Batch(*map(np.stack, zip(*pairs, strict=True)))
+        examples = self.source.__getitems__(self.rows[np.asarray(rows)].tolist())
+        images, labels = zip(*map(self._decoded, examples), strict=True)
+        expected = self.image_shape
+        for image, label in zip(images, labels, strict=True):
+            if image.shape != expected or label.shape not in ((), expected[:2]):
+                sizes = f'{expected}, then {image.shape} with a label {label.shape}'
+                raise ValueError(f'image_size: images of {self.name} differ in size: {sizes}; give one size for all')
+        return Batch(np.stack(images), np.stack(labels))
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """``(H, W, C)`` of the first image, and of every other."""
+        return self._decoded(self.source[0])[0].shape
+
+    def _decoded(self, example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an image ``[H, W, C]`` with an int32 label, or with a mask ``[H, W]`` uint8."""
+        image, label = (np.asarray(example[key]) for key in self.keys)
+        image, label = _resized(image, self.image_size, smooth=True), _resized(label, self.image_size)
+        label = label[..., 0] if label.ndim == 3 else label
+        return image, (label - self.first_class).astype(np.uint8 if label.ndim else np.int32)
 
     def read_all(self) -> Batch:
         """Reads and decodes all examples."""
@@ -163,18 +149,13 @@ def find_builder(name: str, *, task: str, download: bool) -> tuple[Any, tuple[st
     features = builder.info.features
     keys = builder.info.supervised_keys if task == 'classification' else ('image', _MASK)
     known = isinstance(keys, tuple) and len(keys) == 2 and all(key in features for key in keys)
-    if known and isinstance(features[keys[0]], tfds.features.Image) and {'train', 'test'} <= set(builder.info.splits):
-        label = features[keys[1]]
-        if task == 'segmentation' or (label.shape == () and np.issubdtype(label.np_dtype, np.integer)):
+    splits = {split for split, info in builder.info.splits.items() if info.num_examples}
+    if known and isinstance(features[keys[0]], tfds.features.Image) and {'train', 'test'} <= splits:
+        image, label = (features[key] for key in keys)
+        is_class = label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+        if image.np_dtype == np.uint8 and (task == 'segmentation' or is_class):
             return builder, keys
-    raise ValueError(f'name: {name!r} is not an image {task} data set with train and test splits')
-
-
-def file_name(builder: Any, decoding: Decoding) -> str:
-    """Returns a name for cached files that no other data set, version, label or size has."""
-    key = hashlib.sha256(f'{builder.data_dir} {decoding.keys[1]}'.encode()).hexdigest()[:12]
-    size = '' if decoding.image_size is None else '-{}x{}'.format(*decoding.image_size)
-    return re.sub(r'\W+', '-', builder.info.full_name) + f'-{key}{size}'
+    raise ValueError(f'name: {name!r} is not an image {task} data set of uint8 with nonempty train and test splits')
 
 
 def read_classes(builder: Any, keys: tuple[str, str]) -> dict[str, np.ndarray]:
@@ -189,37 +170,29 @@ def read_classes(builder: Any, keys: tuple[str, str]) -> dict[str, np.ndarray]:
     """
     import tensorflow_datasets as tfds
 
-    ranges: dict[str, list[tuple[int, int]]] = {'train': [], 'test': []}
-    for split, extremes in ranges.items():
+    ranges: dict[str, np.ndarray] = {}
+    for split in ('train', 'test'):
         source = builder.as_data_source(split=split, decoders={keys[0]: tfds.decode.SkipDecoding()})
-        for start in range(0, len(source), BLOCK):  # in blocks, which are read in parallel
-            examples = source.__getitems__(list(range(start, min(start + BLOCK, len(source)))))
-            labels = (np.asarray(example[keys[1]]) for example in examples)
-            extremes.extend((int(label.min()), int(label.max())) for label in labels)
-    lowest = min(low for low, _ in ranges['train'] + ranges['test'])
-    highest = max(high for _, high in ranges['train'] + ranges['test'])
+        blocks = np.split(np.arange(len(source)), range(BLOCK, len(source), BLOCK))  # each is read in parallel
+        examples = itertools.chain.from_iterable(source.__getitems__(block.tolist()) for block in blocks)
+        ranges[split] = np.array([(np.min(example[keys[1]]), np.max(example[keys[1]])) for example in examples])
+    both = np.concatenate([*ranges.values()])
+    lowest, highest = int(both.min()), int(both.max())
     masks = keys[1] == _MASK
     if lowest < 0 or (masks and highest - lowest > 255):
         name = builder.info.full_name
         raise ValueError(f'name: {name} holds labels from {lowest} to {highest}; expected classes from 0')
     first = lowest if masks else 0
-    classes = np.array([0 if masks else low for low, _ in ranges['train']], np.int32)
+    classes = np.zeros(len(ranges['train']), np.int32) if masks else ranges['train'][:, 0]
     return {'train': classes, 'first': np.array(first), 'number': np.array(highest - first + 1)}
 
 
-def open_split(builder: Any, split: str, decoding: Decoding) -> OnDisk:
-    """Returns the examples of a split.
-
-    Raises:
-        ValueError: if the split is empty, or its images are not uint8 ``[H, W, C]``.
-    """
+def open_split(
+    builder: Any, split: str, keys: tuple[str, str], first_class: int, image_size: tuple[int, int] | None
+) -> OnDisk:
+    """Returns all examples of a split."""
     source, name = builder.as_data_source(split=split), f'{builder.info.full_name}, {split}'
-    if len(source) == 0:
-        raise ValueError(f'name: the {split} split of {builder.info.full_name} is empty')
-    first, _ = decoding(source[0])
-    if np.ndim(first) != 3 or first.dtype != np.uint8:
-        raise ValueError(f'name, transform: images must be uint8 [H, W, C], got {first.dtype} {first.shape} of {name}')
-    return OnDisk(name, source, decoding, np.arange(len(source)), first.shape)
+    return OnDisk(name, source, keys, first_class, image_size, np.arange(len(source)))
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int] | None, *, smooth: bool = False) -> np.ndarray:

@@ -1,12 +1,9 @@
 """The folder that a network is exported to: one file per program, and a manifest that vouches for all of them."""
 
-from __future__ import annotations
-
+import functools
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,14 @@ import jax.export
 import numpy as np
 
 from branchy_jax import calling, program
-from branchy_jax.checkpoint import save_weights
-from branchy_jax.criteria import as_policy, encode_policy
-from branchy_jax.export.programs import PLATFORMS, Program, described, plain_text, rewrite
+from branchy_jax.checkpoint import save_weights, write_atomically
+from branchy_jax.criteria.policy import as_policy, encode_policy
+from branchy_jax.export.programs import PLATFORMS, Network, Program, plain_text, rewrite
+from branchy_jax.inference.compacted import compacted
+from branchy_jax.inference.onnx_program import described
 from branchy_jax.inference.planning.file import versions
-from branchy_jax.inference.steps import check_chunk_sizes, chunk_sizes_of
+from branchy_jax.inference.staged import staged
+from branchy_jax.inference.steps import check_chunk_sizes, chunk_size_of_each
 from branchy_jax.types import ExitPolicy, Normalization, Variables
 
 _FORMAT = 1  # of the folder; a reader refuses a newer one
@@ -48,7 +48,7 @@ def save(
     - ``batch``: a batch of fixed size, whose later stages run on the remaining rows only;
     - ``stage 1``, ``exit 1``, …: every stage and head alone, for any number of images, to run on different machines;
     - beside each of them an ``.mlir``, the same program as text for compilers other than XLA: plain StableHLO in the
-      portable form, for one platform, stages and heads for one image. ``experiments/run_iree.py`` runs the text with
+      portable form, for one platform, stages and heads for one image. ``experiments/run_without_jax.py`` runs it with
       IREE, without jax;
     - ``manifest.json``: input, normalisation, policy, exits, the bytes per image that each stage receives, versions,
       and the SHA-256 of every file and of the manifest itself.
@@ -79,7 +79,7 @@ def save(
         ValueError: the folder exists, or an argument does not fit the network.
 
     Example:
-        >>> import branchy_jax as bj
+        >>> import tempfile, branchy_jax as bj
         >>> weights = bj.models.load_pretrained('b-lenet', dataset='mnist')
         >>> folder = Path(tempfile.mkdtemp()) / 'digits'
         >>> manifest = save(folder, weights.model, weights.variables, weights.operating_points[0],
@@ -94,39 +94,48 @@ def save(
     _check(folder, stages.num_exits, names, platforms, batch_size)
     if chunk_size is None:
         chunk_size = [batch_size] + [max(1, batch_size // 4)] * (stages.num_exits - 1)
-    chunk_sizes = chunk_sizes_of(check_chunk_sizes(chunk_size), stages)
+    chunk_sizes = chunk_size_of_each(check_chunk_sizes(chunk_size), stages.num_exits)
     network = rewrite(model, variables, policy.criterion, inputs, platforms)
     parts, cuts = network.parts()
-    programs = [network.staged(), network.batch(batch_size, chunk_sizes), *parts]
+    programs = [*_whole(network, batch_size, chunk_sizes), *parts]
     config: Any = jax.config
     convention = {'calling_convention': config.jax_export_calling_convention_version}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
-    try:
-        temporary.chmod(0o755)
-        manifest = {
-            'format': _FORMAT,
-            'versions': versions('branchy-jax', 'jax', 'jaxlib', 'flax') | convention,
-            'platforms': list(platforms),
-            'input': _input(inputs) | {'normalization': None if normalization is None else described(normalization)},
-            'criterion': policy.criterion.name,
-            'exits': names,
-            # JSON has no infinity: thresholds that are not finite become text.
-            'thresholds': [str(x) if math.isinf(x) else x for x in np.asarray(policy.thresholds).tolist()],
-            'policy': _policy(policy),
-            'programs': {part.name: _write(temporary, part, platforms) for part in programs},
-            'cuts': cuts,
-            'weights': None,
-        }
+    manifest = {
+        'format': _FORMAT,
+        'versions': versions('branchy-jax', 'jax', 'jaxlib', 'flax') | convention,
+        'platforms': list(platforms),
+        'input': _input(inputs) | {'normalization': None if normalization is None else described(normalization)},
+        'criterion': policy.criterion.name,
+        'exits': names,
+        # JSON has no infinity: thresholds that are not finite become text.
+        'thresholds': [str(x) if math.isinf(x) else x for x in np.asarray(policy.thresholds).tolist()],
+        'policy': _policy(policy),
+        'cuts': cuts,
+        'weights': None,
+    }
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        manifest['programs'] = {part.name: _write(temporary, part, platforms) for part in programs}
         if network.weights:
             save_weights(temporary / _WEIGHTS, network.weights)
             manifest['weights'] = _described(temporary / _WEIGHTS)
         manifest['sha256'] = hashlib.sha256(canonical(manifest)).hexdigest()
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + '\n')
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    write_atomically(folder, write)
     return manifest
+
+
+def _whole(network: Network, batch_size: int, chunk_sizes: Sequence[int]) -> list[Program]:
+    """Returns the programs of one image and of a batch."""
+    image = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype), network.inputs)
+    images = {'images': calling.with_batch(network.inputs, batch_size)}
+    in_batches = functools.partial(compacted, chunk_size=tuple(chunk_sizes), on_host=False)
+    return [
+        network.whole('staged', staged, {'image': image}, conditionals=network.stages.num_exits - 1),
+        network.whole('batch', in_batches, images, batch_size=batch_size, chunk_sizes=list(chunk_sizes)),
+    ]
 
 
 def canonical(manifest: dict[str, Any]) -> bytes:

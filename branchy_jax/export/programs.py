@@ -1,36 +1,29 @@
 """The programs that a network is exported as: flat functions of arrays, with names for arguments and results."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
-from branchy_jax.inference.compacted import compacted
+from branchy_jax.inference.onnx_program import ANSWER
 from branchy_jax.inference.rewriting.forms import Forms, default_forms
 from branchy_jax.inference.rewriting.optimize import optimize
-from branchy_jax.inference.staged import staged
 from branchy_jax.inference.steps import arrays_of
 from branchy_jax.jaxprs import variables_of
-from branchy_jax.types import Array, ExitPolicy, Normalization, Variables
+from branchy_jax.types import Array, ExitPolicy, Variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 """The platforms that every program is lowered for, in one module."""
-
-ANSWER = ('label', 'exit_index', 'logits', 'uncertainty')
-"""The names of the results of whole networks."""
 
 _MOST_EMBEDDED_BYTES = 2**24
 _MORE_THAN_STABLEHLO = ('stablehlo.custom_call', 'stablehlo.infeed', 'stablehlo.outfeed', 'stablehlo.send')
@@ -76,7 +69,6 @@ class Network:
         on_cpu: the network in the forms that a CPU runs fastest, and its variables; ``None`` if ``portable`` serves.
         stages: of ``portable``.
         weights: all weights that lie beside the programs; empty if they are constants of the programs.
-        platforms: that programs are lowered for.
     """
 
     inputs: Any
@@ -85,22 +77,16 @@ class Network:
     on_cpu: tuple[Any, Variables] | None
     stages: program.Stages
     weights: Weights
-    platforms: tuple[str, ...]
 
-    def staged(self) -> Program:
-        """Returns the program of `branchy_jax.inference.staged`: one image, with conditionals inside."""
-        one = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype), self.inputs)
-        details = {'conditionals': self.stages.num_exits - 1}
-        return self._whole('staged', staged, {'image': one}, details)
+    def whole(self, name: str, build: Callable[..., Any], images: dict[str, Any], **details: Any) -> Program:
+        """Returns the program of an executor; its function contains the form for the platform that will compile it.
 
-    def batch(self, batch_size: int, chunk_sizes: Sequence[int]) -> Program:
-        """Returns the program of `branchy_jax.inference.compacted`: a batch of fixed size."""
-        build = functools.partial(compacted, chunk_size=tuple(chunk_sizes), on_host=False)
-        images = {'images': calling.with_batch(self.inputs, batch_size)}
-        return self._whole('batch', build, images, {'batch_size': batch_size, 'chunk_sizes': list(chunk_sizes)})
-
-    def _whole(self, name: str, build: Callable[..., Any], images: dict[str, Any], details: dict[str, Any]) -> Program:
-        """Returns the program of an executor; its function contains the form for the platform that will compile it."""
+        Args:
+            name: of the program.
+            build: returns the executor of a model.
+            images: shapes and dtypes of its inputs, under the name of the input of the program.
+            **details: more entries of the manifest.
+        """
         structure = jax.tree.structure(self.inputs)
 
         def run(form: tuple[Any, Variables], *inputs: Array) -> tuple[Array, ...]:
@@ -108,14 +94,11 @@ class Network:
             return arrays_of(build(model).program(variables, jax.tree.unflatten(structure, inputs[:-1]), policy))
 
         def portable(weights: Weights, *inputs: Array) -> tuple[Array, ...]:
-            model, variables = self.portable
-            return run((model, {'params': weights} if self.weights else variables), *inputs)
+            return run((self.portable[0], self._variables(weights)), *inputs)
 
         def function(weights: Weights, *inputs: Array) -> tuple[Array, ...]:
             if self.on_cpu is None:
                 return portable(weights, *inputs)
-            if self.platforms == ('cpu',):
-                return run(self.on_cpu, *inputs)
             on_cpu, elsewhere = functools.partial(run, self.on_cpu), functools.partial(portable, weights)
             return lax.platform_dependent(*inputs, cpu=on_cpu, default=elsewhere)
 
@@ -123,46 +106,44 @@ class Network:
         inputs = _named({**images, 'thresholds': thresholds})
         return Program(name, function, portable, self.weights, inputs, ANSWER, details)
 
+    def _variables(self, weights: Weights) -> Variables:
+        """Returns the variables of the portable form. Of weights that a program does not read, shapes suffice."""
+        return {'params': {**calling.specs(self.weights), **weights}} if self.weights else self.portable[1]
+
     def parts(self) -> tuple[list[Program], list[dict[str, Any]]]:
         """Returns every stage and head alone, for any number of images, so that they can run on different machines.
 
         Returns:
             The programs; and for the inputs and each early exit, the bytes per image that the next stage receives.
         """
-        model, variables = self.portable
         hidden, carry = calling.with_batch(self.inputs, program.BATCH), None
-        traced = program.trace(model, variables, hidden)
-        cut = program.cut(traced, len(jax.tree.leaves(variables)), self.stages.exits)
-        names = dict(zip(cut.program.inputs, sorted(self.weights), strict=False))
-
-        def read(numbers: Iterable[int]) -> Weights:
-            """Returns the weights that equations read."""
-            values = {v for number in numbers for v in variables_of(cut.program.equations[number].invars)}
-            return {name: self.weights[name] for v, name in names.items() if v in values}
-
         programs, cuts = [], [_cut_after('input', hidden)]
         for n in range(self.stages.num_exits):
             run_stage, run_exit = functools.partial(self._run_stage, n), functools.partial(self._run_exit, n)
-            stage, result = self._part(f'stage {n + 1}', run_stage, read(cut.stages[n]), {'hidden': hidden})
+            stage, result = self._part(f'stage {n + 1}', run_stage, {'hidden': hidden})
             hidden = result['hidden']
-            given = {'hidden': hidden, 'carry': carry}
-            head, result = self._part(f'exit {n + 1}', run_exit, read(cut.heads[n]), given)
+            head, result = self._part(f'exit {n + 1}', run_exit, {'hidden': hidden, 'carry': carry})
             carry = result['carry']
             programs += [stage, head]
             cuts.append(_cut_after(head.name, (hidden, carry)))
         return programs, cuts[:-1]  # nothing follows the last exit
 
-    def _part(self, name: str, run: Callable[..., Any], own: Weights, given: dict[str, Any]) -> tuple[Program, Any]:
-        """Returns the program of a stage or head, and the shapes of its results."""
-        variables, structure = self.portable[1], jax.tree.structure(tuple(given.values()))
-        results = jax.eval_shape(run, variables, *given.values())
+    def _part(self, name: str, run: Callable[..., Any], given: dict[str, Any]) -> tuple[Program, Any]:
+        """Returns the program of a stage or head with the weights that it reads, and the shapes of its results."""
+        structure = jax.tree.structure(tuple(given.values()))
 
-        def function(weights: Weights, *leaves: Array) -> tuple[Array, ...]:
-            # The program does not read its other weights; their shapes stand in for them.
-            used = {'params': {**calling.specs(self.weights), **weights}} if self.weights else variables
-            return tuple(jax.tree.leaves(run(used, *jax.tree.unflatten(structure, leaves))))
+        def function(weights: Weights, *leaves: Array) -> dict[str, Any]:
+            return run(self._variables(weights), *jax.tree.unflatten(structure, leaves))
 
-        return Program(name, function, function, own, _named(given), tuple(_named(results))), results
+        def flat(weights: Weights, *leaves: Array) -> tuple[Array, ...]:
+            return tuple(jax.tree.leaves(function(weights, *leaves)))
+
+        inputs = _named(given)
+        traced, results = jax.make_jaxpr(function, return_shape=True)(self.weights, *inputs.values())
+        read = {v for equation in traced.eqns for v in variables_of(equation.invars)}
+        names = zip(sorted(self.weights), traced.jaxpr.invars, strict=False)
+        own = {key: self.weights[key] for key, v in names if v in read}
+        return Program(name, flat, flat, own, inputs, tuple(_named(results))), results
 
     def _run_stage(self, n: int, variables: Variables, hidden: Any) -> dict[str, Any]:
         return {'hidden': self.stages.run_stage(n, variables, hidden)}
@@ -199,7 +180,7 @@ def rewrite(model: Any, variables: Variables, criterion: Criterion, inputs: Any,
         weights = {}
         if 'cpu' in platforms:
             on_cpu = optimize(model, variables, inputs=inputs, forms=default_forms(platform='cpu'))
-    return Network(inputs, criterion, portable, on_cpu, stages, weights, tuple(platforms))
+    return Network(inputs, criterion, portable, on_cpu, stages, weights)
 
 
 def plain_text(part: Program) -> str | None:
@@ -214,7 +195,9 @@ def plain_text(part: Program) -> str | None:
         The text; ``None`` if the program needs more than StableHLO, such as a function of its process.
     """
     lower = jax.export.export(jax.jit(part.portable, keep_unused=True), platforms=['cpu'])
-    exported = lower(calling.specs(part.weights), *map(_of_one_image, part.inputs.values()))
+    sizes = [[size if isinstance(size, int) else 1 for size in spec.shape] for spec in part.inputs.values()]
+    one = [jax.ShapeDtypeStruct(shape, spec.dtype) for shape, spec in zip(sizes, part.inputs.values(), strict=True)]
+    exported = lower(calling.specs(part.weights), *one)
     with mlir.make_ir_context():
         module = ir.Module.parse(exported.mlir_module())
         notes = module.operation.attributes
@@ -226,11 +209,6 @@ def plain_text(part: Program) -> str | None:
                 del function.attributes[name]
         text = str(module.operation.get_asm(enable_debug_info=False))
     return None if any(operation in text for operation in _MORE_THAN_STABLEHLO) else text
-
-
-def _of_one_image(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    shape = tuple(size if isinstance(size, int) else 1 for size in spec.shape)
-    return jax.ShapeDtypeStruct(shape, spec.dtype)
 
 
 def _named(trees: dict[str, Any]) -> Specs:
@@ -245,9 +223,3 @@ def _named(trees: dict[str, Any]) -> Specs:
 def _cut_after(place: str, handed_on: Any) -> dict[str, Any]:
     sizes = [math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(handed_on)]
     return {'after': place, 'bytes_per_image': sum(sizes)}
-
-
-def described(normalization: Normalization) -> dict[str, Any]:
-    """Returns a normalisation as JSON can hold it."""
-    mean, deviation = (np.asarray(value).tolist() for value in (normalization.mean, normalization.deviation))
-    return {'formula': '(pixels / 255 - mean) / deviation', 'mean': mean, 'deviation': deviation}

@@ -1,7 +1,5 @@
 """Batches that get faster: later stages run on the remaining rows only, gathered into chunks of a fixed size."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
 
 from branchy_jax import calling
-from branchy_jax.criteria import as_policy
+from branchy_jax.criteria.policy import as_policy
 from branchy_jax.inference.pipeline import Pipeline
 from branchy_jax.inference.steps import (
     Network,
@@ -21,18 +20,21 @@ from branchy_jax.inference.steps import (
     at_rows,
     check_chunk_sizes,
     chunk_size_of_each,
-    chunk_sizes_of,
-    jit_with,
     network,
+    run,
     run_batch,
-    static,
+    select_rows,
     take_step,
-    zeros,
 )
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows, static
+
+Combine = Callable[[Any, Any], Any]
+"""``(answers, others)``: sends answers back to where their rows came from; rows that were not sent keep the others."""
+Dispatch = Callable[[Array, Any], tuple[Any, Array, Combine]]
+"""``(stays [M], tree [≥ M, …])`` to the tree where its rows are handled next, which rows wait there, and `Combine`."""
 
 
-@static
+@struct.dataclass
 class Compacted:
     """The executor that `compacted` builds.
 
@@ -43,10 +45,10 @@ class Compacted:
         workers: chunks that the host runs at the same time.
     """
 
-    network: Network
-    chunk_size: int | tuple[int, ...]
-    on_host: bool
-    workers: int
+    network: Network = static()
+    chunk_size: int | tuple[int, ...] = static()
+    on_host: bool = static()
+    workers: int = static()
 
     def __call__(self, variables: Variables, images: Any, policy: Any) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``."""
@@ -67,35 +69,14 @@ class Compacted:
         self, variables: Variables, images: Any, policy: ExitPolicy, count: Array | None = None
     ) -> ExitPrediction:
         """Answers the first ``count`` rows of a batch, by default all, in loops over chunks; to be traced."""
-        stages, batch_size = self.network.stages(variables, images), num_rows(images)
-        chunk_sizes = [min(size, batch_size) for size in chunk_sizes_of(self.chunk_size, stages)]
-        ids = jnp.arange(batch_size)  # images of the waiting rows; B, which is no image, behind them
-        # A batch of whole chunks is in order, and none of its rows is gathered.
-        rows = None if batch_size % chunk_sizes[0] == 0 else ids
-        count = batch_size if count is None else count
-        hidden, carry, results = images, None, None
-        for n, size in enumerate(chunk_sizes):
-            if rows is not None:
-                length = -(-batch_size // size) * size
-                fill = max(0, length - len(rows))
-                rows = jnp.pad(rows[:length], (0, fill))
-                ids = jnp.pad(ids[:length], (0, fill), constant_values=batch_size)
-            step = functools.partial(take_step, stages.at(variables, size), n, policy=policy)
-            done = run_chunks(step, (hidden, carry), rows, count, size, nonempty=n == 0)
-            waiting = jnp.arange(len(ids)) < count
-            # One row more, for what is to be dropped: compilers disagree about writes behind a buffer.
-            results = zeros(done.prediction, batch_size + 1) if results is None else results
-            leaving = jnp.where(waiting & done.confident, ids, batch_size)
-            results = jax.tree.map(functools.partial(_write, leaving), results, done.prediction)
-            stays = waiting & ~done.confident
-            rows = jnp.argsort(~stays, stable=True)
-            ids = jnp.where(stays, ids, batch_size)[rows]
-            hidden, carry, count = done.hidden, done.carry, stays.sum()
-        return at_rows(results, slice(batch_size))
+        batch_size = num_rows(images)
+        waiting = jnp.arange(batch_size) < (batch_size if count is None else count)
+        return answer_in_chunks(self, variables, images, policy, waiting, _stay)
 
 
-def _write(ids: Array, target: jax.Array, values: Array) -> Array:
-    return target.at[ids].set(values, mode='promise_in_bounds')
+def _stay(stays: Array, tree: Any) -> tuple[Any, Array, Combine]:
+    """Leaves rows where they are."""
+    return tree, stays, functools.partial(select_rows, stays)
 
 
 def compacted(
@@ -131,11 +112,11 @@ def compacted(
 
     Returns:
         ``(variables, images [B, H, W, C], policy) → ExitPrediction`` in the order of the images. Raises ValueError on a
-        policy that does not fit, NaN, bad images, and when a host-driven one is traced.
+        policy that does not fit, NaN, bad images, not one chunk size per exit asked, and when a host-driven one is
+        traced.
 
     Raises:
-        ValueError: a chunk size below 1, not one chunk size per exit asked, ``workers`` without a host to drive them,
-            or impossible ``exits``.
+        ValueError: a chunk size below 1, ``workers`` without a host to drive them, or impossible ``exits``.
 
     Example:
         >>> import branchy_jax as bj
@@ -147,14 +128,11 @@ def compacted(
     on_host = jax.default_backend() == 'cpu' if on_host is None else on_host
     if workers < 1 or (workers > 1 and not on_host):
         raise ValueError(f'workers: got {workers} with on_host={on_host}; give at least 1, more only with on_host=True')
-    chunk_size = check_chunk_sizes(chunk_size)
-    if exits is not None:
-        chunk_size_of_each(chunk_size, len(exits))
-    return Compacted(network(model, exits, compiler_options), chunk_size, on_host, workers)
+    return Compacted(network(model, exits, compiler_options), check_chunk_sizes(chunk_size), on_host, workers)
 
 
-@static
-class _HostStep:
+@struct.dataclass
+class HostStep:
     """One step that the host starts.
 
     Attributes:
@@ -163,16 +141,14 @@ class _HostStep:
         inputs: shapes of the model's inputs.
     """
 
-    network: Network
-    n: int
-    inputs: Any
+    network: Network = static()
+    n: int = static()
+    inputs: Any = static()
 
-
-def _run_step(step: _HostStep, variables: Variables, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
-    stages = step.network.stages(variables, step.inputs)
-    if stages.fixed_because:
-        raise stages.refusal()
-    return take_step(stages.at(variables, num_rows(hidden)), step.n, hidden, carry, policy)
+    def program(self, variables: Variables, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
+        """Runs the step; to be traced."""
+        stages = self.network.stages(variables, self.inputs)
+        return take_step(stages.at(variables, num_rows(hidden)), self.n, hidden, carry, policy)
 
 
 def host_steps(network: Network, variables: Variables, inputs: Any, count: int) -> list[Callable[..., Step]]:
@@ -185,8 +161,7 @@ def host_steps(network: Network, variables: Variables, inputs: Any, count: int) 
         count: how many exits are asked.
     """
     example = calling.with_batch(inputs, 2)
-    jitted = jit_with(network.compiler_options, _run_step)
-    return [functools.partial(jitted, _HostStep(network, n, example), variables) for n in range(count)]
+    return [functools.partial(run, HostStep(network, n, example), variables) for n in range(count)]
 
 
 def drive(
@@ -201,51 +176,81 @@ def drive(
     """Answers the first ``count`` rows of a batch, by default all, with chunks that the host starts."""
     length = num_rows(images)
     present = length if count is None else int(count)
-    sizes = [min(size, length) for size in chunk_sizes]
-    pipeline = Pipeline(steps, lambda: policy, sizes, workers=workers)
+    pipeline = Pipeline(steps, lambda: policy, [min(size, length) for size in chunk_sizes], workers=workers)
     pipeline.add(np.arange(present), at_rows(jax.tree.map(np.asarray, images), slice(present)))
-    results = None
-    for part in pipeline.run(flush=True):
-        if results is None:
-            results = jax.tree.map(lambda x: np.empty((present, *x.shape[1:]), x.dtype), part.prediction)
-        for target, values in zip(jax.tree.leaves(results), jax.tree.leaves(part.prediction), strict=True):
-            target[part.ids] = values
-    return jax.tree.map(jax.device_put, results)  # jnp.asarray would compile at every new shape
+    parts = list(pipeline.run(flush=True))
+    order = np.argsort(np.concatenate([part.ids for part in parts]))
+    predictions = [part.prediction for part in parts]
+    # jnp.asarray would compile at every new shape.
+    return jax.tree.map(lambda *leaves: jax.device_put(np.concatenate(leaves)[order]), *predictions)
 
 
-def run_chunks(
-    step: Callable[[Any, Any], Step],
-    waiting: tuple[Any, Any],
-    rows: Array | None,
-    count: Array | int,
-    chunk_size: int,
-    *,
-    nonempty: bool = False,
+def answer_in_chunks(
+    executor: Any, variables: Variables, inputs: Any, policy: ExitPolicy, waiting: Array, dispatch: Dispatch
+) -> ExitPrediction:
+    """Answers the waiting rows, every stage in a loop over chunks; to be traced. Other rows' values are unspecified.
+
+    Args:
+        executor: with ``network`` and ``chunk_size``.
+        variables: of the model.
+        inputs: ``[M, …]``.
+        policy: when a row leaves.
+        waiting: ``[M]`` which rows to answer; they come before the others.
+        dispatch: where the remaining rows are handled next, after every exit but the last.
+    """
+    stages = executor.network.stages(variables, inputs)
+    hidden, carry, passed = inputs, None, []
+    for n, most in enumerate(chunk_size_of_each(executor.chunk_size, len(stages.exits))):
+        length, count = len(waiting), waiting.sum()
+        size = min(most, length)
+        rows = jnp.arange(length) if n == 0 else jnp.argsort(~waiting, stable=True)
+        # The first batch is in order; where it is one of whole chunks, none of its rows is gathered.
+        chosen = None if n == 0 and length % size == 0 else jnp.pad(rows, (0, -length % size))
+        step = functools.partial(take_step, stages.at(variables, size), n, policy=policy)
+        done = _run_chunks(step, (hidden, carry), chosen, count, size)
+        answer, confident = at_rows((done.prediction, done.confident), slice(length))
+        if n + 1 < len(stages.exits):
+            stays = (jnp.arange(length) < count) & ~confident
+            (hidden, carry), waiting, combine = dispatch(stays, (done.hidden, done.carry))
+            passed.append((rows, answer, combine))
+    for earlier_rows, own, combine in reversed(passed):
+        answer = combine(at_rows(answer, _inverse(rows)), own)
+        rows = earlier_rows
+    return answer
+
+
+def _inverse(permutation: Array) -> Array:
+    return jnp.zeros_like(permutation).at[permutation].set(jnp.arange(len(permutation)), mode='promise_in_bounds')
+
+
+def _run_chunks(
+    step: Callable[[Any, Any], Step], waiting: tuple[Any, Any], rows: Array | None, count: Array, size: int
 ) -> Step:
     """Runs a step on the waiting rows, chunk by chunk; rows behind them are not computed but for the last chunk's.
 
     Args:
         step: ``(hidden, carry) → Step`` at the chunk size.
         waiting: what the stage before returned and what the criterion remembers, ``[M, …]``.
-        rows: positions in ``waiting`` in whole chunks, those that wait first; ``None`` if they are in order.
+        rows: positions in ``waiting`` in whole chunks, those that wait first; ``None`` if they are in order: a single
+            chunk then needs no loop.
         count: how many wait.
-        chunk_size: how many rows the step takes at once.
-        nonempty: whether at least one row is known to wait: a single chunk then needs no loop.
+        size: how many rows the step takes at once.
     """
 
     def run_chunk(start: Array | int) -> Step:
-        here: Any = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
+        here: Any = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
         hidden, carry = jax.tree.map(here, waiting) if rows is None else at_rows(waiting, here(rows))
         return step(hidden, carry)
 
     length = num_rows(waiting if rows is None else rows)
-    if length == chunk_size and nonempty:
+    if length == size and rows is None:
         return run_chunk(0)
 
     def body(state: tuple[Array, Step]) -> tuple[Array, Step]:
         start, done = state
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return start + chunk_size, jax.tree.map(put, done, run_chunk(start))
+        return start + size, jax.tree.map(put, done, run_chunk(start))
 
-    nothing = zeros(jax.eval_shape(run_chunk, 0), length)
+    shapes = jax.eval_shape(run_chunk, 0)
+    nothing = jax.tree.map(lambda spec: jnp.zeros((length, *spec.shape[1:]), spec.dtype), shapes)
     return lax.while_loop(lambda state: state[0] < count, body, (jnp.int32(0), nothing))[1]

@@ -1,16 +1,12 @@
 """Options that XLA compiles executors with, and whether they help here."""
 
-from __future__ import annotations
-
 import functools
 import os
 
 import jax
 
 COMMAND_BUFFERS = {
-    'xla_gpu_enable_command_buffer': (
-        'FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION'
-    ),
+    'xla_gpu_enable_command_buffer': 'FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION',
     'xla_gpu_graph_min_graph_size': 1,
 }
 """Compiler options that record whole programs, conditionals included, as CUDA graphs, so that the GPU need not wait for

@@ -1,23 +1,19 @@
 """Every exit computed and the first confident one selected: the oracle of all executors, which saves nothing."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from flax import struct
 
-from branchy_jax.inference.steps import Network, network, run_batch, static, take_step
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables
+from branchy_jax.inference.steps import Network, network, run_batch, select_rows, take_step
+from branchy_jax.types import ExitPolicy, ExitPrediction, Variables, static
 
 
-@static
+@struct.dataclass
 class Dense:
     """The executor that `dense` builds."""
 
-    network: Network
+    network: Network = static()
 
     def __call__(self, variables: Variables, images: Any, policy: Any) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``."""
@@ -32,7 +28,7 @@ class Dense:
             hidden, carry = steps[-1].hidden, steps[-1].carry
         chosen = steps[-1].prediction
         for step in reversed(steps[:-1]):
-            chosen = jax.tree.map(functools.partial(_select, step.confident), step.prediction, chosen)
+            chosen = select_rows(step.confident, step.prediction, chosen)
         return chosen
 
 
@@ -60,7 +56,7 @@ def dense(
         ValueError: impossible ``exits``.
 
     Example:
-        >>> import branchy_jax as bj
+        >>> import branchy_jax as bj, jax, jax.numpy as jnp
         >>> model, images = bj.models.create('b-lenet'), jnp.ones((2, 28, 28, 1))
         >>> variables = model.init(jax.random.key(0), images)
         >>> dense(model)(variables, images, [float('inf')]).exit_index.tolist()
@@ -70,7 +66,3 @@ def dense(
         BranchyNet, 2016, Figure 2.
     """
     return Dense(network(model, exits, compiler_options))
-
-
-def _select(mask: Array, yes: Array, no: Array) -> Array:
-    return jnp.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)

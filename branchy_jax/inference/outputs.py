@@ -1,7 +1,5 @@
 """Every exit's answers to a data set, cached: what thresholds are chosen from."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,11 +13,11 @@ from jax.sharding import Mesh
 from branchy_jax import calling, program
 from branchy_jax.costs import warn_if_nothing_is_saved
 from branchy_jax.criteria import Criterion, as_criterion, entropy, replay
-from branchy_jax.inference.steps import at_rows, static
+from branchy_jax.inference.steps import at_rows, kind_of
 from branchy_jax.sharding import replicate, replicated, shard
 from branchy_jax.thresholds import ExitTable, accuracy_statistics, iou_statistics
 from branchy_jax.thresholds.statistics import Metric, Statistics, mean_of_statistic
-from branchy_jax.types import Array, Batch, StageCosts, Variables, check_labels, num_rows
+from branchy_jax.types import Array, Batch, StageCosts, Variables, check_labels, num_rows, static
 
 OnProgress = Callable[[int, int | None], None]
 """``(images done, of how many)``."""
@@ -81,19 +79,12 @@ def exit_outputs(
         >>> exit_outputs(model, variables, images, batch_size=2).logits.shape
         (2, 5, 10)
     """
-    calling.check_model(model)
-    supplied = _is_supply(images)
-    logits, uncertainty = _in_batches(
-        _Outputs(calling.without_weights(model), mesh, _keep_logits if keep_logits else _drop_logits),
-        variables,
-        map(_unlabelled, images) if supplied else _unlabelled(images),
-        as_criterion(criterion),
-        _as_pytree(preprocess),
-        batch_size,
-        supplied=supplied,
-        on_progress=on_progress,
-    )
-    return ExitOutputs(logits, uncertainty)
+    one_set = hasattr(images, 'shape') or isinstance(images, (Mapping, tuple)) or not isinstance(images, Iterable)
+    sets: Any = [images] if one_set else images
+    unlabelled = (Batch(part, None) for part in sets)  # type: ignore[arg-type]
+    outputs_of = _outputs_of(model, _keep_logits if keep_logits else _drop_logits, criterion, preprocess, mesh)
+    total = num_rows(images) if one_set else None
+    return ExitOutputs(*_in_batches(outputs_of, variables, unlabelled, batch_size, total, on_progress))
 
 
 def exit_table(
@@ -147,56 +138,37 @@ def exit_table(
         >>> table.statistics.shape, table.screen().for_accuracy(0.0).policy.criterion.name
         ((2, 5, 1), 'entropy')
     """
-    calling.check_model(model)
-    criterion, prepared = as_criterion(criterion), _as_pytree(preprocess)
-    supplied = not isinstance(data, Batch)
-    if supplied and not isinstance(data, Iterable):
-        raise ValueError(f'data: got {type(data).__name__}; give a branchy_jax.Batch, or an iterable of them')
-    source: Any = data if supplied else [data]
-    batches = iter(source)
+    outputs = _outputs_of(model, statistics, criterion, preprocess, mesh)
+    batches: Iterator[Batch] = map(_check_labelled, data if isinstance(data, Iterable) else [data])
     first = next(batches, None)
     if first is None:
         raise ValueError('data: got no batches; at least one is needed')
-    _check_labelled(first, None)
-    shapes = jax.eval_shape(prepared, calling.with_batch(first.image, 1))
+    shapes = outputs.shapes(first.image)
     if costs is None:
         costs = program.stages(model, variables, shapes).macs
         warn_if_nothing_is_saved(costs)
-    num_classes = None
+    batches = itertools.chain([first], batches)
     if statistics in (accuracy_statistics, iou_statistics):  # others may take any target
         num_classes = program.trace(model, variables, shapes).outputs[-1].aval.shape[-1]
-    checked = (_check_labelled(batch, num_classes) for batch in itertools.chain([first], batches))
-    values, uncertainty = _in_batches(
-        _Outputs(calling.without_weights(model), mesh, statistics),
-        variables,
-        checked if supplied else next(checked),
-        criterion,
-        prepared,
-        batch_size,
-        supplied=supplied,
-        on_progress=on_progress,
-    )
-    return ExitTable(
-        uncertainty=uncertainty, statistics=values, costs=costs, criterion=criterion, metric=metric, split=split
-    )
+        batches = (_check_classes(batch, num_classes) for batch in batches)
+    total = len(data) if isinstance(data, Batch) else None
+    values, uncertainty = _in_batches(outputs, variables, batches, batch_size, total, on_progress)
+    settings: Any = {'costs': costs, 'criterion': outputs.criterion, 'metric': metric, 'split': split}
+    return ExitTable(uncertainty=uncertainty, statistics=values, **settings)
 
 
-def _check_labelled(batch: Batch, num_classes: int | None) -> Batch:
-    """Returns a batch that has one label for each image, each of one of the classes, if their number is given."""
+def _check_labelled(batch: Batch) -> Batch:
+    """Returns a batch that has one label for each image."""
     if not isinstance(batch, Batch):
         raise ValueError(f'data: got {type(batch).__name__}; give a branchy_jax.Batch, or an iterable of them')
-    if num_rows(batch.image) != len(batch.label):
-        raise ValueError(
-            f'data: got {num_rows(batch.image)} images and {len(batch.label)} labels; give one label per image'
-        )
-    if num_classes is not None:
-        check_labels(batch.label, num_classes)
+    if (count := num_rows(batch.image)) != len(batch.label):
+        raise ValueError(f'data: got {count} images and {len(batch.label)} labels; give one label per image')
     return batch
 
 
-def _unlabelled(images: Any) -> Batch:
-    nothing: Any = None
-    return Batch(images, nothing)
+def _check_classes(batch: Batch, num_classes: int) -> Batch:
+    check_labels(batch.label, num_classes)
+    return batch
 
 
 def _keep_logits(logits: Array, labels: Array) -> Array:
@@ -207,38 +179,50 @@ def _drop_logits(logits: Array, labels: Array) -> None:
     return None
 
 
-@static
+@struct.dataclass
 class _Outputs:
     """What is computed of every batch.
 
     Attributes:
+        criterion: how unsure an exit is.
+        preprocess: images to inputs.
         model: the model, without weights.
         mesh: the devices that share every batch.
         statistics: ``(answer logits, labels)`` to arrays ``[N, B, …]``.
     """
 
-    model: Any
-    mesh: Mesh | None
-    statistics: Callable[[Array, Array], Any]
+    criterion: Criterion
+    preprocess: Callable[[Any], Any]
+    model: Any = static()
+    mesh: Mesh | None = static()
+    statistics: Callable[[Array, Array], Any] = static()
+
+    def shapes(self, images: Any) -> Any:
+        """Returns the shapes of the model's inputs for such images, of batch size 1."""
+        return jax.eval_shape(self.preprocess, calling.with_batch(images, 1))
+
+
+def _outputs_of(model: Any, statistics: Any, criterion: Any, preprocess: Any, mesh: Mesh | None) -> _Outputs:
+    """Makes what outputs are computed from a value that `jax.jit` takes."""
+    return _Outputs(as_criterion(criterion), _as_pytree(preprocess), calling.without_weights(model), mesh, statistics)
 
 
 @jax.jit
-def _run(
-    outputs_of: _Outputs, variables: Variables, batch: Batch, criterion: Criterion, preprocess: Callable[..., Any]
-) -> tuple[Any, Array]:
-    inputs = preprocess(batch.image)
+def _run(outputs_of: _Outputs, variables: Variables, batch: Batch) -> tuple[Any, Array]:
+    inputs = outputs_of.preprocess(batch.image)
     program.stages(outputs_of.model, variables, inputs)  # refuses rows that influence one another
-    logits, uncertainty = replay(criterion, jnp.stack(calling.apply(outputs_of.model, variables, inputs)))
+    logits, uncertainty = replay(outputs_of.criterion, jnp.stack(calling.apply(outputs_of.model, variables, inputs)))
     result = outputs_of.statistics(logits, batch.label), uncertainty
     if outputs_of.mesh is None:
         return result
     return jax.lax.with_sharding_constraint(result, replicated(outputs_of.mesh))
 
 
-def _check_rows(model: Any, variables: Variables, images: Any, preprocess: Callable[..., Any]) -> None:
-    shapes = jax.eval_shape(preprocess, calling.with_batch(images, 1))
-    few = np.arange(7) % num_rows(images)
-    program.check_rows_by_trial(model, variables, shapes, lambda: preprocess(at_rows(images, few)))
+def _check_rows(outputs_of: _Outputs, variables: Variables, images: Any) -> None:
+    few, shapes = np.arange(7) % num_rows(images), outputs_of.shapes(images)
+    program.check_rows_by_trial(
+        outputs_of.model, variables, shapes, lambda: outputs_of.preprocess(at_rows(images, few))
+    )
 
 
 def _as_they_are(images: Array) -> Array:
@@ -257,39 +241,38 @@ def _as_pytree(preprocess: Callable[[Array], Array] | None) -> Callable[[Array],
     return jax.tree_util.Partial(preprocess)
 
 
-def _is_supply(images: Any) -> bool:
-    """Whether data are an iterable of batches: an array, tuple or dictionary is one set of inputs."""
-    one_set = hasattr(images, 'shape') or isinstance(images, (Mapping, tuple))
-    return not one_set and isinstance(images, Iterable)
-
-
 def _in_batches(
     outputs_of: _Outputs,
     variables: Variables,
-    data: Any,
-    criterion: Criterion,
-    preprocess: Callable[..., Any],
+    batches: Iterable[Batch],
     batch_size: int,
-    *,
-    supplied: bool,
+    total: int | None,
     on_progress: OnProgress | None,
 ) -> tuple[Any, Array]:
-    """Runs over rows of a batch, or of all batches that ``data`` yields, in batches of one size.
+    """Computes the outputs of batches, cut and filled up to one size.
+
+    Args:
+        outputs_of: what is computed.
+        variables: of the model.
+        batches: of any sizes.
+        batch_size: the size, at most.
+        total: how many images come in a single batch, which may stay on its device; ``None`` if that is unknown.
+        on_progress: called after every dispatch.
 
     Returns:
         Statistics and uncertainties ``[N, M, …]``.
     """
     if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f'batch_size: got {batch_size}; expected an integer, at least 1')
-    mesh = outputs_of.mesh
+    mesh, done = outputs_of.mesh, 0
     variables = variables if mesh is None else replicate(mesh, variables)
-    total, done = None if supplied else num_rows(data), 0
     results: list[Any] = []
-    batches = (jax.tree.map(np.asarray, batch) for batch in data) if supplied else iter([data])
-    for batch, count in _of_one_size(batches, batch_size, mesh):
+    if total is None:
+        batches = (jax.tree.map(np.asarray, batch) for batch in batches)
+    for batch, count in _of_one_size(batches, batch_size, 1 if mesh is None else mesh.size):
         if not results and mesh is None:
-            _check_rows(outputs_of.model, variables, batch.image, preprocess)
-        result = _run(outputs_of, variables, batch if mesh is None else shard(mesh, batch), criterion, preprocess)
+            _check_rows(outputs_of, variables, batch.image)
+        result = _run(outputs_of, variables, batch if mesh is None else shard(mesh, batch))
         results.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:, :count], result))
         done += count
         if on_progress is not None:
@@ -299,22 +282,15 @@ def _in_batches(
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *results)
 
 
-def _of_one_size(batches: Iterator[Any], batch_size: int, mesh: Mesh | None) -> Iterator[tuple[Any, int]]:
+def _of_one_size(batches: Iterable[Batch], batch_size: int, multiple: int) -> Iterator[tuple[Batch, int]]:
     """Cuts and fills up batches to the size of the first: yields one, and how many of its rows are data."""
     size, first = 0, None
     for batch in batches:
         count = num_rows(batch)
         if not count:
             continue
-        kind = jax.tree.map(lambda leaf: (np.shape(leaf)[1:], str(leaf.dtype)), batch)
-        if first is None:
-            size, first = min(batch_size, count), kind
-            size = size if mesh is None else -(-size // mesh.size) * mesh.size
-        if kind != first:
-            raise ValueError(f'images: all batches are to be alike; the first held {first}, another one {kind}')
+        first = kind_of(batch, first)
+        size = size or -(-min(batch_size, count) // multiple) * multiple
         for start in range(0, count, size):
-            if count == size:
-                yield batch, count
-                break
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            yield at_rows(batch, rows), min(size, count - start)
+            yield batch if count == size else at_rows(batch, rows), min(size, count - start)

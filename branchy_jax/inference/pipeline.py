@@ -1,12 +1,11 @@
 """Compaction from the host: stages with a line of waiting rows before each, run whenever one holds a chunk."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ from flax import struct
 from branchy_jax.inference.steps import Step, at_rows
 from branchy_jax.types import ExitPolicy, ExitPrediction
 
-Submit = Callable[..., Future]
-"""``(function, *args) → Future``, such as `concurrent.futures.ThreadPoolExecutor.submit`."""
+Submit = Callable[..., Callable[[], Any]]
+"""``(function, *args)`` to a function that waits for the result and returns it."""
 
 
 @struct.dataclass
@@ -26,13 +25,13 @@ class Rows:
 
     Attributes:
         ids: ``[M]`` which images these are.
+        due: ``[M]`` from when on each of them waits for no others, in seconds of `time.monotonic`.
         values: pytree of NumPy arrays ``[M, …]``: hidden value and carry.
-        due: from when on none of them waits for others, in seconds of `time.monotonic`.
     """
 
     ids: np.ndarray
+    due: np.ndarray
     values: Any
-    due: float = struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,52 +45,6 @@ class Answers:
 
     ids: np.ndarray
     prediction: ExitPrediction
-
-
-class Waiting:
-    """Rows that wait for a stage.
-
-    Args:
-        chunk_size: how many the stage takes at once.
-    """
-
-    def __init__(self, chunk_size: int) -> None:
-        self.chunk_size = chunk_size
-        self.count = 0
-        self._blocks: deque[Rows] = deque()
-
-    @property
-    def due(self) -> float:
-        """From when on one of these images waits for no others; infinity if none waits."""
-        return min((block.due for block in self._blocks), default=float('inf'))
-
-    def add(self, rows: Rows) -> None:
-        """Lets rows wait."""
-        if len(rows.ids):
-            self._blocks.append(rows)
-            self.count += len(rows.ids)
-
-    def take(self) -> Rows:
-        """Returns the next chunk: at most ``chunk_size`` ids, and values padded to exactly that."""
-        parts, missing = [], self.chunk_size
-        while missing and self._blocks:
-            block = self._blocks.popleft()
-            parts.append(at_rows(block, slice(missing)))
-            if len(block.ids) > missing:
-                self._blocks.appendleft(at_rows(block, slice(missing, None)))
-            missing -= len(parts[-1].ids)
-        ids = np.concatenate([part.ids for part in parts])
-        self.count -= len(ids)
-        values = jax.tree.map(lambda *leaves: _chunk(leaves, self.chunk_size), *(part.values for part in parts))
-        return Rows(ids, values, min(part.due for part in parts))
-
-
-def _chunk(leaves: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """Joins arrays to one of ``size`` rows, repeating the last row: any other filling might be slow, as NaN is."""
-    if len(leaves) == 1 and len(leaves[0]) == size:
-        return leaves[0]
-    missing = size - sum(len(leaf) for leaf in leaves)
-    return np.concatenate([*leaves, np.repeat(leaves[-1][-1:], missing, axis=0)])
 
 
 class Pipeline:
@@ -112,54 +65,65 @@ class Pipeline:
         *,
         workers: int,
     ) -> None:
-        self._steps, self._policy = steps, policy
-        self._waiting = [Waiting(size) for size in chunk_sizes]
+        self._steps, self._policy, self._sizes = steps, policy, chunk_sizes
+        self._waiting: list[list[Rows]] = [[] for _ in steps]  # before each stage, in the blocks in which they came
         self._workers, self._submit = workers, submitter(workers)
-        self._running: deque[tuple[int, Rows, Future]] = deque()
+        self._running: deque[tuple[int, Rows, Callable[[], Step]]] = deque()
 
-    def add(self, ids: np.ndarray, images: Any, due: float = float('inf')) -> None:
-        """Lets images wait for the first stage, from ``due`` on for no others."""
-        self._waiting[0].add(Rows(ids, (images, None), due))
+    def add(self, ids: np.ndarray, images: Any, due: Any = np.inf) -> None:
+        """Lets images wait for the first stage, from ``due`` on, one time or one for each, for no others."""
+        self._let_wait(0, Rows(ids, np.broadcast_to(due, ids.shape), (images, None)))
+
+    def _let_wait(self, n: int, rows: Rows) -> None:
+        if len(rows.ids):
+            self._waiting[n].append(rows)
 
     @property
     def due(self) -> float:
         """From when on a waiting image waits for no others; infinity if none waits."""
-        return min(waiting.due for waiting in self._waiting)
+        return min(map(_due, self._waiting))
 
     def run(self, *, flush: bool = False) -> Iterator[Answers]:
         """Runs whole chunks, and what is due, until none is left; with ``flush`` whatever waits, too."""
         while True:
             while len(self._running) < self._workers and (n := self._next(flush=flush)) is not None:
-                chunk = self._waiting[n].take()
-                arguments = (*chunk.values, self._policy())
-                self._running.append((n, chunk, self._submit(_finished, self._steps[n], *arguments)))
+                rows, size = self._take(n), self._sizes[n]
+                values = rows.values
+                if len(rows.ids) < size:  # the last row fills the chunk: any other filling might be slow, as NaN is
+                    values = at_rows(values, np.minimum(np.arange(size), len(rows.ids) - 1))
+                self._running.append((n, rows, self._submit(_finished, self._steps[n], *values, self._policy())))
             if not self._running:
                 return
-            n, chunk, future = self._running.popleft()
-            yield from self._leave(n, chunk, future.result())
+            n, rows, result = self._running.popleft()
+            step = at_rows(result(), slice(len(rows.ids)))
+            if n + 1 < len(self._steps):
+                remaining = dataclasses.replace(rows, values=(step.hidden, step.carry))
+                self._let_wait(n + 1, at_rows(remaining, ~step.confident))
+            if step.confident.any():
+                yield Answers(*at_rows((rows.ids, step.prediction), step.confident))
 
     def _next(self, *, flush: bool) -> int | None:
         """Returns the stage to run: one that is overdue, else the latest with a whole chunk: lines stay short."""
-        first = min(range(len(self._waiting)), key=lambda n: self._waiting[n].due)
-        if self._waiting[first].due <= time.monotonic():
+        first = min(range(len(self._steps)), key=lambda n: _due(self._waiting[n]))
+        if _due(self._waiting[first]) <= time.monotonic():
             return first
-        whole = [n for n, waiting in enumerate(self._waiting) if waiting.count >= waiting.chunk_size]
+        counts = [sum(len(block.ids) for block in blocks) for blocks in self._waiting]
+        whole = [n for n, count in enumerate(counts) if count >= self._sizes[n]]
         if whole:
             return whole[-1]
-        if not flush:
-            return None
-        waiting = [n for n, waiting in enumerate(self._waiting) if waiting.count]
         first_running = min((n for n, _, _ in self._running), default=len(self._steps))
+        waiting = next((n for n, count in enumerate(counts) if count), None)
         # A chunk in an earlier stage may yet fill this waiting.
-        return waiting[0] if waiting and waiting[0] <= first_running else None
+        return waiting if flush and waiting is not None and waiting <= first_running else None
 
-    def _leave(self, n: int, chunk: Rows, step: Step) -> Iterator[Answers]:
-        step = at_rows(step, slice(len(chunk.ids)))
-        if n + 1 < len(self._waiting):
-            rows = Rows(chunk.ids, (step.hidden, step.carry), chunk.due)
-            self._waiting[n + 1].add(at_rows(rows, ~step.confident))
-        if step.confident.any():
-            yield Answers(*at_rows((chunk.ids, step.prediction), step.confident))
+    def _take(self, n: int) -> Rows:
+        """Returns the next rows of a stage, at most a chunk."""
+        first, *others = self._waiting[n]
+        if others and len(first.ids) < self._sizes[n]:
+            first, others = jax.tree.map(lambda *leaves: np.concatenate(leaves), first, *others), []
+        rest = at_rows(first, slice(self._sizes[n], None))
+        self._waiting[n] = [rest, *others] if len(rest.ids) else others
+        return at_rows(first, slice(self._sizes[n]))
 
 
 def _finished(step: Callable[..., Step], *arguments: Any) -> Step:
@@ -167,13 +131,13 @@ def _finished(step: Callable[..., Step], *arguments: Any) -> Step:
     return jax.tree.map(np.asarray, jax.block_until_ready(step(*arguments)))
 
 
-def inline(function: Callable[..., Any], *arguments: Any) -> Future:
-    """Submits to the calling thread."""
-    future: Future = Future()
-    future.set_result(function(*arguments))
-    return future
+def _due(blocks: list[Rows]) -> float:
+    return min((block.due.min() for block in blocks), default=float('inf'))
 
 
 def submitter(workers: int) -> Submit:
-    """Returns where chunks run: in the calling thread if one at a time, else in a pool of threads."""
-    return inline if workers == 1 else ThreadPoolExecutor(workers, thread_name_prefix='branchy_jax').submit
+    """Returns where chunks run: in the calling thread when asked for the result if one at a time, else in threads."""
+    if workers == 1:
+        return functools.partial
+    pool = ThreadPoolExecutor(workers, thread_name_prefix='branchy_jax')
+    return lambda *call: pool.submit(*call).result

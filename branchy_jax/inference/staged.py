@@ -1,24 +1,24 @@
 """One image at a time: nested `lax.cond`, so that later stages run only where no exit before was confident."""
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import struct
 from jax import lax
 
 from branchy_jax import program
-from branchy_jax.criteria import as_policy
-from branchy_jax.inference.steps import Network, at_rows, network, run, run_batch, static, take_step
-from branchy_jax.types import ExitPolicy, ExitPrediction, Variables, num_rows
+from branchy_jax.criteria.policy import as_policy
+from branchy_jax.inference.steps import Network, at_rows, network, run, run_batch, take_step
+from branchy_jax.types import ExitPolicy, ExitPrediction, Variables, num_rows, static
 
 
-@static
+@struct.dataclass
 class Staged:
     """The executor that `staged` builds."""
 
-    network: Network
+    network: Network = static()
 
     def __call__(self, variables: Variables, image: Any, policy: Any) -> ExitPrediction:
         """Answers one ``image [H, W, C]``."""
@@ -64,11 +64,11 @@ def staged(
     return Staged(network(model, exits, compiler_options))
 
 
-@static
+@struct.dataclass
 class Sequential:
     """The executor that `sequential` builds."""
 
-    network: Network
+    network: Network = static()
 
     def __call__(self, variables: Variables, images: Any, policy: Any) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``."""
@@ -113,15 +113,10 @@ def sequential(
     return Sequential(network(model, exits, compiler_options))
 
 
-def _answer(
-    stages: program.SizedStages, hidden: Any, policy: ExitPolicy, n: int = 0, carry: Any = None
-) -> ExitPrediction:
+def _answer(stages: program.Cut, hidden: Any, policy: ExitPolicy, n: int = 0, carry: Any = None) -> ExitPrediction:
     """Answers a batch of one with a conditional after each exit but the last; to be traced."""
     step = take_step(stages, n, hidden, carry, policy)
     if n == len(stages.exits) - 1:
         return step.prediction
-    return lax.cond(
-        step.confident[0],
-        lambda: step.prediction,
-        lambda: _answer(stages, step.hidden, policy, n + 1, step.carry),
-    )
+    later = functools.partial(_answer, stages, step.hidden, policy, n + 1, step.carry)
+    return lax.cond(step.confident[0], lambda: step.prediction, later)

@@ -1,10 +1,7 @@
 """What all executors share: input validation, and one step: run to the next exit and mark the rows that leave there."""
 
-from __future__ import annotations
-
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +9,15 @@ import numpy as np
 from flax import struct
 
 from branchy_jax import calling, program
-from branchy_jax.criteria import as_policy, check_policy, is_confident
-from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
-
-Kind = TypeVar('Kind')
+from branchy_jax.criteria import is_confident
+from branchy_jax.criteria.policy import as_policy, check_policy
+from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows, static
 
 Options = tuple[tuple[str, Any], ...]
 """Compiler options in the order of their names."""
 
 
-@dataclass_transform(frozen_default=True)
-def static(kind: type[Kind]) -> type[Kind]:
-    """Makes a class a frozen dataclass and a pytree without leaves, whose fields JAX compares as static metadata."""
-    kind = dataclasses.dataclass(frozen=True)(kind)
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return jax.tree_util.register_dataclass(kind, data_fields=[], meta_fields=names)
-
-
-@static
+@struct.dataclass
 class Network:
     """A model and the exits that an executor asks.
 
@@ -39,17 +27,24 @@ class Network:
         compiler_options: for `jax.jit`.
     """
 
-    model: Any
-    exits: tuple[int, ...] | None
-    compiler_options: Options
+    model: Any = static()
+    exits: tuple[int, ...] | None = static()
+    compiler_options: Options = static()
 
     def stages(self, variables: Variables, inputs: Any) -> program.Stages:
-        """Returns the stages of the exits asked."""
-        return program.stages(self.model, variables, inputs, exits=self.exits)
+        """Returns the stages of the exits asked, for an executor that gathers rows.
 
-    def sized_stages(self, variables: Variables, inputs: Any) -> program.SizedStages:
+        Raises:
+            ValueError: the model runs at the batch size of the inputs alone.
+        """
+        stages = program.stages(self.model, variables, inputs, exits=self.exits)
+        if stages.fixed_because:
+            raise stages.refusal()
+        return stages
+
+    def sized_stages(self, variables: Variables, inputs: Any) -> program.Cut:
         """Returns the stages of the exits asked at the batch size of the inputs."""
-        return self.stages(variables, inputs).at(variables, num_rows(inputs))
+        return program.stages(self.model, variables, inputs, exits=self.exits).at(variables, num_rows(inputs))
 
 
 def network(model: Any, exits: Sequence[int] | None, compiler_options: Mapping[str, Any] | None) -> Network:
@@ -59,14 +54,8 @@ def network(model: Any, exits: Sequence[int] | None, compiler_options: Mapping[s
         ValueError: not a model, or exits that are not ascending numbers.
     """
     calling.check_model(model)
-    if exits is not None:
-        exits = calling.check_exits('exits', exits, exits[-1] + 1 if len(exits) else 0)
-    return Network(calling.without_weights(model), exits, tuple(sorted((compiler_options or {}).items())))
-
-
-def jit_with(options: Options, function: Callable[..., Any]) -> Any:
-    """Returns `jax.jit` of a module-level function with compiler options; JAX's cache serves equal options."""
-    return jax.jit(function, compiler_options=dict(options) or None)
+    chosen = None if exits is None else calling.check_exits('exits', exits)
+    return Network(calling.without_weights(model), chosen, tuple(sorted((compiler_options or {}).items())))
 
 
 def arrays_of(prediction: ExitPrediction) -> tuple[Array, ...]:
@@ -74,40 +63,39 @@ def arrays_of(prediction: ExitPrediction) -> tuple[Array, ...]:
     return prediction.label, prediction.exit_index, prediction.logits, prediction.uncertainty
 
 
-def _program(executor: Any, variables: Variables, inputs: Any, policy: ExitPolicy) -> tuple[Array, ...]:
-    return arrays_of(executor.program(variables, inputs, policy))
+def _program(executor: Any, *arguments: Any) -> Any:
+    return executor.program(*arguments)
 
 
 _jitted = jax.jit(_program)
 
 
-def run(executor: Any, variables: Variables, inputs: Any, policy: ExitPolicy) -> ExitPrediction:
-    """Runs an executor's program under `jax.jit`, whose cache compiles once for equal executors.
+def run(executor: Any, *arguments: Any) -> Any:
+    """Runs the program of an executor under `jax.jit`, whose cache compiles once for equal executors.
 
     Args:
-        executor: a static pytree with ``network`` and ``program(variables, inputs, policy)``.
-        variables: of the model.
-        inputs: of the model.
-        policy: validated.
+        executor: a static pytree with ``network`` and ``program``.
+        *arguments: of the program: variables, inputs and a validated policy, say.
     """
     options = executor.network.compiler_options
-    jitted = jit_with(options, _program) if options else _jitted
-    return ExitPrediction(*jitted(executor, variables, inputs, policy))
+    jitted = jax.jit(_program, compiler_options=dict(options)) if options else _jitted
+    return jitted(executor, *arguments)
 
 
-def run_batch(executor: Any, variables: Variables, inputs: Any, policy: Any) -> ExitPrediction:
-    """Validates a policy, answers an empty batch at once, and runs an executor of batches."""
+def run_batch(executor: Any, variables: Variables, inputs: Any, policy: Any, *others: Any) -> Any:
+    """Validates a policy and runs an executor of batches, except on an empty batch: many layers have no shape for it.
+
+    Args:
+        executor: as for `run`.
+        variables: of the model.
+        inputs: of the model.
+        policy: of the caller.
+        *others: further arguments of the program.
+    """
     policy = as_policy(policy)
-    if num_rows(inputs) == 0:
-        return no_rows(executor.program, variables, inputs, policy)
-    return run(executor, variables, inputs, policy)
-
-
-def no_rows(
-    function: Callable[..., ExitPrediction], variables: Variables, inputs: Any, policy: ExitPolicy
-) -> ExitPrediction:
-    """Answers an empty batch: for no rows many layers have no shape."""
-    answer = jax.eval_shape(function, variables, calling.with_batch(inputs, 1), policy)
+    if num_rows(inputs):
+        return run(executor, variables, inputs, policy, *others)
+    answer = jax.eval_shape(executor.program, variables, calling.with_batch(inputs, 1), policy, *others)
     return jax.tree.map(lambda spec: jnp.zeros((0, *spec.shape[1:]), spec.dtype), answer)
 
 
@@ -117,21 +105,11 @@ def check_chunk_sizes(chunk_size: int | Sequence[int]) -> int | tuple[int, ...]:
     Raises:
         ValueError: not positive integers.
     """
-    sizes: tuple[Any, ...] = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else (chunk_size,)
+    several = isinstance(chunk_size, (list, tuple))
+    sizes: Any = chunk_size if several else [chunk_size]
     if not sizes or any(not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
         raise ValueError(f'chunk_size: got {chunk_size!r}; give one positive integer, or one for each exit asked')
-    return tuple(int(size) for size in sizes) if isinstance(chunk_size, (list, tuple)) else int(sizes[0])
-
-
-def chunk_sizes_of(chunk_size: int | tuple[int, ...], stages: program.Stages) -> tuple[int, ...]:
-    """Returns one chunk size per exit asked.
-
-    Raises:
-        ValueError: another number of them, or a model whose rows cannot be gathered.
-    """
-    if stages.fixed_because:
-        raise stages.refusal()
-    return chunk_size_of_each(chunk_size, len(stages.exits))
+    return tuple(map(int, sizes)) if several else int(sizes[0])
 
 
 def chunk_size_of_each(chunk_size: int | tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -159,7 +137,7 @@ class Step:
     confident: Array
 
 
-def take_step(stages: program.SizedStages, n: int, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
+def take_step(stages: program.Cut, n: int, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
     """Runs the stage and the head of the n-th exit asked.
 
     Args:
@@ -173,9 +151,14 @@ def take_step(stages: program.SizedStages, n: int, hidden: Any, carry: Any, poli
         ValueError: a policy of another network; exits left out though the criterion uses earlier ones.
     """
     check_policy(policy, stages.num_exits)
-    hidden = stages.run_stage(n, hidden)
     exit_number, criterion = stages.exits[n], policy.criterion
-    answer, uncertainty, carry = criterion(stages.run_exit(n, hidden), carry, exit_number)
+    # Profiles and ONNX files show these names.
+    with jax.named_scope(f'stage_{exit_number + 1}'):
+        hidden = stages.run_stage(n, hidden)
+    with jax.named_scope(f'exit_{exit_number + 1}'):
+        logits = stages.run_exit(n, hidden)
+    with jax.named_scope(f'criterion_{exit_number + 1}'):
+        answer, uncertainty, carry = criterion(logits, carry, exit_number)
     if len(stages.exits) < stages.num_exits and jax.tree.leaves(carry):
         raise ValueError(
             f'exits: criterion {criterion.name!r} uses earlier exits, so leaving some out would change its answers; '
@@ -188,14 +171,22 @@ def take_step(stages: program.SizedStages, n: int, hidden: Any, carry: Any, poli
     return Step(hidden, carry, prediction, is_confident(uncertainty, policy.thresholds[exit_number]))
 
 
+def kind_of(batch: Any, first: Any = None) -> Any:
+    """Returns row shape and dtype of every leaf; raises ValueError if those of the ``first`` batch differ."""
+    kind = jax.tree.map(lambda leaf: (np.shape(leaf)[1:], str(leaf.dtype)), batch)
+    if first not in (None, kind):
+        raise ValueError(f'images: all batches are to be alike; the first held {first}, another one {kind}')
+    return kind
+
+
 def at_rows(tree: Any, rows: Any) -> Any:
     """Returns rows of every leaf."""
     return jax.tree.map(lambda values: values[rows], tree)
 
 
-def zeros(like: Any, length: int) -> Any:
-    """Returns arrays of zeros with another number of rows."""
-    return jax.tree.map(lambda x: jnp.zeros((length, *x.shape[1:]), x.dtype), like)
+def select_rows(mask: Array, yes: Any, no: Any) -> Any:
+    """Returns rows of ``yes`` where ``mask [B]`` holds, of ``no`` elsewhere, in every leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(mask, range(1, a.ndim)), a, b), yes, no)
 
 
 def are_traced(*trees: Any) -> bool:

@@ -1,7 +1,5 @@
 """Batches that keep coming: survivors of several batches share the chunks of later stages."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time
@@ -10,12 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 
-from branchy_jax.criteria import as_policy
+from branchy_jax.criteria.policy import as_policy
 from branchy_jax.inference.compacted import host_steps
 from branchy_jax.inference.pipeline import Answers, Pipeline
-from branchy_jax.inference.steps import Network, check_chunk_sizes, chunk_sizes_of, network, static
-from branchy_jax.types import Array, Variables, num_rows
+from branchy_jax.inference.steps import Network, check_chunk_sizes, chunk_size_of_each, kind_of, network
+from branchy_jax.types import Array, ExitPolicy, Variables, num_rows, static
 
 Arrival = Array | tuple[Array, Array] | tuple[Array, Array, Array]
 """``images [B, H, W, C]``, ``(ids [B], images)``, or ``(ids, images, due [B])``.
@@ -23,11 +22,8 @@ Arrival = Array | tuple[Array, Array] | tuple[Array, Array, Array]
 Inputs that are a tuple themselves come with ids: ``(ids, (a, b))``.
 """
 
-_Checked = tuple[np.ndarray, Any, float]
-"""Ids ``[B]``, NumPy arrays of images ``[B, …]``, and when they wait for no others."""
 
-
-@static
+@struct.dataclass
 class Stream:
     """The executor that `stream` builds.
 
@@ -39,22 +35,47 @@ class Stream:
         ahead: batches to read ahead.
     """
 
-    network: Network
-    chunk_size: int | tuple[int, ...]
-    deadline: float
-    workers: int
-    ahead: int
+    network: Network = static()
+    chunk_size: int | tuple[int, ...] = static()
+    deadline: float = static()
+    workers: int = static()
+    ahead: int = static()
 
     def __call__(self, variables: Variables, supply: Iterable[Arrival], policy: Any) -> Iterator[Answers]:
         """Answers every image of a supply; see `stream`."""
         fixed = None if callable(policy) else as_policy(policy)
+        return self._answers(variables, supply, lambda: as_policy(policy()) if fixed is None else fixed)
 
-        def start(images: Any) -> Pipeline:
-            sizes = chunk_sizes_of(self.chunk_size, self.network.stages(variables, images))
-            steps = host_steps(self.network, variables, images, len(sizes))
-            return Pipeline(steps, lambda: as_policy(policy()) if fixed is None else fixed, sizes, workers=self.workers)
-
-        return _answers(start, _checked(supply, self.deadline), self.ahead)
+    def _answers(
+        self, variables: Variables, supply: Iterable[Arrival], policy: Callable[[], ExitPolicy]
+    ) -> Iterator[Answers]:
+        """Answers a supply, which a thread reads a few ahead; the first images say which programs are needed."""
+        items: queue.Queue[Any] = queue.Queue(maxsize=self.ahead)
+        stopped, pipeline, end = threading.Event(), None, None
+        reading = supply, self.deadline, items, stopped
+        threading.Thread(target=_read, args=reading, name='branchy_jax supply', daemon=True).start()
+        try:
+            while end is None:
+                due = float('inf') if pipeline is None else pipeline.due
+                # Every arrival so far, so that several chunks can run at the same time.
+                for item in _arrived(items, due - time.monotonic()):
+                    if isinstance(item, BaseException):
+                        end = item
+                        break
+                    if pipeline is None:
+                        count = len(self.network.stages(variables, item[1]).exits)
+                        steps = host_steps(self.network, variables, item[1], count)
+                        sizes = chunk_size_of_each(self.chunk_size, count)
+                        pipeline = Pipeline(steps, policy, sizes, workers=self.workers)
+                    pipeline.add(*item)
+                if pipeline is not None:
+                    yield from pipeline.run(flush=end is not None)
+        finally:
+            stopped.set()
+            while not items.empty():  # the thread may be waiting for a free place
+                items.get_nowait()
+        if not isinstance(end, StopIteration):
+            raise end
 
 
 def stream(
@@ -107,59 +128,53 @@ def stream(
         >>> sorted(int(i) for found in answer(variables, [images, images], [1.0]) for i in found.ids)
         [0, 1, 2, 3, 4, 5]
     """
-    chunk_size = check_chunk_sizes(chunk_size)
     if not deadline >= 0:
         raise ValueError(f'deadline: got {deadline}; give seconds, at least 0')
     if workers < 1 or ahead < 1:
         raise ValueError(f'workers and ahead: got {workers} and {ahead}; give at least 1')
-    return Stream(network(model, exits, compiler_options), chunk_size, float(deadline), workers, ahead)
+    asked = network(model, exits, compiler_options)
+    return Stream(asked, check_chunk_sizes(chunk_size), float(deadline), workers, ahead)
 
 
-def _answers(start: Callable[[Any], Pipeline], arrivals: Generator[_Checked], ahead: int) -> Iterator[Answers]:
-    """Answers arrivals; ``start`` makes a pipeline for images like the first."""
-    reader, pipeline = _Reader(arrivals, ahead), None
+def _arrived(items: queue.Queue[Any], wait: float) -> Iterator[Any]:
+    """Yields what has been read, as much as is read ahead; waits for the first. Nothing if none comes in time."""
     try:
-        while not reader.ended:
-            # Every arrival so far, so that several chunks can run at the same time.
-            due_next = float('inf') if pipeline is None else pipeline.due
-            for ids, images, due in reader.next(timeout=due_next - time.monotonic()):
-                pipeline = start(images) if pipeline is None else pipeline
-                pipeline.add(ids, images, due)
-            if pipeline is not None:
-                yield from pipeline.run(flush=reader.ended)
-    finally:
-        reader.stop()
-    if reader.failure is not None:
-        raise reader.failure
+        yield items.get(timeout=min(max(wait, 0.0), threading.TIMEOUT_MAX))
+        for _ in range(items.maxsize - 1):
+            yield items.get_nowait()
+    except queue.Empty:
+        return
 
 
-def _checked(supply: Iterable[Arrival], deadline: float) -> Generator[_Checked]:
-    """Checks what a supply yields, and copies it: a supply may fill the same buffer again."""
+def _read(supply: Iterable[Arrival], deadline: float, items: queue.Queue[Any], stopped: threading.Event) -> None:
+    """Puts what a supply yields into a queue, and at the end what ended it: StopIteration, or the exception raised."""
+    end: BaseException = StopIteration()
     count, first = 0, None
     try:
         for arrival in supply:
             ids, images, due = _check(arrival, count, time.monotonic() + deadline)
-            kind = jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), images)
-            first = kind if first is None else first
-            if kind != first:
-                raise ValueError(
-                    f'images: all batches of a stream are alike; the first had images {first}, this one {kind}'
-                )
-            yield ids, images, due
+            first = kind_of(images, first)
+            items.put((ids, images, due))
+            if stopped.is_set():
+                return
             count += len(ids)
+    except BaseException as error:  # raised again where the answers are read
+        end = error
     finally:
         if isinstance(supply, Generator):  # frames that JAX's traces keep may still refer to it
             supply.close()
+    items.put(end)
 
 
-def _check(arrival: Arrival, first_id: int, due: float) -> _Checked:
-    """Checks one arrival; ids count from ``first_id`` and all are due at the same time unless the arrival says so."""
+def _check(arrival: Arrival, first_id: int, due: float) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Returns ids, a copy of the images, since a supply may fill its buffer again, and when each waits for no others.
+
+    Ids count from ``first_id`` and all images are due at the same time, unless the arrival says otherwise.
+    """
     parts: tuple[Any, ...] = arrival if isinstance(arrival, tuple) else (None, arrival)
     if len(parts) not in (2, 3):
-        raise ValueError(
-            f'supply: got a tuple of {len(parts)}; yield images, (ids, images), or (ids, images, due), and inputs '
-            'that are a tuple themselves as (ids, (a, b))'
-        )
+        forms = 'images, (ids, images), or (ids, images, due); inputs that are a tuple themselves as (ids, (a, b))'
+        raise ValueError(f'supply: got a tuple of {len(parts)}; yield {forms}')
     images = jax.tree.map(np.array, parts[1])
     count = num_rows(images, 'images')
     if isinstance(images, np.ndarray) and images.ndim < 2:
@@ -167,58 +182,7 @@ def _check(arrival: Arrival, first_id: int, due: float) -> _Checked:
     ids = np.arange(first_id, first_id + count) if parts[0] is None else np.array(parts[0])
     if ids.shape != (count,):
         raise ValueError(f'ids: got shape {ids.shape} for {count} images; give one id per image')
-    if len(parts) == 3:
-        times = np.asarray(parts[2], np.float64)
-        if times.shape != (count,) or np.isnan(times).any():
-            raise ValueError(f'due: got shape {times.shape} for {count} images; give one time per image, not NaN')
-        # Images that came together go together: the first one that is due takes the others along.
-        due = float(times.min(initial=np.inf))
-    return ids, images, due
-
-
-class _Reader:
-    """Reads arrivals in a thread, a few ahead.
-
-    Attributes:
-        ended: whether nothing comes any more.
-        failure: why; ``None`` if the supply ended.
-    """
-
-    def __init__(self, arrivals: Generator[_Checked], ahead: int) -> None:
-        self.ended = False
-        self.failure: BaseException | None = None
-        self._items: queue.Queue = queue.Queue(maxsize=ahead)
-        self._stopped = False
-        threading.Thread(target=self._read, args=(arrivals,), name='branchy_jax supply', daemon=True).start()
-
-    def next(self, *, timeout: float) -> list[_Checked]:
-        """Returns the arrivals so far, as many as are read ahead; waits for the first. Empty if none comes in time."""
-        arrivals: list[_Checked] = []
-        try:
-            while len(arrivals) < self._items.maxsize and not self.ended:
-                wait = 0.0 if arrivals else max(0.0, min(timeout, threading.TIMEOUT_MAX))
-                arrival, self.failure = self._items.get(timeout=wait)
-                self.ended = arrival is None
-                if arrival is not None:
-                    arrivals.append(arrival)
-        except queue.Empty:
-            pass
-        return arrivals
-
-    def stop(self) -> None:
-        """Lets the thread end after the item that it is waiting for."""
-        self._stopped = True
-        while not self._items.empty():  # the thread may be waiting for a free place
-            self._items.get_nowait()
-
-    def _read(self, arrivals: Generator[_Checked]) -> None:
-        failure = None
-        try:
-            for arrival in arrivals:
-                self._items.put((arrival, None))
-                if self._stopped:
-                    arrivals.close()
-                    return
-        except BaseException as error:  # raised again where the answers are read
-            failure = error
-        self._items.put((None, failure))
+    times = np.array(parts[2], np.float64) if len(parts) == 3 else np.full(count, due)
+    if times.shape != (count,) or np.isnan(times).any():
+        raise ValueError(f'due: got shape {times.shape} for {count} images; give one time per image, not NaN')
+    return ids, images, times

@@ -1,13 +1,9 @@
 """AlexNet for 32 × 32 colour images, with two side branches."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 
 from branchy_jax.models.layers import check_images, check_placement, flatten, local_response_normalization, max_pool
 from branchy_jax.types import Array
@@ -29,7 +25,6 @@ class AlexNet(nn.Module):
         image_shape: ``(H, W, C)``; ``None`` takes images of any size.
         placement: ``'text'``, ``'released'`` or ``'tuned'``.
         dtype: of the computation; parameters and logits are float32.
-        convolution: drop-in for `jax.lax.conv_general_dilated`.
 
     References:
         BranchyNet, 2016, section IV-A and Figure 1; released code.
@@ -39,7 +34,6 @@ class AlexNet(nn.Module):
     image_shape: tuple[int, int, int] | None = (32, 32, 3)
     placement: str = 'text'
     dtype: jnp.dtype = jnp.float32
-    convolution: Callable[..., Array] = lax.conv_general_dilated
 
     def __post_init__(self) -> None:
         check_placement(self.placement, ('text', 'released', 'tuned'))
@@ -49,7 +43,7 @@ class AlexNet(nn.Module):
     def __call__(self, images: Array, train: bool = False, frozen_trunk: bool = False) -> tuple[Array, ...]:
         """Computes logits ``[B, K]`` of three exits from float ``images [B, H, W, C]``."""
         check_images(images, self.image_shape)
-        conv = functools.partial(nn.Conv, dtype=self.dtype, conv_general_dilated=self.convolution)
+        conv = functools.partial(nn.Conv, dtype=self.dtype)
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         released = self.placement == 'released'
 
@@ -58,8 +52,8 @@ class AlexNet(nn.Module):
         conv2 = conv(64, (5, 5), padding=2, name='conv2')(pooled1)
         pooled2 = _activate(conv2)
         conv3 = conv(96, (3, 3), padding=1, name='conv3')(pooled2)
-        early = self._branch1(_activate(conv2) if released else pooled1)
-        middle = self._branch2(_activate(conv3) if released else pooled2)
+        early = self._branch('exit1', _activate(conv2) if released else pooled1, strides=(1 if released else 2, 1))
+        middle = self._branch('exit2', _activate(conv3) if released else pooled2, strides=(1,))
 
         x: Array = nn.relu(conv(96, (3, 3), padding=1, name='conv4')(nn.relu(conv3)))
         x = nn.relu(conv(64, (3, 3), padding=1, name='conv5')(x))
@@ -69,19 +63,12 @@ class AlexNet(nn.Module):
         x = drop(name='dropout2')(nn.relu(dense(128, name='fc2')(x)))
         return early, middle, dense(self.num_classes, name='fc3')(x)
 
-    def _branch1(self, x: Array) -> Array:
-        x = nn.relu(self._branch_conv('exit1_conv1')(x))
-        x = nn.relu(self._branch_conv('exit1_conv2', strides=1)(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name='exit1_fc')(flatten(_pool(x)))
-
-    def _branch2(self, x: Array) -> Array:
-        x = nn.relu(self._branch_conv('exit2_conv1', strides=1)(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name='exit2_fc')(flatten(_pool(x)))
-
-    def _branch_conv(self, name: str, strides: int | None = None) -> nn.Module:
-        features, default_strides = {'text': (32, 2), 'released': (32, 1), 'tuned': (64, 2)}[self.placement]
-        conv = functools.partial(nn.Conv, dtype=self.dtype, conv_general_dilated=self.convolution)
-        return conv(features, (3, 3), strides=strides or default_strides, padding=1, name=name)
+    def _branch(self, name: str, x: Array, strides: tuple[int, ...]) -> Array:
+        features = 64 if self.placement == 'tuned' else 32
+        for n, stride in enumerate(strides, 1):
+            conv = nn.Conv(features, (3, 3), stride, padding=1, dtype=self.dtype, name=f'{name}_conv{n}')
+            x = nn.relu(conv(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name=f'{name}_fc')(flatten(_pool(x)))
 
 
 def _activate(x: Array) -> Array:

@@ -1,6 +1,4 @@
-"""`attach`: exits on a network that is left as it is. `from_nnx`: an NNX module that returns all logits, as a model."""
-
-from __future__ import annotations
+"""`attach`: exits on a network that is left as it is."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +10,7 @@ from flax import nnx
 
 from branchy_jax import calling, program
 from branchy_jax.jaxprs import flatten, variables_of
-from branchy_jax.models.capture import LinenNetwork, NnxNetwork, collection_names
+from branchy_jax.models.capture import LinenNetwork, NnxNetwork, Values, from_nnx
 from branchy_jax.types import Array, Variables
 
 _RESULT = ''
@@ -37,127 +35,59 @@ class DenseHead(nn.Module):
         return jax.image.resize(nn.Dense(classes)(activation), (activation.shape[0], *self.shape), 'bilinear')
 
 
-class FunctionHead(nn.Module):
-    """A head without parameters.
-
-    Attributes:
-        function: of the activation.
-    """
-
-    function: Any
-
-    def __call__(self, activation: Any) -> Any:
-        """Applies the function."""
-        return self.function(activation)
-
-
-def from_nnx(module: nnx.Module) -> NnxNetwork:
-    """Gives an NNX module that returns the logits of every exit the methods ``init`` and ``apply``.
-
-    Args:
-        module: an NNX module with its weights; its call returns a tuple of logits, earliest exit first.
-
-    Returns:
-        A model. ``init`` returns the module's current weights and statistics; dropout follows the key of each step.
-
-    Raises:
-        ValueError: not an NNX module.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> class Net(nnx.Module):
-        ...     def __init__(self, rngs):
-        ...         self.first, self.early, self.last = (nnx.Linear(4, n, rngs=rngs) for n in (4, 3, 3))
-        ...     def __call__(self, x):
-        ...         x = nnx.relu(self.first(x))
-        ...         return self.early(x), self.last(x)
-        >>> model = from_nnx(Net(nnx.Rngs(0)))
-        >>> variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
-        >>> [logits.shape for logits in model.apply(variables, jnp.ones((2, 4)))]
-        [(2, 3), (2, 3)]
-    """
-    if not isinstance(module, nnx.Module):
-        raise ValueError(f'module: got {type(module).__name__}; give an NNX module')
-    return NnxNetwork.of(module)
-
-
 @dataclasses.dataclass(frozen=True)
-class Attached:
+class Attached(calling.Model):
     """A network with heads at places inside it: what `attach` returns. A model with ``init`` and ``apply``.
+
+    ``init`` returns the network's variables, an NNX network's being its current weights, and fresh heads. Inputs of
+    another shape or type than the network was attached with raise ValueError.
 
     Attributes:
         network: the network.
-        heads: place to head, in the order of computation; the last place is the network's result.
+        heads: place to head, a module or a function, in the order of computation; the last place is the network's
+            result, and its head may be ``None``.
         inputs: shapes and dtypes of one set of inputs.
     """
 
     network: LinenNetwork | NnxNetwork
-    heads: tuple[tuple[str, nn.Module], ...]
+    heads: tuple[tuple[str, Any], ...]
     inputs: Any
 
-    def init(self, key: Any, *inputs: Any) -> Variables:
-        """Returns the network's variables, an NNX network's being its current weights, and fresh heads."""
-        given = calling.one_input(inputs)
-        calling.check_inputs(given, self.inputs)
+    def _init(self, key: Any, inputs: Any) -> Variables:
+        calling.check_inputs(inputs, self.inputs)
         keys = jax.random.split(key, len(self.heads) + 1)
-        variables = self.network.init(keys[0], given)
-        run = self.network.run(variables, given, self._places())
-        collections = {collection: dict(values) for collection, values in variables.items()}
-        for (place, head), own in zip(self.heads, keys[1:], strict=True):
-            for collection, values in calling.init(head, own, (run.activation(place),)).items():
-                collections.setdefault(collection, {})[_head_name(place)] = values
+        variables = self.network.init(keys[0], inputs)
+        values, _ = self.network.run(variables, inputs, calling.Mode())
+        collections = {collection: dict(leaves) for collection, leaves in variables.items()}
+        for (place, head), head_key in zip(self.heads, keys[1:], strict=True):
+            own = calling.init(head, head_key, values[place]) if isinstance(head, nn.Module) else {}
+            for collection, leaves in own.items():
+                collections.setdefault(collection, {})[_head_name(place)] = leaves
         return collections
 
-    def apply(
-        self,
-        variables: Variables,
-        *inputs: Any,
-        train: bool = False,
-        frozen_trunk: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
-        mutable: Any = False,
-    ) -> Any:
-        """Computes the logits of every exit, as `flax.linen.Module.apply` would.
-
-        Args:
-            variables: of the network and of the heads.
-            *inputs: of the network.
-            train: whether dropout drops and BatchNorm uses the batch's statistics.
-            frozen_trunk: keeps the network in evaluation mode while the side heads train.
-            rngs: ``{'dropout': key}``, where anything drops.
-            mutable: names of collections to update.
-
-        Raises:
-            ValueError: inputs of another shape or type than the network was attached with.
-        """
-        given = calling.one_input(inputs)
-        calling.check_inputs(given, self.inputs)
-        collections = collection_names(mutable, variables)
-        key = None if rngs is None else rngs.get('dropout')
-        keys: Any = [None] * (len(self.heads) + 1) if key is None else jax.random.split(key, len(self.heads) + 1)
-        own = self._split(variables)
-        learns = train and not frozen_trunk
-        run = self.network.run(own, given, self._places(), train=learns, key=keys[0], mutable=collections)
-        updates = {name: {**variables.get(name, {}), **run.updates.get(name, {})} for name in collections}
+    def _run(self, variables: Variables, inputs: Any, mode: calling.Mode) -> tuple[Any, Variables]:
+        calling.check_inputs(inputs, self.inputs)
+        rngs: Any = [{}] * (len(self.heads) + 1)
+        if 'dropout' in mode.rngs:
+            rngs = [{'dropout': key} for key in jax.random.split(mode.rngs['dropout'], len(rngs))]
+        trunk = calling.Mode(mode.train and not mode.frozen_trunk, False, rngs[0], mode.mutable)
+        values, changed = self.network.run(variables, inputs, trunk)
+        updates = {name: {**variables.get(name, {}), **changed.get(name, {})} for name in mode.mutable}
         logits = []
-        for (place, head), head_key in zip(self.heads, keys[1:], strict=True):
-            name = _head_name(place)
-            value, changed = calling.apply_linen(
-                head,
-                {collection: values[name] for collection, values in variables.items() if name in values},
-                (run.activation(place),),
-                train=learns if place == _RESULT else train,
-                rngs=None if head_key is None else {'dropout': head_key},
-                mutable=collections,
-            )
-            if not hasattr(value, 'shape'):
-                raise ValueError(f'exits[{place!r}]: a head returns one array of logits, got {type(value).__name__}')
+        for (place, head), own_rngs in zip(self.heads, rngs[1:], strict=True):
+            if not isinstance(head, nn.Module):
+                logits.append(values[place][0] if head is None else head(values[place][0]))
+                continue
+            name, train = _head_name(place), mode.train if place else trunk.train
+            own = {collection: leaves[name] for collection, leaves in variables.items() if name in leaves}
+            options = {'train': train, 'rngs': own_rngs, 'mutable': list(mode.mutable)}
+            value, changed = calling.apply_linen(head, own, values[place], **options)
             logits.append(value)
-            for collection, values in changed.items():
-                updates[collection][name] = values
-        return calling.as_logits(logits) if mutable is False else (calling.as_logits(logits), updates)
+            for collection, leaves in changed.items():
+                updates[collection][name] = leaves
+        return logits, updates
 
-    def without_weights(self) -> Attached:
+    def without_weights(self) -> 'Attached':
         """Returns the model without the arrays that `init` returns: executors keep this."""
         return dataclasses.replace(self, network=calling.without_weights(self.network))
 
@@ -170,16 +100,9 @@ class Attached:
         Returns:
             For a Linen network what its ``apply`` takes; for an NNX network a state for `flax.nnx.update`.
         """
-        return self.network.trained(self._split(variables))
-
-    def _places(self) -> tuple[str, ...]:
-        return tuple(place for place, _ in self.heads[:-1])
-
-    def _split(self, variables: Variables) -> Variables:
-        """Returns the network's own variables."""
         heads = {_head_name(place) for place, _ in self.heads}
         own = {c: {name: v for name, v in values.items() if name not in heads} for c, values in variables.items()}
-        return {collection: values for collection, values in own.items() if values}
+        return self.network.trained({collection: values for collection, values in own.items() if values})
 
 
 def attach(network: nn.Module | nnx.Module, exits: Mapping[str, Any] | Sequence[str], *, inputs: Any) -> Attached:
@@ -221,54 +144,49 @@ def attach(network: nn.Module | nnx.Module, exits: Mapping[str, Any] | Sequence[
         raise ValueError(f'network: got {type(network).__name__}; give a Flax Linen or NNX module')
     if isinstance(exits, str):
         raise ValueError(f'exits: got {exits!r}; give a list of places')
-    whole = LinenNetwork(network) if isinstance(network, nn.Module) else NnxNetwork.of(network)
+    whole = LinenNetwork(network) if isinstance(network, nn.Module) else from_nnx(network)
     heads = dict(exits) if isinstance(exits, Mapping) else dict.fromkeys(exits)
     last = heads.pop(_RESULT, None)
     specs = calling.with_batch(inputs, 2)
     variables = jax.eval_shape(whole.init, jax.random.key(0), specs)
-    passed, result = _activations(whole, variables, specs)
+    passed = _passed(whole, variables, specs)
+    result = passed.pop(_RESULT)[0]
     _check_places(heads, passed)
-    named = []
-    for place in passed:
-        if place in heads:
-            head = heads[place]
-            named.append((place, _default(place, passed[place][0], result) if head is None else _as_module(head)))
-    named.append((_RESULT, FunctionHead(_as_it_is) if last is None else _as_module(last)))
+    for place, head in heads.items():
+        if head is None:
+            heads[place] = _default(place, passed[place][0], result)
+        elif not callable(head):
+            raise ValueError(f'exits: got a head of type {type(head).__name__}; give a Linen module or a function')
+    named = (*((place, heads[place]) for place in passed if place in heads), (_RESULT, last))
     taken = {_head_name(place) for place, _ in named} & {name for values in variables.values() for name in values}
     if taken:
         raise ValueError(f'network: already has a module {sorted(taken)[0]!r}, which is to be the name of a head')
-    attached = Attached(whole, tuple(named), calling.with_batch(inputs, 1))
+    attached = Attached(whole, named, calling.with_batch(inputs, 1))
     # Traced once with its heads, so that a fault shows now.
-    stages = program.stages(attached, jax.eval_shape(attached.init, jax.random.key(0), specs), specs)
-    if stages.num_exits != len(named):
-        raise ValueError(f'network: returns logits of {stages.num_exits} exits for {len(named)} heads')
+    program.stages(attached, jax.eval_shape(attached.init, jax.random.key(0), specs), specs)
     return attached
 
 
-def _activations(whole: LinenNetwork | NnxNetwork, variables: Any, specs: Any) -> tuple[dict[str, Any], Any]:
-    """Returns shapes of the values at all places, in the order of computation, and of the result.
-
-    Only places whose values are arrays count.
-    """
+def _passed(whole: LinenNetwork | NnxNetwork, variables: Any, specs: Any) -> Values:
+    """Returns shapes of the values at all places where they are arrays, in the order of computation."""
 
     def everything(variables: Variables, inputs: Any) -> Any:
-        run = whole.run(variables, inputs, None)
-        return {place: values for place, values in run.at.items() if place and _are_arrays(values)}, run.output
+        values, _ = whole.run(variables, inputs, calling.Mode())
+        return {
+            place: several
+            for place, several in values.items()
+            if place == _RESULT or all(hasattr(leaf, 'dtype') for leaf in jax.tree.leaves(several))
+        }
 
     closed, shapes = jax.make_jaxpr(everything, return_shape=True)(variables, specs)
     flat = flatten(closed)
     producer = {v: n for n, equation in enumerate(flat.equations, 1) for v in equation.outvars}
-    values, _ = jax.tree.unflatten(jax.tree.structure(shapes), flat.outputs)
-    computed = {
-        place: max((producer.get(v, 0) for v in variables_of(jax.tree.leaves(value))), default=0)
-        for place, value in values.items()
-    }
-    at, result = shapes
-    return {place: at[place] for place in sorted(at, key=computed.__getitem__)}, result
+    values = jax.tree.unflatten(jax.tree.structure(shapes), flat.outputs)
 
+    def computed(place: str) -> int:
+        return max((producer.get(v, 0) for v in variables_of(jax.tree.leaves(values[place]))), default=0)
 
-def _are_arrays(values: Any) -> bool:
-    return all(hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') for leaf in jax.tree.leaves(values))
+    return {place: shapes[place] for place in sorted(shapes, key=computed)}
 
 
 def _check_places(places: Iterable[str], passed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -280,21 +198,7 @@ def _check_places(places: Iterable[str], passed: Mapping[str, tuple[Any, ...]]) 
         if place not in passed:
             raise ValueError(f'exits: the network passes no {place!r}; it passes {", ".join(map(repr, passed))}')
         if len(passed[place]) > 1:
-            raise ValueError(
-                f'exits: the network passes {place!r} {len(passed[place])} times; choose a place passed once'
-            )
-
-
-def _as_module(head: Any) -> nn.Module:
-    if isinstance(head, nn.Module):
-        return head
-    if callable(head):
-        return FunctionHead(head)
-    raise ValueError(f'exits: got a head of type {type(head).__name__}; give a Linen module, a function or None')
-
-
-def _as_it_is(result: Any) -> Any:
-    return result
+            raise ValueError(f'exits: the network passes {place!r} {len(passed[place])} times; choose another place')
 
 
 def _default(place: str, activation: Any, output: Any) -> nn.Module:

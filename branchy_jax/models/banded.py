@@ -4,8 +4,6 @@ XLA:CPU's convolution costs the same for one channel as for sixteen. With few ch
 banded matrix are cheaper, though some of its entries are zero: five times faster for LeNet's first convolution.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,11 +21,9 @@ def banded_convolution(
     window_strides: tuple[int, int],
     padding: Any,
     *,
-    lhs_dilation: tuple[int, int] = (1, 1),
-    rhs_dilation: tuple[int, int] = (1, 1),
-    dimension_numbers: Any = DIMENSION_NUMBERS,
-    feature_group_count: int = 1,
     precision: lax.PrecisionLike = None,
+    dimension_numbers: Any = DIMENSION_NUMBERS,
+    **others: Any,
 ) -> Array:
     """Convolves by a banded matrix product; a drop-in for `jax.lax.conv_general_dilated` on images.
 
@@ -39,11 +35,9 @@ def banded_convolution(
         kernel: ``[kh, kw, I, O]``.
         window_strides: vertical and horizontal stride.
         padding: ``'SAME'``, ``'VALID'`` or ``((top, bottom), (left, right))``.
-        lhs_dilation: must be 1.
-        rhs_dilation: must be 1.
-        dimension_numbers: must mean NHWC, HWIO, NHWC.
-        feature_group_count: must be 1.
         precision: of the matrix product.
+        dimension_numbers: must mean NHWC, HWIO, NHWC.
+        **others: dilations and numbers of groups, which must be 1.
 
     Returns:
         ``[B, H', W', O]``.
@@ -53,11 +47,10 @@ def banded_convolution(
     """
     numbers = lax.conv_dimension_numbers(inputs.shape, kernel.shape, dimension_numbers)
     plain = lax.conv_dimension_numbers(inputs.shape, kernel.shape, DIMENSION_NUMBERS)
-    dilations = (*(lhs_dilation or ()), *(rhs_dilation or ()))
-    if numbers != plain or feature_group_count != 1 or any(dilation != 1 for dilation in dilations):
+    if numbers != plain or any(value is not None and np.any(np.not_equal(value, 1)) for value in others.values()):
         raise ValueError(
             'banded_convolution: only undilated, ungrouped NHWC convolutions have a banded form; got '
-            f'{dimension_numbers=}, {feature_group_count=}, {lhs_dilation=}, {rhs_dilation=}'
+            f'dimension_numbers={dimension_numbers}, {others}'
         )
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], window_strides, padding)

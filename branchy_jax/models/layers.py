@@ -1,16 +1,13 @@
 """The few layers that the paper's networks need and Flax does not have."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from branchy_jax import calling
 from branchy_jax.types import Array
 
 
@@ -24,17 +21,7 @@ def check_images(images: Array, image_shape: tuple[int, int, int] | None) -> Non
     Raises:
         ValueError: another rank, size or kind of dtype; the message says what arrived and what to do.
     """
-    expected = ', '.join(('B', *('HWC' if image_shape is None else map(str, image_shape))))
-    if not hasattr(images, 'shape') or images.ndim != 4:
-        arrived = f'shape {tuple(images.shape)}' if hasattr(images, 'shape') else type(images).__name__
-        raise ValueError(
-            f'images: expected [{expected}], got {arrived}; add or drop axes, a single image needs a leading batch '
-            'axis of 1'
-        )
-    if image_shape is not None and tuple(images.shape[1:]) != tuple(image_shape):
-        raise ValueError(f'images: expected [{expected}], got shape {tuple(images.shape)}; resize or pad them')
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f'images: expected a float dtype, got {images.dtype}; normalise them first')
+    calling.check_array('images', images, image_shape or 'HWC', jnp.dtype('float32'))
 
 
 def check_placement(placement: str, known: tuple[str, ...]) -> None:
@@ -99,36 +86,21 @@ def depth_to_space(x: Array, *, size: int) -> Array:
     return x.reshape(batch, height * size, width * size, channels // size**2)
 
 
-def global_average_pool(x: Array) -> Array:
-    """Averages over the image: ``[B, H, W, C] → [B, C]``."""
-    return x.mean(axis=(1, 2))
-
-
-def local_response_normalization(
-    x: Array, *, size: int = 3, alpha: float = 5e-5, beta: float = 0.75, k: float = 2.0
-) -> Array:
+def local_response_normalization(x: Array) -> Array:
     r"""Divides each activation by a power of its neighbours' energy across channels.
 
-    .. math:: y_c = x_c \left(k + \alpha \sum_{|d| \le \lfloor size / 2 \rfloor} x_{c + d}^2\right)^{-\beta}
+    .. math:: y_c = x_c \left(2 + \alpha (x_{c - 1}^2 + x_c^2 + x_{c + 1}^2)\right)^{-3/4}, \alpha = 5 \cdot 10^{-5}
 
     Args:
         x: ``[..., C]``.
-        size: number of channels summed over, odd.
-        alpha: weight of the sum (not divided by ``size``).
-        beta: exponent.
-        k: offset.
 
     References:
         Krizhevsky et al., ImageNet Classification with Deep CNNs, 2012, section 3.3; constants of the released
         B-AlexNet.
     """
-    half = size // 2
-    squares = jnp.pad(jnp.square(x), [(0, 0)] * (x.ndim - 1) + [(half, half)])
-    energy = sum(squares[..., shift : shift + x.shape[-1]] for shift in range(size))
-    scale = k + alpha * energy
-    if beta == 0.75:  # a general power costs a CPU as much as a convolution of few channels
-        return x / jnp.sqrt(scale * jnp.sqrt(scale))
-    return x * scale**-beta
+    squares = jnp.pad(jnp.square(x), [(0, 0)] * (x.ndim - 1) + [(1, 1)])
+    scale = 2.0 + 5e-5 * (squares[..., :-2] + squares[..., 1:-1] + squares[..., 2:])
+    return x / jnp.sqrt(scale * jnp.sqrt(scale))  # a general power costs a CPU as much as a small convolution
 
 
 def conv_norm_relu(x: Array, features: int, name: str, *, train: bool, dtype: Any, **options: Any) -> Array:
@@ -155,7 +127,6 @@ class ResidualBlock(nn.Module):
         features: output channels.
         stride: stride of the first convolution.
         dtype: of the computation; parameters are float32.
-        convolution: drop-in for `jax.lax.conv_general_dilated`.
 
     References:
         He et al., Deep Residual Learning, 2016, section 4.2, option A.
@@ -164,21 +135,13 @@ class ResidualBlock(nn.Module):
     features: int
     stride: int = 1
     dtype: jnp.dtype = jnp.float32
-    convolution: Callable[..., Array] = lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Maps ``[B, H, W, C]`` to ``[B, ceil(H / stride), ceil(W / stride), features]``."""
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         conv = functools.partial(
-            nn.Conv,
-            self.features,
-            (3, 3),
-            padding=1,
-            use_bias=False,
-            kernel_init=he_normal,
-            dtype=self.dtype,
-            conv_general_dilated=self.convolution,
+            nn.Conv, self.features, (3, 3), padding=1, use_bias=False, kernel_init=he_normal, dtype=self.dtype
         )
         y = nn.relu(norm(name='norm1')(conv(strides=self.stride, name='conv1')(x)))
         y = norm(name='norm2')(conv(name='conv2')(y))

@@ -1,7 +1,5 @@
 """LeNet-5 for 28 × 28 digits, with one side branch."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

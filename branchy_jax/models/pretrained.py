@@ -1,11 +1,8 @@
 """Trained networks with the settings they run at: in the package, in a folder, or on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,13 @@ from flax import struct
 
 from branchy_jax import calling
 from branchy_jax.checkpoint import load_weights, save_weights, write_atomically
-from branchy_jax.criteria import decode_policy, encode_policy
+from branchy_jax.criteria.policy import decode_policy, encode_policy
 from branchy_jax.models.registry import create
 from branchy_jax.types import Array, Normalization, OperatingPoint, Variables
 
 _FORMAT = '1'
 _FILE = 'model.safetensors'
+_WEIGHTS = Path(__file__).parent / 'weights'
 
 
 @struct.dataclass
@@ -51,8 +49,8 @@ class Pretrained:
 
 def pretrained_names() -> tuple[tuple[str, str], ...]:
     """Returns the network and the data set of all weights that ship with the package."""
-    files = sorted(path.name for path in _folder().iterdir() if path.name.endswith('.safetensors'))
-    return tuple(tuple(name.removesuffix('.safetensors').rsplit('@', 1)) for name in files)
+    stems = [path.stem.rpartition('@') for path in sorted(_WEIGHTS.glob('*.safetensors'))]
+    return tuple((network, dataset) for network, _, dataset in stems)
 
 
 def load_pretrained(network: Path | str, *, dataset: str | None = None, revision: str | None = None) -> Pretrained:
@@ -85,12 +83,11 @@ def load_pretrained(network: Path | str, *, dataset: str | None = None, revision
             f'network: no weights of {str(network)!r} on {dataset!r}; there are {known}, any folder that '
             "save_pretrained wrote, and 'owner/name' on the hub"
         )
-    with resources.as_file(_folder() / f'{network}@{dataset}.safetensors') as path:
-        return read_pretrained(path)
+    return read_pretrained(_WEIGHTS / f'{network}@{dataset}.safetensors')
 
 
 def read_pretrained(path: Path | str) -> Pretrained:
-    """Reads a file that `write_pretrained` wrote.
+    """Reads the file of weights that `save_pretrained` wrote.
 
     Raises:
         ValueError: not such a file, or written by a newer version.
@@ -157,20 +154,35 @@ def save_pretrained(
     model = create(network, **options)
     if not operating_points:
         raise ValueError('operating_points: got none; give at least one, as ExitTable.screen().knee() finds it')
-    image_shape = getattr(getattr(model, 'model', model), 'image_shape', None)
-    if image_shape is None:
+    options['image_shape'] = getattr(model, 'model', model).image_shape
+    if options['image_shape'] is None:
         raise ValueError(f"options: {network!r} needs an 'image_shape' here")
-    images = jnp.zeros((1, *image_shape))
+    images = jnp.zeros((1, *options['image_shape']))
     expected = jax.eval_shape(lambda key: calling.init(model, key, images), jax.random.key(0))
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
         raise ValueError(f'variables: are not those of {network!r} with {options}; give options as to create')
-    stored = {**options, 'image_shape': list(image_shape)}
-    if 'dtype' in stored:
-        stored['dtype'] = str(jnp.dtype(stored['dtype']))
+    record = {
+        **card,
+        'network': network,
+        'options': {name: str(value) if name == 'dtype' else value for name, value in options.items()},
+        'operating_points': [_stored(point) for point in operating_points],
+    }
+    metadata = {'format': _FORMAT, 'card': json.dumps(record, allow_nan=False)}
+    stored = {**variables, 'normalization': {'mean': normalization.mean, 'deviation': normalization.deviation}}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    write_pretrained(path / _FILE, network, stored, variables, normalization, operating_points, card)
+    save_weights(path / _FILE, stored, metadata=metadata)
     write_atomically(path / 'README.md', lambda temporary: temporary.write_text(_readme(network, card)))
+
+
+def _stored(point: OperatingPoint) -> dict[str, Any]:
+    return {
+        **encode_policy(point.policy),
+        'accuracy': float(point.accuracy),
+        'split': point.split,
+        'exit_fractions': np.asarray(point.exit_fractions).tolist(),
+        'cost': float(point.cost),
+    }
 
 
 def _readme(network: str, card: Mapping[str, Any]) -> str:
@@ -186,9 +198,7 @@ library_name: branchy_jax
 ```python
 import branchy_jax as bj
 weights = bj.models.load_pretrained('owner/name')  # this repository, or the folder
-answer = bj.inference.staged(weights.model)(
-    weights.variables, weights.normalize(image), weights.operating_points[0]
-)
+answer = bj.inference.staged(weights.model)(weights.variables, weights.normalize(image), weights.operating_points[0])
 ```
 """
 
@@ -209,54 +219,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     return path
 
 
-def write_pretrained(
-    path: Path | str,
-    network: str,
-    options: Mapping[str, Any],
-    variables: Variables,
-    normalization: Normalization,
-    operating_points: Sequence[OperatingPoint],
-    card: Mapping[str, Any],
-) -> None:
-    """Writes a trained network with its settings as one safetensors file.
-
-    Args:
-        path: the file to write.
-        network: name for `create`.
-        options: for `create`.
-        variables: its weights.
-        normalization: that it was trained with.
-        operating_points: the first is the one to report.
-        card: data set, accuracy of each exit, recipe, licence: whatever JSON holds.
-    """
-    record = {
-        **card,
-        'network': network,
-        'options': dict(options),
-        'operating_points': [
-            {
-                **encode_policy(point.policy),
-                'accuracy': float(point.accuracy),
-                'split': point.split,
-                'exit_fractions': np.asarray(point.exit_fractions).tolist(),
-                'cost': float(point.cost),
-            }
-            for point in operating_points
-        ],
-    }
-    stored = {**variables, 'normalization': {'mean': normalization.mean, 'deviation': normalization.deviation}}
-    save_weights(path, stored, metadata={'format': _FORMAT, 'card': json.dumps(record, allow_nan=False)})
-
-
-def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `create` takes of options as JSON holds them."""
-    options = dict(stored)
-    if 'image_shape' in options:
-        options['image_shape'] = tuple(options['image_shape'])
-    if 'dtype' in options:
-        options['dtype'] = jnp.dtype(options['dtype'])
-    return options
-
-
-def _folder() -> Any:
-    return resources.files('branchy_jax.models') / 'weights'
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options as `create` takes them, whether JSON held them or not."""
+    kinds: dict[str, Any] = {'image_shape': tuple, 'dtype': jnp.dtype}
+    return {n: kinds[n](value) if n in kinds and value is not None else value for n, value in given.items()}

@@ -1,7 +1,5 @@
 """Networks by name, for command lines and for the names of published weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any

@@ -1,14 +1,10 @@
 """ResNet for 32 × 32 images at any depth 6n + 2, with two or three side branches."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 
 from branchy_jax.models.layers import (
     ResidualBlock,
@@ -16,7 +12,6 @@ from branchy_jax.models.layers import (
     check_placement,
     conv_norm_relu,
     flatten,
-    global_average_pool,
     he_normal,
     local_response_normalization,
 )
@@ -41,7 +36,6 @@ class ResNet(nn.Module):
         image_shape: ``(H, W, C)``; ``None`` takes images of any size.
         placement: ``'text'``, ``'released'`` or ``'tuned'``.
         dtype: of the computation; parameters, BatchNorm statistics and logits are float32.
-        convolution: drop-in for `jax.lax.conv_general_dilated`.
 
     References:
         He et al., Deep Residual Learning, 2016, section 4.2. BranchyNet, 2016, section IV-A; released code.
@@ -52,7 +46,6 @@ class ResNet(nn.Module):
     image_shape: tuple[int, int, int] | None = (32, 32, 3)
     placement: str = 'text'
     dtype: jnp.dtype = jnp.float32
-    convolution: Callable[..., Array] = lax.conv_general_dilated
 
     def __post_init__(self) -> None:
         if self.depth < 8 or (self.depth - 2) % 6:
@@ -73,10 +66,10 @@ class ResNet(nn.Module):
         for n in range(1, 3 * blocks + 1):
             group = (n - 1) // blocks
             stride = 2 if group > 0 and (n - 1) % blocks == 0 else 1
-            x = self._block(16 * 2**group, f'block{n}', stride=stride)(x, learns)
+            x = ResidualBlock(16 * 2**group, stride, self.dtype, name=f'block{n}')(x, learns)
             for _ in range(self.branches_after().count(n)):  # of few blocks, one may have several branches
                 logits.append(self._head(len(logits) + 1, x, train))
-        x = flatten(nn.avg_pool(x, (6, 6))) if released else global_average_pool(x)
+        x = flatten(nn.avg_pool(x, (6, 6))) if released else x.mean((1, 2))
         return *logits, self._classify('fc')(x)
 
     def branches_after(self) -> tuple[int, ...]:
@@ -87,7 +80,8 @@ class ResNet(nn.Module):
 
     def _head(self, n: int, x: Array, train: bool) -> Array:
         if self.placement == 'released':
-            return self._classify('exit2_fc')(flatten(self._block(16, 'exit2_block1')(x, train)))
+            x = ResidualBlock(16, dtype=self.dtype, name='exit2_block1')(x, train)
+            return self._classify('exit2_fc')(flatten(x))
         features, strides = {
             'text': (((32, 32, 64), 2), ((32, 64), 2)),
             'tuned': (((32, 64, 64), 2), ((64, 64), 1), ((64, 64), 1)),
@@ -95,23 +89,17 @@ class ResNet(nn.Module):
         for i, width in enumerate(features, 1):
             stride = 2 if i <= strides else 1
             x = self._conv(x, width, f'exit{n}_conv{i}', train=train, strides=stride, padding=1)
-        return self._classify(f'exit{n}_fc')(global_average_pool(x))
+        return self._classify(f'exit{n}_fc')(x.mean((1, 2)))
 
     def _released_head1(self, x: Array) -> Array:
-        conv = functools.partial(
-            nn.Conv, kernel_init=he_normal, dtype=self.dtype, conv_general_dilated=self.convolution
-        )
+        conv = functools.partial(nn.Conv, kernel_init=he_normal, dtype=self.dtype)
         x = local_response_normalization(nn.relu(conv(64, (5, 5), padding=2, name='exit1_conv1')(x)))
         x = nn.relu(conv(32, (3, 3), padding=1, name='exit1_conv2')(x))
         x = nn.relu(conv(32, (3, 3), padding=1, name='exit1_conv3')(x))
         return self._classify('exit1_fc')(flatten(x))
 
     def _conv(self, x: Array, features: int, name: str, **options: Any) -> Array:
-        options = {'kernel_init': he_normal, 'conv_general_dilated': self.convolution, **options}
-        return conv_norm_relu(x, features, name, dtype=self.dtype, **options)
-
-    def _block(self, features: int, name: str, stride: int = 1) -> ResidualBlock:
-        return ResidualBlock(features, stride, self.dtype, self.convolution, name=name)
+        return conv_norm_relu(x, features, name, dtype=self.dtype, kernel_init=he_normal, **options)
 
     def _classify(self, name: str) -> nn.Dense:
         return nn.Dense(self.num_classes, dtype=self.dtype, name=name)

@@ -1,9 +1,7 @@
 """Some of a network's exits: the same trunk, the same names of parameters."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -11,15 +9,16 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from branchy_jax import calling, program
-from branchy_jax.types import Variables, num_rows
-
-Keys = tuple[str, ...]
-"""The names that lead to a leaf of the variables."""
+from branchy_jax.types import Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectedExits:
+class SelectedExits(calling.Model):
     """A model with some of its exits.
+
+    ``init`` returns the leaves that the chosen exits read, as the whole model would make them. ``apply`` accepts larger
+    trees, such as the variables of all exits. It fills leaves that no chosen exit reads with zeros, drops their
+    updates, and raises ValueError where ``variables`` lacks a leaf that a chosen exit reads.
 
     Attributes:
         model: the model with all exits.
@@ -29,57 +28,47 @@ class SelectedExits:
     model: Any
     indices: tuple[int, ...] | None
 
-    def init(self, key: Any, *inputs: Any) -> Variables:
-        """Returns fresh variables: the leaves that the chosen exits read, as ``model.init`` would make them."""
-        given = calling.one_input(inputs)
-        variables = calling.init(self.model, key, given)
-        _, needed = self._needed(variables, given)
-        return _filtered(variables, needed)
-
-    def apply(self, variables: Variables, *inputs: Any, mutable: Any = False, **mode: Any) -> Any:
-        """Computes the logits of the chosen exits.
-
-        Args:
-            variables: those that `init` returns, or a larger tree, such as that of all exits. Leaves that no chosen
-                exit reads are filled with zeros; their updates are dropped.
-            *inputs: of the model.
-            mutable: collections to update.
-            **mode: ``train``, ``frozen_trunk`` and ``rngs``, as for `branchy_jax.calling.apply`.
-
-        Raises:
-            ValueError: ``variables`` lacks a leaf that a chosen exit reads.
-        """
-        given = calling.one_input(inputs)
-        complete, num_exits = self._complete(variables, given)
-        result = calling.apply(self.model, complete, given, mutable=mutable, **mode)
-        chosen = self._indices(num_exits)
-        if mutable is False:
-            return tuple(result[n] for n in chosen)
-        logits, updates = result
-        return tuple(logits[n] for n in chosen), _filtered(updates, traverse_util.flatten_dict(variables))
-
-    def _complete(self, variables: Variables, inputs: Any) -> tuple[Variables, int]:
-        """Returns variables with zeros for the leaves that are missing, and N of the whole model."""
-        try:
-            return variables, len(program.trace(self.model, variables, inputs).outputs)
-        except ValueError:  # leaves are missing, or the variables or inputs do not fit, which shows below
-            shapes = _init_shapes(self.model, inputs)
-        num_exits, needed = self._needed(shapes, inputs)
-        with calling.explained_variables(variables):
-            return _completed(variables, shapes, needed), num_exits
-
-    def without_weights(self) -> SelectedExits:
+    def without_weights(self) -> 'SelectedExits':
         """Returns the model without arrays: executors keep this."""
         return dataclasses.replace(self, model=calling.without_weights(self.model))
 
-    def _indices(self, num_exits: int) -> tuple[int, ...]:
+    def _init(self, key: Any, inputs: Any) -> Variables:
+        variables = calling.init(self.model, key, inputs)
+        return _filtered(variables, self._read(variables, inputs))
+
+    def _run(self, variables: Variables, inputs: Any, mode: calling.Mode) -> tuple[Any, Variables]:
+        options = {**vars(mode), 'mutable': mode.mutable or False}
+        result = calling.apply(self.model, self._completed(variables, inputs), inputs, **options)
+        logits, updates = result if mode.mutable else (result, {})
+        return [logits[n] for n in self._chosen(len(logits))], _filtered(updates, _by_path(variables).keys())
+
+    def _completed(self, variables: Variables, inputs: Any) -> Variables:
+        """Returns variables with zeros for the leaves that are missing."""
+        try:
+            program.trace(self.model, variables, inputs)
+            return variables
+        except ValueError:  # leaves are missing, or the variables or inputs do not fit, which shows below
+            if not isinstance(variables, Mapping):
+                raise
+        shapes = _initialized.trace(program.Reference(self.model), jax.random.key(0), calling.specs(inputs)).out_info
+        given, read = _by_path(variables), self._read(shapes, inputs)
+
+        def complete(path: Any, spec: Any) -> Any:
+            name = jax.tree_util.keystr(path)
+            if name not in given and name in read:
+                missing = jax.tree_util.keystr(path, simple=True, separator='/')
+                raise ValueError(f'variables: have no {missing}, which a chosen exit reads; give all that init made')
+            return given[name] if name in given else jnp.zeros(spec.shape, spec.dtype)
+
+        return jax.tree_util.tree_map_with_path(complete, shapes)
+
+    def _chosen(self, num_exits: int) -> tuple[int, ...]:
         return (num_exits - 1,) if self.indices is None else calling.check_exits('indices', self.indices, num_exits)
 
-    def _needed(self, variables: Any, inputs: Any) -> tuple[int, set[Keys]]:
-        """Returns N of the whole model, and which leaves the chosen exits read."""
+    def _read(self, variables: Any, inputs: Any) -> Set[str]:
+        """Returns the paths of the leaves that the chosen exits read."""
         num_exits = len(program.trace(self.model, variables, inputs).outputs)
-        read = program.leaves_read(self.model, variables, inputs, self._indices(num_exits))
-        return num_exits, {keys for keys in traverse_util.flatten_dict(variables) if _path(keys) in read}
+        return program.leaves_read(self.model, variables, inputs, self._chosen(num_exits))
 
 
 def select_exits(model: Any, indices: Sequence[int]) -> SelectedExits:
@@ -105,8 +94,7 @@ def select_exits(model: Any, indices: Sequence[int]) -> SelectedExits:
         2
     """
     calling.check_model(model)
-    chosen = calling.check_exits('indices', indices, indices[-1] + 1 if len(indices) else 0)
-    return SelectedExits(model, chosen)
+    return SelectedExits(model, calling.check_exits('indices', indices))
 
 
 def without_branches(model: Any) -> SelectedExits:
@@ -123,34 +111,18 @@ def without_branches(model: Any) -> SelectedExits:
     return SelectedExits(model, None)
 
 
-def _init_shapes(model: Any, inputs: Any) -> Any:
-    shapes = calling.with_batch(inputs, num_rows(inputs))
-    return _initialized.trace(program.Reference(model), jax.random.key(0), shapes).out_info
-
-
 @jax.jit
 def _initialized(model: Any, key: jax.Array, inputs: Any) -> Variables:
     return calling.init(model(), key, inputs)
 
 
-def _path(keys: Keys) -> str:
-    return ''.join(f'[{key!r}]' for key in keys)
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _filtered(tree: Any, wanted: Collection[Keys]) -> Any:
-    """Returns a nested dictionary with only some of its leaves; empty dictionaries go."""
+def _filtered(tree: Any, paths: Set[str]) -> Any:
+    """Returns a nested dictionary with the leaves at some paths; empty dictionaries go."""
     flat = traverse_util.flatten_dict(tree)
-    return traverse_util.unflatten_dict({keys: value for keys, value in flat.items() if keys in wanted})
-
-
-def _completed(variables: Variables, shapes: Any, needed: set[Keys]) -> Variables:
-    given = traverse_util.flatten_dict(dict(variables))
-    for keys, spec in traverse_util.flatten_dict(shapes).items():
-        if keys in given:
-            continue
-        if keys in needed:
-            raise ValueError(
-                f'variables: have no {"/".join(keys)}, which a chosen exit reads; give what init returned, whole'
-            )
-        given[keys] = jnp.zeros(spec.shape, spec.dtype)
-    return traverse_util.unflatten_dict(given)
+    return traverse_util.unflatten_dict(
+        {k: leaf for k, leaf in flat.items() if ''.join(f'[{n!r}]' for n in k) in paths}
+    )

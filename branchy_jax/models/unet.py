@@ -1,13 +1,7 @@
 """An encoder–decoder for segmentation, with two early exits that predict masks."""
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 
 from branchy_jax.models.layers import check_images, conv_norm_relu, depth_to_space, space_to_depth
 from branchy_jax.types import Array
@@ -28,7 +22,6 @@ class UNet(nn.Module):
         patch_size: side of the pixels that are one position of the finest level.
         head_width: features of the side heads; below K plus the pixels of a patch they cannot tell all masks apart.
         dtype: of the computation; parameters and logits are float32.
-        convolution: drop-in for `jax.lax.conv_general_dilated`, for the 3 × 3 convolutions.
 
     Raises:
         ValueError: on construction, images that four levels do not divide.
@@ -49,7 +42,6 @@ class UNet(nn.Module):
     patch_size: int = 2
     head_width: int = 32
     dtype: jnp.dtype = jnp.float32
-    convolution: Callable[..., Array] = lax.conv_general_dilated
 
     def __post_init__(self) -> None:
         if self.image_shape is not None and any(length % (8 * self.patch_size) for length in self.image_shape[:2]):
@@ -77,8 +69,7 @@ class UNet(nn.Module):
 
     def _block(self, x: Array, features: int, name: str, train: bool) -> Array:
         for n in (1, 2):
-            options = {'dtype': self.dtype, 'conv_general_dilated': self.convolution}
-            x = conv_norm_relu(x, features, f'{name}_conv{n}', train=train, **options)
+            x = conv_norm_relu(x, features, f'{name}_conv{n}', train=train, dtype=self.dtype)
         return x
 
     def _up(self, coarse: Array, fine: Array, n: int, train: bool) -> Array:
@@ -92,8 +83,7 @@ class UNet(nn.Module):
         return self._unfold(nn.relu(norm(x)), f'{name}_logits')
 
     def _unfold(self, x: Array, name: str) -> Array:
-        conv = functools.partial(nn.Conv, dtype=self.dtype, conv_general_dilated=self.convolution, name=name)
-        x = conv(self.num_classes * self.patch_size**2, (1, 1))(x)
+        x = nn.Conv(self.num_classes * self.patch_size**2, (1, 1), dtype=self.dtype, name=name)(x)
         return depth_to_space(x, size=self.patch_size)
 
 

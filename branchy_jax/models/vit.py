@@ -1,7 +1,5 @@
 """A small vision transformer with an exit after any block."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

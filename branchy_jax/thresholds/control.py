@@ -5,8 +5,6 @@ settings, from leaving most to leaving least. `Controller` and `Monitor` are fro
 next state, and work under `jax.jit` and `jax.vmap`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -22,8 +20,7 @@ from branchy_jax.types import Array, ByValue, ExitPolicy
 _FEWEST_EXPECTED = 5.0  # Cochran's rule: below it, the answers of an exit scatter too unevenly for a chi-squared
 
 
-@struct.dataclass(eq=False)
-class Controller(ByValue):
+class Controller(ByValue, struct.PyTreeNode, eq=False):
     """A controller that holds a target by moving the thresholds along a path. Goes wherever a policy goes.
 
     Attributes:
@@ -55,7 +52,7 @@ class Controller(ByValue):
         position: float = 0.5,
         horizon: float = 300.0,
         largest_step: float = 0.1,
-    ) -> Controller:
+    ) -> 'Controller':
         """Creates a controller that has observed nothing yet.
 
         Args:
@@ -101,7 +98,7 @@ class Controller(ByValue):
         share = place - below
         return ExitPolicy(self.criterion, self.path[below] * (1 - share) + self.path[below + 1] * share)
 
-    def update(self, observed: Array) -> Controller:
+    def update(self, observed: Array) -> 'Controller':
         r"""Moves the thresholds after some images were answered with `policy`.
 
         .. math:: p \leftarrow \operatorname{clip}_{[0, 1]}\left(p +
@@ -137,8 +134,7 @@ def _finite_path(given: ArrayLike) -> np.ndarray:
     return np.clip(path, np.nanmin(with_nan, axis=0), np.nanmax(with_nan, axis=0))
 
 
-@struct.dataclass(eq=False)
-class Monitor(ByValue):
+class Monitor(ByValue, struct.PyTreeNode, eq=False):
     """A moving average of the shares of inputs that each exit answers, compared with the shares expected.
 
     Attributes:
@@ -156,7 +152,7 @@ class Monitor(ByValue):
     noise: Array
 
     @classmethod
-    def create(cls, expected: ArrayLike, *, memory: float = 1000.0) -> Monitor:
+    def create(cls, expected: ArrayLike, *, memory: float = 1000.0) -> 'Monitor':
         """Creates a monitor that has observed nothing yet.
 
         Args:
@@ -177,7 +173,7 @@ class Monitor(ByValue):
             raise ValueError(f'expected: got {shares.tolist()}, memory {memory}; give shares summing to 1, memory ≥ 1')
         return cls(*map(jnp.asarray, (shares, shares, np.float32(0), np.float32(memory), np.float32(1))))
 
-    def observe(self, exit_index: Array) -> Monitor:
+    def observe(self, exit_index: Array) -> 'Monitor':
         """Counts a batch of answers.
 
         Args:
@@ -192,11 +188,8 @@ class Monitor(ByValue):
         shares = jax.nn.one_hot(exit_index, len(self.expected)).mean(axis=0)
         seen = jnp.minimum(self.seen + count, jnp.maximum(self.memory, count))
         weight = count / seen
-        return self.replace(
-            shares=(1 - weight) * self.shares + weight * shares,
-            seen=seen,
-            noise=(1 - weight) ** 2 * self.noise + weight**2 / count,
-        )
+        noise = (1 - weight) ** 2 * self.noise + weight**2 / count
+        return self.replace(shares=(1 - weight) * self.shares + weight * shares, seen=seen, noise=noise)
 
     @property
     def drift(self) -> Array:

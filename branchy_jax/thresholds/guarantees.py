@@ -5,8 +5,6 @@ and took no part in training the network, fitting its criterion or building the 
 of the *distribution*; a finite test set scatters around it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +18,7 @@ from branchy_jax.thresholds.table import ExitTable, checked_arrays, checked_sett
 from branchy_jax.types import Array, ByValue, ExitPolicy
 
 
-@struct.dataclass(eq=False)
-class Guarantee(ByValue):
+class Guarantee(ByValue, struct.PyTreeNode, eq=False):
     """A policy and what is guaranteed of it. Goes wherever a policy goes.
 
     The guarantee holds for exactly this policy. A `branchy_jax.inference.plan` that skips a head, or a controller that
@@ -72,11 +69,10 @@ def losses_against_full(logits: Array, labels: Array | None = None) -> np.ndarra
     if np.ndim(logits) != 3:
         raise ValueError(f'logits: expected [N, M, K], got shape {np.shape(logits)}')
     answers = np.asarray(logits).argmax(axis=-1)
-    if labels is None:
-        return (answers != answers[-1]).astype(np.float64)
-    if np.shape(labels) != answers.shape[1:]:
-        raise ValueError(f'labels: expected {answers.shape[1]}, one per input, got shape {np.shape(labels)}')
-    right = answers == np.asarray(labels)
+    truth = answers[-1] if labels is None else np.asarray(labels)
+    if truth.shape != answers.shape[1:]:
+        raise ValueError(f'labels: expected {answers.shape[1]}, one per input, got shape {truth.shape}')
+    right = answers == truth
     return (~right & right[-1]).astype(np.float64)
 
 
@@ -110,8 +106,7 @@ def last_passed(passes: Sequence[bool] | np.ndarray) -> int:
         >>> last_passed([True, True, False, True])
         1
     """
-    passes = np.asarray(passes, bool)
-    return int(len(passes) if passes.all() else passes.argmin()) - 1
+    return int(np.argmin([*passes, False])) - 1
 
 
 PValue = Callable[..., np.ndarray]

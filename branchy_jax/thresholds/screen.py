@@ -5,8 +5,6 @@ uncertainties fall between the candidate thresholds. Counting inputs per cell of
 gives every setting of the grid together: O(M + V^(N-1)) instead of O(M V^(N-1)).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from flax import struct
 from numpy.typing import ArrayLike
@@ -17,8 +15,7 @@ from branchy_jax.types import ByValue, ExitPolicy, OperatingPoint
 _MOST_SETTINGS = 100_000  # of a default grid: evaluated within seconds
 
 
-@struct.dataclass(eq=False)
-class Screen(ByValue):
+class Screen(ByValue, struct.PyTreeNode, eq=False):
     """Settings of the thresholds and their results: points to choose from, or a curve of accuracy against cost.
 
     Attributes:
@@ -49,15 +46,10 @@ class Screen(ByValue):
 
     def point(self, index: int | np.integer) -> OperatingPoint:
         """Returns one setting as an `OperatingPoint`, with its criterion and its split."""
-        return OperatingPoint(
-            policy=ExitPolicy(self.criterion, self.thresholds[index]),
-            accuracy=float(self.accuracy[index]),
-            split=self.split,
-            exit_fractions=self.exit_fractions[index],
-            cost=float(self.cost[index]),
-        )
+        policy, fractions = ExitPolicy(self.criterion, self.thresholds[index]), self.exit_fractions[index]
+        return OperatingPoint(policy, float(self.accuracy[index]), self.split, fractions, float(self.cost[index]))
 
-    def frontier(self) -> Screen:
+    def frontier(self) -> 'Screen':
         """Returns the settings that no other beats in accuracy without costing more, by ascending cost."""
         order = np.lexsort((-self.accuracy, self.cost))
         best_before = np.concatenate([[-np.inf], np.maximum.accumulate(self.accuracy[order])[:-1]])
@@ -78,8 +70,9 @@ class Screen(ByValue):
         # Accuracies are counts over M: the tolerance admits 0.1 + 0.2 for 0.3, never one more wrong answer.
         reaches = frontier.accuracy >= at_least - 1e-9
         if not reaches.any():
-            best = frontier.accuracy.max()
-            raise ValueError(f'at_least: no thresholds reach {at_least}; the best accuracy is {best:.6f}')
+            raise ValueError(
+                f'at_least: no thresholds reach {at_least}; the best accuracy is {frontier.accuracy[-1]:.6f}'
+            )
         return frontier.point(reaches.argmax())
 
     def for_cost(self, at_most: float) -> OperatingPoint:
@@ -94,8 +87,7 @@ class Screen(ByValue):
         frontier = self.frontier()
         affordable = np.flatnonzero(frontier.cost <= at_most * (1 + 1e-9))
         if len(affordable) == 0:
-            cheapest = frontier.cost.min()
-            raise ValueError(f'at_most: no thresholds cost {at_most} or less; the cheapest cost {cheapest:.6g}')
+            raise ValueError(f'at_most: no thresholds cost {at_most} or less; the cheapest cost {frontier.cost[0]:.6g}')
         return frontier.point(affordable[-1])
 
     def knee(self) -> OperatingPoint:
@@ -229,26 +221,22 @@ def outcomes(uncertainty: np.ndarray, statistics: np.ndarray, grid: np.ndarray) 
         grid: ``[N - 1, V]`` ascending.
 
     Returns:
-        Inputs per exit ``[V, …, N]``, and the summed statistics ``[V, …, S]``, one axis V for every side exit.
+        Inputs per exit ``[V, …, 1, N]``, and the summed statistics ``[V, …, 1, S]``, one axis V for every side exit.
     """
-    (exits, inputs), width = uncertainty.shape, grid.shape[1]
-    # Input b exits at exit n under candidate v (strictly: uncertainty < grid[n, v]) iff bins[n][b] <= v.
-    # NaN sorts last: such an input exits under no candidate.
+    (exits, inputs), sizes = uncertainty.shape, [grid.shape[1]] * len(grid) + [1]
+    # Input b is confident at exit n under candidate v (strictly: uncertainty < grid[n, v]) iff bins[n][b] <= v.
+    # NaN sorts last: such an input is confident under no candidate.
     bins = [np.searchsorted(*pair, side='right') for pair in zip(grid, uncertainty[:-1], strict=True)]
-    counts, sums = np.zeros((width,) * (exits - 1) + (exits,)), np.zeros((width,) * (exits - 1) + statistics.shape[2:])
+    bins.append(np.zeros(inputs, int))  # at the last exit all leave
+    counts, sums = np.zeros((*sizes, exits)), np.zeros((*sizes, statistics.shape[2]))
     for n in range(exits):
-        cells, shape = bins[: n + 1], (width + 1,) * min(n + 1, exits - 1)
-        place = np.ravel_multi_index(cells, shape) if cells else np.zeros(inputs, int)
-        columns = [np.ones(inputs), *statistics[n].T]
-        per_cell = [np.bincount(place, column, minlength=int(np.prod(shape))).reshape(shape) for column in columns]
-        leaving = np.stack(per_cell, axis=-1)
-        for axis in range(len(cells)):
-            if axis < n:  # the input passes this exit: bin > v
-                from_above = np.flip(np.cumsum(np.flip(leaving, axis), axis), axis)
-                leaving = np.take(from_above, np.arange(1, width + 1), axis)
-            else:  # the input leaves here: bin <= v
-                leaving = np.take(np.cumsum(leaving, axis), np.arange(width), axis)
-        leaving = np.expand_dims(leaving, tuple(range(len(cells), exits - 1)))  # later thresholds change nothing
+        columns = np.concatenate([np.ones((inputs, 1)), statistics[n]], axis=1)
+        leaving = np.zeros([*(size + 1 for size in sizes[: n + 1]), columns.shape[1]])
+        np.add.at(leaving, tuple(bins[: n + 1]), columns)
+        for axis, size in enumerate(sizes[: n + 1]):
+            confident, every = np.split(np.cumsum(leaving, axis), [size], axis)
+            leaving = confident if axis == n else every - confident
+        leaving = np.expand_dims(leaving, tuple(range(n + 1, exits)))  # later thresholds change nothing
         counts[..., n] += leaving[..., 0]
         sums += leaving[..., 1:]
     return counts, sums

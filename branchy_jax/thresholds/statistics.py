@@ -4,11 +4,9 @@ A metric such as mIoU is no mean over images, but it is a function of sums over 
 work on statistics ``[N, M, S]`` and a ``metric(sums, count)``, so the same code serves all tasks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from branchy_jax.types import Array, check_labels
@@ -17,7 +15,7 @@ Metric = Callable[[np.ndarray, int], np.ndarray]
 """``(sums of statistics [..., S], number of inputs) → metric [...]``, larger is better."""
 
 Statistics = Callable[[Array, Array], Array]
-"""``(answer logits [N, B, …, K], labels [B, …]) → statistics [N, B, S]``; NumPy in, NumPy out; traces under jit."""
+"""``(answer logits [N, B, …, K], labels [B, …]) → statistics [N, B, S]``; traces under jit."""
 
 
 def mean_of_statistic(sums: np.ndarray, count: int) -> np.ndarray:
@@ -60,24 +58,10 @@ def iou_statistics(logits: Array, labels: Array) -> Array:
         [[[1.0, 2.0, 2.0, 3.0]]]
     """
     predicted, truth = _predictions(logits, labels)
-    numpy = jax.numpy if isinstance(predicted, jax.Array) else np
     pixels, classes = tuple(range(2, predicted.ndim)), range(logits.shape[-1])
     intersections = [((predicted == k) & (truth == k)).sum(axis=pixels) for k in classes]
     unions = [((predicted == k) | (truth == k)).sum(axis=pixels) for k in classes]
-    return numpy.stack(intersections + unions, axis=-1).astype(float)
-
-
-def iou_per_class(sums: np.ndarray) -> np.ndarray:
-    """Computes intersection over union of each class from summed `iou_statistics`.
-
-    Args:
-        sums: ``[..., 2 K]``.
-
-    Returns:
-        ``[..., K]``; NaN for a class that neither labels nor answers hold.
-    """
-    intersection, union = np.split(np.asarray(sums, np.float64), 2, axis=-1)
-    return np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
+    return jnp.stack(intersections + unions, axis=-1).astype(float)
 
 
 def mean_iou(sums: np.ndarray, count: int) -> np.ndarray:
@@ -93,48 +77,14 @@ def mean_iou(sums: np.ndarray, count: int) -> np.ndarray:
         >>> round(float(mean_iou(np.array([1.0, 2.0, 2.0, 3.0]), 1)), 4)
         0.5833
     """
-    return np.nanmean(iou_per_class(sums), axis=-1)
-
-
-def confusion(labels: Array, answers: Array, exits: Array, *, num_exits: int, num_classes: int) -> np.ndarray:
-    """Counts, for each exit, the pairs of true class and answer among the inputs that left there.
-
-    Args:
-        labels: ``[M]``.
-        answers: ``[M]`` predicted labels.
-        exits: ``[M]`` which exit answered.
-        num_exits: N.
-        num_classes: K.
-
-    Returns:
-        ``[N, K, K]``: exit, true class, answer.
-
-    Raises:
-        ValueError: arrays of different shapes, or numbers that no class or exit has.
-
-    Example:
-        >>> confusion([0, 1], [0, 0], [0, 1], num_exits=2, num_classes=2).tolist()
-        [[[1, 0], [0, 0]], [[0, 0], [1, 0]]]
-    """
-    given = {'labels': (labels, num_classes), 'answers': (answers, num_classes), 'exits': (exits, num_exits)}
-    for name, (values, count) in given.items():
-        array = np.asarray(values)
-        if array.shape != np.shape(labels):
-            raise ValueError(f'{name}: expected one per input, shape {np.shape(labels)}, got {array.shape}')
-        if array.size and not 0 <= array.min() <= array.max() < count:
-            raise ValueError(f'{name}: expected numbers in [0, {count}), got {array.min()} to {array.max()}')
-    counts = np.zeros((num_exits, num_classes, num_classes), int)
-    np.add.at(counts, (np.asarray(exits), np.asarray(labels), np.asarray(answers)), 1)
-    return counts
+    intersection, union = np.split(np.asarray(sums, np.float64), 2, axis=-1)
+    return np.nanmean(np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0), axis=-1)
 
 
 def _predictions(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Returns predicted classes ``[N, B, …]`` and labels ``[1, B, …]``, on the host unless traced."""
-    if not isinstance(logits, jax.core.Tracer):
-        logits, labels = np.asarray(logits), np.asarray(labels)
-    if logits.shape[1:-1] != labels.shape:
-        raise ValueError(
-            f'labels: answers have shape {logits.shape[1:-1]}; give labels of that shape, got {labels.shape}'
-        )
+    """Returns predicted classes ``[N, B, …]`` and labels ``[1, B, …]``."""
+    labels, expected = jnp.asarray(labels), logits.shape[1:-1]
+    if labels.shape != expected:
+        raise ValueError(f'labels: answers have shape {expected}; give labels of that shape, got {labels.shape}')
     check_labels(labels, logits.shape[-1])
-    return logits.argmax(axis=-1), labels[None]
+    return jnp.argmax(logits, axis=-1), labels[None]

@@ -4,8 +4,6 @@ What is chosen on a table carries the table's criterion and the name of its data
 are never used with another, and accuracy on validation data is never reported as accuracy on test data.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +21,7 @@ from branchy_jax.thresholds.statistics import Metric, Statistics, accuracy_stati
 from branchy_jax.types import Array, ByValue, ExitPolicy, OperatingPoint
 
 
-@struct.dataclass(eq=False, kw_only=True)
-class ExitTable(ByValue):
+class ExitTable(ByValue, struct.PyTreeNode, eq=False, kw_only=True):
     """The answers of N exits to M inputs: their uncertainty, statistics and costs.
 
     `branchy_jax.inference.exit_table` makes one by running a network, `ExitTable.from_logits` from cached logits.
@@ -65,7 +62,7 @@ class ExitTable(ByValue):
         statistics: Statistics = accuracy_statistics,
         metric: Metric = mean_of_statistic,
         split: str,
-    ) -> ExitTable:
+    ) -> 'ExitTable':
         """Makes a table from cached logits by replaying a criterion over them.
 
         Args:
@@ -81,14 +78,13 @@ class ExitTable(ByValue):
             ValueError: arrays whose shapes do not agree, no inputs, labels out of range, a criterion that was fitted
                 for another number of exits.
         """
-        logits, criterion = np.asarray(logits), as_criterion(criterion)
-        if logits.ndim < 3 or 0 in logits.shape:
-            raise ValueError(f'logits: expected [N, M, …, K] with at least one exit and one input, got {logits.shape}')
-        answers, uncertainty = map(np.asarray, replay(criterion, logits))
-        columns = {'uncertainty': uncertainty, 'statistics': np.asarray(statistics(answers, labels), np.float64)}
+        if np.ndim(logits) < 3 or 0 in np.shape(logits):
+            raise ValueError(f'logits: expected [N, M, …, K] of at least one exit and input, got {np.shape(logits)}')
+        criterion = as_criterion(criterion)
+        answers, uncertainty = replay(criterion, logits)
+        columns = {'uncertainty': uncertainty, 'statistics': statistics(answers, labels)}
         table = cls(**columns, costs=costs, criterion=criterion, metric=metric, split=split)
-        checked_arrays(table)
-        return table
+        return table.rows(slice(None))  # validated
 
     def __len__(self) -> int:
         return np.shape(self.uncertainty)[1]
@@ -98,7 +94,7 @@ class ExitTable(ByValue):
         """N."""
         return len(self.uncertainty)
 
-    def rows(self, indices: Array | slice) -> ExitTable:
+    def rows(self, indices: Array | slice) -> 'ExitTable':
         """Returns the table of some of the inputs, such as the half to fit on.
 
         Args:
@@ -256,10 +252,13 @@ class ExitTable(ByValue):
         shares = np.asarray(shares, np.float64)
         if shares.shape != (exits,) or not (shares >= 0).all() or not abs(shares.sum() - 1) <= 1e-6:
             raise ValueError(f'shares: got {shares.tolist()}; give {exits} shares that sum to 1')
-        waiting, thresholds = np.arange(count), np.empty(exits - 1, np.float32)
+        gone, thresholds = np.zeros(count, bool), np.full(exits - 1, -np.inf, np.float32)
         for n, left in enumerate(np.round(np.cumsum(shares[:-1]) * count).astype(int)):
-            thresholds[n] = _threshold_for(uncertainty[n, waiting], left - (count - len(waiting)))
-            waiting = waiting[~(uncertainty[n, waiting] < thresholds[n])]
+            if (leaving := left - gone.sum()) > 0:
+                # NaN never leaves: it sorts with what has left already.
+                ordered = np.append(np.sort(np.where(gone, np.inf, np.fmin(uncertainty[n], np.inf))), np.inf)
+                thresholds[n] = midway(ordered[leaving - 1], ordered[leaving])
+            gone |= uncertainty[n] < thresholds[n]
         return ExitPolicy(self.criterion, thresholds)
 
     def for_budget(self, budget: float) -> ExitPolicy:
@@ -287,12 +286,10 @@ class ExitTable(ByValue):
         if not to_exit[0] <= budget <= to_exit[-1]:
             raise ValueError(f'budget: got {budget}; this network costs {to_exit[0]:.6g} to {to_exit[-1]:.6g}')
 
-        def shares(log_ratio: float) -> np.ndarray:
-            return special.softmax(np.arange(self.num_exits) * log_ratio)
-
-        steepest = 1000.0  # e^-1000 is 0: all inputs leave at one exit
-        log_ratio = optimize.brentq(lambda ratio: shares(ratio) @ to_exit - budget, -steepest, steepest)
-        return self.for_shares(shares(log_ratio))
+        exits = np.arange(self.num_exits)
+        # At a logarithm of ±1000 all inputs leave at one exit.
+        log_ratio = optimize.brentq(lambda ratio: special.softmax(exits * ratio) @ to_exit - budget, -1000.0, 1000.0)
+        return self.for_shares(special.softmax(exits * log_ratio))
 
     def anytime(self) -> Screen:
         """Computes the accuracy of each exit against what it costs to get there, every input stopping at the same exit.
@@ -306,7 +303,7 @@ class ExitTable(ByValue):
         exits = self.num_exits
         return self.evaluate(np.where(np.arange(exits - 1) == np.arange(exits)[:, None], np.inf, -np.inf))
 
-    def budgeted(self, chosen_on: ExitTable, budgets: Sequence[float] | None = None) -> Screen:
+    def budgeted(self, chosen_on: 'ExitTable', budgets: Sequence[float] | None = None) -> Screen:
         """Computes accuracy against average cost, with thresholds that `for_budget` computes on other data.
 
         Args:
@@ -323,14 +320,12 @@ class ExitTable(ByValue):
         References:
             Huang et al., Multi-Scale Dense Networks, 2018, section 4: budgeted batch classification.
         """
-        checked_arrays(self)
         _check_same(chosen_on.criterion, self.criterion, 'chosen_on')
-        chosen_on = chosen_on.replace(costs=self.costs)
-        ends = self.costs.to_exit[0], self.costs.to_exit[-1]
-        spread = np.linspace(*ends, 20) if budgets is None else budgets
+        chosen_on, to_exit = chosen_on.replace(costs=self.costs), self.costs.to_exit
+        spread = np.linspace(to_exit[0], to_exit[-1], 20) if budgets is None else budgets
         return self.evaluate(np.array([chosen_on.for_budget(float(budget)).thresholds for budget in spread]))
 
-    def path_by_shares(self, *, size: int = 101, floor: float | None = None) -> np.ndarray:
+    def path_by_shares(self, *, size: int = 101, floor: float = -np.inf) -> np.ndarray:
         """Builds a path for a `Controller`, along which the share of inputs that an exit is confident of falls evenly.
 
         Shares of *all* inputs, not of those that reach the exit: costs are roughly, not exactly, even along it. Inputs
@@ -362,8 +357,6 @@ class ExitTable(ByValue):
             raise ValueError('uncertainty: an exit of the table has no finite uncertainty, so no shares')
         path = np.nanquantile(finite, np.linspace(1, 0, size), axis=1).astype(np.float32)
         path[0] = np.nextafter(path[0], np.float32(np.inf))  # the comparison is strict: now every input leaves
-        if floor is None:
-            return path
         accuracy, between = self.evaluate(path).accuracy, self.evaluate((path[1:] + path[:-1]) / 2).accuracy
         below = np.flatnonzero(np.minimum(accuracy, np.append(between, np.inf)) < floor)
         path = path[below.max(initial=-1) + 1 :]
@@ -403,23 +396,13 @@ def checked_settings(table: ExitTable, given: Any, argument: str) -> np.ndarray:
         given = given.thresholds
     thresholds, width = np.atleast_2d(np.asarray(given, np.float32)), table.num_exits - 1
     if thresholds.ndim != 2 or thresholds.shape[1] != width or len(thresholds) == 0 or np.isnan(thresholds).any():
-        given = f'{thresholds.tolist()!s:.200}'
-        raise ValueError(f'{argument}: expected thresholds [{width}] or [G, {width}], no NaN; got {given}')
+        expected = f'expected thresholds [{width}] or [G, {width}], no NaN'
+        raise ValueError(f'{argument}: {expected}; got {thresholds.tolist()!s:.200}')
     return thresholds
 
 
-def _check_same(theirs: Criterion, ours: Criterion, argument: str) -> None:
+def _check_same(theirs: Any, ours: Any, argument: str) -> None:
     theirs, ours = as_criterion(theirs), as_criterion(ours)
     if theirs != ours:
-        name = f'{theirs.name!r}{", with other numbers in it" if theirs.name == ours.name else ""}'
-        raise ValueError(
-            f'{argument}: made for the criterion {name}, but this table holds uncertainties of {ours.name!r}'
-        )
-
-
-def _threshold_for(uncertainty: np.ndarray, count: int) -> np.float32:
-    """Returns the threshold at which the ``count`` least uncertain inputs leave; NaN never does."""
-    if count <= 0:
-        return np.float32(-np.inf)
-    ordered = np.sort(np.where(np.isnan(uncertainty), np.float32(np.inf), uncertainty))
-    return np.float32(np.inf) if count >= len(ordered) else np.float32(midway(ordered[count - 1], ordered[count]))
+        names = f'{theirs.name!r}, but this table holds uncertainties of {ours.name!r}'
+        raise ValueError(f'{argument}: made for the criterion {names}; their names and their numbers must agree')

@@ -1,7 +1,5 @@
 """Training for a number of epochs, on data in memory or on disk. A run that is killed at any moment resumes."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time
@@ -18,7 +16,7 @@ from jax.sharding import Mesh
 from branchy_jax import calling, checkpoint, sharding
 from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
-from branchy_jax.training.step import Metrics, take_step
+from branchy_jax.training.step import Metrics, train_step
 from branchy_jax.types import Array, Batch, check_labels, num_rows
 
 Augment = Callable[[Array, Batch], Batch]
@@ -37,38 +35,23 @@ class Stream(Protocol):
         """Yields the examples of ``order[first_step]``, ``order[first_step + 1]``, … as NumPy arrays."""
 
 
-def epoch_order(key: Array, epoch: int, num_examples: int, batch_size: int) -> Array:
-    """Returns the examples of each batch of an epoch ``[steps, batch_size]``, a pure function of the arguments.
-
-    Every epoch is another permutation. A remainder that does not fill a batch is left out of the epoch.
-    """
-    steps = num_examples // batch_size
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-    return order[: steps * batch_size].reshape(steps, batch_size)
-
-
-def step_keys(key: Array, epoch: int, steps: int) -> Array:
-    """Returns the key of each step of an epoch, for augmentation and dropout ``[steps]``."""
-    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), steps)
-
-
-@functools.partial(jax.jit, static_argnames=('augment', 'mesh', 'loss', 'metrics'), donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=('mesh', 'augment', 'loss', 'metrics'), donate_argnames='state')
 def take_steps(
-    state: TrainState, data: Batch, order: Any, keys: Array, exit_weights: Array, *, augment: Augment, **options: Any
+    state: TrainState, data: Batch, order: Any, keys: Array, *, mesh: Mesh | None, augment: Augment, **options: Any
 ) -> tuple[TrainState, Metrics]:
     """Takes one step for each key, on the rows of ``data`` in ``order [steps, B]``, or on ``data`` if that is None.
 
     Returns:
         The state after the steps, and their average metrics.
     """
-    mesh = options.pop('mesh')
 
     def body(state: TrainState, step: tuple[Array | None, Array]) -> tuple[TrainState, Metrics]:
         rows, key = step
-        # Every device holds all examples; the constraint makes each device gather and compute its own rows only.
-        batch = data if rows is None else sharding.constrain(mesh, jax.tree.map(lambda values: values[rows], data))
+        batch = data if rows is None else jax.tree.map(lambda values: values[rows], data)
+        if mesh is not None:  # every device holds all examples: it gathers and computes its own rows only
+            batch = lax.with_sharding_constraint(batch, sharding.by_rows(mesh))
         augment_key, dropout_key = jax.random.split(key)
-        return take_step(state, augment(augment_key, batch), exit_weights, dropout_key, **options)
+        return train_step(state, augment(augment_key, batch), key=dropout_key, **options)
 
     state, history = lax.scan(body, state, (order, keys), unroll=len(keys) == 1)  # one step needs no loop
     return state, jax.tree.map(lambda values: values.mean(0), history)
@@ -144,7 +127,6 @@ def fit(
     """
     mesh = sharding.mesh_of(state)
     _check_settings(data, epochs, batch_size, save_every, mesh)
-    exit_weights = jnp.asarray(exit_weights, jnp.float32)
     if isinstance(data, Batch):
         _check_labels(state, data, augment, key, loss)
         # Moved once: data on the host would be sent to the device at every step.
@@ -154,12 +136,14 @@ def fit(
     waits = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
     steps = len(data) // batch_size
     last = round(epochs * steps)
+    exit_weights = jnp.asarray(exit_weights, jnp.float32)
+    options = {'exit_weights': exit_weights, 'mesh': mesh, 'augment': augment, 'loss': loss, 'metrics': metrics}
     recipe = {'examples': len(data), 'batch_size': batch_size, 'exit_weights': exit_weights.tolist()}
     recipe['key'] = jax.random.key_data(key).tolist()
-    options = {'exit_weights': exit_weights, 'mesh': mesh, 'augment': augment, 'loss': loss, 'metrics': metrics}
     every, by_clock = save_every or steps, save_every is None and jax.process_count() == 1
     with contextlib.nullcontext() if directory is None else checkpoint.locked(directory):
-        state = _resumed(directory, state, recipe)
+        if directory is not None:
+            _, state = checkpoint.restore(directory, state, recipe=recipe) or (0, state)
         done, history, saved_at = int(state.step), [], time.monotonic()
         for epoch, batch, rows, keys in _schedule(data, key, batch_size, done, last, scan=scan, mesh=mesh):
             before, done = done, done + len(keys)
@@ -182,36 +166,9 @@ def fit(
     return state
 
 
-def _schedule(
-    data: Batch | Stream, key: Array, batch_size: int, done: int, last: int, *, scan: bool, mesh: Mesh | None
-) -> Iterator[tuple[int, Batch, np.ndarray | None, Array]]:
-    """Yields, for steps ``done`` to ``last``: epoch, data, rows to gather ``[steps, B]`` or None, keys ``[steps]``."""
-    steps = len(data) // batch_size
-    while done < last:
-        epoch, position = divmod(done, steps)
-        stop = min(steps, position + last - done)
-        order, keys = epoch_order(key, epoch, len(data), batch_size), step_keys(key, epoch, steps)
-        for batch, rows in _batches(data, np.asarray(order[:stop]), position, scan=scan, mesh=mesh):
-            first, position = position, position + (1 if rows is None else len(rows))
-            yield epoch, batch, rows, keys[first:position]
-        if position < stop:
-            place = f'{position} of {stop} steps of epoch {epoch + 1}'
-            raise ValueError(f'data: its batches ended after {place}; `batches` must yield the whole order')
-        done = epoch * steps + stop
-
-
-def _scalars(metrics: Metrics) -> dict[str, float]:
-    """Returns metrics as numbers; those of N exits are numbered from 1."""
-    scalars: dict[str, float] = {}
-    for name, values in metrics.items():
-        for n, number in enumerate(np.ravel(values).tolist(), 1):
-            scalars[f'{name}/{n}' if np.ndim(values) else name] = number
-    return scalars
-
-
 def _check_settings(data: Any, epochs: float, batch_size: int, save_every: int | None, mesh: Mesh | None) -> None:
-    if isinstance(data, Batch) and num_rows(data.image) != len(data.label):
-        raise ValueError(f'data: got {num_rows(data.image)} images and {len(data.label)} labels; give one label each')
+    if isinstance(data, Batch):
+        num_rows(data, 'data')
     if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= len(data):
         raise ValueError(f'batch_size: got {batch_size} for {len(data)} examples; give an integer from 1 to that')
     if not 0 <= epochs < float('inf'):
@@ -222,32 +179,49 @@ def _check_settings(data: Any, epochs: float, batch_size: int, save_every: int |
         raise ValueError(f'save_every: got {save_every}; give at least 1 step')
 
 
-def _batches(
-    data: Batch | Stream, order: np.ndarray, first: int, *, scan: bool, mesh: Mesh | None
-) -> Iterator[tuple[Batch, np.ndarray | None]]:
-    """Yields the data of the next steps of an epoch, and rows to gather from them ``[steps, B]``."""
-    if isinstance(data, Batch):
-        size = len(order) if scan else 1
-        yield from ((data, order[n : n + size]) for n in range(first, len(order), size))
-        return
-    own = np.split(order, jax.process_count(), axis=1)[jax.process_index()]  # this process's part of each batch
-    for _, batch in zip(order[first:], data.batches(own, first), strict=False):  # a stream may not end by itself
-        yield batch if mesh is None else sharding.shard_local(mesh, batch), None
-
-
-def _resumed(directory: Path | str | None, state: TrainState, recipe: dict[str, Any]) -> TrainState:
-    """Returns the state in the directory, or the given one if there is none."""
-    restored = None if directory is None else checkpoint.restore(directory, state, recipe=recipe)
-    number, state = restored or (int(state.step), state)
-    if number != int(state.step):
-        raise ValueError(f'directory: {directory} is of version 0.1, which numbered checkpoints by epochs; delete it')
-    return state
-
-
 def _check_labels(state: TrainState, data: Batch, augment: Augment, key: Array, loss: Loss) -> None:
     if getattr(loss, 'func', loss) is not cross_entropy_per_exit:  # another loss may take any target
         return
-    one = jax.tree.map(lambda values: values[:1], data)
-    inputs = jax.eval_shape(augment, key, one).image
+    inputs = jax.eval_shape(augment, key, jax.tree.map(lambda values: values[:1], data)).image
     logits = jax.eval_shape(functools.partial(calling.apply, state.model), state.variables, inputs)
     check_labels(data.label, logits[-1].shape[-1])
+
+
+def _schedule(
+    data: Batch | Stream, key: Array, batch_size: int, done: int, last: int, *, scan: bool, mesh: Mesh | None
+) -> Iterator[tuple[int, Batch, np.ndarray | None, Array]]:
+    """Yields, for steps ``done`` to ``last``: epoch, data, rows to gather ``[steps, B]`` or None, keys ``[steps]``.
+
+    Order and keys are pure functions of ``key`` and the epoch. A remainder that fills no batch is left out of an epoch.
+    """
+    steps = len(data) // batch_size
+    while done < last:
+        epoch, first = divmod(done, steps)
+        stop = min(steps, first + last - done)
+        epoch_key = jax.random.fold_in(key, epoch)
+        order = np.asarray(jax.random.permutation(epoch_key, len(data)))[: stop * batch_size].reshape(stop, batch_size)
+        keys = jax.random.split(jax.random.fold_in(epoch_key, 1), steps)
+        if isinstance(data, Batch):
+            size = stop - first if scan else 1
+            for n in range(first, stop, size):
+                yield epoch, data, order[n : n + size], keys[n : n + size]
+        else:
+            own = np.split(order, jax.process_count(), axis=1)[jax.process_index()]  # this process's part of each batch
+            batches = data.batches(own, first)
+            for n in range(first, stop):
+                if (batch := next(batches, None)) is None:
+                    place = f'{n} of {stop} steps of epoch {epoch + 1}'
+                    raise ValueError(f'data: its batches ended after {place}; `batches` must yield the whole order')
+                if mesh is not None:
+                    batch = jax.make_array_from_process_local_data(sharding.by_rows(mesh), batch)
+                yield epoch, batch, None, keys[n : n + 1]
+        done = epoch * steps + stop
+
+
+def _scalars(metrics: Metrics) -> dict[str, float]:
+    """Returns metrics as numbers; those of N exits are numbered from 1."""
+    scalars: dict[str, float] = {}
+    for name, values in metrics.items():
+        for n, number in enumerate(np.ravel(values).tolist(), 1):
+            scalars[f'{name}/{n}' if np.ndim(values) else name] = number
+    return scalars

@@ -1,20 +1,17 @@
 """Starts a network with exits from trained variables: of its baseline, or of a shallower ResNet."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import traverse_util
 
 from branchy_jax import program
 from branchy_jax.models.resnet import ResNet
 from branchy_jax.types import Array, Variables
 
 
-@struct.dataclass
-class Initialization:
+class Initialization(NamedTuple):
     """Paths of arrays, such as ``params/conv1/kernel``, by their origin.
 
     Attributes:
@@ -23,9 +20,9 @@ class Initialization:
         left: arrays of the trained variables that match no array of the network.
     """
 
-    taken: tuple[str, ...] = struct.field(pytree_node=False)
-    fresh: tuple[str, ...] = struct.field(pytree_node=False)
-    left: tuple[str, ...] = struct.field(pytree_node=False)
+    taken: tuple[str, ...]
+    fresh: tuple[str, ...]
+    left: tuple[str, ...]
 
 
 def initialize_from_baseline(
@@ -61,34 +58,30 @@ def initialize_from_baseline(
         BranchyNet, 2016, section III-B: "several percent" better than a random start.
     """
     ours, theirs = _by_path(variables), _by_path(trained)
-    taken = {path for path in ours if path in theirs and jnp.shape(ours[path]) == jnp.shape(theirs[path])}
-    leaves = [jnp.asarray(theirs[path], ours[path].dtype) if path in taken else ours[path] for path in ours]
-    start = jax.tree.unflatten(jax.tree.structure(variables), leaves)
-    report = Initialization(
-        taken=tuple(path for path in ours if path in taken),
-        fresh=tuple(path for path in ours if path not in taken),
-        left=tuple(path for path in theirs if path not in taken),
-    )
-    if strict or not taken:
-        unmatched = [f'{path} {jnp.shape(theirs[path])}' for path in report.left]
-        names = "name the trunk's modules alike in both"
-        if unmatched or not taken:
-            examples = f'{len(unmatched)} of its {len(theirs)} arrays match no array of the network'
-            raise ValueError(f'trained: {examples} ({", ".join(unmatched[:3])}, …); {names}')
-        modules = {path.split('/')[1] for path in report.taken}  # a side head is a module that the baseline lacks
-        missing = [path for path in report.fresh if path.split('/')[1] in modules]
-        if model is not None:
-            read = program.leaves_read(model, variables, inputs, [-1])
-            paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
-            missing = [name for name, path in zip(ours, paths, strict=True) if path in read and name not in taken]
-        if missing:
-            lacking = f'lacks {", ".join(missing[:3])}, which belong to the trunk'
-            raise ValueError(f'trained: {lacking}; give all variables, batch_stats included, and {names}')
-    return start, report
+    taken = tuple(path for path in ours if path in theirs and jnp.shape(ours[path]) == jnp.shape(theirs[path]))
+    fresh, left = (tuple(path for path in tree if path not in taken) for tree in (ours, theirs))
+    names = "name the trunk's modules alike in both"
+    if not taken or (strict and left):
+        unmatched = ', '.join(f'{path} {jnp.shape(theirs[path])}' for path in left[:3])
+        examples = f'{len(left)} of its {len(theirs)} arrays match no array of the network'
+        raise ValueError(f'trained: {examples} ({unmatched}, …); {names}')
+    missing: list[str] = []
+    if strict and model is not None:
+        trunk = program.leaves_read(model, variables, inputs, [-1])
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(variables)]
+        missing = [name for name, path in zip(ours, paths, strict=True) if name in fresh and path in trunk]
+    elif strict:
+        modules = {path.split('/')[1] for path in taken}  # a side head is a module that the baseline lacks
+        missing = [path for path in fresh if path.split('/')[1] in modules]
+    if missing:
+        lacking = f'lacks {", ".join(missing[:3])}, which belong to the trunk'
+        raise ValueError(f'trained: {lacking}; give all variables, batch_stats included, and {names}')
+    leaves = [jnp.asarray(theirs[path], leaf.dtype) if path in taken else leaf for path, leaf in ours.items()]
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves), Initialization(taken, fresh, left)
 
 
 def _by_path(tree: Variables) -> dict[str, Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
@@ -118,22 +111,22 @@ def initialize_from_shallower(model: Any, variables: Variables, shallower: Any, 
     shallow, deep = _groups_of_blocks(shallower), _groups_of_blocks(model)
     if set(shallow) != set(deep):
         raise ValueError(f'shallower: depth {shallower.depth} has no block in some group of depth {model.depth}')
-    source: dict[str, str | None] = {}
+    origin: dict[str, str | None] = {}
     for group, blocks in deep.items():
-        source.update(dict.fromkeys(blocks))
-        source.update({blocks[n * len(blocks) // len(shallow[group])]: name for n, name in enumerate(shallow[group])})
-    grown = {collection: dict(modules) for collection, modules in variables.items()}
-    for collection, modules in grown.items():
-        for name in modules:
-            origin = source.get(name, name)
-            if origin is not None and origin not in trained.get(collection, {}):
-                raise ValueError(f'trained: has no {collection}/{origin}; give the variables of the shallower network')
-            if origin is not None:
-                modules[name] = trained[collection][origin]
-            elif collection == 'params':  # the block starts as the identity
-                norm = modules[name]['norm2']
-                modules[name] = {**modules[name], 'norm2': {**norm, 'scale': jnp.zeros_like(norm['scale'])}}
-    return grown
+        names = shallow[group]
+        origin |= dict.fromkeys(blocks)  # a block without an origin starts as the identity
+        origin |= {blocks[n * len(blocks) // len(names)]: name for n, name in enumerate(names)}
+    theirs, grown = traverse_util.flatten_dict(trained), traverse_util.flatten_dict(variables)
+    for path, value in grown.items():
+        collection, module, *rest = path
+        name = origin.get(module, module)
+        if name is not None and (collection, name, *rest) not in theirs:
+            raise ValueError(f'trained: has no {collection}/{name}; give the variables of the shallower network')
+        if name is not None:
+            grown[path] = theirs[collection, name, *rest]
+        elif rest == ['norm2', 'scale']:
+            grown[path] = jnp.zeros_like(value)
+    return traverse_util.unflatten_dict(grown)
 
 
 def _groups_of_blocks(model: ResNet) -> dict[tuple[int, int], list[str]]:

@@ -1,7 +1,5 @@
 """The state of a training, and how it starts."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +10,10 @@ import optax
 from flax import struct
 
 from branchy_jax import calling, program
-from branchy_jax.types import Array, Replaceable, Variables
+from branchy_jax.types import Array, Variables
 
 
-@struct.dataclass
-class TrainState(Replaceable):
+class TrainState(struct.PyTreeNode):
     """Everything that training changes, with the model and the optimiser, which are static.
 
     JAX compares the static fields: equal models and optimisers compile once, and neither needs a hash.

@@ -1,8 +1,7 @@
 """One optimiser step on all exits, pure and jitted."""
 
-from __future__ import annotations
-
 import functools
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,41 +17,6 @@ from branchy_jax.types import Array, Batch
 
 Metrics = Mapping[str, Array]
 """``loss`` scalar, ``exit_loss`` [N], and further metrics, by default ``exit_accuracy`` [N]."""
-
-
-def take_step(
-    state: TrainState, batch: Batch, exit_weights: Array, key: jax.Array, *, loss: Loss, metrics: MetricsOf
-) -> tuple[TrainState, Metrics]:
-    """Takes the step of `train_step` without jit, for callers that jit more than one step."""
-
-    def objective(params: Any) -> tuple[Array, tuple[Any, Array, tuple[Array, ...]]]:
-        variables, collections = {'params': params, **state.model_state}, list(state.model_state)
-        mode: dict[str, Any] = {'train': True, 'frozen_trunk': state.frozen_trunk, 'rngs': {'dropout': key}}
-        logits, model_state = calling.apply(state.model, variables, batch.image, **mode, mutable=collections)
-        exit_loss = loss(logits, batch.label)
-        weights = jnp.asarray(exit_weights, exit_loss.dtype)
-        if weights.shape != exit_loss.shape:
-            raise ValueError(f'exit_weights: expected one for each of {len(exit_loss)} exits, got {weights.shape}')
-        return jnp.sum(weights * exit_loss), (model_state, exit_loss, logits)
-
-    (total, (model_state, exit_loss, logits)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
-    _check_statistics(state, model_state)
-    updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
-    return state, {'loss': total, 'exit_loss': exit_loss, **metrics(logits, batch.label)}
-
-
-def _check_statistics(state: TrainState, model_state: Any) -> None:
-    """Warns, when a step is traced, if the step changes no BatchNorm statistics."""
-    before, after = (jax.tree.leaves(tree.get('batch_stats', {})) for tree in (state.model_state, model_state))
-    if before and not state.frozen_trunk and all(a is b for a, b in zip(before, after, strict=True)):
-        warnings.warn(
-            'model: this training step does not change its BatchNorm statistics. The module has no argument or '
-            f'attribute with one of the recognised names for training mode: {", ".join(calling.MODE_FLAGS)}. Rename '
-            'its flag, unless the statistics are meant to stay',
-            stacklevel=2,
-        )
 
 
 @functools.partial(jax.jit, static_argnames=('loss', 'metrics'), donate_argnames='state')
@@ -100,4 +64,32 @@ def train_step(
     References:
         BranchyNet, 2016, section III-B.
     """
-    return take_step(state, batch, exit_weights, key, loss=loss, metrics=metrics)
+
+    def objective(params: Any) -> tuple[Array, tuple[Any, Array, tuple[Array, ...]]]:
+        variables, collections = {'params': params, **state.model_state}, list(state.model_state)
+        mode: dict[str, Any] = {'train': True, 'frozen_trunk': state.frozen_trunk, 'rngs': {'dropout': key}}
+        logits, model_state = calling.apply(state.model, variables, batch.image, **mode, mutable=collections)
+        exit_loss = loss(logits, batch.label)
+        weights = jnp.asarray(exit_weights, exit_loss.dtype)
+        if weights.shape != exit_loss.shape:
+            raise ValueError(f'exit_weights: expected one for each of {len(exit_loss)} exits, got {weights.shape}')
+        return jnp.sum(weights * exit_loss), (model_state, exit_loss, logits)
+
+    (total, (model_state, exit_loss, logits)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    _check_statistics(state, model_state)
+    updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+    return state, {'loss': total, 'exit_loss': exit_loss, **metrics(logits, batch.label)}
+
+
+def _check_statistics(state: TrainState, model_state: Any) -> None:
+    """Warns, when a step is traced, if the step changes no BatchNorm statistics."""
+    before, after = (jax.tree.leaves(tree.get('batch_stats', {})) for tree in (state.model_state, model_state))
+    if before and not state.frozen_trunk and all(map(operator.is_, before, after)):
+        warnings.warn(
+            'model: this training step does not change its BatchNorm statistics. The module has no argument or '
+            f'attribute with one of the recognised names for training mode: {", ".join(calling.MODE_FLAGS)}. Rename '
+            'its flag, unless the statistics are meant to stay',
+            stacklevel=2,
+        )

@@ -6,12 +6,10 @@ transposes a value for a node that needs another order. In the same way a value 
 with one element there, and ONNX's broadcasting repeats it; `Graph.full` repeats it for a node that does not broadcast.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +40,7 @@ class Value:
     held: tuple[Size, ...]
     order: tuple[int, ...]
 
-    def made(self, name: str, shape: Sequence[Size] | None = None) -> Value:
+    def made(self, name: str, shape: Sequence[Size] | None = None) -> 'Value':
         """Returns the value of a node whose result has the same order of axes."""
         shape = self.shape if shape is None else tuple(shape)
         return dataclasses.replace(self, name=name, array=None, shape=shape, held=shape)
@@ -55,10 +53,12 @@ def known(array: Any, shape: Sequence[Size] | None = None) -> Value:
     return Value(shape, array.dtype, '', array, array.shape, tuple(range(array.ndim)))
 
 
-def computed(name: str, shape: Sequence[Size], dtype: Any, order: Sequence[int] | None = None) -> Value:
-    """Returns the value of a node whose result has its axes in an order, by default the program's."""
+def computed(
+    name: str, shape: Sequence[Size], dtype: Any, order: Sequence[int] | None = None, held: Sequence[Size] | None = None
+) -> Value:
+    """Returns the value of a node, by default in the program's order of axes and without repetition."""
     order = range(len(shape)) if order is None else order
-    return Value(tuple(shape), np.dtype(dtype), name, None, tuple(shape), tuple(order))
+    return Value(tuple(shape), np.dtype(dtype), name, None, tuple(shape if held is None else held), tuple(order))
 
 
 def is_size(size: Size) -> bool:
@@ -78,16 +78,14 @@ class Graph:
         prefix: start of the names of new nodes.
         arrays: the constants of this graph by name.
         nodes: so far, in order.
-        outputs: name and value of each result.
     """
 
-    def __init__(self, outer: Graph | None = None) -> None:
+    def __init__(self, outer: 'Graph | None' = None) -> None:
         self.outer = outer
         self.batch_of: str = '' if outer is None else outer.batch_of
         self.prefix: str = '' if outer is None else outer.prefix
         self.arrays: dict[str, np.ndarray] = {}
         self.nodes: list[Any] = []
-        self.outputs: list[tuple[str, Value]] = []
         self._numbers: Any = itertools.count(1) if outer is None else outer._numbers
         self._made: Any = collections.ChainMap() if outer is None else outer._made.new_child()
         self._constants: dict[Any, str] = {}
@@ -178,29 +176,36 @@ class Graph:
             raise ValueError(f'it reshapes to {tuple(target)}, which has several symbolic sizes')
         return self.node('Reshape', name, self.integers(size if is_size(size) else -1 for size in target))
 
-    def finish(self, name: str, inputs: Iterable[Value] = ()) -> Any:
+    def rows(self, value: Value, rows: str) -> Value:
+        """Returns some rows of a value, whose first axis is the batch."""
+        if value.array is not None or is_size(value.held[0]):  # equal in all rows
+            return value
+        return dataclasses.replace(value, name=self.node('Gather', value.name, rows, axis=value.order.index(0)))
+
+    def finish(self, name: str, results: Mapping[str, Value], inputs: Iterable[Value] = ()) -> Any:
         """Returns the graph as a protobuf of onnx.
 
         Args:
             name: of the graph, and start of the names of its last nodes.
+            results: by name.
             inputs: of the main graph.
         """
         from onnx import helper, numpy_helper
 
         outputs = []
         self.prefix = f'{name}/'
-        for output, value in self.outputs:
+        for output, value in results.items():
             unique = output if self.outer is None else self.fresh(output)
             self.node('Identity', self.read(self.full(value)), outputs=[unique])
-            outputs.append(_described(unique, value))
+            outputs.append(_described(unique, value, batch='batch' if self.outer is None else None))
         arrays = [numpy_helper.from_array(array, name) for name, array in self.arrays.items()]
         return helper.make_graph(self.nodes, name, [_described(v.name, v) for v in inputs], outputs, arrays)
 
 
-def _described(name: str, value: Value) -> Any:
+def _described(name: str, value: Value, batch: str | None = 'batch') -> Any:
     from onnx import helper
 
-    shape = [int(size) if is_size(size) else 'batch' for size in value.shape]
+    shape = [int(size) if is_size(size) else batch for size in value.shape]
     return helper.make_tensor_value_info(name, _onnx_dtype(value.dtype), shape)
 
 

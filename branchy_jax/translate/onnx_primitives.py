@@ -1,12 +1,12 @@
 """The ONNX form of each primitive of a traced program: a table of small functions."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,7 +18,7 @@ Handler = Callable[[Graph, Params, list[Value], Any], Value | list[Value]]
 """``(graph, params, inputs, shape and dtype of the first output) → outputs``."""
 
 
-def _elementwise(graph: Graph, op: str, inputs: list[Value], spec: Any) -> Value:
+def _elementwise(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
     """Adds one node on values of one shape; broadcasting repeats scalars and axes of one element."""
     rank = len(spec.shape)
     ranked = [value for value in inputs if len(value.shape) == rank]
@@ -27,20 +27,15 @@ def _elementwise(graph: Graph, op: str, inputs: list[Value], spec: Any) -> Value
     order = orders[0] if orders else tuple(range(rank))
     names = [graph.read(value, order if len(value.shape) == rank else None) for value in inputs]
     held = [next((v.held[axis] for v in ranked if v.held[axis] != 1), 1) for axis in range(rank)]
-    value = computed(graph.node(op, *names), spec.shape, spec.dtype, order)
-    return dataclasses.replace(value, held=tuple(held))
-
-
-def _simple(op: str) -> Handler:
-    return lambda graph, params, inputs, spec: _elementwise(graph, op, inputs, spec)
+    return computed(graph.node(op, *names), spec.shape, spec.dtype, order, held)
 
 
 def _maximum(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
     for x, other in (inputs, inputs[::-1]):
         zero = other.array is not None and not other.array.any()
         if zero and x.dtype == np.float32 and x.held == x.shape:
-            return _elementwise(graph, 'Relu', [x], spec)
-    return _elementwise(graph, 'Max', inputs, spec)
+            return _elementwise('Relu', graph, params, [x], spec)
+    return _elementwise('Max', graph, params, inputs, spec)
 
 
 def _cast(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
@@ -55,10 +50,10 @@ def _select(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Val
     if len(cases) != 2 or which.dtype != np.bool_:
         raise ValueError('it selects among more than two')
     if spec.dtype != np.bool_:
-        return _elementwise(graph, 'Where', [which, cases[1], cases[0]], spec)
-    otherwise = _elementwise(graph, 'Not', [which], which)
-    chosen = [_elementwise(graph, 'And', pair, spec) for pair in ([which, cases[1]], [otherwise, cases[0]])]
-    return _elementwise(graph, 'Or', chosen, spec)
+        return _elementwise('Where', graph, params, [which, cases[1], cases[0]], spec)
+    otherwise = _elementwise('Not', graph, params, [which], which)
+    chosen = [_elementwise('And', graph, params, pair, spec) for pair in ([which, cases[1]], [otherwise, cases[0]])]
+    return _elementwise('Or', graph, params, chosen, spec)
 
 
 def _dim_as_value(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
@@ -75,20 +70,15 @@ def _broadcast(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> 
         return known(x.array.reshape(held), shape)
     if axes == tuple(range(len(shape))):
         return dataclasses.replace(x, shape=shape)
-    name = graph.reshape(graph.read(x), x.held, held)
-    return dataclasses.replace(computed(name, shape, x.dtype), held=tuple(held))
-
-
-def _reshaped(graph: Graph, x: Value, shape: Sequence[Any]) -> Value:
-    x = graph.full(x)
-    if x.shape == tuple(shape):
-        return x
-    return computed(graph.reshape(graph.read(x), x.shape, shape), shape, x.dtype)
+    return computed(graph.reshape(graph.read(x), x.held, held), shape, x.dtype, held=held)
 
 
 def _reshape(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
     (x,), axes = inputs, params['dimensions']
-    return _reshaped(graph, x if axes is None else _permuted(x, axes), spec.shape)
+    x = graph.full(x if axes is None else _permuted(x, axes))
+    if x.shape == tuple(spec.shape):
+        return x
+    return computed(graph.reshape(graph.read(x), x.shape, spec.shape), spec.shape, x.dtype)
 
 
 def _permuted(x: Value, axes: Sequence[int]) -> Value:
@@ -113,60 +103,43 @@ def _pad(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
     return x.made(graph.node('Pad', name, graph.integers(sizes), graph.read(inputs[1])), spec.shape)
 
 
-def _rows_along(graph: Graph, x: Value, axis: int, numbers: np.ndarray) -> Value:
-    """Takes the elements with some numbers along an axis."""
-    if numbers.min() < 0 or numbers.max() >= x.shape[axis]:
-        raise ValueError('it takes elements out of bounds')
-    if np.array_equal(numbers, np.arange(x.shape[axis])):
-        return x
-    (name, x), place = _in_place(graph, x), x.order.index(axis)
-    shape, steps = (*x.shape[:axis], len(numbers), *x.shape[axis + 1 :]), set(np.diff(numbers).tolist())
-    if len(steps) > 1 or 0 in steps:
-        return x.made(graph.node('Gather', name, graph.integers(numbers), axis=place), shape)
-    step = steps.pop() if steps else 1
-    end = int(numbers[-1]) + step
-    bounds = [numbers[0], end if end >= 0 else np.iinfo(np.int64).min, place, step]
-    return x.made(graph.node('Slice', name, *(graph.integers([bound]) for bound in bounds)), shape)
-
-
 def _slice(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-    (x,), starts = inputs, params['start_indices']
-    steps = params['strides'] or (1,) * len(starts)
-    for axis, size in enumerate(spec.shape):
-        if x.shape[axis] != size:
-            x = _rows_along(graph, x, axis, starts[axis] + steps[axis] * np.arange(size))
-    return x
+    (x,), starts, limits = inputs, params['start_indices'], params['limit_indices']
+    steps, axes = params['strides'], [axis for axis, size in enumerate(spec.shape) if x.shape[axis] != size]
+    if not axes:
+        return x
+    name, x = _in_place(graph, x)
+    places = [x.order.index(axis) for axis in axes]
+    first, end, step = ([values[axis] if values else 1 for axis in axes] for values in (starts, limits, steps))
+    return x.made(graph.node('Slice', name, *map(graph.integers, (first, end, places, step))), spec.shape)
 
 
 def _gather(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-    """Takes elements at known numbers, along each axis by itself: a symbolic trace has a gather for most slices."""
-    x, indices = inputs
-    numbers, sizes, starts = params['dimension_numbers'], params['slice_sizes'], graph.full(indices).array
-    if starts is None:
-        return _lookup(graph, params, inputs, spec)
-    free = [axis for axis in range(len(sizes)) if axis not in numbers.collapsed_slice_dims]
-    place = dict(zip(free, numbers.offset_dims, strict=True))  # the axis of the result for each axis of x
-    gathered = [axis for axis in range(len(spec.shape)) if axis not in numbers.offset_dims]
-    for n, axis in enumerate(numbers.start_index_map):
-        first = starts[..., n]
-        varying = [other for other in range(first.ndim) if (first != first.take([0], other)).any()]
-        if len(varying) > 1 or (varying and sizes[axis] > 1):
-            raise ValueError('it gathers along several axes at once')
-        along = first[tuple(slice(None) if other in varying else 0 for other in range(first.ndim))]
-        if varying:
-            place[axis] = gathered[varying[0]]
-        x = _rows_along(graph, x, axis, along if varying else along + np.arange(sizes[axis]))
-    for axis in range(len(sizes)):  # axes of one element that the result does not have stay where they are
-        place.setdefault(axis, place.get(axis - 1, -1))
-    x = _permuted(x, sorted(range(len(sizes)), key=lambda axis: place[axis]))
-    if [size for size in x.shape if size != 1] != [size for size in spec.shape if size != 1]:
-        raise ValueError('it gathers along several axes at once, or one element repeatedly')
-    return _reshaped(graph, x, spec.shape)
-
-
-def _lookup(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-    """Takes rows at computed numbers, as an embedding does. ONNX Runtime refuses numbers out of bounds."""
+    """Takes elements at known numbers, the same ones of every row: a symbolic trace has a gather for most slices."""
     x, indices = map(graph.full, inputs)
+    if indices.array is None:
+        return _lookup(graph, params, x, indices, spec)
+    rows = [size for size in x.shape if not is_size(size)]
+    if rows and not rows[0] == x.shape[0] == params['slice_sizes'][0] == spec.shape[0]:
+        raise ValueError('it gathers rows of the batch, or the batch does not come first')
+    # The same gather from the numbers of a row's elements.
+    shape, sizes = ([size if is_size(size) else 1 for size in sizes] for sizes in (x.shape, params['slice_sizes']))
+    numbers = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    numbers = np.asarray(lax.gather_p.bind(numbers, indices.array, **{**params, 'slice_sizes': tuple(sizes)}))
+    if (numbers < 0).any():
+        raise ValueError('it takes elements out of bounds')
+    if indices.array.ndim == 1:  # one window, whose corners are the first and the last number
+        first, last = (np.unravel_index(number, shape) for number in (numbers.flat[0], numbers.flat[-1]))
+        bounds = {'start_indices': first, 'limit_indices': [end + 1 for end in last], 'strides': None}
+        window = _slice(graph, bounds, [x], jax.ShapeDtypeStruct(params['slice_sizes'], x.dtype))
+        return _reshape(graph, {'dimensions': None}, [window], spec)
+    flat = graph.reshape(graph.read(x), x.shape, [*rows, math.prod(shape)])
+    name = graph.node('Gather', flat, graph.constant(numbers.reshape(-1)), axis=len(rows))
+    return computed(graph.reshape(name, [*rows, numbers.size], spec.shape), spec.shape, x.dtype)
+
+
+def _lookup(graph: Graph, params: Params, x: Value, indices: Value, spec: Any) -> Value:
+    """Takes rows at computed numbers, as an embedding does. ONNX Runtime refuses numbers out of bounds."""
     numbers, rank = params['dimension_numbers'], len(spec.shape)
     rows_last = tuple(range(rank - len(x.shape) + 1, rank))
     first = numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
@@ -183,20 +156,17 @@ def _concatenate(graph: Graph, params: Params, inputs: list[Value], spec: Any) -
     return like.made(graph.node('Concat', *names, axis=like.order.index(params['dimension'])), spec.shape)
 
 
-def _reduce(op: str) -> Handler:
-    def handler(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-        (name, x), axes = _in_place(graph, inputs[0]), params['axes']
-        places = sorted(x.order.index(axis) for axis in axes)
-        if op in ('ArgMax', 'ArgMin'):
-            name = graph.cast(graph.node(op, name, axis=places[0], keepdims=0), spec.dtype)
-        elif op == 'ReduceSum':  # the only one that takes its axes as an input in this opset
-            name = graph.node(op, name, graph.integers(places), keepdims=0)
-        else:
-            name = graph.node(op, name, axes=places, keepdims=0)
-        left = [axis for axis in range(len(x.shape)) if axis not in axes]
-        return computed(name, spec.shape, spec.dtype, [left.index(axis) for axis in x.order if axis in left])
-
-    return handler
+def _reduce(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
+    (name, x), axes = _in_place(graph, inputs[0]), params['axes']
+    places = sorted(x.order.index(axis) for axis in axes)
+    if op in ('ArgMax', 'ArgMin'):
+        name = graph.cast(graph.node(op, name, axis=places[0], keepdims=0), spec.dtype)
+    elif op == 'ReduceSum':  # the only one that takes its axes as an input in this opset
+        name = graph.node(op, name, graph.integers(places), keepdims=0)
+    else:
+        name = graph.node(op, name, axes=places, keepdims=0)
+    left = [axis for axis in range(len(x.shape)) if axis not in axes]
+    return computed(name, spec.shape, spec.dtype, [left.index(axis) for axis in x.order if axis in left])
 
 
 def _top_k(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> list[Value]:
@@ -209,23 +179,20 @@ def _top_k(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> list
     return [computed(highest, spec.shape, x.dtype), numbers]
 
 
-def _pool(op: str) -> Handler:
-    def handler(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-        x, last, dilations = graph.full(inputs[0]), len(spec.shape) - 1, params['window_dilation']
-        windows, strides, padding = params['window_dimensions'], params['window_strides'], params['padding']
-        if any((windows[axis], strides[axis], *padding[axis]) != (1, 1, 0, 0) for axis in (0, last)):
-            raise ValueError('it pools over images or channels')
-        if any(d != 1 for d in params['base_dilation']) or (op == 'AveragePool' and any(d != 1 for d in dilations)):
-            raise ValueError('it is dilated')
-        order, pads = (0, last, *range(1, last)), [edge[side] for side in (0, 1) for edge in padding[1:last]]
-        options: Any = {'dilations': dilations[1:last]} if op == 'MaxPool' else {'count_include_pad': 1}
-        options.update(kernel_shape=windows[1:last], strides=strides[1:last], pads=pads)
-        pooled = computed(graph.node(op, graph.read(x, order), **options), spec.shape, x.dtype, order)
-        if op == 'MaxPool':
-            return pooled
-        return _elementwise(graph, 'Mul', [pooled, known(np.array(math.prod(windows), x.dtype))], pooled)
-
-    return handler
+def _pool(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
+    x, last, dilations = graph.full(inputs[0]), len(spec.shape) - 1, params['window_dilation']
+    windows, strides, padding = params['window_dimensions'], params['window_strides'], params['padding']
+    if any((windows[axis], strides[axis], *padding[axis]) != (1, 1, 0, 0) for axis in (0, last)):
+        raise ValueError('it pools over images or channels')
+    if any(d != 1 for d in params['base_dilation']) or (op == 'AveragePool' and any(d != 1 for d in dilations)):
+        raise ValueError('it is dilated')
+    order, pads = (0, last, *range(1, last)), [edge[side] for side in (0, 1) for edge in padding[1:last]]
+    options: Any = {'dilations': dilations[1:last]} if op == 'MaxPool' else {'count_include_pad': 1}
+    options.update(kernel_shape=windows[1:last], strides=strides[1:last], pads=pads)
+    pooled = computed(graph.node(op, graph.read(x, order), **options), spec.shape, x.dtype, order)
+    if op == 'MaxPool':
+        return pooled
+    return _elementwise('Mul', graph, params, [pooled, known(np.array(math.prod(windows), x.dtype))], pooled)
 
 
 def _convolution(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
@@ -279,13 +246,16 @@ _COMPARISONS = {'eq': 'Equal', 'ge': 'GreaterOrEqual', 'gt': 'Greater', 'le': 'L
 _UNCHANGED = ('copy', 'copy_p', 'stop_gradient', 'optimization_barrier')
 
 TABLE: dict[str, Handler] = {
-    **{name: _simple(name.capitalize()) for name in (*_UNARY, *_BINARY, *ON_BOOLEANS)},
-    **{name: _simple(op) for name, op in _COMPARISONS.items()},
-    **{f'reduce_{name}': _reduce(f'Reduce{name.capitalize()}') for name in ('max', 'min', 'prod', 'sum')},
+    **{name: functools.partial(_elementwise, name.capitalize()) for name in (*_UNARY, *_BINARY, *ON_BOOLEANS)},
+    **{name: functools.partial(_elementwise, op) for name, op in _COMPARISONS.items()},
+    **{
+        f'reduce_{name}': functools.partial(_reduce, f'Reduce{name.capitalize()}')
+        for name in ('max', 'min', 'prod', 'sum')
+    },
     **dict.fromkeys(_UNCHANGED, lambda graph, params, inputs, spec: inputs[0]),
-    'add_any': _simple('Add'),
-    'argmax': _reduce('ArgMax'),
-    'argmin': _reduce('ArgMin'),
+    'add_any': functools.partial(_elementwise, 'Add'),
+    'argmax': functools.partial(_reduce, 'ArgMax'),
+    'argmin': functools.partial(_reduce, 'ArgMin'),
     'broadcast_in_dim': _broadcast,
     'concatenate': _concatenate,
     'conv_general_dilated': _convolution,
@@ -293,11 +263,11 @@ TABLE: dict[str, Handler] = {
     'dim_as_value': _dim_as_value,
     'dot_general': _product,
     'gather': _gather,
-    'logistic': _simple('Sigmoid'),
+    'logistic': functools.partial(_elementwise, 'Sigmoid'),
     'max': _maximum,
     'pad': _pad,
-    'reduce_window_max': _pool('MaxPool'),
-    'reduce_window_sum': _pool('AveragePool'),
+    'reduce_window_max': functools.partial(_pool, 'MaxPool'),
+    'reduce_window_sum': functools.partial(_pool, 'AveragePool'),
     'reshape': _reshape,
     'select_n': _select,
     'slice': _slice,

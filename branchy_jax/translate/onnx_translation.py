@@ -1,9 +1,7 @@
 """Traced programs as ONNX nodes, equation by equation."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +11,8 @@ from jax.extend import core as jax_core
 
 from branchy_jax.jaxprs import Equation, Program, bind, flatten
 from branchy_jax.jaxprs import Value as Variable
-from branchy_jax.translate.onnx_graph import Graph, Value, is_size, known
+from branchy_jax.translate.onnx_graph import Graph, Value, computed, is_size, known
 from branchy_jax.translate.onnx_primitives import COMPOSED, ON_BOOLEANS, TABLE
-
-Values = dict[Variable, Value]
-"""The value in the file of each variable of a program."""
 
 
 class UntranslatableError(ValueError):
@@ -25,7 +20,7 @@ class UntranslatableError(ValueError):
 
     Attributes:
         equation: of the program.
-        place: the submodule and the source line of the equation.
+        place: the named scopes and the source line of the equation.
         part: start of the names of the nodes that the graph got at the time.
     """
 
@@ -34,59 +29,49 @@ class UntranslatableError(ValueError):
         self.equation, self.place, self.part = equation, place, part
 
 
-def start(program: Program, inputs: Iterable[Value]) -> Values:
-    """Returns the values that a program starts from: its inputs and its constants."""
-    constants = {v: known(array) for v, array in program.consts.items()}
-    return {**constants, **dict(zip(program.inputs, inputs, strict=True))}
-
-
-def translate(graph: Graph, program: Program, numbers: Iterable[int], values: Values) -> None:
-    """Adds the nodes of equations to a graph, and their results to ``values``.
-
-    Args:
-        graph: to add nodes to.
-        program: traced at a numeric or symbolic batch size.
-        numbers: of the equations.
-        values: of everything that the equations read. Equations that read known values alone are computed now.
-
-    Raises:
-        UntranslatableError: a primitive, its parameters or a dtype has no ONNX form here.
-    """
-    for number in numbers:
-        equation = program.equations[number]
-        inputs = [value_in(values, v) for v in equation.invars]
-        try:
-            outputs = _fold(equation, inputs) or _emit(graph, equation, inputs)
-        except (ValueError, NotImplementedError) as error:  # JAX raises the latter where it needs a symbolic size
-            raise UntranslatableError(str(error), equation, program.where(number), graph.prefix) from error
-        values.update(zip(equation.outvars, outputs, strict=True))
-
-
-def translate_function(graph: Graph, function: Callable[..., Any], *arguments: Any) -> Any:
+def translate(graph: Graph, function: Callable[..., Any], *arguments: Any) -> Any:
     """Traces a function, adds its nodes to a graph, and returns its result.
+
+    The nodes are named after the scopes (`jax.named_scope`) that the function computes in.
 
     Args:
         graph: to add nodes to.
         function: of arrays.
-        *arguments: pytrees of values.
+        *arguments: pytrees of values. What depends on known values alone is computed now.
 
     Raises:
         UntranslatableError: a primitive, its parameters or a dtype has no ONNX form here.
     """
     specs = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), arguments)
     closed, result = jax.make_jaxpr(function, return_shape=True)(*specs)
-    program = flatten(closed)
-    values = start(program, jax.tree.leaves(arguments))
-    translate(graph, program, range(len(program.equations)), values)
-    return jax.tree.unflatten(jax.tree.structure(result), [value_in(values, v) for v in program.outputs])
+    outputs = _run(graph, flatten(closed), jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(result), outputs)
 
 
-def value_in(values: Values, v: Variable) -> Value:
-    """Returns the value of a variable or literal."""
-    if not isinstance(v, jax_core.Literal):
-        return values[v]
-    spec: Any = v.aval
-    return known(np.asarray(v.val, spec.dtype))
+def _run(graph: Graph, program: Program, inputs: Sequence[Value]) -> list[Value]:
+    """Adds the nodes of a program, and returns its results."""
+    values: dict[Variable, Value] = {v: known(array) for v, array in program.consts.items()}
+    values.update(zip(program.inputs, inputs, strict=True))
+
+    def read(v: Variable) -> Value:
+        if not isinstance(v, jax_core.Literal):
+            return values[v]
+        spec: Any = v.aval
+        return known(np.asarray(v.val, spec.dtype))
+
+    around = graph.prefix
+    for number, equation in enumerate(program.equations):
+        graph.prefix = f'{program.places[number]}/' if program.places[number] else around
+        arguments = [read(v) for v in equation.invars]
+        try:
+            outputs = _fold(equation, arguments) or _emit(graph, equation, arguments)
+        except UntranslatableError:  # of an equation within this one
+            raise
+        except (ValueError, NotImplementedError) as error:  # JAX raises the latter where it needs a symbolic size
+            raise UntranslatableError(str(error), equation, program.where(number), graph.prefix) from error
+        values.update(zip(equation.outvars, outputs, strict=True))
+    graph.prefix = around
+    return [read(v) for v in program.outputs]
 
 
 def _fold(equation: Equation, inputs: list[Value]) -> list[Value]:
@@ -108,10 +93,26 @@ def _emit(graph: Graph, equation: Equation, inputs: list[Value]) -> list[Value]:
             raise ValueError(f'it computes in {dtype}; build the network with dtype=float32')
     if name in ON_BOOLEANS and specs[0].dtype != np.bool_:
         raise ValueError('ONNX has it for booleans alone')
+    if name == 'cond':
+        return _choose(graph, equation.params['branches'], inputs, specs)
     if name in COMPOSED:
-        result = translate_function(graph, functools.partial(COMPOSED[name], **equation.params), *inputs)
+        result = translate(graph, functools.partial(COMPOSED[name], **equation.params), *inputs)
     elif name in TABLE:
         result = TABLE[name](graph, equation.params, inputs, specs[0])
     else:
         raise ValueError('this primitive is not translated')
     return result if isinstance(result, list) else [result]
+
+
+def _choose(graph: Graph, branches: Sequence[Any], inputs: list[Value], specs: list[Any]) -> list[Value]:
+    """Adds a conditional. Each branch is a graph of its own, whose nodes run only if the branch is chosen."""
+    if len(branches) != 2:
+        raise ValueError('it chooses among more than two branches')
+    (chosen, *operands), names = inputs, [graph.fresh('If') for _ in specs]
+    bodies = {}
+    for place, branch in zip(('else_branch', 'then_branch'), branches, strict=True):  # in the order of 0 and 1
+        body = Graph(graph)
+        outputs = _run(body, flatten(branch), operands)
+        bodies[place] = body.finish(graph.fresh(place), dict(zip(names, outputs, strict=True)))
+    graph.node('If', graph.cast(graph.read(chosen), np.bool_), outputs=names, **bodies)
+    return [computed(name, spec.shape, spec.dtype) for name, spec in zip(names, specs, strict=True)]

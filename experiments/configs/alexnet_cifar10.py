@@ -40,17 +40,8 @@ def get_config(variant: str = '') -> ConfigDict:
     config.exit_weights = (1.0, 1.0, 1.0)
     if variant == 'gpu':
         config.update(
-            crop_padding=4,
-            regime='baseline',
-            epochs_baseline=120,
-            epochs_start=60,
-            epochs=60,
-            batch_size=128,
-            scan_epoch=True,
-            learning_rate=3e-3,
-            schedule='cosine',
-            warmup=0.3,
-            weight_decay=1e-2,
-            decay_kernels_only=False,
+            crop_padding=4, regime='baseline', epochs_baseline=120, epochs_start=60, epochs=60, batch_size=128
         )
+        config.update(scan_epoch=True, learning_rate=3e-3, schedule='cosine', warmup=0.3)
+        config.update(weight_decay=1e-2, decay_kernels_only=False)
     return config

@@ -9,10 +9,12 @@ def get_config() -> ConfigDict:
     config.seed = 0
 
     config.task = 'classification'  # or 'segmentation'
-    config.dataset = ''  # 'mnist5k', 'digit_canvases', a TFDS name, or a path ending in .npz
+    # 'mnist5k', 'digit_canvases', a TFDS name, or a path ending in .npz. Where the environment variable
+    # BRANCHY_JAX_PACKS names a folder with NAME.npz (x_train, y_train, x_test, y_test), data set NAME comes from there:
+    # for machines without TensorFlow Datasets.
+    config.dataset = ''
     config.image_size = ()  # (H, W) to resize to, where images of a TFDS data set differ in size
     config.validation_fraction = 0.1  # of the training part, per class; thresholds are picked on it
-    config.most_examples = 0  # of each part, to try a run out; 0: all
     config.in_memory = True  # False leaves the training images of a TFDS data set on disk
     config.workers = 0  # processes that read and decode images on disk; 0 is a thread
     config.prefetch = 4  # batches of them read ahead
@@ -40,7 +42,6 @@ def get_config() -> ConfigDict:
     config.batch_size_grown = 64
     config.learning_rate_grown = 1e-3
     config.batch_size = 64
-    config.accumulate = 1  # steps that share one update; BatchNorm statistics are of each step
     config.cpu_devices = 1  # host devices of a CPU that share each step: faster for all but tiny networks
     config.optimizer = 'adam'  # as in the paper; 'adamw'; 'sgd' with Nesterov momentum 0.9
     config.learning_rate = 1e-3

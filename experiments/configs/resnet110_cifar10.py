@@ -47,20 +47,7 @@ def get_config(variant: str = '') -> ConfigDict:
 
     config.latency_images = 200
     if variant == 'gpu':
-        config.update(
-            crop_padding=4,
-            image_sides=(),
-            dtype='bfloat16',
-            shallow_depth=0,
-            epochs_baseline=60,
-            epochs=60,
-            batch_size=256,
-            scan_epoch=True,
-            learning_rate=0.4,
-            schedule='cosine',
-            warmup=0.05,
-            weight_decay=1e-4,
-            decay_kernels_only=False,
-            label_smoothing=0.0,
-        )
+        config.update(crop_padding=4, image_sides=(), dtype='bfloat16', shallow_depth=0, epochs_baseline=60, epochs=60)
+        config.update(batch_size=256, scan_epoch=True, learning_rate=0.4, schedule='cosine', warmup=0.05)
+        config.update(weight_decay=1e-4, decay_kernels_only=False, label_smoothing=0.0)
     return config

@@ -5,8 +5,6 @@ and ONNX Runtime get what their users would give them: BatchNorm folded, weights
 them best, which a short trial finds.
 """
 
-from __future__ import annotations
-
 import functools
 import tempfile
 import warnings
@@ -19,17 +17,13 @@ import numpy as np
 from experiments.peers.job import Answer, Job, Ready, fastest
 
 
-def planned(job: Job) -> Ready:
-    """Runs what `branchy_jax.inference.plan` chooses, called with arrays of NumPy's or of jax's."""
-    return _planned(job, exits=True)
+def planned(job: Job, *, exits: bool = True) -> Ready:
+    """Runs what `branchy_jax.inference.plan` chooses, called with arrays of NumPy's or of jax's.
 
-
-def planned_bare(job: Job) -> Ready:
-    """Runs what the planner chooses for the network without exits: what the runtime is worth without them."""
-    return _planned(job, exits=False)
-
-
-def _planned(job: Job, *, exits: bool) -> Ready:
+    Args:
+        job: what is to be done.
+        exits: ``False`` for the network without exits: what the runtime is worth without them.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -120,7 +114,7 @@ def onnx_if(job: Job) -> Ready:
 
 CONTENDERS: dict[str, Callable[[Job], Ready]] = {
     'planned here': planned,
-    'planned here, bare': planned_bare,
+    'planned here, bare': functools.partial(planned, exits=False),
     'PyTorch': torch_eager,
     'PyTorch, exits': torch_exits,
     'torch.compile': torch_compiled,

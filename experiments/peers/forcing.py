@@ -5,8 +5,6 @@ rounding would decide who leaves; heads are therefore rescaled until they do, an
 close to a threshold that another runtime's rounding could move it across.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +14,9 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.costs import StageCosts
-from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.peers.job import Job
-from experiments.study.cells import images_needed
-from experiments.study.planning import random_variables
+from experiments.study.cells import images_needed, random_variables, table_of
 
 # Standard deviation of a logit over images: entropies then spread over a good part of [0, ln 10].
 _SPREAD = 2.0
@@ -110,14 +106,8 @@ def leave_in_shares(uncertainty: np.ndarray, shares: Sequence[float]) -> tuple[t
     Raises:
         ValueError: shares that are negative, do not sum to 1 or are not one per exit.
     """
-    num_exits, count = uncertainty.shape
-    table = ExitTable(
-        uncertainty=uncertainty,
-        statistics=np.zeros((num_exits, count, 1)),
-        costs=StageCosts(stages=np.ones(num_exits), exits=np.zeros(num_exits)),
-        criterion=bj.criteria.entropy,
-        split='random images',
-    )
+    num_exits = len(uncertainty)
+    table = table_of(uncertainty, StageCosts(stages=np.ones(num_exits), exits=np.zeros(num_exits)))
     policy = table.for_shares(shares)
     thresholds, exits = np.asarray(policy.thresholds), np.asarray(table.answering_exits(policy))
     asked = exits >= np.arange(num_exits - 1)[:, None]

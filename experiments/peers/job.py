@@ -1,7 +1,5 @@
 """What every contender is given, and what it makes of it: NumPy alone, whatever runtime is behind it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -51,13 +49,13 @@ class Ready:
     Attributes:
         answer: answers a batch.
         batches: in the layout that it likes them in.
-        told: the settings that it runs with.
+        settings: that it runs with.
         within: a context that passes run in.
     """
 
     answer: Answer
     batches: Sequence[np.ndarray]
-    told: str = ''
+    settings: str = ''
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def run(self, passes: int) -> float:
@@ -91,4 +89,4 @@ def fastest(options: Mapping[str, Ready]) -> Ready:
             ready.run(1)  # memory that nothing has touched for a while is slow to touch again
             seconds[name].append(ready.run(passes[name]) / passes[name])
     best = min(options, key=lambda name: np.median(seconds[name]))
-    return dataclasses.replace(options[best], told=', '.join(filter(None, (best, options[best].told))))
+    return dataclasses.replace(options[best], settings=', '.join(filter(None, (best, options[best].settings))))

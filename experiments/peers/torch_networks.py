@@ -5,8 +5,6 @@ the layers, strides and padding: those of `branchy_jax.models` at the placement 
 convolution before it, as our planner folds ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,7 +108,7 @@ class _Layers:
     def __init__(self, variables: Any) -> None:
         self.parameters, self.statistics = variables['params'], variables.get('batch_stats', {})
 
-    def block(self, name: str) -> _Layers:
+    def block(self, name: str) -> '_Layers':
         """Returns those of a module that holds others."""
         return _Layers({'params': self.parameters[name], 'batch_stats': self.statistics[name]})
 

@@ -1,9 +1,9 @@
-"""Both networks of a run, as they were trained or as they are read back, with all the options they were made with."""
-
-from __future__ import annotations
+"""What a run works on: its settings, its data and task, and both networks, trained or read back."""
 
 import dataclasses
 import functools
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,136 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
-from branchy_jax import calling
+from branchy_jax.criteria import Criterion, as_criterion
+from branchy_jax.sharding import check_divisible
+from branchy_jax.thresholds.statistics import Metric, Statistics
 from branchy_jax.types import Variables
 from experiments.configs import common
-from experiments.run.records import RunRecord, read_record
-from experiments.run.tasks import TASKS, load
+
+CHOICES = {
+    'task': ('classification', 'segmentation'),
+    'placement': ('text', 'released', 'tuned', ''),
+    'dtype': ('float32', 'bfloat16'),
+    'optimizer': ('adam', 'adamw', 'sgd'),
+    'schedule': ('cosine', 'linear', 'constant'),
+    'regime': ('baseline', 'joint', 'frozen'),
+    'choose': ('accuracy', 'baseline', 'knee'),
+}
+_POSITIVE = ('epochs', 'epochs_baseline', 'batch_size', 'latency_images', 'latency_passes', 'latency_batch')
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of the main job.
+
+    Attributes:
+        metric: its key in rows: ``test_<metric>``.
+        label: of the metric in tables and pictures.
+        statistics: what each answer adds to the metric's sums.
+        of_sums: the metric of these sums.
+        criteria: to compare; a run takes the one whose thresholds are cheapest on validation data.
+    """
+
+    metric: str
+    label: str
+    statistics: Statistics
+    of_sums: Metric
+    criteria: tuple[Criterion, ...]
+
+
+# Entropy of a quarter of the pixels: a patch of 8 pixels is 4 of them wide.
+_ENTROPY = as_criterion(bj.criteria.entropy, stride=2, name='mean entropy')
+_MASK_CRITERIA = (
+    _ENTROPY,
+    as_criterion(_ENTROPY, name='98 % quantile of entropy', quantile=0.98),
+    as_criterion(_ENTROPY, name='most unsure 8 × 8 patch', quantile=1.0, patch=4),
+)
+_ACCURACY, _IOU = bj.thresholds.accuracy_statistics, bj.thresholds.iou_statistics
+TASKS = {
+    'classification': Task(
+        'accuracy', 'accuracy', _ACCURACY, bj.thresholds.statistics.mean_of_statistic, (bj.criteria.entropy,)
+    ),
+    'segmentation': Task('miou', 'mIoU', _IOU, bj.thresholds.mean_iou, _MASK_CRITERIA),
+}
+
+
+def check(config: ConfigDict, mesh: Mesh | None = None) -> None:
+    """Refuses settings that do not exist or contradict each other.
+
+    Raises:
+        ValueError: names the field, what it holds and what it may hold.
+    """
+    for field, choices in CHOICES.items():
+        if config[field] not in choices:
+            raise ValueError(f'config.{field}: got {config[field]!r}; choose from {", ".join(choices)}')
+    for field in _POSITIVE:
+        if config[field] < 1:
+            raise ValueError(f'config.{field}: got {config[field]}; expected at least 1')
+    if not 0 <= config.distillation < 1:
+        raise ValueError(f'config.distillation: got {config.distillation}; give a share in [0, 1)')
+    if not config.network.startswith('b-'):
+        raise ValueError(f'config.network: got {config.network!r}; give the branchy one, its baseline is trained too')
+    if config.shallow_depth and config.regime == 'baseline':
+        raise ValueError(
+            'config.shallow_depth: a network that starts from its trained baseline does not grow; give config.regime '
+            "'joint' or 'frozen', or a depth of 0"
+        )
+    _check_networks(config)
+    if mesh is not None:
+        for field in ('batch_size', 'batch_size_grown') if config.shallow_depth else ('batch_size',):
+            check_divisible(f'config.{field}', config[field], mesh)
+
+
+def _check_networks(config: ConfigDict) -> None:
+    model, weights = bj.models.create(config.network, **own_options(config)), len(config.exit_weights)
+    exits = count_exits(model, image_specs(model.image_shape))
+    if weights != exits:
+        raise ValueError(f'config.exit_weights: {config.network} has {exits} exits, got {weights} weights')
+    if config.shallow_depth:  # without variables nothing is copied, but networks that do not correspond are refused
+        shallower = bj.models.create(config.network, **{**own_options(config), 'depth': config.shallow_depth})
+        bj.training.initialize_from_shallower(model, {}, shallower, {})
+
+
+def load(config: ConfigDict) -> bj.data.Dataset:
+    """Loads what ``config.dataset`` names; `experiments.configs.common` says where from."""
+    packed = Path(os.environ.get('BRANCHY_JAX_PACKS', ''), f'{config.dataset}.npz')
+    dataset = bj.data.load_dataset(
+        str(packed) if packed.is_absolute() and packed.exists() else config.dataset,
+        in_memory=config.in_memory,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        task=config.task,
+        image_size=tuple(config.image_size) or None,
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+    return dataset.replace(name=config.dataset)
+
+
+def own_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of a run's networks that do not depend on the data."""
+    return {**({'placement': config.placement} if config.placement else {}), **config.network_options.to_dict()}
+
+
+def network_options(config: ConfigDict, num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
+    """Returns the arguments that a run's networks are created with."""
+    shapes = {'num_classes': num_classes, 'image_shape': tuple(image_shape)}
+    return {**shapes, 'dtype': jnp.dtype(config.dtype), **own_options(config)}
+
+
+def image_specs(image_shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+    """Returns the shape ``[1, H, W, C]`` of one float32 image, for whatever traces a network."""
+    return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+
+def count_exits(model: Any, inputs: Any) -> int:
+    """Returns N of a network; traces it."""
+    logits = jax.eval_shape(lambda key, x: model.apply(model.init(key, x), x), jax.random.key(0), inputs)
+    return len(logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +177,6 @@ class Networks:
         return image_specs(self.options['image_shape'])
 
     @functools.cached_property
-    def num_exits(self) -> int:
-        """N of the branchy network."""
-        return count_exits(self.model, self.inputs)
-
-    @functools.cached_property
     def fast(self) -> tuple[Any, Variables]:
         """The branchy network as `branchy_jax.inference.optimize` rewrites it, with its variables."""
         return bj.inference.optimize(self.model, self.variables, inputs=self.inputs)
@@ -74,142 +191,24 @@ class Networks:
         return Networks, (self.name, dict(self.options), *arrays)
 
 
-def image_specs(image_shape: Sequence[int]) -> jax.ShapeDtypeStruct:
-    """Returns the shape ``[1, H, W, C]`` of one float32 image, for whatever traces a network."""
-    return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-
-
-def count_exits(model: Any, inputs: Any) -> int:
-    """Returns N of a network; traces it.
-
-    Args:
-        model: a network with N exits.
-        inputs: an example, or its shapes.
-    """
-
-    def logits(key: jax.Array, inputs: Any) -> Any:
-        return calling.apply(model, calling.init(model, key, inputs), inputs)
-
-    return len(jax.eval_shape(logits, jax.random.key(0), inputs))
-
-
-@dataclasses.dataclass(frozen=True)
-class UpToExit:
-    """The exits of a network up to one of them. A model with ``init`` and ``apply``.
-
-    Attributes:
-        model: the network.
-        exit: the number of its last exit that stays.
-    """
-
-    model: Any
-    exit: int
-
-    def init(self, key: jax.Array, *inputs: Any) -> Variables:
-        """Returns fresh variables of the whole network."""
-        return calling.init(self.model, key, calling.one_input(inputs))
-
-    def apply(self, variables: Variables, *inputs: Any, mutable: Any = False, **options: Any) -> Any:
-        """Computes the logits of exits 0 to ``exit``, as `flax.linen.Module.apply` would."""
-        result = calling.apply(self.model, variables, calling.one_input(inputs), mutable=mutable, **options)
-        if mutable is False:
-            return result[: self.exit + 1]
-        return result[0][: self.exit + 1], result[1]
-
-
-def first_stages(model: Any, n: int) -> Any:
-    """Returns the network that ends at exit n, with that exit alone."""
-    return bj.models.without_branches(UpToExit(model, n))
-
-
-def network_options(config: ConfigDict, *, num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
-    """Returns the arguments that a run's networks are created with."""
-    shapes = {'num_classes': num_classes, 'image_shape': tuple(image_shape)}
-    return {**shapes, 'dtype': jnp.dtype(config.dtype), **own_options(config)}
-
-
-def own_options(config: ConfigDict) -> dict[str, Any]:
-    """Returns those that do not depend on the data."""
-    return {**({'placement': config.placement} if config.placement else {}), **config.network_options.to_dict()}
-
-
-def training_options(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments for training: the same parameters, in the form in which a CPU trains them fastest."""
-    changed: dict[str, Any] = {'convolution': bj.models.banded_convolution} if config.banded else {}
-    if config.image_sides:  # images grow during training
-        changed['image_shape'] = None
-    return {**options, **changed}
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedRun:
-    """What a run left behind.
-
-    Attributes:
-        workdir: its folder.
-        config: its settings.
-        record: what it found.
-        networks: both, trained.
-    """
-
-    workdir: Path
-    config: ConfigDict
-    record: RunRecord
-    networks: Networks
-
-    @property
-    def policies(self) -> dict[str, bj.ExitPolicy]:
-        """When an input leaves, by operating point, the table's first."""
-        return {point.name: self.policy(point.thresholds) for point in self.record.points}
-
-    def policy(self, thresholds: Sequence[float]) -> bj.ExitPolicy:
-        """Returns a policy of the run's criterion."""
-        criterion = TASKS[self.record.task].criterion(self.record.criterion)
-        return bj.ExitPolicy(criterion=criterion, thresholds=np.array(thresholds, np.float32))
-
-    def dataset(self) -> bj.data.Dataset:
-        """Loads its data."""
-        return load(self.config)
-
-
-def read_run(workdir: Path | str) -> FinishedRun:
-    """Reads a run, or the stored report of one whose weights ship with the package.
-
-    The baseline's weights do not ship. There the branchy network's own stand for them, as good for a clock, which no
-    weight changes; nothing that reads a run evaluates its baseline anew.
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Refuses to mix two runs in one folder; how the run is timed in the end may change.
 
     Raises:
-        ValueError: the folder holds no finished run, or neither its weights nor the package has them.
+        ValueError: the folder holds a run with other settings.
     """
-    workdir = Path(workdir)
-    record = read_record(workdir)
-    if not (workdir / 'config.json').exists():
-        return _published(workdir, record)
-    config = _settings(bj.report.read_json(workdir / 'config.json'))
-    variables, normalization = _weights(workdir / f'{config.network}.safetensors')
-    baseline_variables, _ = _weights(workdir / f'{config.network[2:]}.safetensors')
-    options = network_options(config, num_classes=record.num_classes, image_shape=record.image_shape)
-    networks = Networks(config.network, options, variables, baseline_variables, normalization)
-    return FinishedRun(workdir, config, record, networks)
-
-
-def _published(workdir: Path, record: RunRecord) -> FinishedRun:
-    found = bj.models.load_pretrained(record.network, dataset=record.dataset)
-    if tuple(found.card['exit_accuracy']) != tuple(record.exit_accuracy):
-        raise ValueError(
-            f'workdir: {workdir} holds a report without weights, and those of {record.network} that ship with the '
-            f'package are of another run: their exits have {found.card["exit_accuracy"]}, these {record.exit_accuracy}'
-        )
-    config = _settings(found.card['recipe'])
-    options = network_options(config, num_classes=record.num_classes, image_shape=record.image_shape)
-    networks = Networks(record.network, options, found.variables, found.variables, found.normalization)
-    return FinishedRun(workdir, config, record, networks)
-
-
-def _settings(stored: Mapping[str, Any]) -> ConfigDict:
-    config = common.get_config()
-    config.update({name: value for name, value in stored.items() if name in config})  # a field may be gone since
-    return config
+    path, settings = workdir / 'config.json', json.loads(config.to_json())
+    if path.exists():
+        # A field that did not exist yet had its default; one that is gone since says nothing.
+        stored = {**json.loads(common.get_config().to_json()), **bj.report.read_json(path)}
+        changed = [key for key, value in settings.items() if value != stored[key] and not key.startswith('latency_')]
+        if changed:
+            raise ValueError(
+                f'workdir: {workdir} holds a run with other settings ({", ".join(sorted(changed))}); '
+                'choose another folder, or delete this one'
+            )
+    if jax.process_index() == 0:
+        bj.report.write_json(path, settings)
 
 
 def save_weights(workdir: Path, config: ConfigDict, networks: Networks) -> None:
@@ -219,9 +218,3 @@ def save_weights(workdir: Path, config: ConfigDict, networks: Networks) -> None:
         metadata = {'network': name, 'dataset': config.dataset, 'placement': config.placement}
         variables = {**variables, 'normalization': normalization}
         bj.checkpoint.save_weights(workdir / f'{name}.safetensors', variables, metadata=metadata)
-
-
-def _weights(path: Path) -> tuple[Variables, bj.Normalization]:
-    variables, _ = bj.checkpoint.load_weights(path)
-    normalization = bj.Normalization(**variables.pop('normalization'))
-    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), variables), normalization

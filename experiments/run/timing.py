@@ -1,10 +1,8 @@
 """Times of a branchy network and its baseline, interleaved in one run: image by image, or in batches."""
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import functools
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,52 +14,89 @@ import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
-from branchy_jax.criteria import Criterion
-from branchy_jax.inference.compiler_options import BY_NAME, may_use_one_core
-from branchy_jax.inference.planning.segments import Segments, bind
-from branchy_jax.inference.steps import arrays_of
+from branchy_jax.inference.compiler_options import may_use_one_core
 from branchy_jax.types import Variables
-from experiments.run.networks import Networks, first_stages
-from experiments.run.processes import as_a_user_starts_them
-from experiments.run.records import Clock, Timed
+from experiments.run.networks import Networks
+from experiments.run.trainings import STARTED
 
 Network = tuple[Any, Variables]
+Run = Callable[[Any], Any]
+Runs = dict[Any, Run]
 Policies = Mapping[str, bj.ExitPolicy]
-Runs = dict[Any, tuple[Callable[[Any], Any], Sequence[Any]]]
-"""What answers an input, and the inputs of a pass, by name."""
-_SEGMENT_CALLS = 100
+_SEGMENT_PASSES = 25
 _TRIAL_IMAGES, _TRIAL_PASSES = 50, 7
 
 
-def time_images(networks: Networks, images: np.ndarray, policies: Policies, *, passes: int) -> Timed:
-    """Times both networks on the same images, one call per image, every call waited for.
+def time_run(
+    networks: Networks, planned_on: np.ndarray, images: np.ndarray, policies: Policies, *, batch: int, passes: int
+) -> dict[str, Any]:
+    """Times both networks on the same images, every call waited for, the plain jitted baseline beside them.
 
-    Both run through `branchy_jax.inference.optimize`, each with the compiler options that are faster in a short trial;
-    the plain jitted baseline runs beside them. On a CPU all of them run in a process of their own on one core, where
-    each is fastest: at batch 1 waking another core costs as much as a small network.
+    At batch 1 both run through `branchy_jax.inference.optimize`, each with the compiler options that are faster in a
+    short trial; on a CPU in a process of its own on one core, where each is fastest: waking another core costs as much
+    as a small network. In larger batches both run as `branchy_jax.inference.plan` chooses on other images.
 
     Args:
         networks: both.
-        images: ``[M, H, W, C]`` normalised.
+        planned_on: ``[M, H, W, C]`` normalised, for the planner.
+        images: ``[M, H, W, C]`` normalised, at least a batch, for the clock; whole batches of them are used.
         policies: by operating point, all of one criterion.
+        batch: images in a call.
         passes: interleaved passes over the images.
+
+    Returns:
+        ``baseline``: a clock (`clock`); ``points``: a clock by operating point; ``exit_latency_ms [N]``: the time of an
+        image that leaves at exit n; ``trunk_only_ms [N + 1]``: of each stage alone, then of the last head, which is
+        what the paper's protocol counts.
     """
-    arguments = (networks, np.asarray(images), jax.tree.map(np.asarray, dict(policies)), passes)
-    if jax.default_backend() != 'cpu':
-        return _time_images(*arguments)
+    there = {name: jax.tree.map(np.asarray, policy) for name, policy in policies.items()}  # a tree would be sorted
+    arguments = (networks, np.asarray(planned_on), np.asarray(images), there)
+    if batch > 1 or jax.default_backend() != 'cpu':
+        return _time(*arguments, batch, passes)
     with one_core() as process:
-        return process.submit(_time_images, *arguments).result()
+        return process.submit(_time, *arguments, batch, passes).result()
+
+
+def clock(
+    seconds: Mapping[Any, np.ndarray], name: Any, *, baseline: Any, images: int, batch: int, executor: str = ''
+) -> dict[str, Any]:
+    """Reads the times of one network from `branchy_jax.measure.interleaved_passes`, as fields of a row.
+
+    Args:
+        seconds: of passes over all images, by name; ``'plain'`` is the baseline as written.
+        name: whose figures these are.
+        baseline: the name of the network to compare with, like with like.
+        images: in a pass.
+        batch: images in a call.
+        executor: that the planner chose, or how `staged` was compiled; left out where nothing was chosen.
+    """
+    gain = bj.measure.paired_ratio(seconds[baseline], seconds[name])
+    row = {
+        'batch': batch,
+        'latency_images': images,
+        'latency_passes': len(seconds[name]),
+        'latency_ms': float(np.median(seconds[name])) / images * 1e3,
+        'gain': gain.median,
+        'gain_low': gain.low,
+        'gain_high': gain.high,
+        'gain_plain': bj.measure.paired_ratio(seconds['plain'], seconds[name]).median,
+    }
+    return {**row, 'executor': executor} if executor else row
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[ProcessPoolExecutor]:
-    """Yields an executor whose one process keeps to one core, started as a user would start it."""
+    """Yields an executor whose one process keeps to one core, in the environment that the user has set."""
+    ours, before = dict(os.environ), json.loads(os.environ.get(STARTED, '{}'))
+    for name in before:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if value is not None})
     spawn = multiprocessing.get_context('spawn')
-    with (
-        as_a_user_starts_them(),
-        ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process,
-    ):
-        yield process
+    try:
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process:
+            yield process
+    finally:
+        os.environ.update(ours)
 
 
 def keep_to_one_core() -> None:
@@ -72,127 +107,58 @@ def keep_to_one_core() -> None:
     jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
-def _time_images(networks: Networks, images: np.ndarray, policies: Policies, passes: int) -> Timed:
-    criterion, exits = _criterion(policies), networks.num_exits
-    inputs, nothing = on_device(images), _no_exits(criterion)
-    few, again = inputs[: max(1, len(inputs) // 5)], range(_SEGMENT_CALLS)
-    compiled = fastest_options(networks.fast, next(iter(policies.values())), few)
-    alone = Segments(networks.fast, images, 1, criterion, BY_NAME[compiled]).functions(images)
-    runs: Runs = {
-        'plain': (staged((networks.baseline, networks.baseline_variables), nothing, embed=False), inputs),
-        'rewritten': (
-            staged(networks.fast_baseline, nothing, fastest_options(networks.fast_baseline, nothing, few)),
-            inputs,
-        ),
-        **{('point', name): (staged(networks.fast, policy, compiled), inputs) for name, policy in policies.items()},
-        **{('exit', n): (staged(networks.fast, _forced(criterion, exits, n), compiled), few) for n in range(exits)},
-        **{key: (lambda _, key=key: alone[key](), again) for key in _trunk(exits, 1)},
-    }
-    return _time(runs, ('rewritten',), policies, exits, batch=1, passes=passes)
-
-
 def _time(
-    runs: Runs, baselines: Sequence[str], policies: Sequence[str], exits: int, *, batch: int, passes: int
-) -> Timed:
-    """Lets all runs take turns, and reads the figures of the fastest baseline, the points, the exits and the trunk."""
-    functions = {name: bj.measure.one_by_one(run, inputs) for name, (run, inputs) in runs.items()}
-    seconds = bj.measure.interleaved_passes(functions, passes=passes)
-    images = {name: len(inputs) * batch for name, (_, inputs) in runs.items()}
-
-    def ms(name: Any) -> float:
-        return float(np.median(seconds[name])) / images[name] * 1e3
-
-    baseline = fastest(seconds, baselines)
-    read = functools.partial(Clock.read, seconds, baseline=baseline, images=images[baseline], batch=batch)
-    return Timed(
-        baseline=read(baseline),
-        points={
-            name: read(('point', name), executor=getattr(runs['point', name][0], 'executor', '')) for name in policies
-        },
-        exit_latency_ms=tuple(ms(('exit', n)) for n in range(exits)),
-        trunk_only_ms=tuple(ms(key) for key in _trunk(exits, batch)),
+    networks: Networks, planned_on: np.ndarray, images: np.ndarray, policies: Policies, batch: int, passes: int
+) -> dict[str, Any]:
+    inputs, policy = on_device(images, batch), next(iter(policies.values()))
+    runs, executors = (
+        _one_by_one(networks, inputs, policies) if batch == 1 else _in_batches(networks, planned_on, policies, batch)
     )
-
-
-def time_batches(
-    networks: Networks, planned_on: np.ndarray, images: np.ndarray, policies: Policies, *, batch: int, passes: int
-) -> Timed:
-    """Times both networks on the same batches, every call waited for.
-
-    Both run as `branchy_jax.inference.plan` chooses on other images, the plain jitted baseline beside them.
-
-    Args:
-        networks: both.
-        planned_on: ``[M, H, W, C]`` normalised, for the planner.
-        images: ``[M, H, W, C]`` normalised, at least a batch, for the clock; whole batches of them are used.
-        policies: by operating point, all of one criterion.
-        batch: images in a call.
-        passes: interleaved passes over the images.
-    """
-    inputs = on_device(images, batch)
-    criterion, exits = _criterion(policies), networks.num_exits
-    fast, fast_variables = networks.fast
-    compacted = bj.inference.compacted(fast, chunk_size=batch)
-    alone = Segments(networks.fast, images, batch, criterion).functions(images)
-    planned: dict[str, bj.inference.Plan] = {}
-    for name, policy in policies.items():  # what one measured of the stages holds at other thresholds
-        planned[name] = bj.inference.plan(
-            networks.model,
-            networks.variables,
-            planned_on[: 8 * batch],
-            policy,
-            batch_size=batch,
-            earlier=next(iter(planned.values()), None),
-        )
-
-    def leaving_at(n: int) -> Callable[[Any], Any]:
-        policy = _forced(criterion, exits, n)
-        return lambda images: compacted(fast_variables, images, policy)
-
-    alike = bj.inference.plan(
-        networks.baseline, networks.baseline_variables, planned_on[: 8 * batch], _no_exits(criterion), batch_size=batch
-    )
-    runs: Runs = {
-        'plain': (whole(networks.baseline, networks.baseline_variables), inputs),
-        'planned': (alike, inputs),
-        **{('point', name): (run, inputs) for name, run in planned.items()},
-        **{('exit', n): (leaving_at(n), inputs) for n in range(exits)},
-        **{key: (lambda _, key=key: alone[key](), range(1)) for key in _trunk(exits, batch)},
-    }
-    return _time(runs, ('plain', 'planned'), policies, exits, batch=batch, passes=passes)
-
-
-def time_static(
-    networks: Networks, static: Sequence[Variables], images: np.ndarray, *, passes: int
-) -> tuple[Clock, ...]:
-    """Times the baseline and the first stages with each side exit in turns, as `time_images` times a run.
-
-    Args:
-        networks: of the run; the baseline is what the others are compared with.
-        static: the variables of `experiments.run.networks.first_stages`, an exit after the other.
-        images: ``[M, H, W, C]`` normalised.
-        passes: interleaved passes over the images.
-    """
-    arguments = (networks, jax.tree.map(np.asarray, list(static)), np.asarray(images), passes)
-    if jax.default_backend() != 'cpu':
-        return _time_static(*arguments)
-    with one_core() as process:
-        return process.submit(_time_static, *arguments).result()
-
-
-def _time_static(networks: Networks, static: Sequence[Variables], images: np.ndarray, passes: int) -> tuple[Clock, ...]:
-    inputs, nothing = on_device(images), _no_exits(bj.criteria.entropy)
-    parts = [
-        bj.inference.optimize(first_stages(networks.model, n), variables, inputs=networks.inputs)
-        for n, variables in enumerate(static)
-    ]
-    fast = dict(enumerate(parts)) | {'baseline': networks.fast_baseline}
-    runs = {name: staged(network, nothing, fastest_options(network, nothing, inputs)) for name, network in fast.items()}
-    runs['plain'] = staged((networks.baseline, networks.baseline_variables), nothing, embed=False)
+    baseline, variables = networks.baseline, jax.tree.map(jnp.asarray, networks.baseline_variables)
+    plain = jax.jit(lambda variables, x: baseline.apply(variables, x.reshape(batch, *images.shape[1:])))
+    runs['plain'] = functools.partial(plain, variables)
     functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
-    seconds = bj.measure.interleaved_passes(functions, passes=passes)
-    read = functools.partial(Clock.read, seconds, baseline='baseline', images=len(inputs), batch=1)
-    return tuple(read(n) for n in range(len(parts)))
+    seconds, count = bj.measure.interleaved_passes(functions, passes=passes), len(inputs) * batch
+    faster = fastest(seconds, ['rewritten'] if batch == 1 else ['plain', 'rewritten'])
+    read = functools.partial(clock, seconds, baseline=faster, images=count, batch=batch)
+    alone = bj.inference.segment_times(*networks.fast, images, batch_sizes=[batch], passes=_SEGMENT_PASSES)
+    return {
+        'baseline': read(faster),
+        'points': {name: read(('point', name), executor=executor) for name, executor in executors.items()},
+        'exit_latency_ms': [float(np.median(seconds['exit', n])) / count * 1e3 for n in range(len(_forced(policy)))],
+        'trunk_only_ms': (np.append(alone.stages[0], alone.exits[0, -1]) / batch).tolist(),
+    }
+
+
+def _one_by_one(networks: Networks, inputs: Sequence[jax.Array], policies: Policies) -> tuple[Runs, dict[str, str]]:
+    """Returns what answers one image, and how each operating point is compiled."""
+    policy = next(iter(policies.values()))
+    none, options = _no_exits(policy), fastest_options(networks.fast, policy, inputs)
+    runs: Runs = {
+        'rewritten': staged(networks.fast_baseline, none, fastest_options(networks.fast_baseline, none, inputs)),
+        **{('point', name): staged(networks.fast, own, options) for name, own in policies.items()},
+        **{('exit', n): staged(networks.fast, forced, options) for n, forced in enumerate(_forced(policy))},
+    }
+    return runs, dict.fromkeys(policies, f'staged, {options}' if options else '')
+
+
+def _in_batches(
+    networks: Networks, planned_on: np.ndarray, policies: Policies, batch: int
+) -> tuple[Runs, dict[str, str]]:
+    """Returns what answers a batch, and which executor was planned for each operating point."""
+    policy, plan = next(iter(policies.values())), functools.partial(bj.inference.plan, batch_size=batch)
+    planned: dict[str, bj.inference.Plan] = {}
+    for name, own in policies.items():  # what one measured of the stages holds at other thresholds
+        earlier = next(iter(planned.values()), None)
+        planned[name] = plan(networks.model, networks.variables, planned_on, own, earlier=earlier)
+    fast, variables = networks.fast
+    compacted = functools.partial(bj.inference.compacted(fast, chunk_size=batch), variables)
+    runs: Runs = {
+        'rewritten': plan(networks.baseline, networks.baseline_variables, planned_on, _no_exits(policy)),
+        **{('point', name): run for name, run in planned.items()},
+        **{('exit', n): functools.partial(compacted, policy=forced) for n, forced in enumerate(_forced(policy))},
+    }
+    return runs, {name: run.executor for name, run in planned.items()}
 
 
 def fastest(seconds: Mapping[Any, np.ndarray], names: Sequence[str]) -> str:
@@ -200,59 +166,36 @@ def fastest(seconds: Mapping[Any, np.ndarray], names: Sequence[str]) -> str:
     return min(names, key=lambda name: float(np.median(seconds[name])))
 
 
-def _criterion(policies: Policies) -> Criterion:
-    return next(iter(policies.values())).criterion
+def _no_exits(policy: bj.ExitPolicy) -> bj.ExitPolicy:
+    """Returns a policy of the same criterion for a network of one exit."""
+    return bj.ExitPolicy(policy.criterion, np.zeros(0, np.float32))
 
 
-def _no_exits(criterion: Criterion) -> bj.ExitPolicy:
-    return bj.ExitPolicy(criterion=criterion, thresholds=np.zeros(0, np.float32))
+def _forced(policy: bj.ExitPolicy) -> list[bj.ExitPolicy]:
+    """Returns for each exit the policy by which every image leaves there."""
+    count = len(policy.thresholds)
+    thresholds = np.where(np.arange(count + 1)[:, None] == np.arange(count), np.inf, -np.inf).astype(np.float32)
+    return [bj.ExitPolicy(policy.criterion, own) for own in thresholds]
 
 
-def _forced(criterion: Criterion, exits: int, n: int) -> bj.ExitPolicy:
-    """Lets every image out at exit ``n``."""
-    thresholds = np.where(np.arange(exits - 1) == n, np.inf, -np.inf).astype(np.float32)
-    return bj.ExitPolicy(criterion=criterion, thresholds=thresholds)
-
-
-def _trunk(exits: int, batch: int) -> list[tuple[str, int, int]]:
-    """Names every stage alone, then the last head, as `Segments.functions` does."""
-    return [*(('stage', n, batch) for n in range(exits)), ('exit', exits - 1, batch)]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Staged:
-    """`branchy_jax.inference.staged` with its weights and policy.
-
-    Attributes:
-        answer: answers an image.
-        executor: its name with its compiler options; empty where none were chosen.
-    """
-
-    answer: Callable[[jax.Array], bj.ExitPrediction]
-    executor: str = ''
-
-    def __call__(self, image: jax.Array) -> bj.ExitPrediction:
-        """Answers."""
-        return self.answer(image)
-
-
-def staged(network: Network, policy: bj.ExitPolicy, options: str = '', *, embed: bool = True) -> Staged:
+def staged(network: Network, policy: bj.ExitPolicy, options: str = '') -> Run:
     """Binds `branchy_jax.inference.staged` to weights and a policy, as a plan does.
 
     Args:
-        network: with its variables.
+        network: with its variables, which become constants of the program.
         policy: when an image leaves.
-        options: the name of compiler options, from `fastest_options`.
-        embed: whether weights are constants of the program; not those of a plain network.
+        options: ``'one core'`` or none, from `fastest_options`.
+
+    Returns:
+        A function of one image, which returns the arrays of `branchy_jax.ExitPrediction`.
     """
     (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
     executor = bj.inference.staged(model)
 
-    def answer(variables: Variables, image: jax.Array) -> tuple[jax.Array, ...]:
-        return arrays_of(executor.program(variables, image, policy))
+    def answer(image: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.tree.leaves(executor(variables, image, policy)))
 
-    run = bind(answer, variables, BY_NAME[options], embed=embed)
-    return Staged(lambda image: bj.ExitPrediction(*run(image)), options and f'staged, {options}')
+    return jax.jit(answer, compiler_options=bj.inference.ONE_CORE if options else None)
 
 
 def fastest_options(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Array]) -> str:
@@ -264,12 +207,7 @@ def fastest_options(network: Network, policy: bj.ExitPolicy, inputs: Sequence[ja
     return fastest(bj.measure.interleaved_passes(runs, passes=_TRIAL_PASSES), tuple(runs))
 
 
-def whole(model: Any, variables: Variables) -> Callable[[Any], Any]:
-    """Returns the jitted network, which computes every exit of a batch."""
-    return functools.partial(jax.jit(model.apply), jax.tree.map(jnp.asarray, variables))
-
-
-def on_device(images: np.ndarray, batch: int | None = None) -> list[jax.Array]:
+def on_device(images: np.ndarray, batch: int = 1) -> list[jax.Array]:
     """Returns images where calls take them from: one by one, or in whole batches."""
-    parts = images if batch is None else [images[end - batch : end] for end in range(batch, len(images) + 1, batch)]
+    parts = images if batch == 1 else [images[end - batch : end] for end in range(batch, len(images) + 1, batch)]
     return jax.block_until_ready([jnp.asarray(part) for part in parts])

@@ -1,12 +1,12 @@
 """Trains the baseline and the branchy network of a run, each resumed where it stopped, with a progress bar."""
 
-from __future__ import annotations
-
+import dataclasses
 import functools
-import resource
+import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,209 +22,192 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import branchy_jax as bj
 from branchy_jax.losses import Loss
-from branchy_jax.training.fit import Augment
 from branchy_jax.training.step import Metrics
 from branchy_jax.types import Variables
-from experiments.run.networks import image_specs, own_options, training_options
-from experiments.run.tasks import TASKS
+from experiments.run.networks import image_specs, own_options
 
 Build = Callable[..., Any]
 
 _REFRESH_SECONDS = 0.5
+STARTED = 'BRANCHY_JAX_STARTED'
+"""Holds what the environment was before `start_again_on_cpu` changed it, as JSON."""
+# XLA:CPU gives its temporary memory back after every call, and the page faults of the next call cost more than the
+# work. Kept, and in huge pages, it is there.
+_ALLOCATOR = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=1000000000'  # noqa: E501 - one value
 
 
-def train_both(
-    config: ConfigDict, options: Mapping[str, Any], dataset: bj.data.Dataset, workdir: Path, mesh: Mesh | None = None
-) -> tuple[Variables, Variables]:
-    """Trains the one-exit baseline on its own, then the branchy network.
+def start_again_on_cpu(devices: int) -> None:
+    """Starts this command again with the settings under which a CPU trains fastest; on a GPU or TPU it returns.
+
+    Host devices share one pool of threads, and collectives of overlapping steps have been seen to wait for each other
+    there without end: dispatch is synchronous.
 
     Args:
+        devices: host devices to make; with 1 it returns.
+    """
+    if devices == 1 or STARTED in os.environ or jax.default_backend() != 'cpu':
+        return
+    settings = settings_on_cpu(devices)
+    before = json.dumps({name: os.environ.get(name) for name in settings})
+    sys.stdout.flush()
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **settings, STARTED: before})
+
+
+def settings_on_cpu(devices: int) -> dict[str, str]:
+    """Returns the environment variables of `start_again_on_cpu`; what the user has set stays as it is."""
+    flags, host_devices = os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count'
+    if host_devices not in flags:
+        flags = f'{flags} {host_devices}={devices}'.strip()
+    settings = {'GLIBC_TUNABLES': _ALLOCATOR, 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0'}
+    return {**{name: os.environ.get(name, value) for name, value in settings.items()}, 'XLA_FLAGS': flags}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What the trainings of a run have in common.
+
+    Attributes:
         config: settings of the run.
-        options: that the network is created with.
+        options: that its networks are created with.
         dataset: only its training part is used.
         workdir: checkpoints go below it.
         mesh: the devices that share every batch.
-
-    Returns:
-        Variables of the baseline and of the branchy network.
     """
-    build = builder(config, options)
-    keys = jax.random.split(jax.random.key(config.seed), 4)
-    example = jnp.zeros((1, *dataset.image_shape), jnp.float32)
-    train = functools.partial(train_network, config=config, dataset=dataset, workdir=workdir, mesh=mesh)
-    train_baseline = functools.partial(
-        train,
-        lambda **changed: bj.models.without_branches(build(**changed)),
-        jax.jit(bj.models.without_branches(build()).init)(keys[0], example),
-        keys[1],
-        [1.0],
-    )
-    baseline_variables = train_baseline(name=config.network[2:], epochs=config.epochs_baseline)
-    start = jax.jit(build().init)(keys[2], example)
-    if config.regime != 'joint':
-        trained = baseline_variables
-        if config.epochs_start:
-            trained = train_baseline(name=f'{config.network[2:]}-start', epochs=config.epochs_start)
-        start, taken = bj.training.initialize_from_baseline(start, trained)
-        print(f'{config.network}: took {len(taken.taken)} arrays from the baseline, {len(taken.fresh)} start fresh')
-    variables = train(
-        build,
-        start,
-        keys[3],
-        config.exit_weights,
-        name=config.network,
-        epochs=config.epochs,
-        frozen_trunk=config.regime == 'frozen',
-    )
-    return baseline_variables, variables
+
+    config: ConfigDict
+    options: Mapping[str, Any]
+    dataset: bj.data.Dataset
+    workdir: Path
+    mesh: Mesh | None = None
+
+    def build(self, **changed: Any) -> Any:
+        """Makes the branchy network, in the form in which a CPU trains it fastest; ``depth=`` changes a ResNet's."""
+        options = {**self.options, **changed}
+        if self.config.banded:
+            options['convolution'] = bj.models.banded_convolution
+        if self.config.image_sides:  # images grow during training
+            options['image_shape'] = None
+        return bj.models.create(self.config.network, **options)
+
+    def train_both(self) -> tuple[Variables, Variables]:
+        """Trains the one-exit baseline on its own, then the branchy network; returns the variables of both."""
+        config, keys = self.config, jax.random.split(jax.random.key(self.config.seed), 4)
+        name, baseline_name = config.network, config.network[2:]
+
+        def build_baseline(**changed: Any) -> Any:
+            return bj.models.without_branches(self.build(**changed))
+
+        fresh = self.init(build_baseline, keys[0])
+        train_baseline = functools.partial(self.train, build_baseline, fresh, keys[1], [1.0])
+        baseline = trained = train_baseline(baseline_name, config.epochs_baseline)
+        start = self.init(self.build, keys[2])
+        if config.regime != 'joint':
+            if config.epochs_start:
+                trained = train_baseline(f'{baseline_name}-start', config.epochs_start)
+            start, taken = bj.training.initialize_from_baseline(start, trained)
+            print(f'{name}: took {len(taken.taken)} arrays from the baseline, {len(taken.fresh)} start fresh')
+        return baseline, self.train(self.build, start, keys[3], config.exit_weights, name, config.epochs)
+
+    def init(self, build: Build, key: jax.Array) -> Variables:
+        """Returns fresh variables."""
+        return jax.jit(build().init)(key, jnp.zeros((1, *self.dataset.image_shape), jnp.float32))
+
+    def train(
+        self, build: Build, variables: Variables, key: jax.Array, exit_weights: Any, name: str, epochs: float
+    ) -> Variables:
+        """Trains one network, resuming from its checkpoints.
+
+        Args:
+            build: makes the network.
+            variables: to start from.
+            key: of the whole training.
+            exit_weights: ``[N]``.
+            name: of its checkpoints.
+            epochs: in all.
+        """
+        config, data, inputs = self.config, self.dataset.train, image_specs(self.dataset.image_shape)
+        frozen = config.regime == 'frozen' and len(exit_weights) > 1
+        if config.shallow_depth and not frozen:
+            return self._grow(build, variables, key, exit_weights, name, epochs)
+        optimizer = _optimizer(config, steps=round(epochs * (len(data) // config.batch_size)))
+        state = bj.training.create_train_state(build(), variables, optimizer, frozen_trunk=frozen, inputs=inputs)
+        if self.mesh is not None:
+            state = bj.sharding.replicate(self.mesh, state)
+        elif isinstance(data, bj.Batch):
+            data = jax.tree.map(jnp.asarray, data)
+        sides = config.image_sides or (None,)
+        with training_progress(name, epochs=epochs) as on_step:
+            for phase, side in enumerate(sides, 1):
+                state = bj.training.fit(
+                    state,
+                    data,
+                    jnp.array(exit_weights),
+                    key,
+                    epochs=epochs * phase / len(sides),
+                    directory=self.workdir / 'checkpoints' / name,
+                    batch_size=config.batch_size,
+                    augment=functools.partial(self._augment, side),
+                    loss=loss_of(config, num_exits=len(exit_weights)),
+                    on_step=on_step,
+                    save_every=config.save_every or None,
+                    scan=config.scan_epoch,
+                )
+        # What every device of a mesh holds, not committed to any device.
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.variables)
+
+    def _grow(
+        self, build: Build, variables: Variables, key: jax.Array, exit_weights: Any, name: str, epochs: float
+    ) -> Variables:
+        """Trains a shallow network with the same exits, grows the whole one from it, and trains that a little."""
+        config, depth = self.config, self.config.shallow_depth
+        small = functools.partial(build, depth=depth)
+        start = self.init(small, jax.random.fold_in(key, 1))
+        trained = self._changed(shallow_depth=0).train(small, start, key, exit_weights, f'{name}-depth{depth}', epochs)
+        # The whole ResNets say which blocks correspond, also for a baseline.
+        deep = bj.models.create(config.network, **own_options(config))
+        grown = bj.training.initialize_from_shallower(deep, variables, deep.clone(depth=depth), trained)
+        changes = {'batch_size': config.batch_size_grown, 'learning_rate': config.learning_rate_grown}
+        rest = self._changed(shallow_depth=0, image_sides=config.image_sides[-1:], **changes)
+        return rest.train(build, grown, key, exit_weights, name, config.epochs_grown)
+
+    def _changed(self, **changes: Any) -> 'Trainer':
+        config = self.config.copy_and_resolve_references()
+        config.update(changes)
+        return dataclasses.replace(self, config=config)
+
+    def _augment(self, side: int | None, key: jax.Array, batch: bj.Batch) -> bj.Batch:
+        batch = bj.data.augment(key, batch, crop_padding=self.config.crop_padding, flip=self.config.flip)
+        image = self.dataset.normalization(batch.image)
+        if side is not None and side != image.shape[1]:
+            image = jax.image.resize(image, (len(image), side, side, image.shape[-1]), 'linear')
+        return batch.replace(image=image)
 
 
-def builder(config: ConfigDict, options: Mapping[str, Any]) -> Build:
-    """Returns what builds the run's branchy network in the form that trains fastest."""
-    return functools.partial(bj.models.create, config.network, **training_options(config, options))
-
-
-def train_network(
-    build: Build,
-    variables: Variables,
-    key: jax.Array,
-    exit_weights: Sequence[float],
-    *,
-    name: str,
-    epochs: float,
-    config: ConfigDict,
-    dataset: bj.data.Dataset,
-    workdir: Path,
-    mesh: Mesh | None = None,
-    frozen_trunk: bool = False,
-) -> Variables:
-    """Trains one network, resuming from its checkpoints.
-
-    Args:
-        build: makes the network; ``depth=`` gives a ResNet another depth.
-        variables: to start from.
-        key: of the whole training.
-        exit_weights: ``[N]``.
-        name: of its checkpoints.
-        epochs: in all.
-        config: settings of the run.
-        dataset: only its training part is used.
-        workdir: checkpoints go below it.
-        mesh: devices to share batches over.
-        frozen_trunk: trains the side heads only.
-    """
-    model, inputs = build(), image_specs(dataset.image_shape)
-    phases = config.image_sides or (None,)
-    augment = {side: _augmentation(config, dataset, side=side) for side in phases}
-    if config.shallow_depth and not frozen_trunk:
-        variables = _grown(
-            build,
-            variables,
-            key,
-            exit_weights,
-            name=name,
-            epochs=epochs,
-            config=config,
-            dataset=dataset,
-            workdir=workdir,
-            mesh=mesh,
-        )
-        epochs, phases = config.epochs_grown, phases[-1:]
-        config = _of_the_grown(config)
-    optimizer = _optimizer(config, steps=round(epochs * (len(dataset.train) // config.batch_size)))
-    state = bj.training.create_train_state(model, variables, optimizer, frozen_trunk=frozen_trunk, inputs=inputs)
-    data = dataset.train
-    if mesh is not None:
-        state = bj.sharding.replicate(mesh, state)
-    elif isinstance(data, bj.Batch):
-        data = jax.tree.map(jnp.asarray, data)
-    with training_progress(name, epochs=epochs) as on_step:
-        for phase, side in enumerate(phases, 1):
-            state = bj.training.fit(
-                state,
-                data,
-                jnp.array(exit_weights),
-                key,
-                epochs=epochs * phase / len(phases),
-                directory=workdir / 'checkpoints' / name,
-                batch_size=config.batch_size,
-                augment=augment[side],
-                loss=_loss(config, num_exits=len(exit_weights)),
-                metrics=TASKS[config.task].metrics,
-                on_step=on_step,
-                save_every=config.save_every or None,
-                scan=config.scan_epoch,
-            )
-    return off_the_mesh(state.variables)
-
-
-def off_the_mesh(variables: Variables) -> Variables:
-    """Returns the arrays that every device of a mesh holds, not committed to any device."""
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), variables)
-
-
-def _grown(build: Build, variables: Variables, *rest: Any, name: str, config: ConfigDict, **options: Any) -> Variables:
-    """Trains the shallow network with the same exits, and returns the whole network's variables grown from it."""
-    shallow_build = functools.partial(build, depth=config.shallow_depth)
-    example = jnp.zeros((1, *options['dataset'].image_shape), jnp.float32)
-    start = jax.jit(shallow_build().init)(jax.random.fold_in(rest[0], 1), example)
-    shallow_config = config.copy_and_resolve_references()
-    shallow_config.shallow_depth = 0
-    trained = train_network(
-        shallow_build, start, *rest, name=f'{name}-depth{config.shallow_depth}', config=shallow_config, **options
-    )
-    # The whole ResNets say which blocks correspond, also for a baseline or for the first stages alone.
-    deep = bj.models.create(config.network, **own_options(config))
-    shallow = deep.clone(depth=config.shallow_depth)
-    return bj.training.initialize_from_shallower(deep, variables, shallow, trained)
-
-
-def _of_the_grown(config: ConfigDict) -> ConfigDict:
-    changed = config.copy_and_resolve_references()
-    changed.update(batch_size=config.batch_size_grown, learning_rate=config.learning_rate_grown, accumulate=1)
-    return changed
-
-
-def _loss(config: ConfigDict, *, num_exits: int) -> Loss:
-    share, supervised = config.distillation, TASKS[config.task].loss
-    if config.label_smoothing:
-        supervised = functools.partial(supervised, label_smoothing=config.label_smoothing)
+def loss_of(config: ConfigDict, *, num_exits: int) -> Loss:
+    """Returns the loss of each exit: of labels, and where the settings ask for it of the last exit as a teacher."""
+    supervised = functools.partial(bj.losses.cross_entropy_per_exit, label_smoothing=config.label_smoothing)
+    share = config.distillation
     if not share or num_exits == 1:  # a single exit would be its own teacher: its loss would only shrink
         return supervised
     distilled = bj.losses.distillation(bj.losses.last_exit, temperature=config.temperature)
     return bj.losses.weighted_sum((1 - share, supervised), (share, distilled))
 
 
-def _augmentation(config: ConfigDict, dataset: bj.data.Dataset, *, side: int | None) -> Augment:
-    def augment(key: jax.Array, batch: bj.Batch) -> bj.Batch:
-        batch = bj.data.augment(key, batch, crop_padding=config.crop_padding, flip=config.flip)
-        image = dataset.normalization(batch.image)
-        if side is not None and side != image.shape[1]:
-            image = jax.image.resize(image, (len(image), side, side, image.shape[-1]), 'linear')
-        return batch.replace(image=image)
-
-    return augment
-
-
 def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformation:
-    rate, updates = config.learning_rate, max(2, steps // config.accumulate)
-    warmup = max(1, round(config.warmup * updates))
+    rate, steps = config.learning_rate, max(2, steps)
+    warmup = max(1, round(config.warmup * steps))
     if config.schedule == 'cosine':
-        rate = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=warmup, decay_steps=max(warmup + 1, updates))
+        rate = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=warmup, decay_steps=max(warmup + 1, steps))
     if config.schedule == 'linear':
-        rise, fall = optax.linear_schedule(0.0, rate, warmup), optax.linear_schedule(rate, 0.0, updates - warmup)
+        rise, fall = optax.linear_schedule(0.0, rate, warmup), optax.linear_schedule(rate, 0.0, steps - warmup)
         rate = optax.join_schedules([rise, fall], [warmup])
-    mask = _kernels if config.decay_kernels_only else None
     if config.optimizer == 'adam':
-        optimizer = bj.training.paper_adam(rate)
-    elif config.optimizer == 'adamw':
-        optimizer = optax.adamw(rate, weight_decay=config.weight_decay, mask=mask)
-    else:
-        decayed = optax.add_decayed_weights(config.weight_decay, mask=mask)
-        optimizer = optax.chain(decayed, optax.sgd(rate, momentum=0.9, nesterov=True))
-    if config.accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
-    return optimizer
+        return bj.training.paper_adam(rate)
+    mask = _kernels if config.decay_kernels_only else None
+    if config.optimizer == 'adamw':
+        return optax.adamw(rate, weight_decay=config.weight_decay, mask=mask)
+    decayed = optax.add_decayed_weights(config.weight_decay, mask=mask)
+    return optax.chain(decayed, optax.sgd(rate, momentum=0.9, nesterov=True))
 
 
 def _kernels(params: Any) -> Any:
@@ -237,28 +220,17 @@ def training_progress(name: str, *, epochs: float) -> Iterator[Callable[[int, in
 
     Reading a metric waits for the device, so within an epoch it is read at most every half second.
     """
-    columns = (
-        TextColumn('[bold]{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('epochs, loss per exit {task.fields[losses]}, host memory at most {task.fields[memory]:.2f} GB'),
-        TimeRemainingColumn(),
-    )
+    text = TextColumn('epochs, loss per exit {task.fields[losses]}')
+    columns = (TextColumn('[bold]{task.description}'), BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=jax.process_index() > 0) as progress:
-        task = progress.add_task(name, total=epochs, losses='–', memory=peak_memory_gb())
+        task = progress.add_task(name, total=epochs, losses='–')
         shown_at = 0.0
 
         def on_step(epoch: int, step: int, steps: int, metrics: Metrics) -> None:
             nonlocal shown_at
             if step == steps or time.monotonic() - shown_at > _REFRESH_SECONDS:
                 losses = ' '.join(f'{loss:.4f}' for loss in np.asarray(metrics['exit_loss']))
-                progress.update(task, completed=epoch + step / steps, losses=losses, memory=peak_memory_gb())
+                progress.update(task, completed=epoch + step / steps, losses=losses)
                 shown_at = time.monotonic()
 
         yield on_step
-
-
-def peak_memory_gb() -> float:
-    """Returns the most host memory that this process has held so far."""
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -5,8 +5,6 @@ Dai et al., Apparate: Rethinking Early Exits to Tame Latency-Throughput Tensions
 into the queue is refused at once, and may be sent again: memory is bounded, and nothing that was taken is lost.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import itertools
@@ -83,16 +81,12 @@ class Service:
         self.counts = _Counts(exits=[0] * (1 + controller.path.shape[1]))
         self.recent: collections.deque[tuple[Answer, np.ndarray]] = collections.deque(maxlen=_RECENT)
         self.failure: BaseException | None = None
-        self._policy, self._chunk_size, self._patience, self._deadline = (
-            controller.policy,
-            chunk_size,
-            patience,
-            deadline,
-        )
+        self._policy, self._chunk_size = controller.policy, chunk_size
+        self._patience, self._deadline = patience, deadline
         self._waiting: queue.Queue[tuple[int, np.ndarray, float]] = queue.Queue(capacity)
         self._pending: dict[int, tuple[Future[Answer], float, np.ndarray]] = {}
         self._numbers, self._lock, self._closed = itertools.count(), threading.Lock(), threading.Event()
-        self._update, self._run = jax.jit(_updated), bj.inference.stream(weights.model, chunk_size=chunk_size)
+        self._update, self.stream = jax.jit(_updated), bj.inference.stream(weights.model, chunk_size=chunk_size)
         self._thread = threading.Thread(target=self._serve, name='branchy_jax service', daemon=True)
 
     @property
@@ -100,12 +94,12 @@ class Service:
         """``(H, W, C)`` of an image."""
         return tuple(self.weights.inputs.shape[1:])
 
-    def start(self) -> Service:
+    def start(self) -> 'Service':
         """Compiles, and begins to answer."""
         nothing = np.zeros((1, *self.image_shape), np.uint8)
         # Never leaving, so that every stage compiles before the first image comes.
         never = self._policy.replace(thresholds=np.full(np.shape(self._policy.thresholds), -np.inf, np.float32))
-        for _ in self._run(self.weights.variables, [np.asarray(self.weights.normalize(nothing))], never):
+        for _ in self.stream(self.weights.variables, [np.asarray(self.weights.normalize(nothing))], never):
             pass
         self._update(self.controller, np.full(self._chunk_size, np.nan, np.float32))
         self._thread.start()
@@ -171,7 +165,7 @@ class Service:
 
     def _serve(self) -> None:
         try:
-            for found in self._run(self.weights.variables, self._supply(), lambda: self._policy):
+            for found in self.stream(self.weights.variables, self._supply(), lambda: self._policy):
                 waited = self._answer(found)
                 observed = np.full(self._chunk_size, np.nan, np.float32)
                 observed[: len(waited)] = waited

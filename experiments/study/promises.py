@@ -1,7 +1,5 @@
 """How often do the guarantees hold? Calibration sets drawn from a population of cached outputs, a thousand times."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 
@@ -70,26 +68,34 @@ class Population:
 _EPSILONS, _DELTAS = (0.005, 0.01, 0.02), (0.05, 0.1)
 
 
-def simulate(network: str, populations: dict[str, Population]) -> dict[str, list[dict[str, Any]]]:
-    """Runs all methods on all populations.
+def simulate(loss: str, population: Population) -> list[dict[str, Any]]:
+    """Runs every method on a population: with a guarantee, in expectation only, and without any.
 
     Args:
-        network: its name, for the records.
-        populations: name of the loss to its population.
-
-    Returns:
-        Records under ``promises``, ``comparison`` and ``expectations``.
+        loss: its name, for the rows.
+        population: to draw from.
     """
-    records: dict[str, list[dict[str, Any]]] = {'promises': [], 'comparison': [], 'expectations': []}
-    for (loss, population), epsilon in itertools.product(populations.items(), _EPSILONS):
-        case = {'network': network, 'loss': loss, 'epsilon': epsilon}
-        for method, delta in itertools.product(METHODS, _DELTAS):
-            stops = population.learn_then_test(method, epsilon, delta)
-            standard_error = (delta * (1 - delta) / len(stops)) ** 0.5
-            outcome = {**population.outcome(stops, epsilon), 'allowed': delta + 2 * standard_error}
-            records['promises'].append({**case, 'method': method, 'delta': delta, **outcome})
-        screened = population.outcome(population.plain_screen(epsilon), epsilon)
-        records['comparison'].append({**case, 'method': 'plain screen', **screened})
-        controlled = population.outcome(population.conformal(epsilon), epsilon)
-        records['expectations'].append({**case, 'method': 'conformal risk control', **controlled})
-    return records
+    rows = []
+    for epsilon in _EPSILONS:
+        stops = {
+            (method, delta): population.learn_then_test(method, epsilon, delta)
+            for method, delta in itertools.product(METHODS, _DELTAS)
+        }
+        rows += [
+            {
+                'loss': loss,
+                'method': method,
+                'epsilon': epsilon,
+                'delta': delta,
+                'allowed': delta + 2 * (delta * (1 - delta) / len(own)) ** 0.5,
+                **population.outcome(own, epsilon),
+            }
+            for (method, delta), own in stops.items()
+        ]
+        others = {
+            'conformal risk control, in expectation': population.conformal(epsilon),
+            'no guarantee: the cheapest on the calibration set': population.plain_screen(epsilon),
+        }
+        for method, own in others.items():
+            rows.append({'loss': loss, 'method': method, 'epsilon': epsilon, **population.outcome(own, epsilon)})
+    return rows

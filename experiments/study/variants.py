@@ -1,7 +1,5 @@
 """The paper's trunks with a branch anywhere and of any depth, and a deep trunk without shortcuts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import branchy_jax as bj
-from branchy_jax.models.layers import flatten, global_average_pool, local_response_normalization, max_pool
+from branchy_jax.models.layers import flatten, local_response_normalization, max_pool
 from branchy_jax.types import Array
 from experiments.run.networks import image_specs
 
@@ -123,8 +121,8 @@ class DeepPlain(nn.Module):
             stride = 2 if n in (self.depth // 3, 2 * self.depth // 3) else 1
             x = nn.relu(nn.Conv(16, (3, 3), strides=stride, padding=1, name=f'conv{n + 1}')(x))
             if n + 1 in places:
-                logits.append(nn.Dense(self.num_classes, name=f'exit{len(logits) + 1}_fc')(global_average_pool(x)))
-        return *logits, nn.Dense(self.num_classes, name='fc')(global_average_pool(x))
+                logits.append(nn.Dense(self.num_classes, name=f'exit{len(logits) + 1}_fc')(x.mean((1, 2))))
+        return *logits, nn.Dense(self.num_classes, name='fc')(x.mean((1, 2)))
 
 
 def trunk_layers(model: nn.Module, image_shape: Sequence[int]) -> list[str]:

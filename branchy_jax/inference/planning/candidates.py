@@ -1,7 +1,5 @@
 """Candidates: executors with their settings. Forecasts propose them, and a trial eliminates all but the fastest."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ from jax.sharding import Mesh
 
 from branchy_jax.inference.compiler_options import BY_NAME, may_use_all_cores, may_use_one_core, num_cores
 from branchy_jax.inference.planning.times import Forecast, SegmentTimes, forecast
-from branchy_jax.measure import interleaved_passes, one_by_one, paired_ratio
+from branchy_jax.measure import Ratio, interleaved_passes, one_by_one, paired_ratio
 
 # The second forecast is tried if it comes this close to the best, the network without branches if this close.
 _CLOSE = 1.15
@@ -97,12 +95,9 @@ def candidates_to_try(
             first += options if all_options else options[:1]
     rates = times.per_image(share)
     ms = share * float(rates.trunk if may_skip else rates.to_exit[-1])
-    if may_skip:
-        whole = Candidate('last exit, optimized', 'dense', (last,), predicted_ms=ms)
-        plain = [Candidate('last exit', 'dense', (last,), optimized=False)]
-    else:
-        whole, plain = Candidate('dense', 'dense', tuple(range(last + 1)), predicted_ms=ms), []
-    reserve = _with_compiler_options(whole, batch_size, mesh)
+    name, exits = ('last exit, optimized', (last,)) if may_skip else ('dense', tuple(range(last + 1)))
+    reserve = _with_compiler_options(Candidate(name, 'dense', exits, predicted_ms=ms), batch_size, mesh)
+    plain = [Candidate('last exit', 'dense', (last,), optimized=False)] if may_skip else []
     if ms < _NEARLY_AS_FAST * best[0]:
         return [*first, *reserve], plain
     return first, [*reserve, *plain]
@@ -111,11 +106,8 @@ def candidates_to_try(
 def _with_compiler_options(candidate: Candidate, batch_size: int, mesh: Mesh | None) -> list[Candidate]:
     """Returns a candidate with each set of compiler options that may suit it, the most promising first."""
     alone, shared = batch_size == 1 or candidate.executor == 'sequential', candidate.workers > 1
-    options = []
-    if mesh is None and alone and may_use_one_core():
-        options.append('one core')
-    if mesh is None and not (alone and shared) and may_use_all_cores():
-        options.append('all cores')
+    suits = {'one core': alone and may_use_one_core(), 'all cores': not (alone and shared) and may_use_all_cores()}
+    options = [name for name, is_suitable in suits.items() if is_suitable and mesh is None]
     named = [dataclasses.replace(candidate, name=f'{candidate.name}, {o}', compiler_options=o) for o in options]
     return [*named, candidate]
 
@@ -187,34 +179,37 @@ def try_candidates(
     Returns:
         The candidates that were tried, with their measurements, the baseline first.
     """
-    functions = _compiled(candidates, build, batches, progress)
+    functions: dict[Candidate, Callable[[], None]] = {}
+    for candidate in candidates:
+        if len(functions) < 2 or not progress.is_over:
+            progress.report(f'trying {candidate.name}')
+            functions[candidate] = one_by_one(build(candidate), batches)
+            functions[candidate]()  # compiles
     seconds = interleaved_passes(functions, passes=1, warmup=0)
     short = sum(values[0] for values in seconds.values()) < _LONG_SECONDS
     if short and not progress.is_over:
         seconds = interleaved_passes(functions, passes=min(_FEW_PASSES, passes), warmup=0, settle=1)
     baseline, remaining, fastest = candidates[0], list(functions), 1.0
 
-    def ratio(candidate: Candidate) -> tuple[float, float, float]:
-        values = seconds[candidate]
-        paired = paired_ratio(values, seconds[baseline][: len(values)])
-        return paired.median, paired.low, paired.high
+    def ratio(candidate: Candidate) -> Ratio:
+        return paired_ratio(seconds[candidate], seconds[baseline][: len(seconds[candidate])])
 
     def may_win(candidate: Candidate) -> bool:
         without_branches = candidate.executor == 'dense' and len(candidate.exits) == 1
-        needed = without_branches and fastest > _CLEARLY_FASTER
-        return needed or candidate == baseline or ratio(candidate)[0] <= _CLEARLY_SLOWER * fastest
+        needed = candidate == baseline or (without_branches and fastest > _CLEARLY_FASTER)
+        return needed or ratio(candidate).median <= _CLEARLY_SLOWER * fastest
 
     while len(remaining) > 1:
-        fastest = min(ratio(candidate)[0] for candidate in remaining[1:])
-        remaining, done = [candidate for candidate in remaining if may_win(candidate)], len(seconds[baseline])
-        decided = done >= _FEWEST_PASSES and any(ratio(c)[2] < _CLEARLY_FASTER for c in remaining[1:])
+        fastest = min(ratio(candidate).median for candidate in remaining[1:])
+        remaining, done = list(filter(may_win, remaining)), len(seconds[baseline])
+        decided = done >= _FEWEST_PASSES and any(ratio(c).high < _CLEARLY_FASTER for c in remaining[1:])
         if decided or progress.is_over or done >= passes:
             break
         count = min(passes - done, _FEWEST_PASSES)
         progress.report(f'comparing {len(remaining)} candidates: {done + count} of at most {passes} passes')
         timed = {candidate: functions[candidate] for candidate in remaining}
-        for candidate, more in interleaved_passes(timed, passes=count, warmup=0, settle=int(short)).items():
-            seconds[candidate] = np.concatenate([seconds[candidate], more])
+        more = interleaved_passes(timed, passes=count, warmup=0, settle=int(short))
+        seconds |= {candidate: np.concatenate([seconds[candidate], more[candidate]]) for candidate in remaining}
 
     def measured(candidate: Candidate) -> Candidate:
         ms, out = float(np.median(seconds[candidate])) / len(batches) * 1e3, candidate not in remaining
@@ -224,23 +219,6 @@ def try_candidates(
     if reserve and fastest > _CLEARLY_FASTER and not (progress.is_over and len(results) > 1):
         results += try_candidates([baseline, *reserve], (), build, batches, passes=passes, progress=progress)[1:]
     return results
-
-
-def _compiled(
-    candidates: Sequence[Candidate],
-    build: Callable[[Candidate], Callable[[Any], Any]],
-    batches: Sequence[Any],
-    progress: Progress,
-) -> dict[Candidate, Callable[[], None]]:
-    """Returns functions that run all batches, each called once, until the budget is spent."""
-    functions: dict[Candidate, Callable[[], None]] = {}
-    for candidate in candidates:
-        if progress.is_over and len(functions) > 1:
-            break
-        progress.report(f'trying {candidate.name}')
-        functions[candidate] = one_by_one(build(candidate), batches)
-        functions[candidate]()  # compiles
-    return functions
 
 
 def choose(tried: Sequence[Candidate], num_exits: int) -> Candidate:

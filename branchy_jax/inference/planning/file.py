@@ -1,7 +1,5 @@
 """Plans as files: the choice and the measurements as JSON, without weights or code."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import json
@@ -18,7 +16,7 @@ from jax.sharding import Mesh
 
 from branchy_jax import program
 from branchy_jax.checkpoint import write_atomically
-from branchy_jax.criteria import decode_policy, encode_policy
+from branchy_jax.criteria.policy import decode_policy, encode_policy
 from branchy_jax.inference.compiler_options import num_cores
 from branchy_jax.inference.planning.candidates import Candidate
 from branchy_jax.inference.planning.programs import Programs
@@ -26,7 +24,6 @@ from branchy_jax.inference.planning.times import SegmentTimes
 from branchy_jax.types import Variables
 
 _FORMAT = 4
-_FORMATS_OF_0_2 = (1, 2, 3)
 
 
 def write_plan(path: Path | str, plan: Any, programs: Programs) -> None:
@@ -68,8 +65,8 @@ def read_plan(path: Path | str, model: Any, variables: Variables, mesh: Mesh | N
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'path: cannot read a plan from {path} ({type(error).__name__}: {error})') from error
     if written != _FORMAT:
-        writer = 'version 0.2 of branchy_jax' if written in _FORMATS_OF_0_2 else f'another version (format {written})'
-        raise ValueError(f'path: the plan in {path} was written by {writer}, which this version cannot read; plan anew')
+        formats = f'format {written}; this version reads format {_FORMAT}, and version 0.2 wrote 1 to 3'
+        raise ValueError(f'path: the plan in {path} has {formats}; plan anew')
     try:
         fields, inputs = _decode(record), _decode_inputs(record['inputs'])
         there, network = dict(record['made_with']), record['network']
@@ -80,10 +77,8 @@ def read_plan(path: Path | str, model: Any, variables: Variables, mesh: Mesh | N
     if other:
         raise ValueError(f'path: the plan in {path} was measured elsewhere ({"; ".join(other)}); plan anew')
     if network != _identity(model, variables, inputs):
-        raise ValueError(
-            f'path: the plan in {path} is of another network: names, shapes or dtypes of variables, or the '
-            'multiply-accumulates of its stages, differ from those of this model and its variables; plan anew'
-        )
+        differs = 'names, shapes or dtypes of its variables, or the multiply-accumulates of its stages, differ'
+        raise ValueError(f'path: the plan in {path} is of another network: {differs}; plan anew')
     return fields, inputs
 
 
@@ -147,15 +142,17 @@ def _decode_inputs(record: Any) -> Any:
     return tuple(map(_decode_inputs, record))
 
 
+def _decode_candidate(record: Mapping[str, Any]) -> Candidate:
+    fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    return Candidate(**fields)
+
+
 def _decode(record: Mapping[str, Any]) -> dict[str, Any]:
-    candidates = []
-    for settings in record['candidates']:
-        lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
-        candidates.append(Candidate(**{**settings, **lists}))
+    candidates = tuple(map(_decode_candidate, record['candidates']))
     return {
         'chosen': candidates[record['chosen']],
         'policy': decode_policy(record['policy']),
         'batch_size': int(record['batch_size']),
-        'candidates': tuple(candidates),
+        'candidates': candidates,
         'times': SegmentTimes(**{name: np.array(values) for name, values in record['times'].items()}),
     }

@@ -1,7 +1,5 @@
 """The planner: measures a network, forecasts, tries the best candidates, and binds the fastest."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -15,12 +13,12 @@ from jax.sharding import Mesh
 
 from branchy_jax import calling, program
 from branchy_jax.costs import warn_if_nothing_is_saved
-from branchy_jax.criteria import as_policy, is_confident
+from branchy_jax.criteria import is_confident
+from branchy_jax.criteria.policy import as_policy
 from branchy_jax.inference.compiler_options import ALL_CORES, may_use_all_cores
 from branchy_jax.inference.planning.candidates import Candidate, Progress, candidates_to_try, choose, try_candidates
 from branchy_jax.inference.planning.file import read_plan, write_plan
 from branchy_jax.inference.planning.programs import Programs, Runner
-from branchy_jax.inference.planning.segments import time_segments
 from branchy_jax.inference.planning.times import SegmentTimes
 from branchy_jax.inference.steps import at_rows
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
@@ -92,7 +90,7 @@ class Plan:
         write_plan(path, self, self._programs)
 
     @classmethod
-    def load(cls, path: Path | str, model: Any, variables: Variables, *, mesh: Mesh | None = None) -> Plan:
+    def load(cls, path: Path | str, model: Any, variables: Variables, *, mesh: Mesh | None = None) -> 'Plan':
         """Reads what `save` wrote, and builds the executor without measuring.
 
         Args:
@@ -187,14 +185,13 @@ def plan(
         >>> planned(images).label.shape
         (8,)
     """
-    calling.check_model(model)
     images, count = jax.tree.map(np.asarray, images), num_rows(images, 'images')
     batch_size = count if batch_size is None else batch_size
     if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= count:
         raise ValueError(f'batch_size: got {batch_size} with {count} images; give 1 to the number of images')
     if passes < 1:
         raise ValueError(f'passes: got {passes}; give at least 1')
-    batch_size, share = int(batch_size), int(batch_size) if mesh is None else -(-int(batch_size) // mesh.size)
+    batch_size, share = int(batch_size), -(-int(batch_size) // (1 if mesh is None else mesh.size))
     shapes = calling.with_batch(images, 1)
     programs = Programs(model, variables, shapes, mesh)
     program.check_rows_by_trial(model, variables, shapes, lambda: at_rows(images, np.arange(7) % count))
@@ -238,10 +235,8 @@ def _measured(segments: Any, images: Any, share: int, progress: Progress) -> Seg
     while sizes and not (results and (progress.is_over or (results[0].heavy and sizes == [1]))):
         progress.report(f'stages and heads at {sizes[0]} images')
         passes = _PASSES_OF_A_HEAVY_NETWORK if results and results[0].heavy else _PASSES
-        results.append(time_segments([segments(sizes.pop(0))], images, passes=passes))
-    results.sort(key=lambda times: times.batch_sizes[0])
-    fields = [field.name for field in dataclasses.fields(SegmentTimes)]
-    return SegmentTimes(*(np.concatenate([getattr(times, name) for times in results]) for name in fields))
+        results.append(segments(sizes.pop(0)).times(images, passes=passes))
+    return SegmentTimes.joined(results)
 
 
 def _batches(images: Any, confident: np.ndarray, batch_size: int) -> Sequence[Any]:

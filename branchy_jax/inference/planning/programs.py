@@ -1,7 +1,5 @@
 """The compiled functions of one network, its weights bound, and batches of any size from a few compiled sizes."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -15,16 +13,16 @@ from jax.sharding import Mesh
 
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
-from branchy_jax.inference.compacted import compacted, drive
+from branchy_jax.inference.compacted import HostStep, compacted, drive
 from branchy_jax.inference.compiler_options import BY_NAME
 from branchy_jax.inference.dense import dense
-from branchy_jax.inference.pipeline import Submit, inline, submitter
+from branchy_jax.inference.pipeline import Submit, submitter
 from branchy_jax.inference.planning.candidates import Candidate
 from branchy_jax.inference.planning.segments import CompilerOptions, Network, Segments, bind
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.sharded import sharded, spread
 from branchy_jax.inference.staged import sequential
-from branchy_jax.inference.steps import Step, are_traced, arrays_of, at_rows, take_step
+from branchy_jax.inference.steps import Step, are_traced, arrays_of, at_rows, network
 from branchy_jax.models import without_branches
 from branchy_jax.sharding import replicate
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
@@ -62,15 +60,6 @@ class Runner:
 
     def __call__(self, inputs: Any) -> ExitPrediction:
         """Answers inputs ``[B, …]`` of any B."""
-        return self._answer(inputs, self.policy)
-
-    def warm_up(self) -> None:
-        """Compiles all that batches of any size need; no row leaves early, so that every stage runs."""
-        never = ExitPolicy(self.policy.criterion, jnp.full_like(self.policy.thresholds, -jnp.inf))
-        for size in {1, *self.sizes}:
-            jax.block_until_ready(self._answer(self._zeros(size), never))
-
-    def _answer(self, inputs: Any, policy: ExitPolicy) -> ExitPrediction:
         if not self._is_as_recorded(inputs):
             if are_traced(inputs):
                 raise ValueError('plan: cannot run under jit, vmap or grad; trace an executor such as compacted')
@@ -78,16 +67,23 @@ class Runner:
             inputs = jax.tree.map(lambda leaf: leaf if _is_uncommitted(leaf) else np.asarray(leaf), inputs)
         count = num_rows(inputs)
         if count == 1 and self.alone is not None:
-            return ExitPrediction(*self.alone(inputs, policy))
+            return ExitPrediction(*self.alone(inputs, self.policy))
         if count in self.sizes:
-            return ExitPrediction(*self.together(inputs, policy, count))
+            return ExitPrediction(*self.together(inputs, self.policy, count))
         inputs = jax.tree.map(np.asarray, inputs) if count else self._zeros(1)
         cuts = list(pieces(max(count, 1), self.sizes))
-        submit = self.submit if len(cuts) > 1 else inline
-        jobs = [submit(self._answer_piece, inputs, policy, *cut) for cut in cuts]
-        parts = [job.result() for job in jobs]
+        submit = self.submit if len(cuts) > 1 else functools.partial
+        results = [submit(self._answer_piece, inputs, *cut) for cut in cuts]
+        parts = [result() for result in results]
         # jnp.asarray would compile at every new shape.
         return ExitPrediction(*(jax.device_put(np.concatenate(rows)[:count]) for rows in zip(*parts, strict=True)))
+
+    def warm_up(self) -> None:
+        """Compiles all that batches of any size need; no row leaves early, so that every stage runs."""
+        never = self.policy.replace(thresholds=jnp.full_like(self.policy.thresholds, -jnp.inf))
+        run = dataclasses.replace(self, policy=never)
+        for size in {1, *self.sizes}:
+            jax.block_until_ready(run(self._zeros(size)))
 
     def _is_as_recorded(self, inputs: Any) -> bool:
         """Whether inputs are one array of the recorded shape and dtype: such a call needs no further check."""
@@ -96,14 +92,14 @@ class Runner:
             return False
         return inputs.dtype == spec.dtype and inputs.shape[1:] == spec.shape[1:]
 
-    def _answer_piece(self, inputs: Any, policy: ExitPolicy, start: int, stop: int, size: int) -> list[np.ndarray]:
+    def _answer_piece(self, inputs: Any, start: int, stop: int, size: int) -> list[np.ndarray]:
         """Answers rows of a batch, padded with the last one: in NumPy, which compiles nothing."""
         present = stop - start
         if present == 1 and self.alone is not None:
-            arrays = self.alone(at_rows(inputs, slice(start, stop)), policy)
+            arrays = self.alone(at_rows(inputs, slice(start, stop)), self.policy)
         else:
             rows = np.minimum(np.arange(start, start + size), stop - 1)
-            arrays = self.together(at_rows(inputs, rows), policy, present)
+            arrays = self.together(at_rows(inputs, rows), self.policy, present)
         return [np.asarray(values)[:present] for values in arrays]
 
     def _zeros(self, size: int) -> Any:
@@ -173,7 +169,7 @@ class Programs:
             return self.model, self.variables
         return optimize(self.model, self.variables, inputs=self.inputs)
 
-    def serve(self, other: Programs) -> bool:
+    def serve(self, other: 'Programs') -> bool:
         """Whether these programs answer what others would: of the same network, weights, inputs and devices."""
         leaves = itertools.zip_longest(jax.tree.leaves(self.variables), jax.tree.leaves(other.variables))
         same = all(ours is theirs for ours, theirs in leaves) and self.model == other.model
@@ -225,14 +221,12 @@ class Programs:
         model, variables = self._network(candidate)
         if candidate.executor == 'baseline':
             return bind(functools.partial(calling.apply, without_branches(model)), variables, None, embed=False)
-        chunked = candidate.executor in ('compacted', 'sharded')
-        options: dict[str, Any] = {'chunk_size': candidate.chunk_sizes} if chunked else {}
-        if candidate.executor == 'sharded':
-            options['mesh'] = self.mesh
+        chunks = {'chunk_size': candidate.chunk_sizes}
+        options: Any = {'compacted': chunks, 'sharded': {**chunks, 'mesh': self.mesh}}.get(candidate.executor, {})
         executor = _BUILDERS[candidate.executor](model, exits=candidate.exits, **options)
 
         def answer(variables: Variables, inputs: Any, policy: ExitPolicy, count: Any = None) -> Any:
-            result = executor.program(variables, inputs, policy, *([count] if chunked else []))
+            result = executor.program(variables, inputs, policy, *([count] if options else []))
             return arrays_of(result[0] if candidate.executor == 'sharded' else result)
 
         return bind(answer, variables, BY_NAME[candidate.compiler_options], embed=self.mesh is None)
@@ -240,13 +234,9 @@ class Programs:
     def _host_steps(self, candidate: Candidate) -> list[Callable[..., Step]]:
         """Compiles the steps that the host starts, ``(hidden, carry, policy) → Step``."""
         model, variables = self._network(candidate)
-        stages = program.stages(model, variables, self.inputs, exits=candidate.exits)
-
-        def step(n: int, variables: Variables, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
-            return take_step(stages.at(variables, num_rows(hidden)), n, hidden, carry, policy)
-
-        options, count = BY_NAME[candidate.compiler_options], len(candidate.exits)
-        return [bind(functools.partial(step, n), variables, options) for n in range(count)]
+        asked, options = network(model, candidate.exits, None), BY_NAME[candidate.compiler_options]
+        steps = [HostStep(asked, n, self.inputs) for n in range(len(candidate.exits))]
+        return [bind(step.program, variables, options) for step in steps]
 
     def _network(self, candidate: Candidate) -> Network:
         model, variables = self.optimized if candidate.optimized else (self.model, self.variables)

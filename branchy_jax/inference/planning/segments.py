@@ -1,7 +1,5 @@
 """Functions that own their weights: the stages and heads of a network, each compiled and timed alone."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,24 +65,23 @@ class Segments:
 
         self.size, self._parts = size, [(bound(stages.run_stage, n), bound(head, n)) for n in stages.exits]
 
-    def functions(self, inputs: Any, rows: np.ndarray | None = None) -> dict[Any, Callable[[], Any]]:
+    def functions(self, inputs: Any, start: int = 0) -> dict[Any, Callable[[], Any]]:
         """Runs rows of the inputs through all stages and heads, and returns functions that run each of them again.
 
         Args:
             inputs: ``[M, …]``.
-            rows: as many as the batch size; by default the first ones, repeated where M is smaller.
+            start: the first of the rows, which are as many as the batch size; after the last comes row 0 again.
 
         Returns:
-            ``('stage' or 'exit', n, batch size)`` to a function without arguments; a head's returns uncertainty and
-            carry.
+            ``('stage' or 'exit', n)`` to a function without arguments; a head's returns uncertainty and carry.
         """
-        rows = np.arange(self.size) % num_rows(inputs) if rows is None else rows
+        rows = np.arange(start, start + self.size) % num_rows(inputs)
         hidden, carry = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[rows]), inputs), None
         functions: dict[Any, Callable[[], Any]] = {}
         for n, (stage, head) in enumerate(self._parts):
-            functions['stage', n, self.size] = functools.partial(stage, hidden)
+            functions['stage', n] = functools.partial(stage, hidden)
             hidden = stage(hidden)
-            functions['exit', n, self.size] = functools.partial(head, hidden, carry)
+            functions['exit', n] = functools.partial(head, hidden, carry)
             carry = head(hidden, carry)[1]
         return functions
 
@@ -92,11 +89,18 @@ class Segments:
         """Returns the uncertainty ``[N, M]`` of every exit, and whether the criterion uses earlier exits."""
         count, batches, looks_back = num_rows(inputs), [], False
         for start in range(0, count, self.size):
-            functions = self.functions(inputs, np.minimum(np.arange(start, start + self.size), count - 1))
-            results = [functions['exit', n, self.size]() for n in range(len(self._parts))]
+            functions = self.functions(inputs, start)
+            results = [functions['exit', n]() for n in range(len(self._parts))]
             batches.append(np.stack([np.asarray(uncertainty) for uncertainty, _ in results]))
             looks_back = bool(jax.tree.leaves([carry for _, carry in results]))
         return np.concatenate(batches, axis=1)[:, :count], looks_back
+
+    def times(self, inputs: Any, *, passes: int) -> SegmentTimes:
+        """Times all stages and heads, in turns."""
+        seconds = interleaved_passes(self.functions(inputs), passes=passes, warmup=0, settle=1)
+        ms = {part: float(np.median(values)) * 1e3 for part, values in seconds.items()}
+        stages, exits = ([[ms[kind, n] for n in range(len(self._parts))]] for kind in ('stage', 'exit'))
+        return SegmentTimes(np.array([self.size]), np.array(stages), np.array(exits))
 
 
 def segment_times(
@@ -109,7 +113,7 @@ def segment_times(
     compiler_options: Mapping[str, Any] | None = None,
     passes: int = 5,
 ) -> SegmentTimes:
-    """Measures every stage and every head alone, at several batch sizes, in turns.
+    """Measures every stage and every head alone, in turns, at several batch sizes.
 
     Args:
         model: a network with N exits, in the form in which it runs (`optimize` it first).
@@ -122,7 +126,7 @@ def segment_times(
 
     Returns:
         Milliseconds ``.stages [S, N]`` and ``.exits [S, N]`` at ``.batch_sizes [S]``. ``.per_image(size)`` interpolates
-        and ``.best()`` takes the best size of each; both return `branchy_jax.costs.StageCosts`.
+        and ``.best()`` takes the best size of each; both return ``StageCosts``.
 
     Raises:
         ValueError: no inputs, or a batch size below 1.
@@ -137,20 +141,6 @@ def segment_times(
     sizes = sorted(set(batch_sizes))
     if not sizes or sizes[0] < 1 or num_rows(inputs) == 0:
         raise ValueError(f'batch_sizes: got {list(batch_sizes)} for {num_rows(inputs)} inputs; give sizes and inputs')
-    network, criterion = (model, variables), as_criterion(criterion)
-    several = [Segments(network, inputs, size, criterion, compiler_options) for size in sizes]
-    return time_segments(several, inputs, passes=passes)
-
-
-def time_segments(several: Sequence[Segments], inputs: Any, *, passes: int) -> SegmentTimes:
-    """Times stages and heads at several sizes, in ascending order."""
-    functions: dict[Any, Callable[[], Any]] = {}
-    for segments in several:
-        functions |= segments.functions(inputs)
-    seconds = interleaved_passes(functions, passes=passes, warmup=0, settle=1)
-    sizes, exits = [segments.size for segments in several], sorted({n for _, n, _ in functions})
-
-    def ms(kind: str) -> np.ndarray:
-        return np.array([[np.median(seconds[kind, n, size]) * 1e3 for n in exits] for size in sizes])
-
-    return SegmentTimes(np.array(sizes), ms('stage'), ms('exit'))
+    settings = as_criterion(criterion), compiler_options
+    several = [Segments((model, variables), inputs, size, *settings) for size in sizes]
+    return SegmentTimes.joined([segments.times(inputs, passes=passes) for segments in several])

@@ -1,10 +1,9 @@
 """Times of stages and heads, and what they forecast for every choice of exits: NumPy only."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -59,20 +58,21 @@ class SegmentTimes:
         ms = (self.stages[row] + self.exits[row]).sum() / self.batch_sizes[row] * 8
         return bool(ms > _HEAVY_MS)
 
-    @property
-    def best_sizes(self) -> np.ndarray:
-        """``[N]`` the batch size at which a stage with its head takes least per input."""
-        return self.batch_sizes[np.argmin((self.stages + self.exits) / self.batch_sizes[:, None], axis=0)]
-
     def best(self) -> StageCosts:
         """Returns ms per input of every stage with its head at the batch size that suits both best.
 
         ``branchy_jax.costs.expected_cost(times.best(), exit_fractions)`` is the *time limit* of an operating point:
         the time of an executor without overhead.
         """
-        sizes, exits = self.best_sizes, np.arange(self.stages.shape[1])
-        rows = np.searchsorted(self.batch_sizes, sizes)
-        return StageCosts(self.stages[rows, exits] / sizes, self.exits[rows, exits] / sizes)
+        stages, exits = self.stages / self.batch_sizes[:, None], self.exits / self.batch_sizes[:, None]
+        fastest = np.argmin(stages + exits, axis=0), np.arange(stages.shape[1])
+        return StageCosts(stages[fastest], exits[fastest])
+
+    @classmethod
+    def joined(cls, several: Sequence['SegmentTimes']) -> 'SegmentTimes':
+        """Returns times at several batch sizes, ascending."""
+        ordered = sorted(several, key=lambda times: times.batch_sizes[0])
+        return cls(*map(np.concatenate, zip(*(vars(times).values() for times in ordered), strict=True)))
 
 
 def forecast(times: SegmentTimes, confident: np.ndarray, batch_size: int, *, may_skip: bool = True) -> list[Forecast]:

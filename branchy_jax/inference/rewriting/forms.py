@@ -1,9 +1,8 @@
 """Equivalent forms of convolutions, matrix products and poolings, of which each backend runs another one fastest."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,13 +54,8 @@ def default_forms(dtype: Any = None, *, platform: str | None = None) -> Forms:
     """Returns the forms that a platform runs fastest; by default this process's backend."""
     if (platform or jax.default_backend()) != 'cpu':
         return Forms(dtype=dtype)
-    return Forms(
-        _MOST_PAIRS_TOGETHER_ON_CPU,
-        _MOST_CHANNEL_PAIRS_ON_CPU,
-        sliced_pooling=True,
-        transposed_weights=True,
-        dtype=dtype,
-    )
+    most = _MOST_PAIRS_TOGETHER_ON_CPU, _MOST_CHANNEL_PAIRS_ON_CPU
+    return Forms(*most, sliced_pooling=True, transposed_weights=True, dtype=dtype)
 
 
 def as_written(primitive: jax_core.Primitive, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:
@@ -90,12 +84,11 @@ def convolution(equation: Equation, forms: Forms) -> Callable[..., Array]:
 def _is_plain(equation: Equation) -> bool:
     """Tells an undilated, ungrouped convolution of images that crops none of them, features last."""
     params, shape, kernel = equation.params, equation.invars[0].aval.shape, equation.invars[1].aval.shape
-    if len(shape) != 4 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
+    groups = params['feature_group_count'], params['batch_group_count']
+    if len(shape) != 4 or {*groups, *params['lhs_dilation'], *params['rhs_dilation']} != {1}:
         return False
     plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
-    dilated = any(d != 1 for d in (*params['lhs_dilation'], *params['rhs_dilation']))
-    crops = any(edge < 0 for edges in params['padding'] for edge in edges)
-    return params['dimension_numbers'] == plain and not dilated and not crops
+    return params['dimension_numbers'] == plain and min(itertools.chain(*params['padding'])) >= 0
 
 
 def _pixels_together(equation: Equation) -> int:
@@ -121,11 +114,8 @@ def as_wider_convolution(
     width_out = (width + before + after - columns) // along + 1
     blocks = -(-width_out // pixels)
     missing = along * (blocks * pixels - 1) + columns - (width + before + after)  # of the last block
-    wider = {
-        **params,
-        'window_strides': (down, along * pixels),
-        'padding': (rows, (before, after + max(missing, 0))),
-    }
+    edges = rows, (before, after + max(missing, 0))
+    wider = {**params, 'window_strides': (down, along * pixels), 'padding': edges}
     product = primitive.bind(left, constant(kernel.map(_side_by_side, pixels=pixels, stride=along)), **wider)
     return product.reshape(batch, product.shape[1], blocks * pixels, features)[:, :, :width_out]
 
@@ -133,24 +123,16 @@ def as_wider_convolution(
 def _side_by_side(kernel: Array, *, pixels: int, stride: int) -> Array:
     """Spreads ``[kh, kw, I, O]`` into ``[kh, kw + stride · (pixels - 1), I, pixels · O]``."""
     reach = stride * (pixels - 1)
-    shifted = [
-        jnp.pad(kernel, ((0, 0), (shift, reach - shift), (0, 0), (0, 0))) for shift in range(0, reach + 1, stride)
-    ]
-    return jnp.concatenate(shifted, axis=3)
+    padded = jnp.pad(kernel, ((0, 0), (reach, reach), (0, 0), (0, 0)))
+    starts = range(reach, -1, -stride)
+    return jnp.concatenate([padded[:, start : start + kernel.shape[1] + reach] for start in starts], axis=3)
 
 
 def as_banded_product(_: Any, params: Params, left: Array, kernel: Known, constant: Constant) -> Array:
     """Emits a convolution as a product of windows with a banded matrix."""
-    band = kernel.map(band_matrix, stride=params['window_strides'][1])
-    return multiply_band(
-        left,
-        constant(band),
-        kernel_shape=kernel.shape,
-        strides=params['window_strides'],
-        padding=params['padding'],
-        precision=params['precision'],
-        preferred_element_type=params['preferred_element_type'],
-    )
+    band, strides = kernel.map(band_matrix, stride=params['window_strides'][1]), params['window_strides']
+    kept = {name: params[name] for name in ('padding', 'precision', 'preferred_element_type')}
+    return multiply_band(left, constant(band), kernel_shape=kernel.shape, strides=strides, **kept)
 
 
 def pooled_by_slices(equation: Equation, inputs: list[Array], forms: Forms) -> list[Array] | None:

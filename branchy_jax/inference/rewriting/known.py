@@ -1,12 +1,10 @@
 """Values that a rewriting knows already, and linear operations that wait for what follows them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,25 +27,24 @@ class Known:
         key: equal for values that come about alike: by the same operations, on the same shapes, from the same
             variables, so that a value of one batch size is recognised at another.
         name: path of the variable, or of the one of highest rank that the value is computed from.
-        source: for a broadcast, the known value that was spread, so that no batch-sized constant is stored.
-        dimensions: for a broadcast, the axes of ``source`` in this value.
+        spread: for a broadcast, the axes of its input in this value; ``None`` for anything else. A broadcast is emitted
+            anew, so that no constant of the size of a batch is stored.
         depends_on_batch: whether the value was described with a symbolic batch size.
     """
 
     def __init__(
         self,
         function: Callable[..., Array],
-        inputs: tuple[Known, ...],
+        inputs: 'tuple[Known, ...]',
         spec: Any,
         *description: Any,
         name: str = '',
-        source: Known | None = None,
-        dimensions: tuple[int, ...] = (),
+        spread: tuple[int, ...] | None = None,
     ) -> None:
         self.function, self.inputs, self.shape, self.dtype = function, inputs, spec.shape, spec.dtype
         self.key: Any = _key_of(description, [known.key for known in inputs], self.shape, self.dtype)
         self.name: str = name or (max(inputs, key=lambda known: len(known.shape)).name if inputs else 'number')
-        self.source, self.dimensions = source, dimensions
+        self.spread = spread
         is_symbolic = any(map(jax.export.is_symbolic_dim, [*self.shape, *jax.tree.leaves(description)]))
         self.depends_on_batch: bool = is_symbolic or any(known.depends_on_batch for known in inputs)
 
@@ -57,7 +54,7 @@ class Known:
         with jax.ensure_compile_time_eval():
             return self.function(*(known.value for known in self.inputs))
 
-    def map(self, function: Callable[..., Array], *others: Known, **options: Any) -> Known:
+    def map(self, function: Callable[..., Array], *others: 'Known', **options: Any) -> 'Known':
         """Returns the known result of a function of known values.
 
         Args:
@@ -82,19 +79,6 @@ Constant = Callable[[Known], Array]
 """Hands out a known value inside the rewritten program: records it when optimising, replays it afterwards."""
 
 
-def without_batch(values: Iterable[Known]) -> list[Known]:
-    """Returns known values, and in place of those that depend on the batch size what they are computed from."""
-    fixed: list[Known] = []
-    waiting = list(values)
-    while waiting:
-        known = waiting.pop()
-        if known.depends_on_batch:
-            waiting.extend(known.inputs)
-        else:
-            fixed.append(known)
-    return fixed
-
-
 def from_stored(stored: Mapping[str, Array]) -> Constant:
     """Returns what hands out stored values, and computes the others from these inside the program."""
     given = dict(stored)
@@ -114,8 +98,7 @@ class Linear:
     Attributes:
         emit: ``(kernel, constant) → array``.
         kernel: known weights.
-        feature_axis: axis of the output features in ``kernel``.
-        features: number of output features, the last axis of the result.
+        feature_axis: axis of the output features in ``kernel``; in the result it is the last one.
         shift: known ``[features]`` to add, or ``None``.
         aval: shape and dtype of the result.
     """
@@ -123,19 +106,22 @@ class Linear:
     emit: Callable[[Known, Constant], Array]
     kernel: Known
     feature_axis: int
-    features: int
     shift: Known | None
     aval: Any
 
-    def scaled(self, scale: Known) -> Linear:
+    @property
+    def features(self) -> int:
+        """How many output features there are."""
+        return self.kernel.shape[self.feature_axis]
+
+    def scaled(self, scale: Known) -> 'Linear':
         """Returns the same with every feature multiplied."""
-        axes = [1] * len(self.kernel.shape)
-        axes[self.feature_axis] = self.features
-        kernel = self.kernel.map(_multiply_features, scale, axes=tuple(axes))
+        others = tuple(axis for axis in range(len(self.kernel.shape)) if axis != self.feature_axis)
+        kernel = self.kernel.map(_multiply_features, scale, others=others)
         shift = None if self.shift is None else self.shift.map(jnp.multiply, scale)
         return dataclasses.replace(self, kernel=kernel, shift=shift)
 
-    def shifted(self, shift: Known) -> Linear:
+    def shifted(self, shift: Known) -> 'Linear':
         """Returns the same with a value added to every feature."""
         return dataclasses.replace(self, shift=shift if self.shift is None else self.shift.map(jnp.add, shift))
 
@@ -147,5 +133,5 @@ class Linear:
         return product + jnp.expand_dims(constant(self.shift).astype(product.dtype), range(product.ndim - 1))
 
 
-def _multiply_features(kernel: Array, scale: Array, *, axes: tuple[int, ...]) -> Array:
-    return kernel * scale.reshape(axes)
+def _multiply_features(kernel: Array, scale: Array, *, others: tuple[int, ...]) -> Array:
+    return kernel * jnp.expand_dims(scale, others)

@@ -1,24 +1,45 @@
-"""Exact rewriting of a trained network before inference: the same contract, fewer and faster operations."""
+"""Exact rewriting of a trained network before inference: the same contract, fewer and faster operations.
 
-from __future__ import annotations
+Values that depend on variables alone are *known*: they are computed once, when the network is optimised, and become the
+variables of the rewritten network. Equations that depend on the input are emitted again, with these changes:
 
+- a convolution or matrix product with known weights absorbs the known per-feature scales and shifts that follow it
+  (BatchNorm, biases), where no other equation reads the value in between;
+- a convolution with few channels computes several pixels together or becomes one matrix product, a max pooling becomes
+  maxima of slices, and a matrix product takes its weights transposed, where the backend runs these faster.
+
+A rewritten network traces the original at every batch size and recognises its constants by their origin (`Known.key`).
+Values that depend on the batch size as well, such as a class token repeated for every image, are computed inside the
+program from values that do not.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as jax_core
 
 from branchy_jax import calling, program
+from branchy_jax.inference.rewriting import forms as fast
 from branchy_jax.inference.rewriting.forms import Forms, default_forms
-from branchy_jax.inference.rewriting.known import Constant, Known, from_stored, without_batch
-from branchy_jax.inference.rewriting.rewrite import run
+from branchy_jax.inference.rewriting.known import Constant, Known, Linear, from_stored
+from branchy_jax.jaxprs import Equation, bind, value_of, variables_of
 from branchy_jax.types import Array, Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class Rewritten:
+class Rewritten(calling.Model):
     """A network rewritten for inference: what `optimize` returns. A model whose variables are computed constants.
+
+    ``init`` raises ValueError, since the variables come from `optimize`. ``apply`` evaluates, and raises ValueError for
+    training, or for variables that `optimize` did not return for this network.
 
     Attributes:
         model: the network as it was, without weights.
@@ -32,45 +53,57 @@ class Rewritten:
     forms: Forms
     names: tuple[tuple[str, str], ...] = ()
 
-    def init(self, key: Any, *inputs: Any) -> Variables:
-        """Raises ValueError: the variables come from `optimize`."""
+    def _init(self, key: Any, inputs: Any) -> Variables:
         raise ValueError('model: is rewritten for inference; its variables are those that optimize returned')
 
-    def apply(
-        self,
-        variables: Variables,
-        *inputs: Any,
-        train: bool = False,
-        frozen_trunk: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
-        mutable: Any = False,
-    ) -> tuple[Array, ...]:
-        """Computes the logits of every exit, in evaluation mode alone.
-
-        Raises:
-            ValueError: training, or variables that `optimize` did not return for this network.
-        """
-        if train or mutable is not False:
+    def _run(self, variables: Variables, inputs: Any, mode: calling.Mode) -> tuple[Any, Variables]:
+        if mode.train or mode.mutable:
             raise ValueError('model: is rewritten for inference and cannot train; train the network as it was before')
         params = variables.get('params', {})
         missing = sorted({name for _, name in self.names} - set(params))
         if missing:
             raise ValueError(f'variables: have no {missing[0]}; give those that optimize returned with this network')
         constants = {key: params[name] for key, name in self.names}
-        known = _known_variables(self.shapes, None)
-        return self.evaluate(known, calling.one_input(inputs), from_stored(constants))
+        return self.evaluate(_known_variables(self.shapes, None), inputs, from_stored(constants)), {}
 
     def evaluate(self, known: Sequence[Known], inputs: Any, constant: Constant) -> tuple[Array, ...]:
         """Runs the rewritten program; ``constant`` hands out what it needs of the known variables."""
         traced = program.trace(self.model, self.shapes, inputs)
-        return tuple(run(traced, known, jax.tree.leaves(inputs), constant, self.forms))
+        uses = Counter(v for equation in traced.equations for v in variables_of(equation.invars))
+        uses.update(variables_of(traced.outputs))
+        given = zip(traced.inputs, [*known, *jax.tree.leaves(inputs)], strict=True)
+        env: dict[Any, Any] = {**traced.consts, **dict(given)}
+
+        def emitted(value: Any) -> Any:
+            if isinstance(value, Linear):
+                return value.result(constant)
+            return _spread(value, constant) if isinstance(value, Known) else value
+
+        outputs: list[Any]
+        for equation, place in zip(traced.equations, traced.places, strict=True):
+            arguments = [_number(v) if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
+            if any(isinstance(x, Known) for x in arguments) and all(_is_fixed(x) for x in arguments):
+                outputs = _known_outputs(equation, arguments)
+            else:
+                # Named, so that an error or a profile of the rewritten network shows the module.
+                with jax.named_scope(place) if place else contextlib.nullcontext():
+                    outputs = _emit(equation, arguments, emitted, self.forms, last_use=uses[equation.outvars[0]] <= 1)
+            env.update(zip(equation.outvars, outputs, strict=True))
+        return tuple(emitted(value_of(v, env)) for v in traced.outputs)
 
     def asked(self, known: Sequence[Known], inputs: Any) -> list[Known]:
-        """Returns the known values that the rewritten program needs for inputs of some shape."""
+        """Returns the known values that the rewritten program needs for inputs of some shape.
+
+        In place of a value that depends on the batch size come those that it is computed from.
+        """
         values: list[Known] = []
 
         def record(known: Known) -> Array:
-            values.append(known)
+            if known.depends_on_batch:
+                for part in known.inputs:
+                    record(part)
+            else:
+                values.append(known)
             return jnp.zeros(known.shape, known.dtype)
 
         jax.eval_shape(lambda inputs: self.evaluate(known, inputs, record), inputs)
@@ -110,7 +143,6 @@ def optimize(
         >>> bool(jnp.allclose(first, same, atol=1e-4))
         True
     """
-    calling.check_model(model)
     forms = default_forms(dtype) if forms is None else forms
     stages = program.stages(model, variables, inputs)
     draft = Rewritten(calling.without_weights(model), calling.specs(variables), forms)
@@ -118,38 +150,143 @@ def optimize(
     # A single input is often traced otherwise than a batch, since its arrays need no spreading.
     batch = calling.specs(inputs) if stages.fixed_because else calling.with_batch(inputs, program.BATCH)
     asked = [*draft.asked(known, calling.with_batch(inputs, 1)), *draft.asked(known, batch)]
-    constants = {value.key: value for value in without_batch(asked)}
-    names = dict(zip(constants, _unique([value.name for value in constants.values()]), strict=True))
-    params = {names[key]: value.value for key, value in constants.items()}
+    names: dict[str, str] = {}
+    params: dict[str, Array] = {}
+    for key, value in {value.key: value for value in asked}.items():
+        names[key] = f'{value.name} ({len(params)})' if value.name in params else value.name
+        params[names[key]] = value.value
     return dataclasses.replace(draft, names=tuple(names.items())), {'params': params}
 
 
 def _known_variables(shapes: Any, variables: Variables | None) -> list[Known]:
     """Returns the leaves of variables as known values; without their values where ``variables`` is ``None``."""
-    paths = jax.tree.leaves_with_path(shapes)
-    leaves = [None] * len(paths) if variables is None else jax.tree.leaves(variables)
-    return [
-        Known(_unavailable if leaf is None else lambda leaf=leaf: leaf, (), spec, 'variable', n, name=_name(path))
-        for n, ((path, spec), leaf) in enumerate(zip(paths, leaves, strict=True))
-    ]
-
-
-def _name(path: Any) -> str:
-    return '/'.join(str(getattr(part, 'key', part)) for part in path[1:])
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Numbers the names that occur several times."""
-    counts: dict[str, int] = {}
-    result = []
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-        result.append(name if counts[name] == 1 else f'{name} ({counts[name]})')
-    return result
+    known, leaves = [], jax.tree.leaves(variables)
+    for n, (path, spec) in enumerate(jax.tree.leaves_with_path(shapes)):
+        function = functools.partial(leaves.__getitem__, n) if leaves else _unavailable
+        name = jax.tree_util.keystr(path[1:], simple=True, separator='/')
+        known.append(Known(function, (), spec, 'variable', n, name=name))
+    return known
 
 
 def _unavailable() -> Array:
-    raise ValueError(
-        'inputs: a batch of this size needs weights that the batches for which the network was rewritten do not; run '
-        'the network as it was before optimize'
-    )
+    others = 'the batches for which the network was rewritten do not'
+    raise ValueError(f'inputs: a batch of this size needs weights that {others}; run the network before optimize')
+
+
+def _emit(
+    equation: Equation, arguments: list[Any], emitted: Callable[[Any], Any], forms: Forms, *, last_use: bool
+) -> list[Any]:
+    """Emits an equation that depends on the input; a linear one waits for what follows unless several read it."""
+    linear = _absorb(equation, arguments) or _linear(equation, arguments, forms)
+    if linear is not None:
+        return [linear if last_use else emitted(linear)]
+    arrays = [emitted(x) for x in arguments]
+    return fast.pooled_by_slices(equation, arrays, forms) or bind(equation, arrays)
+
+
+def _number(literal: Any) -> np.ndarray:
+    """Returns a number in the program as a NumPy scalar, which nothing that is computed from the input ever is."""
+    return np.asarray(literal.val, literal.aval.dtype)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value is the same for every input of the network."""
+    return isinstance(value, Known) or (isinstance(value, np.ndarray) and value.ndim == 0)
+
+
+def _known_outputs(equation: Equation, inputs: list[Any]) -> list[Known]:
+    known = tuple(x for x in inputs if isinstance(x, Known))
+    literals = [None if isinstance(x, Known) else x.tobytes() for x in inputs]
+
+    def output(*arrays: Array, n: int) -> Array:
+        given = iter(arrays)
+        return bind(equation, [next(given) if isinstance(x, Known) else x for x in inputs])[n]
+
+    spread = equation.params.get('broadcast_dimensions') if len(inputs) == 1 else None
+    description = (equation.primitive.name, equation.params, literals)
+    return [
+        Known(functools.partial(output, n=n), known, v.aval, *description, n, spread=spread)
+        for n, v in enumerate(equation.outvars)
+    ]
+
+
+def _spread(value: Known, constant: Constant) -> Array:
+    if value.spread is None:
+        return constant(value)
+    return lax.broadcast_in_dim(_spread(value.inputs[0], constant), value.shape, value.spread)
+
+
+def _feature_vector(value: Any, features: int) -> Known | None:
+    """Returns ``[features]`` if a known value of any rank varies along its last axis alone, else ``None``."""
+    if not _is_fixed(value):
+        return None
+    if not isinstance(value, Known):
+        spec = jax.ShapeDtypeStruct((features,), value.dtype)
+        return Known(functools.partial(jnp.full, features, value), (), spec, 'number', value.tobytes())
+    while value.spread is not None:
+        (source,), last = value.inputs, len(value.shape) - 1
+        if any(size != 1 and axis != last for axis, size in zip(value.spread, source.shape, strict=True)):
+            return None
+        value = source
+    if value.shape[-1:] in ((), (1,), (features,)) and all(size == 1 for size in value.shape[:-1]):
+        return value.map(_flat_features, features=features)
+    return None
+
+
+def _flat_features(values: Array, *, features: int) -> Array:
+    return jnp.broadcast_to(values.reshape(-1), (features,))
+
+
+def _absorb(equation: Equation, inputs: list[Any]) -> Linear | None:
+    """Folds a known scale or shift into the linear operation before it."""
+    name = equation.primitive.name
+    if name not in ('add', 'add_any', 'sub', 'mul', 'div'):
+        return None
+    left, right = inputs
+    if not isinstance(left, Linear) and name not in ('sub', 'div'):
+        left, right = right, left
+    if not isinstance(left, Linear) or left.aval.dtype != equation.outvars[0].aval.dtype:
+        return None
+    vector = _feature_vector(right, left.features)
+    if vector is None:
+        return None
+    if name in ('mul', 'div'):
+        # Integers divide with a remainder, and a scale of another precision would give the kernel that precision too.
+        dtype = left.aval.dtype
+        if not jnp.issubdtype(dtype, jnp.inexact) or left.kernel.dtype != dtype:
+            return None
+        return left.scaled(vector if name == 'mul' else vector.map(jnp.reciprocal))
+    return left.shifted(vector if name != 'sub' else vector.map(jnp.negative))
+
+
+def _linear(equation: Equation, inputs: list[Any], forms: Forms) -> Linear | None:
+    """Recognises a convolution or matrix product of something unknown with something known."""
+    name, params = equation.primitive.name, equation.params
+    if name not in ('conv_general_dilated', 'dot_general'):
+        return None
+    left, kernel = inputs
+    if not isinstance(kernel, Known) or isinstance(left, Known):
+        return None
+    aval = equation.outvars[0].aval
+    if forms.dtype is not None:
+        params = {**params, 'preferred_element_type': np.dtype(np.float32)}
+    if name == 'dot_general':
+        (left_axes, kernel_axes), (batch_axes, _) = params['dimension_numbers']
+        if len(kernel.shape) != 2 or batch_axes or len(left_axes) != 1 or len(aval.shape) < 2:
+            return None
+        feature_axis = 1 - kernel_axes[0]
+        emit = fast.with_transposed_weights if forms.transposed_weights and feature_axis == 1 else fast.as_written
+    else:
+        numbers = params['dimension_numbers']
+        if numbers.out_spec[1] != len(aval.shape) - 1:
+            return None
+        feature_axis = numbers.rhs_spec[0]
+        emit = fast.convolution(equation, forms)
+
+    def emit_here(kernel: Known, constant: Constant) -> Array:
+        value = left.result(constant) if isinstance(left, Linear) else left
+        if forms.dtype is not None:
+            value, kernel = value.astype(forms.dtype), kernel.map(lax.convert_element_type, new_dtype=forms.dtype)
+        return emit(equation.primitive, params, value, kernel, constant).astype(aval.dtype)
+
+    return Linear(emit_here, kernel, feature_axis, None, aval)

@@ -1,0 +1,155 @@
+"""A finished run, read back with its networks; and its network as published weights."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import branchy_jax as bj
+from branchy_jax.types import Variables
+from experiments.configs import common
+from experiments.run.networks import TASKS, Networks, load, network_options
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What a run left behind.
+
+    Attributes:
+        workdir: its folder.
+        config: its settings.
+        report: what ``report.json`` holds.
+        networks: both, trained.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    report: dict[str, Any]
+    networks: Networks
+
+    @property
+    def policies(self) -> dict[str, bj.ExitPolicy]:
+        """When an input leaves, by operating point, the table's first."""
+        return {row['name']: self.policy(row['thresholds']) for row in self.report['operating_points']}
+
+    def policy(self, thresholds: Sequence[float]) -> bj.ExitPolicy:
+        """Returns a policy of the run's criterion."""
+        by_name = {criterion.name: criterion for criterion in TASKS[self.report['task']].criteria}
+        return bj.ExitPolicy(by_name[self.report['criterion']], np.array(thresholds, np.float32))
+
+    def dataset(self) -> bj.data.Dataset:
+        """Loads its data."""
+        return load(self.config)
+
+
+_KEYS = {'dataset', 'device', 'task', 'criterion', 'rows', 'operating_points', 'frontier', 'first_and_last', 'paper'}
+_ROW_KEYS = {'network', 'exit_fractions', 'thresholds', 'batch', 'latency_ms', 'gain', 'gain_plain', 'macs', 'mac_gain'}
+
+
+def read_report(workdir: Path | str) -> dict[str, Any]:
+    """Reads the report of a finished run.
+
+    Raises:
+        ValueError: the folder holds no finished run, or its report lacks something.
+    """
+    path = Path(workdir) / 'report.json'
+    report = bj.report.read_json(path)
+    missing = _KEYS - set(report)
+    for row in report.get('rows', ()):
+        missing |= _ROW_KEYS - set(row)
+    if missing:
+        raise ValueError(
+            f'workdir: {path} is not the report of a run, or damaged: it lacks {", ".join(sorted(missing))}'
+        )
+    return report
+
+
+def read_run(workdir: Path | str) -> FinishedRun:
+    """Reads a run, or the stored report of one whose weights ship with the package.
+
+    The baseline's weights do not ship. There the branchy network's own stand for them, as good for a clock, which no
+    weight changes; nothing that reads a run evaluates its baseline anew.
+
+    Raises:
+        ValueError: the folder holds no finished run, or neither its weights nor the package has them.
+    """
+    workdir, report = Path(workdir), read_report(workdir)
+    if (workdir / 'config.json').exists():
+        config = _settings(bj.report.read_json(workdir / 'config.json'))
+        variables, normalization = _weights(workdir / f'{config.network}.safetensors')
+        baseline_variables, _ = _weights(workdir / f'{config.network[2:]}.safetensors')
+    else:
+        name, ours = report['rows'][1]['network'], report['rows'][1]['exit_accuracy']
+        published = bj.models.load_pretrained(name, dataset=report['dataset'])
+        theirs = published.card['exit_accuracy']
+        if list(theirs) != ours:
+            raise ValueError(
+                f'workdir: {workdir} holds a report without weights, and those of {name} in the package are '
+                f'of another run: their exits have {theirs}, these {ours}'
+            )
+        config, normalization = _settings(published.card['recipe']), published.normalization
+        variables = baseline_variables = published.variables
+    options = network_options(config, report['num_classes'], report['image_shape'])
+    networks = Networks(config.network, options, variables, baseline_variables, normalization)
+    return FinishedRun(workdir, config, report, networks)
+
+
+def _settings(stored: Mapping[str, Any]) -> ConfigDict:
+    config = common.get_config()
+    config.update({name: value for name, value in stored.items() if name in config})  # a field may be gone since
+    return config
+
+
+def _weights(path: Path) -> tuple[Variables, bj.Normalization]:
+    variables, _ = bj.checkpoint.load_weights(path)
+    normalization = bj.Normalization(**variables.pop('normalization'))
+    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), variables), normalization
+
+
+def publish(finished: FinishedRun, into: Path) -> Path:
+    """Writes a classification's branchy network as published weights; returns the file.
+
+    Args:
+        finished: the run.
+        into: the folder, such as that of the package's weights.
+    """
+    networks, record = finished.networks, finished.report
+    frontier = record['frontier']
+    knee = [row for row in frontier if row['knee']]
+    best = max(frontier, key=lambda row: row['validation_accuracy'])
+    cheapest = min(frontier, key=lambda row: row['macs'])
+    rows = {tuple(row['thresholds']): row for row in (*record['operating_points'], *knee, best, cheapest)}
+    points = [
+        bj.OperatingPoint(
+            policy=finished.policy(row['thresholds']),
+            accuracy=row['test_accuracy'],
+            split='test',
+            exit_fractions=np.array(row['exit_fractions']),
+            cost=row['macs'],
+        )
+        for row in rows.values()
+    ]
+    baseline, branchy = record['rows']
+    card = {
+        'dataset': record['dataset'],
+        'exit_accuracy': branchy['exit_accuracy'],
+        'baseline_accuracy': baseline['test_accuracy'],
+        'stage_macs': record['stage_macs'],
+        'exit_macs': record['exit_macs'],
+        'recipe': finished.config.to_dict(),
+        'trained_on': record['device'],
+        'licence': 'Apache-2.0',
+    }
+    path = into / f'{networks.name}@{record["dataset"]}.safetensors'
+    variables = jax.tree.map(np.asarray, networks.variables)
+    settings = {'normalization': networks.normalization, 'operating_points': points, 'options': networks.options}
+    with tempfile.TemporaryDirectory(dir=into) as folder:
+        bj.models.save_pretrained(folder, networks.name, variables, **settings, card=card)
+        (Path(folder) / 'model.safetensors').replace(path)
+    return path

@@ -1,0 +1,22 @@
+"""Flags that several commands have, parsed where they are used."""
+
+import argparse
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Makes a command's parser: its docstring is the help. Commands that are imported together share nothing."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def positive(text: str) -> int:
+    """Reads a flag that counts something."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'got {text!r}; give a positive integer')
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    """Reads a flag of several counts, such as ``1,32``."""
+    return [positive(part) for part in text.split(',')]

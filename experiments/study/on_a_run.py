@@ -1,0 +1,169 @@
+"""Clocks, joules and cache misses of a finished run, as rows that lie in its folder."""
+
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import branchy_jax as bj
+from branchy_jax.measure import Meter
+from experiments.run.report import Row, provenance
+from experiments.run.timing import on_device, staged
+from experiments.study.cells import measure
+from experiments.study.finished import FinishedRun, read_run
+
+NO_METER = 'no meter: this device offers no energy counter that nvidia-ml-py or zeus (RAPL) can read; nothing measured'
+CACHES = ('--I1=32768,8,64', '--D1=32768,8,64', '--LL=33554432,16,64')
+NO_VALGRIND = 'valgrind: not found; install it (apt install valgrind): cache misses are not measured without it'
+_ENERGY_IMAGES = 200
+
+
+def _write(finished: FinishedRun, name: str, rows: Sequence[Row], **more: Any) -> list[Row]:
+    """Adds a file of rows to the folder of a run."""
+    dataset, network = finished.report['dataset'], finished.networks.name
+    record = {'network': network, 'dataset': dataset, **provenance('benchmark'), **more, 'rows': list(rows)}
+    bj.report.write_json(finished.workdir / f'{name}.json', record)
+    return list(rows)
+
+
+def batches(finished: FinishedRun, sizes: Sequence[int], *, images: int, passes: int) -> list[Row]:
+    """Times all operating points, each size after the other, and writes ``batches.json`` after each.
+
+    Args:
+        finished: the run.
+        sizes: images in a call; those above the images are left out.
+        images: test images in a pass, so that exits are taken in their true shares.
+        passes: interleaved pairs.
+    """
+    test, rows = np.asarray(finished.networks.normalization(finished.dataset().test.image[:images])), []
+    for batch in (size for size in sizes if size <= len(test)):
+        rows += measure(finished.networks, test, finished.policies, batch, passes=passes)
+        _write(finished, 'batches', rows)
+    return rows
+
+
+def energy(
+    finished: FinishedRun, meter: Meter | None, sizes: Sequence[int], *, seconds: float, **clocks: Any
+) -> list[Row]:
+    """Measures joules per image of the baseline and of each operating point, and writes ``energy.json``.
+
+    Args:
+        finished: the run.
+        meter: from `branchy_jax.measure.find_meter`; without one there are no rows, and the note says so.
+        sizes: images in a call.
+        seconds: to run each for, at least.
+        **clocks: of `branchy_jax.measure.measure_energy`.
+    """
+    if meter is None:
+        return _write(finished, 'energy', [], meter=None, note=NO_METER)
+    test, rows, idle_watts = finished.dataset().test, [], None
+    for batch in (size for size in sizes if size <= len(test)):
+        count = max(_ENERGY_IMAGES // batch, 1) * batch
+        images = np.asarray(finished.networks.normalization(test.image[:count]))
+        for (network, point), one_pass in _passes(finished, images, batch).items():
+            energy = bj.measure.measure_energy(one_pass, meter, seconds=seconds, idle_watts=idle_watts, **clocks)
+            idle_watts = energy.idle_watts
+            per_image = {name: getattr(energy, name) / len(images) for name in ('joules', 'joules_with_idle')}
+            row = {'network': network, 'operating_point': point, 'batch': batch}
+            rows.append({**row, **dataclasses.asdict(energy), **per_image})
+    note = f'{meter.name}; idle power subtracted and shown; every run long enough for a resolution below 2 %'
+    return _write(finished, 'energy', rows, meter=meter.name, note=note)
+
+
+def _passes(finished: FinishedRun, images: np.ndarray, batch: int) -> dict[tuple[str, str], Callable[[], Any]]:
+    """Returns a pass over all images, as planned, for the baseline and for each operating point."""
+    networks, plan = finished.networks, functools.partial(bj.inference.plan, batch_size=batch)
+    baseline = plan(networks.baseline, networks.baseline_variables, images, finished.policy(()))
+    runs = {(networks.name[2:], 'baseline'): baseline}
+    for name, policy in finished.policies.items():
+        runs[networks.name, name] = plan(networks.model, networks.variables, images, policy)
+    inputs = [images[start : start + batch] for start in range(0, len(images), batch)]
+    return {key: bj.measure.one_by_one(run, inputs) for key, run in runs.items()}
+
+
+def cache(workdir: Path, *, images: int, settings: int) -> list[Row]:
+    """Counts cache misses of a finished run, and writes ``cache.json``.
+
+    They come from valgrind's simulation of caches (callgrind), switched on only while images run: virtual machines
+    offer ``perf`` no counters. Run times are the run's own, measured without valgrind.
+
+    Args:
+        workdir: folder of the run.
+        images: test images per setting.
+        settings: how many of the frontier.
+
+    Raises:
+        ValueError: there is no valgrind, or it failed.
+    """
+    if shutil.which('valgrind') is None or shutil.which('callgrind_control') is None:
+        raise ValueError(NO_VALGRIND)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = ['--tool=callgrind', '--cache-sim=yes', '--instr-atstart=no', '--fair-sched=yes']
+        again = ['experiments.benchmark', f'--run={workdir}', f'--cache={settings}', f'--images={images}']
+        done = subprocess.run(
+            ['valgrind', *ours, *CACHES, f'--callgrind-out-file={folder}/counts', sys.executable, '-m', *again],
+            env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0', INSIDE: folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise ValueError(f'valgrind: failed with {done.returncode}: {done.stderr[-500:]}')
+        rows = [
+            {**setting, **misses(Path(folder, f'counts.{n + 1}').read_text())}
+            for n, setting in enumerate(bj.report.read_json(Path(folder, 'settings.json'))['rows'])
+        ]
+    simulated_by = f'valgrind callgrind, caches {" ".join(CACHES)}'
+    return _write(read_run(workdir), 'cache', rows, simulated_by=simulated_by, images=images)
+
+
+INSIDE = 'BRANCHY_JAX_INSIDE_VALGRIND'
+"""The variable by which `cache` gives the folder of counts to the command that it runs under valgrind."""
+
+
+def misses(text: str) -> Row:
+    """Reads a dump of callgrind: misses per data access in the first and the last level, and data accesses."""
+    names = re.search(r'^events: (.*)$', text, re.M)
+    totals = re.search(r'^totals: (.*)$', text, re.M)
+    if names is None or totals is None:
+        raise ValueError('counts: not a dump of callgrind with cache simulation')
+    figures = [int(value) for value in totals[1].split()]
+    count = dict(zip(names[1].split(), figures + [0] * len(names[1].split()), strict=False))
+    accesses = count['Dr'] + count['Dw']
+    return {
+        'first_level': (count['D1mr'] + count['D1mw']) / accesses,
+        'last_level': (count['DLmr'] + count['DLmw']) / accesses,
+        'accesses': accesses,
+    }
+
+
+def run_under_valgrind(finished: FinishedRun, *, images: int, settings: int) -> None:
+    """Runs the baseline and settings of the frontier, counting only while images run."""
+    networks, frontier = finished.networks, finished.report['frontier']
+    chosen = np.unique(np.linspace(0, len(frontier) - 1, settings).round().astype(int))
+    tried = [finished.report['rows'][0], *({**frontier[n], 'network': networks.name} for n in chosen)]
+    inputs = on_device(np.asarray(networks.normalization(finished.dataset().test.image[:images])))
+    for row in tried:
+        network = networks.fast if row['thresholds'] else networks.fast_baseline
+        run = staged(network, finished.policy(row['thresholds']))
+        jax.block_until_ready(run(inputs[0]))
+        _control('-i', 'on')
+        bj.measure.one_by_one(run, inputs)()
+        _control('-i', 'off')
+        _control('-d')
+    rows = [{name: row[name] for name in ('network', 'thresholds', 'latency_ms')} for row in tried]
+    bj.report.write_json(Path(os.environ[INSIDE], 'settings.json'), {'rows': rows})
+
+
+def _control(*arguments: str) -> None:
+    subprocess.run(['callgrind_control', *arguments, str(os.getpid())], capture_output=True, check=True)
