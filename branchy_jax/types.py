@@ -119,7 +119,7 @@ class ExitPolicy(ByValue, struct.PyTreeNode, eq=False):
 
 
 class OperatingPoint(ByValue, struct.PyTreeNode, eq=False):
-    """A policy and its results on the data that it was chosen on. Goes wherever a policy goes.
+    """A policy and its results on the data that it was chosen on. Accepted wherever a policy is.
 
     Attributes:
         policy: when an input leaves.

@@ -23,7 +23,7 @@ from branchy_jax.thresholds import ExitTable
 from experiments.run.report import Row, provenance, table
 from experiments.study import flags
 from experiments.study.finished import FinishedRun, read_run
-from experiments.study.promises import Population, simulate
+from experiments.study.guarantees import Population, simulate
 
 _GIVEN_UP = (0.0, 0.002, 0.005, 0.01)
 

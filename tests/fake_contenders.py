@@ -7,9 +7,9 @@ import numpy as np
 from experiments.peers.job import Ready
 
 
-def obedient(job):
-    """Answers what it is told: pixel 0 of an image is its label, pixel 1 its exit."""
-    return Ready(_answer, job.batches, settings='as told')
+def answering(job):
+    """Answers what its images say: pixel 0 of an image is its label, pixel 1 its exit."""
+    return Ready(_answer, job.batches, settings='as the images say')
 
 
 def without_exits(job):
@@ -29,15 +29,15 @@ def wrong(job):
 
 def missing(job):
     """Cannot be had."""
-    raise ModuleNotFoundError("No module named 'torch'\nand more that nobody needs to read")
+    raise ModuleNotFoundError("No module named 'torch'\nand a second line")
 
 
-def stillborn(job):
+def dies_at_start(job):
     """Takes its process with it."""
     os._exit(1)
 
 
-def mortal(job):
+def dies_later(job):
     """Dies in a turn: after the answers and the two passes that say how long a pass takes, each of two calls."""
     calls = []
 

@@ -50,7 +50,7 @@ class OneDictionary(nn.Module):
 
 
 class Norms(nn.Module):
-    """BatchNorm and dropout before and behind the first exit; trains unless told otherwise."""
+    """BatchNorm and dropout before and behind the first exit; trains by default."""
 
     @nn.compact
     def __call__(self, x, train=True):

@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """One compact module with skips; trains unless told otherwise."""
+    """One compact module with skips; trains by default."""
 
     @nn.compact
     def __call__(self, x, train: bool = True):

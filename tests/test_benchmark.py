@@ -1,4 +1,4 @@
-"""The benchmark forces the shares it is asked for, and writes what it promises."""
+"""The benchmark forces the shares it is asked for, and writes the rows that it documents."""
 
 import numpy as np
 import pytest

@@ -119,8 +119,8 @@ def test_the_cheapest_of_the_paths_that_passed_is_by_the_costs_of_the_table():
 
 
 def test_the_simulation_runs_the_procedure():
-    """`experiments.study.promises` is vectorised; on single draws its results must be the library's."""
-    from experiments.study.promises import Population
+    """`experiments.study.guarantees` is vectorised; on single draws its results must be the library's."""
+    from experiments.study.guarantees import Population
 
     table, losses = population(500, seed=3)
     simulated = Population(PATH, table, losses, size=200, splits=20)

@@ -96,15 +96,19 @@ def test_shares_that_nothing_meets_are_refused(lenet, monkeypatch):
 
 @pytest.mark.slow
 def test_everyone_takes_part_or_says_why_not(forced):
-    them = {'gone': fake.missing, 'mortal': fake.mortal, 'stillborn': fake.stillborn}
-    planned, plain, *absent = measure(forced, planned=fake.obedient, plain=fake.without_exits, **them)
-    assert (planned['contender'], planned['shares'], planned['settings']) == ('planned', [0.75, 0.25], 'as told')
+    them = {'gone': fake.missing, 'dies_later': fake.dies_later, 'dies_at_start': fake.dies_at_start}
+    planned, plain, *absent = measure(forced, planned=fake.answering, plain=fake.without_exits, **them)
+    assert (planned['contender'], planned['shares'], planned['settings']) == (
+        'planned',
+        [0.75, 0.25],
+        'as the images say',
+    )
     assert (plain['contender'], plain['shares'], len(plain['ms_of_rounds'])) == ('plain', [0.0, 1.0], 3)
     assert plain['ratio_low'] <= plain['ratio'] <= plain['ratio_high']
     assert {row['contender']: row['absent'] for row in absent} == {
         'gone': "ModuleNotFoundError: No module named 'torch'",
-        'stillborn': "the process of 'stillborn' died",
-        'mortal': "the process of 'mortal' died in round 1",
+        'dies_at_start': "the process of 'dies_at_start' died",
+        'dies_later': "the process of 'dies_later' died in round 1",
     }
     assert (plain['network'], plain['batch'], plain['forced']) == ('b-fake', 2, [0.75, 0.25])
 
@@ -129,7 +133,7 @@ class Here:
 @pytest.mark.parametrize(
     ('them', 'message'),
     [
-        ({'planned': fake.obedient, 'late': fake.late}, 'late: 3 of 4 images leave at other exits'),
+        ({'planned': fake.answering, 'late': fake.late}, 'late: 3 of 4 images leave at other exits'),
         ({'planned': fake.wrong}, r'planned: only 0\.0% of the labels'),
     ],
 )
@@ -148,7 +152,7 @@ def test_only_the_plan_may_skip_a_head_and_without_it_there_is_no_cell(forced, m
 
     monkeypatch.setattr(Here, 'open', gone)
     with pytest.raises(Unavailable, match='^planned: no torch'):
-        measure(forced, planned=fake.obedient, plain=fake.without_exits)
+        measure(forced, planned=fake.answering, plain=fake.without_exits)
 
 
 def test_the_fastest_settings_are_taken():

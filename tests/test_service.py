@@ -1,4 +1,4 @@
-"""The service: nothing taken is lost or answered twice, what does not fit is refused, faults are told, over HTTP."""
+"""The service over HTTP: no image is lost or answered twice, bad images are refused, faults are reported."""
 
 import concurrent.futures
 import json
@@ -50,8 +50,8 @@ def test_every_image_is_answered_once_as_dense_answers_it(weights, table):
     service = Service(weights, steady, chunk_size=4).start()
     expected = bj.inference.dense(weights.model)(weights.variables, weights.normalize(IMAGES), steady.policy)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        promised = list(threads.map(service.submit, IMAGES))
-    answers = [future.result(timeout=60) for future in promised]
+        futures = list(threads.map(service.submit, IMAGES))
+    answers = [future.result(timeout=60) for future in futures]
     service.close()
     assert [answer.label for answer in answers] == np.asarray(expected.label).tolist()
     assert [answer.exit - 1 for answer in answers] == np.asarray(expected.exit_index).tolist()
@@ -63,11 +63,11 @@ def test_every_image_is_answered_once_as_dense_answers_it(weights, table):
 
 def test_what_does_not_fit_is_refused_and_the_rest_answered(weights, table):
     service = Service(weights, controller(table), capacity=3, chunk_size=4)  # not started: nothing leaves the queue
-    promised = [service.submit(image) for image in IMAGES[:3]]
+    futures = [service.submit(image) for image in IMAGES[:3]]
     with pytest.raises(queue.Full):
         service.submit(IMAGES[3])
     service.start()
-    assert [future.result(timeout=60).number for future in promised] == [0, 1, 2]
+    assert [future.result(timeout=60).number for future in futures] == [0, 1, 2]
     service.close()
     assert (service.counts.taken, service.counts.refused, service.counts.answered) == (3, 1, 3)
 
@@ -83,14 +83,14 @@ def test_more_waiting_makes_images_leave_earlier(weights, table):
 
 
 def test_closing_answers_what_was_taken(service):
-    promised = [service.submit(image) for image in IMAGES]
+    futures = [service.submit(image) for image in IMAGES]
     service.close()
-    assert all(future.done() for future in promised)
+    assert all(future.done() for future in futures)
     with pytest.raises(RuntimeError, match='has ended'):
         service.submit(IMAGES[0])
 
 
-def test_a_fault_of_the_network_is_told_to_whoever_waits(service, monkeypatch):
+def test_a_fault_of_the_network_is_received_to_whoever_waits(service, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError('broken')
 
@@ -116,8 +116,8 @@ def get(address, path, body=None):
 
 def test_over_http(address, service):
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        told = list(threads.map(lambda image: get(address, '/classify', image.tobytes()), IMAGES))
-    assert sorted(answer['number'] for answer in told) == list(range(40))
+        received = list(threads.map(lambda image: get(address, '/classify', image.tobytes()), IMAGES))
+    assert sorted(answer['number'] for answer in received) == list(range(40))
     assert get(address, '/stats')['answered'] == 40
     recent = get(address, '/recent')
     assert (recent['shape'], len(recent['answers'])) == ([12, 12, 1], 40)

@@ -46,8 +46,8 @@ class Criterion(ByValue):
 
     Executors call ``answer, uncertainty, carry = criterion(logits, carry, n)`` at exit n; ``carry`` is ``None`` at the
     first one. What was learned (temperatures, a small network) are the leaves; all else is static. Most criteria need
-    no class, see `as_criterion`; one that looks back is a `flax.struct.dataclass` with ``eq=False`` that subclasses
-    this class and defines ``name`` and ``__call__``.
+    no class, see `as_criterion`. A criterion that uses earlier exits is a `flax.struct.dataclass` with ``eq=False``
+    that subclasses this class and defines ``name`` and ``__call__``.
 
     Attributes:
         name: the criterion's name in reports.
@@ -156,7 +156,7 @@ def as_criterion(given: Any, **options: Any) -> Criterion:
 
 
 def of_logits(given: Any) -> _OfLogits:
-    """Returns a criterion that judges one answer's logits, and raises ValueError for one that looks back."""
+    """Returns a criterion that judges one answer's logits, and raises ValueError for one that uses earlier exits."""
     criterion = as_criterion(given)
     if not isinstance(criterion, _OfLogits):
         raise ValueError(f'criterion: got {criterion.name!r}; give one of single logits, such as entropy')
@@ -322,7 +322,7 @@ def ensemble(kind: str = 'arithmetic', criterion: Any = entropy) -> Criterion:
         criterion: judges the mean: a criterion of single logits, or a function of logits.
 
     Raises:
-        ValueError: another kind of mean, or a criterion that looks back itself.
+        ValueError: another kind of mean, or a criterion that uses earlier exits itself.
 
     Example:
         >>> criterion = ensemble()

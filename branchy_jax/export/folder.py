@@ -1,4 +1,4 @@
-"""The folder that a network is exported to: one file per program, and a manifest that vouches for all of them."""
+"""The folder that a network is exported to: one file per program, and a manifest with the checksums of all of them."""
 
 import functools
 import hashlib

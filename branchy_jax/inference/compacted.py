@@ -104,7 +104,7 @@ def compacted(
         chunk_size: images that a stage takes at once; one number, or one for each exit that is asked. Chunks larger
             than the batch are cut to it. Small chunks waste little on the remainder, large ones run at a better rate;
             `branchy_jax.inference.plan` chooses by measuring.
-        exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
+        exits: the exits to ask, ascending, the last among them; the other exits never answer.
         on_host: whether the host drives; by default on a CPU.
         workers: chunks that the host runs at the same time, in threads. Two gain where one chunk leaves cores idle.
             Threads do not see context managers of the caller such as `jax.default_matmul_precision`.

@@ -43,7 +43,7 @@ def dense(
 
     Args:
         model: a network with N exits.
-        exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf. With
+        exits: the exits to ask, ascending, the last among them; the other exits never answer. With
             ``[N - 1]`` this is the network without its branches.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU.
 

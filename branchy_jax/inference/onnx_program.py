@@ -66,8 +66,8 @@ def onnx_program(
             metadata['criterion'] = policy.criterion.name
             metadata['thresholds'] = json.dumps([str(value) for value in values.tolist()])
             if batch:
-                step = functools.partial(_step, network, inputs, policy)
-                results = _answer_rows(graph, step, thresholds, images)
+                parts = program.stages(*network, inputs).at(network[1], program.BATCH)
+                results = _answer_rows(graph, functools.partial(_step, parts, policy), thresholds, images)
             else:
                 results = translate(graph, functools.partial(_answer, network, policy), images, thresholds)
     except UntranslatableError as error:
@@ -83,18 +83,9 @@ def _answer(
     return arrays_of(sequential(model).program(variables, images, policy.replace(thresholds=jnp.array(thresholds))))
 
 
-def _step(
-    network: tuple[Any, Variables],
-    inputs: Any,
-    policy: ExitPolicy,
-    n: int,
-    hidden: Any,
-    carry: Any,
-    thresholds: list[Array],
-) -> Step:
+def _step(parts: program.Cut, policy: ExitPolicy, n: int, hidden: Any, carry: Any, thresholds: list[Array]) -> Step:
     """Runs exit n on a batch of any size; to be traced."""
-    stages = program.stages(*network, inputs).at(network[1], program.BATCH)
-    return take_step(stages, n, hidden, carry, policy.replace(thresholds=jnp.array(thresholds)))
+    return take_step(parts, n, hidden, carry, policy.replace(thresholds=jnp.array(thresholds)))
 
 
 def _answer_rows(

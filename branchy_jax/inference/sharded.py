@@ -121,7 +121,7 @@ def sharded(model: Any, *, mesh: Mesh, chunk_size: int | Sequence[int], exits: S
         model: a network with N exits.
         mesh: from `branchy_jax.sharding.data_mesh`.
         chunk_size: images that a stage takes at once on one device; one number, or one for each exit asked.
-        exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
+        exits: the exits to ask, ascending, the last among them; the other exits never answer.
 
     Returns:
         ``(variables, images [B, H, W, C], policy) → ExitPrediction`` in the order of the images, whose rows lie spread

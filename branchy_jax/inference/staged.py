@@ -40,7 +40,7 @@ def staged(
 
     Args:
         model: a network with N exits.
-        exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
+        exits: the exits to ask, ascending, the last among them; the other exits never answer.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU, or
             `branchy_jax.inference.ALL_CORES` on a CPU.
 
@@ -92,7 +92,7 @@ def sequential(
 
     Args:
         model: a network with N exits.
-        exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
+        exits: the exits to ask, ascending, the last among them; the other exits never answer.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.COMMAND_BUFFERS` on a GPU, or
             `branchy_jax.inference.ALL_CORES` on a CPU.
 

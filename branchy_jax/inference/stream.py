@@ -105,7 +105,7 @@ def stream(
         deadline: seconds after its arrival from which an image no longer waits for others: chunks are then padded.
             Kept while the caller asks for answers, up to the chunks that are running. A supply that yields ``due``
             says so of each image instead, in seconds of `time.monotonic`.
-        exits: the exits to ask, ascending, the last among them; the others as if their thresholds were −inf.
+        exits: the exits to ask, ascending, the last among them; the other exits never answer.
         workers: chunks that run at the same time, in threads.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU.
         ahead: batches to read ahead.

@@ -79,8 +79,8 @@ def select_exits(model: Any, indices: Sequence[int]) -> SelectedExits:
         indices: the exits that stay, ascending, the last among them.
 
     Returns:
-        An object with ``init`` and ``apply``, which goes wherever a model goes. ``init`` returns the leaves that the
-        chosen exits read; ``apply`` accepts larger trees, such as the variables of ``model``.
+        An object with ``init`` and ``apply``, accepted wherever a model is. ``init`` returns the leaves that the chosen
+        exits read; ``apply`` accepts larger trees, such as the variables of ``model``.
 
     Raises:
         ValueError: ``indices`` is not ascending, or negative; when the model is first called, ``indices`` is out of

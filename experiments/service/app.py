@@ -142,8 +142,8 @@ def make_app(service: Service) -> Starlette:
         if len(content) != int(np.prod(shape)):
             return _refusal(400, f'expected {int(np.prod(shape))} bytes, uint8 {tuple(shape)}, got {len(content)}')
         try:
-            promised = service.submit(np.frombuffer(content, np.uint8).reshape(shape))
-            return JSONResponse(dataclasses.asdict(await asyncio.wrap_future(promised)))
+            answer = service.submit(np.frombuffer(content, np.uint8).reshape(shape))
+            return JSONResponse(dataclasses.asdict(await asyncio.wrap_future(answer)))
         except queue.Full:
             return _refusal(503, 'too many images wait; send it again', {'Retry-After': '0'})
         except RuntimeError as error:

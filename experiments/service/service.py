@@ -106,7 +106,7 @@ class Service:
         return self
 
     def submit(self, image: np.ndarray) -> Future[Answer]:
-        """Takes one image, uint8 as stored, and promises its answer.
+        """Takes one image, uint8 as stored, and returns a future of its answer.
 
         Raises:
             ValueError: an image of another shape or type.

@@ -174,7 +174,7 @@ def try_candidates(
         build: returns the function of a candidate, which takes a batch.
         batches: to time on.
         passes: of the candidates that are not eliminated, at most.
-        progress: is told each step. Once its budget is spent, one candidate beside the baseline is tried.
+        progress: reports each step. Once its budget is spent, one candidate beside the baseline is tried.
 
     Returns:
         The candidates that were tried, with their measurements, the baseline first.

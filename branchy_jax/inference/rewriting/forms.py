@@ -1,4 +1,4 @@
-"""Equivalent forms of convolutions, matrix products and poolings, of which each backend runs another one fastest."""
+"""Equivalent forms of convolutions, matrix products and poolings; each backend runs another form fastest."""
 
 import dataclasses
 import functools
