@@ -6,9 +6,11 @@ mutable=…)``.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +19,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
+from flax.core import FrozenDict
 
 from branchy_jax.types import Array, Variables, num_rows
 
-MODE_FLAGS = ('train', 'training', 'is_train', 'is_training', 'deterministic', 'inference', 'use_running_average')
-"""Names of arguments and attributes that tell a module whether it trains; the last three are true in evaluation."""
+Flags = Mapping[str, tuple[Any, Any]]
+"""Names of arguments and attributes that give a module its mode, with their values in evaluation and in training."""
 
-_TRUE_IN_EVALUATION = MODE_FLAGS[4:]
+MODE_FLAGS: Flags = {
+    **dict.fromkeys(('train', 'training', 'is_train', 'is_training', 'update_stats'), (False, True)),
+    **dict.fromkeys(('deterministic', 'inference', 'use_running_average'), (True, False)),
+    **dict.fromkeys(('eval', 'is_eval', 'evaluate', 'is_evaluating'), (True, False)),
+}
+
+_FLAGS = (
+    f'Arguments and attributes that give a module its mode are recognised by the names {", ".join(MODE_FLAGS)}; '
+    'name others in attach(…, train={name: (value in evaluation, value in training)})'
+)
 
 
 def check_model(model: Any) -> None:
@@ -38,18 +50,19 @@ def check_model(model: Any) -> None:
         raise ValueError(f'model: got a {type(model).__name__} that is bound; give the module without its variables')
 
 
-def init(model: Any, key: jax.Array, inputs: Any) -> Variables:
+def init(model: Any, key: jax.Array, inputs: Any, flags: Flags = MODE_FLAGS) -> Variables:
     """Returns fresh variables of a model.
 
     Args:
         model: see the module's docstring.
         key: PRNG key.
         inputs: an array, tuple or dictionary; every leaf leads with B.
+        flags: that give a Linen module its mode.
     """
     check_model(model)
     if not isinstance(model, nn.Module):
         return model.init(key, inputs)
-    return _call_linen('init', model, {'params': key, 'dropout': key}, inputs, train=False)
+    return _call_linen('init', model, {'params': key, 'dropout': key}, inputs, flags, train=False)
 
 
 def apply(model: Any, variables: Variables, inputs: Any, *, mutable: Any = False, **mode: Any) -> Any:
@@ -84,9 +97,12 @@ def apply_linen(
     *,
     train: bool = False,
     frozen_trunk: bool = False,
+    flags: Flags = MODE_FLAGS,
     **options: Any,
 ) -> Any:
     """Applies any Linen module in a mode; returns what the module returns.
+
+    Collections keep the structure that they have in ``variables``: what a module sows does not accumulate in them.
 
     Args:
         module: unbound.
@@ -94,19 +110,48 @@ def apply_linen(
         inputs: as for `apply`.
         train: whether the module trains.
         frozen_trunk: is passed on to a module with such an argument.
+        flags: that give the module its mode.
         **options: ``rngs`` and ``mutable`` of `flax.linen.Module.apply`.
     """
     if frozen_trunk and 'frozen_trunk' in parameters_of(module):
         options['frozen_trunk'] = True
     elif frozen_trunk:
         train = False
-    return _call_linen('apply', module, variables, inputs, train=train, **options)
+    result = _call_linen('apply', module, variables, inputs, flags, train=train, **options)
+    if options.get('mutable', False) is False:
+        return result
+    kept = {
+        name: _in_form(variables[name], values) if name in variables else values for name, values in result[1].items()
+    }
+    return result[0], kept
 
 
-def _call_linen(method: str, module: nn.Module, first: Any, inputs: Any, *, train: bool, **options: Any) -> Any:
-    positional, named = call_arguments(module, inputs, train=train)
-    with nn.intercept_methods(functools.partial(_pass_mode_through_sequential, train=train)):
-        return getattr(in_mode(module, train=train), method)(first, *positional, **named, **options)
+def _in_form(given: Any, changed: Any) -> Any:
+    """Returns changed variables in the structure of the given ones."""
+    if isinstance(given, Mapping):
+        return {name: _in_form(value, changed.get(name, value)) for name, value in given.items()}
+    structure: Any = jax.tree.structure(given)
+    return changed if structure == jax.tree.structure(changed) else given
+
+
+def _call_linen(
+    method: str, module: nn.Module, first: Any, inputs: Any, flags: Flags, *, train: bool, **options: Any
+) -> Any:
+    positional, named = call_arguments(module, inputs, train=train, flags=flags)
+    call = getattr(in_mode(module, train=train, flags=flags), method)
+    with nn.intercept_methods(functools.partial(_pass_mode_on, train=train, flags=flags)):
+        return _with_axes(functools.partial(call, first, *positional, **named, **options))
+
+
+def _with_axes(call: Callable[[], Any]) -> Any:
+    """Calls a function; axes of devices that the function names and nobody has bound have size 1 for it."""
+    try:
+        return call()
+    except NameError as error:
+        axis = re.search(r'unbound axis name: (\w+)', str(error))
+        if axis is None:
+            raise
+    return _with_axes(jax.vmap(call, out_axes=None, axis_size=1, axis_name=axis[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +317,12 @@ def explained_variables(variables: Variables) -> Iterator[None]:
     except errors.ModifyScopeVariableError as error:
         raise ValueError(
             f'model: changes variables that are fixed, as all are in evaluation: {_without_link(error)} Give its '
-            '__call__ an argument train, and BatchNorm use_running_average=not train'
+            f'__call__ an argument train, and BatchNorm use_running_average=not train. {_FLAGS}'
+        ) from error
+    except errors.InvalidRngError as error:
+        raise ValueError(
+            f'model: draws random numbers in evaluation, where no key is given: {_without_link(error)} An answer must '
+            f'depend on its input alone; draw them where train is true. {_FLAGS}'
         ) from error
     except errors.ScopeParamShapeError as error:
         raise ValueError(f'inputs: their shape does not fit the variables: {_without_link(error)}') from error
@@ -282,93 +332,150 @@ def _without_link(error: Exception) -> str:
     return str(error).split(' (http')[0]
 
 
-def mode_flags(*, train: bool) -> dict[str, bool]:
-    """Returns the recognised flags with their values for training or evaluation."""
-    return {name: train != (name in _TRUE_IN_EVALUATION) for name in MODE_FLAGS}
-
-
-def call_arguments(module: Any, inputs: Any, *, train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(
+    module: Any, inputs: Any, *, train: bool, flags: Flags = MODE_FLAGS
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the positional and named arguments of a call, mode flags included."""
-    names = set(parameters_of(module)) - set(MODE_FLAGS)
-    if isinstance(inputs, Mapping) and set(inputs) <= names:
-        return (), {**inputs, **_flag_arguments(module, None, train=train)[1]}
+    if isinstance(inputs, Mapping) and set(inputs) <= set(parameters_of(module)) - set(flags):
+        return _with_flags(module, (), inputs, train=train, flags=flags)
     given = inputs if isinstance(inputs, tuple) and not hasattr(inputs, '_fields') else (inputs,)
-    flags, named = _flag_arguments(module, len(given), train=train)
-    return (*given, *flags), named
+    return _with_flags(module, given, {}, train=train, flags=flags)
 
 
-def _flag_arguments(layer: Any, inputs: int | None, *, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
-    """Returns the mode flags that follow the inputs of a call.
+def _with_flags(
+    layer: Any, given: Sequence[Any], named: Mapping[str, Any], *, train: bool, flags: Flags
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call with mode flags.
 
     These are the flags that the signature names and the layer does not hold as an attribute; where the signature takes
-    any keyword and names no flag, ``train``. A flag right behind the inputs goes by its place: `flax.linen.remat` and
-    `flax.linen.jit` can take arguments as static by place alone.
+    any keyword and names no flag but ``update_stats``, ``train``. A flag between the inputs or right behind them goes
+    by its place: `flax.linen.remat` and `flax.linen.jit` can take arguments as static by place alone.
 
     Args:
         layer: a module.
-        inputs: how many positional arguments come before; ``None`` if the inputs go by name.
+        given: positional arguments, without flags.
+        named: arguments by name; flags among them stay.
         train: whether this is training.
+        flags: that give a module its mode.
     """
-    parameters = parameters_of(layer)
-    flags = {
-        name: value
-        for name, value in mode_flags(train=train).items()
-        if name in parameters and not isinstance(getattr(layer, name, None), bool)
-    }
     if isinstance(layer, (nn.Sequential, nnx.Sequential)):  # hands every argument on to its first layer
-        return (), {}
-    if not flags and not _held_flags(layer, train=train):
-        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        return (), {'train': train} if anything else {}
-    places = [name for name in parameters if name != 'self']
-    following = places[inputs] if inputs is not None and inputs < len(places) else ''
-    if following in flags and parameters[following].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        return (flags.pop(following),), flags
-    return (), flags
+        return tuple(given), dict(named)
+    parameters = parameters_of(layer)
+    held = {name for name, values in flags.items() if is_flag(getattr(layer, name, None), values)}
+    absent = {name: values[train] for name, values in flags.items() if name not in held and name not in named}
+    own = {name: value for name, value in absent.items() if name in parameters}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if takes_any and not held and not set(own) - {'update_stats'}:
+        own['train'] = train
+    positional: list[Any] = []
+    rest = list(given)
+    for name, parameter in parameters.items():
+        by_place = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if name in own and by_place:
+            positional.append(own.pop(name))
+        elif name != 'self' and rest and by_place and name not in named:
+            positional.append(rest.pop(0))
+        elif name != 'self':
+            break
+    return (*positional, *rest), {**own, **named}
 
 
-def in_mode(module: nn.Module, *, train: bool) -> nn.Module:
+def flags_with(others: Flags | None) -> Flags:
+    """Returns the recognised mode flags and others.
+
+    Raises:
+        ValueError: a flag without its two values.
+    """
+    if any(not isinstance(values, tuple) or len(values) != 2 for values in (others or {}).values()):
+        raise ValueError(f'train: got {others}; give for each name a tuple (value in evaluation, value in training)')
+    return {**MODE_FLAGS, **(others or {})}
+
+
+def is_flag(value: Any, values: tuple[Any, Any]) -> bool:
+    """Whether a value is one of the two values of a flag."""
+    return any(type(value) is type(known) and bool(value == known) for known in values)
+
+
+def in_mode(module: nn.Module, *, train: bool, flags: Flags = MODE_FLAGS) -> nn.Module:
     """Returns an unbound module in which the mode flags held as attributes, at any depth, have a mode's values.
 
-    A module that several attributes hold stays one module, with one set of parameters.
+    Flags may lie in modules, configurations (data classes and other objects), dictionaries, tuples and
+    `functools.partial`. A module that several attributes hold stays one module, with one set of parameters.
     """
     done: dict[int, Any] = {}
 
     def inside(value: Any) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)(map(inside, value))
-        if not isinstance(value, nn.Module):
-            return value
         if id(value) not in done:
-            names = [field.name for field in dataclasses.fields(value) if field.init and field.name != 'parent']
-            parts = {name: inside(getattr(value, name)) for name in names}
-            done[id(value)] = value.clone(**{**parts, **_held_flags(value, train=train)})
+            done[id(value)] = value  # a value that holds itself stays as it is
+            parts = _parts(value)
+            new = {name: inside(part) for name, part in parts.items()}
+            for name, values in flags.items():
+                if is_flag(parts.get(name), values) and not (_may_be_frozen(value) and parts[name] is True):
+                    new[name] = values[train]
+            if any(new[name] is not part for name, part in parts.items()):
+                done[id(value)] = _rebuilt(value, new)
         return done[id(value)]
 
     return inside(module)
 
 
-def _held_flags(layer: Any, *, train: bool) -> dict[str, bool]:
-    """Returns the flags that a module holds as attributes, with a mode's values.
+def _may_be_frozen(value: Any) -> bool:
+    """Whether a value is a layer that its author can build for evaluation alone, or makes such layers."""
+    kind = value.func if isinstance(value, functools.partial) else type(value)
+    return isinstance(kind, type) and issubclass(kind, (nn.BatchNorm, nn.Dropout))
 
-    A BatchNorm or dropout that was built for evaluation is frozen: its flag stays.
-    """
-    if not isinstance(layer, nn.Module):
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """Returns what a container, a `functools.partial`, a module or a configuration holds, by name or number."""
+    if isinstance(value, (dict, FrozenDict)):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if isinstance(value, functools.partial):
+        return {**dict(enumerate(value.args)), **value.keywords}
+    if isinstance(value, type):
         return {}
-    fields = {field.name for field in dataclasses.fields(layer)}
-    flags = mode_flags(train=train).items()
-    held = {name: value for name, value in flags if name in fields and isinstance(getattr(layer, name), bool)}
-    if isinstance(layer, (nn.BatchNorm, nn.Dropout)):
-        return {name: value for name, value in held.items() if getattr(layer, name) is not True}
-    return held
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value) if field.init and field.name != 'parent']
+        return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    held = {} if callable(value) else getattr(value, '__dict__', {})
+    return {name: part for name, part in held.items() if isinstance(part, (bool, str, dict, type(value)))}
 
 
-def _pass_mode_through_sequential(call: Any, args: Any, kwargs: Any, context: Any, *, train: bool) -> Any:
-    """Passes the mode to each layer of a `flax.linen.Sequential`, which passes no flag on."""
-    if context.method_name == '__call__' and isinstance(context.module.parent, nn.Sequential):
-        flags, named = _flag_arguments(context.module, len(args), train=train)
-        return call(*args, *flags, **{**named, **kwargs})
-    return call(*args, **kwargs)
+def _rebuilt(value: Any, parts: Mapping[Any, Any]) -> Any:
+    """Returns a copy of a value that holds other parts."""
+    if isinstance(value, FrozenDict):
+        return FrozenDict(parts)
+    if isinstance(value, (tuple, list)):
+        return type(value)(*parts.values()) if hasattr(value, '_fields') else type(value)(parts.values())
+    if isinstance(value, functools.partial):
+        keywords = {name: parts[name] for name in value.keywords}
+        return functools.partial(value.func, *(parts[n] for n in range(len(value.args))), **keywords)
+    if isinstance(value, nn.Module):
+        return value.clone(**parts)
+    new = copy.copy(value)
+    if isinstance(value, dict):
+        new.update(parts)
+        return new
+    for name, part in parts.items():
+        object.__setattr__(new, name, part)  # also where the class is frozen
+    return new
+
+
+def _pass_mode_on(call: Any, args: Any, kwargs: Any, context: Any, *, train: bool, flags: Flags) -> Any:
+    """Passes the mode to a layer that was passed none, or a flag that it does not take.
+
+    A `flax.linen.Sequential` passes no flag to its layers; a layer around another may pass on every flag.
+    """
+    layer = context.module
+    if context.method_name != '__call__' or not (kwargs or isinstance(layer.parent, nn.Sequential)):
+        return call(*args, **kwargs)
+    parameters = parameters_of(layer)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    fitting = {name: value for name, value in kwargs.items() if takes_any or name in parameters or name not in flags}
+    if len(fitting) < len(kwargs) or isinstance(layer.parent, nn.Sequential):
+        args, fitting = _with_flags(layer, args, fitting, train=train, flags=flags)
+    return call(*args, **fitting)
 
 
 def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:

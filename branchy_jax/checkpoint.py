@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from flax.core import meta
 
 from branchy_jax.types import Variables
 
@@ -76,17 +77,19 @@ def save(directory: Path | str, step: int, state: State, *, recipe: Mapping[str,
         raise ValueError(f'step: got {step}, but {directory} holds checkpoint {newest}; give a higher number')
 
 
-def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None) -> tuple[int, State] | None:
+def restore(
+    directory: Path | str, like: State, *, recipe: Mapping[str, Any] | None = None
+) -> tuple[int, State, Mapping[str, Any]] | None:
     """Reads the newest checkpoint.
 
     Args:
         directory: as given to `save`.
         like: a pytree of the same structure, shapes and dtypes, which also gives the static fields of the result. Each
             array is put on the devices of its counterpart in ``like``, however many devices wrote it.
-        recipe: the settings that the checkpoint must have been saved with, if it was saved with any.
+        recipe: settings that must be equal where the checkpoint was saved with one of the same name.
 
     Returns:
-        The number of the checkpoint and the state, or ``None`` if there is none.
+        The number of the checkpoint, the state and the stored recipe, or ``None`` if there is none.
 
     Raises:
         ValueError: if the checkpoint cannot be read, does not match ``like``, or was saved with another recipe or by
@@ -103,8 +106,9 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
             return None
         try:
             stored, target = manager.metadata(step), _arrays(like)
-            if recipe is not None and stored.custom_metadata:
-                _check_equal(stored.custom_metadata, recipe)
+            saved: Mapping[str, Any] = stored.custom_metadata or {}
+            common = [name for name in recipe or {} if name in saved]
+            _check_equal(*({name: settings[name] for name in common} for settings in (saved, recipe or {})))
             _check_equal(*(jax.tree.map(_kind, dict(tree)) for tree in (stored.item_metadata.tree, target)))
             arrays = manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise many classes
@@ -112,11 +116,12 @@ def restore(directory: Path | str, like: State, *, recipe: Mapping[str, Any] | N
             message = f'directory: cannot resume from checkpoint {step} in {directory}, because {reasons}'
             raise ValueError(f'{message} ({error!r:.300}); give those that wrote it, or another directory') from error
     # Copies: buffers that orbax allocated may not be donated on every backend.
-    return step, jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[name]) for name in _arrays(like)])
+    leaves = [jnp.array(arrays[name]) for name in _arrays(like)]
+    return step, jax.tree.unflatten(jax.tree.structure(like), leaves), saved
 
 
 def _check_equal(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for name in sorted({*stored, *given}):
+    for name in dict.fromkeys([*given, *stored]):
         if stored.get(name) != given.get(name):
             raise ValueError(f'{name}: {stored.get(name)} in the checkpoint, {given.get(name)} given')
 
@@ -147,12 +152,12 @@ def save_weights(path: Path | str, variables: Variables, metadata: dict[str, str
 
     Args:
         path: the file to write; its folder is made if missing.
-        variables: nested dicts of arrays; stored under names such as ``params/conv1/kernel``.
+        variables: nested dicts of arrays, boxes of Flax removed; stored under names such as ``params/conv1/kernel``.
         metadata: text stored in the file's header.
     """
     from safetensors.numpy import save_file
 
-    flat = traverse_util.flatten_dict(dict(variables), sep='/')
+    flat = traverse_util.flatten_dict(dict(meta.unbox(variables)), sep='/')
     arrays = {name: np.asarray(value, order='C') for name, value in flat.items()}
     write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
 

@@ -10,6 +10,8 @@ Every command but the first takes a folder that ``train`` wrote, ``network@datas
 """
 
 import argparse
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from branchy_jax import costs, data, export, inference, measure, models, report, training
+from branchy_jax import __version__, costs, data, export, inference, measure, models, report, training
 from branchy_jax.types import Array, Batch, OperatingPoint
 
 _PASSES = 20
@@ -40,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='branchy-jax', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument('--version', action='version', version=f'branchy-jax {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='train | report | plan | export')
 
     def command(run: Callable[..., None], *parents: argparse.ArgumentParser) -> Callable[..., Any]:
@@ -50,11 +53,19 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(_train)
     add('network', help=f'one of {", ".join(name for name in models.names() if name.startswith("b-"))}')
-    add('--dataset', default='mnist5k', help='mnist5k, any TFDS image classification, or an .npz file')
+    add(
+        '--dataset', default='mnist5k', help='mnist5k, any TFDS image classification, or an .npz (default: %(default)s)'
+    )
     add('--to', type=Path, required=True, help='folder to save to; a killed run resumes from it')
     add('--epochs', type=float, default=5, help='of training (default: %(default)s)')
     add('--batch_size', type=int, default=64, help='examples in a step (default: %(default)s)')
-    add('--exit_weights', type=float, nargs='+', help='one for each exit (default: 1 each)')
+    add(
+        '--exit_weights',
+        type=_numbers,
+        nargs='+',
+        default=[],
+        help='one for each exit, such as 1,0.3 (default: 1 each)',
+    )
     add('--learning_rate', type=float, default=1e-3, help='of Adam (default: %(default)s)')
     add('--seed', type=int, default=0, help='of everything random (default: %(default)s)')
     trained = argparse.ArgumentParser(add_help=False)
@@ -63,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     tested = argparse.ArgumentParser(add_help=False, parents=[trained])
     tested.add_argument('--dataset', help='by default the one it was trained on')
     command(_report, tested)('--images', type=int, default=100, help='number of images to time (default: %(default)s)')
-    command(_plan, tested)('--batch_size', type=int, default=64, help='(default: %(default)s)')
+    command(_plan, tested)('--batch_size', type=int, default=64, help='images in a call (default: %(default)s)')
     command(_export, trained)('--to', type=Path, required=True, help='folder to make, or file that ends in .onnx')
     return parser
 
@@ -80,13 +91,13 @@ def _train(options: argparse.Namespace) -> None:
     state = training.fit(
         training.create_train_state(model, variables, training.paper_adam(options.learning_rate)),
         dataset.train,
-        jnp.array(options.exit_weights or [1.0] * len(macs.exits)),
+        jnp.array(list(itertools.chain.from_iterable(options.exit_weights)) or [1.0] * len(macs.exits)),
         order,
         epochs=options.epochs,
         batch_size=options.batch_size,
         augment=lambda key, batch: batch.replace(image=dataset.normalization(batch.image)),
         directory=options.to / 'checkpoints',
-        on_metrics=_print_metrics,
+        on_metrics=functools.partial(_print_metrics, len(dataset.train) // options.batch_size),
     )
     table = inference.exit_table(model, state.variables, dataset.validation, preprocess=dataset.normalization)
     screen = table.screen()
@@ -98,8 +109,15 @@ def _train(options: argparse.Namespace) -> None:
     print(f'Saved in {options.to}. Next: branchy-jax report {options.to}')
 
 
-def _print_metrics(step: int, scalars: Mapping[str, float]) -> None:
-    print(f'step {step}: {", ".join(f"{name} {value:.4f}" for name, value in scalars.items())}', file=sys.stderr)
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(',')]
+
+
+def _print_metrics(steps: int, step: int, scalars: Mapping[str, float]) -> None:
+    print(
+        f'step {step}, epoch {step / steps:g}: {", ".join(f"{name} {value:.4f}" for name, value in scalars.items())}',
+        file=sys.stderr,
+    )
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -80,9 +80,6 @@ def warn_if_nothing_is_saved(costs: StageCosts) -> None:
     """Warns where an early exit needs as much as the whole network, as exits inside one `jax.lax.scan` do."""
     for n, cost in enumerate(costs.to_exit[:-1]):
         if cost >= costs.trunk > 0:
-            warnings.warn(
-                f'model: an input that leaves at exit {n} costs {cost:,} MACs, the network without branches '
-                f'{costs.trunk:,.0f}: leaving there saves nothing. Compute later stages outside of loops that hold '
-                'earlier exits, and keep heads small',
-                stacklevel=3,
-            )
+            spent = f'costs {cost:,} MACs, the network without branches {costs.trunk:,.0f}: leaving there saves nothing'
+            advice = 'compute later stages outside of loops that hold earlier exits, and keep heads small'
+            warnings.warn(f'model: an input that leaves at exit {n} {spent}; {advice}', stacklevel=3)

@@ -75,8 +75,11 @@ def flatten(closed: jax_core.ClosedJaxpr) -> Program:
     return Program(tuple(inputs), consts, tuple(equations), tuple(places), tuple(outputs))
 
 
+_CALLS = ('jit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'checkpoint', 'remat2')
+
+
 def _call_body(equation: Equation) -> jax_core.ClosedJaxpr | None:
-    if equation.primitive.name not in ('jit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'checkpoint'):
+    if equation.primitive.name not in _CALLS:
         return None
     body = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
     return jax_core.ClosedJaxpr(body, ()) if isinstance(body, jax_core.Jaxpr) else body

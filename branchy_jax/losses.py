@@ -19,22 +19,26 @@ MetricsOf = Callable[[tuple[Array, ...], Array], Mapping[str, Array]]
 Teachers = Callable[[tuple[Array, ...]], tuple[Array, ...]]
 
 
-def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_smoothing: float = 0.0) -> Array:
+def cross_entropy_per_exit(
+    logits: tuple[Array, ...], labels: Array, *, label_smoothing: float = 0.0, ignore_label: int | None = None
+) -> Array:
     r"""Computes the mean cross-entropy of every exit.
 
     .. math:: L_n = -\frac{1}{B} \sum_b \ln \operatorname{softmax}(z_{n, b})_{y_b}
 
     Args:
-        logits: N arrays ``[B, …, K]``.
+        logits: N arrays ``[B, …, K]``, of at least two classes.
         labels: ``[B, …]`` integers in ``[0, K)``.
         label_smoothing: share of each target's probability that is spread over all K classes, in ``[0, 1)``.
+        ignore_label: label of the positions that the mean leaves out, such as 255 for the border of an object. Without
+            a position left the loss is 0. Give the same to `accuracy_per_exit`.
 
     Returns:
-        ``[N]`` float32, or float64 if the logits are.
+        ``[N]`` float32, or float64 if the logits are. NaN under jit if a label is out of range.
 
     Raises:
         ValueError: if ``labels`` are not integers, do not match the shape of the logits or, outside jit, are out of
-            range; or if ``label_smoothing`` is outside ``[0, 1)``.
+            range; if there is one logit for each input; or if ``label_smoothing`` is outside ``[0, 1)``.
 
     Example:
         >>> losses = cross_entropy_per_exit((jnp.zeros((2, 10)), jnp.zeros((2, 10))), jnp.array([3, 7]))
@@ -49,23 +53,29 @@ def cross_entropy_per_exit(logits: tuple[Array, ...], labels: Array, *, label_sm
     for n, z in enumerate(logits):
         if z.shape[:-1] != labels.shape:
             raise ValueError(f'labels: the logits of exit {n} need labels {z.shape[:-1]}; got {labels.shape}')
-    check_labels(labels, logits[-1].shape[-1])
+        if z.shape[-1] == 1:
+            raise ValueError(f'logits: exit {n} has one logit for each input; give two classes two logits')
+    check_labels(labels, logits[-1].shape[-1], ignore_label)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f'label_smoothing: got {label_smoothing}; give a share in [0, 1)')
     logits = tuple(z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in logits)
-    losses = jnp.stack([optax.softmax_cross_entropy_with_integer_labels(z, labels).mean() for z in logits])
-    if not label_smoothing:
-        return losses
-    spread = jnp.stack([-jax.nn.log_softmax(z).mean() for z in logits])
-    return (1 - label_smoothing) * losses + label_smoothing * spread
+    has_class, counted = _masks(logits, labels, ignore_label)
+    losses = []
+    for z in logits:
+        values = optax.softmax_cross_entropy_with_integer_labels(z, jnp.where(has_class, labels, 0))
+        if label_smoothing:
+            values = (1 - label_smoothing) * values - label_smoothing * jax.nn.log_softmax(z).mean(-1)
+        losses.append(_mean(jnp.where(has_class, values, jnp.nan), counted))
+    return jnp.stack(losses)
 
 
-def accuracy_per_exit(logits: tuple[Array, ...], labels: Array) -> dict[str, Array]:
+def accuracy_per_exit(logits: tuple[Array, ...], labels: Array, *, ignore_label: int | None = None) -> dict[str, Array]:
     """Computes the accuracy of every exit. `branchy_jax.training.train_step` uses it as its metric by default.
 
     Args:
         logits: N arrays ``[B, …, K]``.
         labels: ``[B, …]`` integers.
+        ignore_label: label of the positions that are left out, as are those whose label no class has.
 
     Returns:
         ``{'exit_accuracy': [N]}``.
@@ -74,7 +84,19 @@ def accuracy_per_exit(logits: tuple[Array, ...], labels: Array) -> dict[str, Arr
         >>> accuracy_per_exit((jnp.array([[0.0, 1.0], [0.0, 1.0]]),), jnp.array([1, 0]))['exit_accuracy'].tolist()
         [0.5]
     """
-    return {'exit_accuracy': jnp.stack([jnp.mean(z.argmax(-1) == labels) for z in logits])}
+    has_class, counted = _masks(logits, labels, ignore_label)
+    return {'exit_accuracy': jnp.stack([_mean(z.argmax(-1) == labels, has_class & counted) for z in logits])}
+
+
+def _masks(logits: tuple[Array, ...], labels: Array, ignore_label: int | None) -> tuple[Array, Array]:
+    """Returns where a label is one of a class, and where it is not to be ignored."""
+    values = jnp.asarray(labels, jnp.int32)  # a small type might not hold K or the label to ignore
+    counted = jnp.ones(values.shape, bool) if ignore_label is None else values != ignore_label
+    return (values >= 0) & (values < logits[-1].shape[-1]), counted
+
+
+def _mean(values: Array, counted: Array) -> Array:
+    return jnp.sum(values, where=counted) / jnp.maximum(counted.sum(), 1)
 
 
 @dataclasses.dataclass(frozen=True)

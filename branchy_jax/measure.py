@@ -1,12 +1,10 @@
 """Measures seconds, as paired comparisons, and joules, where the device has an energy counter.
 
 Timing warms functions up, waits for every result, takes turns and reports medians of paired ratios. Energy comes from
-the device's own counter, minus idle power. Counters are read through maintained libraries that are imported on use:
-NVIDIA's through nvidia-ml-py, RAPL of the processor through zeus.
+the device's own counter, minus idle power. zeus reads the counters of GPUs and processors; it is imported on use.
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +17,7 @@ __all__ = ['interleaved_passes', 'measure_energy', 'paired_ratio']
 
 Name = TypeVar('Name', bound=Hashable)
 _UPDATES_TO_WATCH = 5
-_LONGEST_WAIT = 5.0  # seconds until that many updates
+_LONGEST_WAIT = 5.0  # seconds for that many updates, beyond the rest itself
 _UPDATES_PER_RUN = 120  # each end of a run is uncertain by one update: together below 2 %
 
 
@@ -153,7 +151,18 @@ class Energy:
 def find_meter() -> Meter | None:
     """Returns the meter of the device that JAX computes on, or ``None`` if it has no readable one."""
     try:
-        return _nvidia_meter() if jax.default_backend() in ('gpu', 'cuda') else _processor_meter()
+        from zeus.device import get_cpus, get_gpus
+
+        on_gpu = jax.default_backend() in ('gpu', 'cuda')
+        devices = get_gpus() if on_gpu else get_cpus()
+        numbers = [jax.local_devices()[0].local_hardware_id or 0] if on_gpu else range(len(devices))
+
+        def read() -> float:
+            values = [devices.get_total_energy_consumption(n) for n in numbers]
+            return sum(value if on_gpu else value.cpu_mj for value in values) / 1e3
+
+        name = f'{jax.devices()[0].device_kind} (zeus)' if on_gpu else 'processor (RAPL, zeus)'
+        return Meter(name, read) if read() > 0 else None
     except Exception:  # the library, the driver or the permission is missing; each has its own class
         return None
 
@@ -171,13 +180,14 @@ def measure_energy(
 
     .. math:: J = \frac{E - P_{idle} t}{calls}
 
-    First the device rests and its idle power is read; then the warm function runs repeatedly.
+    First the device rests, and its idle power and the time between two updates of the meter are measured; then the warm
+    function runs repeatedly.
 
     Args:
         function: returns a pytree of arrays, for which the measurement waits.
         meter: from `find_meter`.
         seconds: shortest duration of the run; the rest lasts half as long. Both are longer if the meter is slow.
-        idle_watts: from an earlier measurement, which saves the rest.
+        idle_watts: from an earlier measurement; the rest then lasts for a few updates only.
         clock: returns seconds.
         sleep: rests for a number of seconds.
 
@@ -192,56 +202,29 @@ def measure_energy(
         >>> measure_energy(work, meter, clock=lambda: now[0], sleep=rest).joules_with_idle
         15.0
     """
-
-    def run(call: Callable[[], Any], at_least: float) -> tuple[float, int, float]:
-        """Returns watts, the number of calls and their duration."""
-        calls, start, before = 0, clock(), meter.read()
-        while (elapsed := clock() - start) < max(at_least, _UPDATES_PER_RUN * period):
-            jax.block_until_ready(call())
-            calls += 1
-        return (meter.read() - before) / elapsed, calls, elapsed
-
+    rested_watts, period = _rest(meter, seconds / 2 if idle_watts is None else 0.0, clock, sleep)
+    idle_watts = rested_watts if idle_watts is None else idle_watts
     jax.block_until_ready(function())
-    period = _update_period(meter, clock, sleep)
-    if idle_watts is None:
-        idle_watts = run(lambda: sleep(period), seconds / 2)[0]
-    watts, calls, elapsed = run(function, seconds)
-    joules, resolution = watts * elapsed / calls, 2 * period / elapsed
-    idle = idle_watts * elapsed / calls
-    return Energy(joules - idle, joules, idle_watts, watts, calls, elapsed, resolution, meter.name)
+    calls, start, before = 0, clock(), meter.read()
+    while (elapsed := clock() - start) < max(seconds, _UPDATES_PER_RUN * period):
+        jax.block_until_ready(function())
+        calls += 1
+    watts = (meter.read() - before) / elapsed
+    joules, idle = watts * elapsed / calls, idle_watts * elapsed / calls
+    return Energy(joules - idle, joules, idle_watts, watts, calls, elapsed, 2 * period / elapsed, meter.name)
 
 
-def _update_period(meter: Meter, clock: Callable[[], float], sleep: Callable[[float], None]) -> float:
-    """Returns the longest time between two updates of a meter."""
-    start, last = clock(), meter.read()
-    moments: list[float] = []
-    while len(moments) <= _UPDATES_TO_WATCH:
-        if clock() - start > _LONGEST_WAIT:
-            raise ValueError(f'meter: {meter.name} changed {len(moments)} times in {_LONGEST_WAIT} s; it is too slow')
+def _rest(
+    meter: Meter, seconds: float, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> tuple[float, float]:
+    """Rests; returns the power between the first and the last update, and the longest time between two updates."""
+    start = clock()
+    joules, moments = [meter.read()], [start]
+    while (elapsed := clock() - start) < seconds or len(joules) <= _UPDATES_TO_WATCH + 1:
+        if elapsed > seconds + _LONGEST_WAIT:
+            raise ValueError(f'meter: {meter.name} changed {len(joules) - 1} times in {elapsed:.1f} s; it is too slow')
         sleep(1e-3)
-        if (value := meter.read()) != last:
-            last = value
+        if (value := meter.read()) != joules[-1]:
+            joules.append(value)
             moments.append(clock())
-    return max(after - before for before, after in itertools.pairwise(moments))
-
-
-def _nvidia_meter() -> Meter:
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(jax.local_devices()[0].local_hardware_id or 0)
-    pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # raises where the device has no counter
-    name = f'{jax.devices()[0].device_kind} (NVML)'
-    return Meter(name, lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
-
-
-def _processor_meter() -> Meter | None:
-    from zeus.device import get_cpus
-
-    processors = get_cpus()
-    numbers = range(len(processors))
-
-    def read() -> float:
-        return sum(processors.get_total_energy_consumption(n).cpu_mj for n in numbers) / 1e3
-
-    return Meter('processor (RAPL, zeus)', read) if numbers else None
+    return (joules[-1] - joules[1]) / (moments[-1] - moments[1]), float(np.diff(moments[1:]).max())

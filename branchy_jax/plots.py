@@ -168,7 +168,7 @@ def reliability_diagrams(path: Path | str, measured: Mapping[str, Sequence[Relia
             confidence, accuracy = of_exits[n].confidence[full], of_exits[n].accuracy[full]
             axes.plot(confidence, accuracy, '-o', color=color, markersize=4, label=name)
         errors = ' → '.join(f'{100 * of_exits[n].error:.2f}' for of_exits in measured.values())
-        axes.set_title(f'exit {n + 1}: ECE {errors} %', fontsize=9, loc='left')
+        axes.set_title(f'exit {n}: ECE {errors} %', fontsize=9, loc='left')
         axes.set(xlabel='confidence', box_aspect=1)
         axes.spines[['top', 'right']].set_visible(False)
     grid[0, 0].set_ylabel('share of right answers')
@@ -199,13 +199,12 @@ def images_by_exit(
     figure, grid = new_grid(title, num_exits, 1, size=(8, 1.45 * num_exits + 0.4))
     for n, axes in enumerate(grid[:, 0]):
         left = exit_index == n
-        sheet = np.full((2 * columns, height, width, channels), 255, np.uint8)  # white where there are no more images
         shown = images[left][: 2 * columns]
-        sheet[: len(shown)] = shown
-        rows = sheet.reshape(2, columns, height, width, channels).swapaxes(1, 2)
-        tiled = rows.reshape(2 * height, columns * width, channels)
+        missing = [(0, 2 * columns - len(shown)), (0, 0), (0, 0), (0, 0)]
+        sheet = np.pad(shown, missing, constant_values=255).reshape(2, columns, height, width, channels)
+        tiled = sheet.swapaxes(1, 2).reshape(2 * height, columns * width, channels)
         axes.imshow(tiled, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-        axes.set_title(f'left at exit {n + 1}: {100 * left.mean():.1f} %', fontsize=9, loc='left')
+        axes.set_title(f'left at exit {n}: {100 * left.mean():.1f} %', fontsize=9, loc='left')
         axes.set_axis_off()
     save(figure, path)
 
@@ -244,15 +243,13 @@ def masks(
     names = class_names or [str(k) for k in range(num_classes)]
     fitting = images.ndim == predictions.ndim == 4 and images.shape[:3] == labels.shape == predictions.shape[1:]
     if not fitting or len(names) != num_classes:
-        given = f'{predictions.shape}, {images.shape}, {labels.shape} and {len(names)} for {num_classes} classes'
-        raise ValueError(
-            f'predictions: expected [N, M, H, W], images [M, H, W, C], labels [M, H, W], K names; got {given}'
-        )
+        given = f'{predictions.shape}, {images.shape}, {labels.shape} and {len(names)} of {num_classes} names'
+        raise ValueError(f'predictions: expected [N, M, H, W], images [M, H, W, C] and labels [M, H, W], got {given}')
     exits, rows = predictions.shape[:2]
     palette = colormaps['tab10'] if num_classes <= 11 else colormaps['turbo'].resampled(num_classes - 1)
     colors = ListedColormap(['black', *palette(range(num_classes - 1))])
     figure, grid = new_grid(title, rows, exits + 2, size=(1.55 * (exits + 2), 1.62 * rows + 1.1))
-    for axes, name in zip(grid[0], ['input', 'truth', *(f'exit {n + 1}' for n in range(exits))], strict=True):
+    for axes, name in zip(grid[0], ['input', 'truth', *(f'exit {n}' for n in range(exits))], strict=True):
         axes.set_title(name, fontsize=10, color=INK)
     for row, line in enumerate(grid):
         line[0].imshow(images[row], cmap='gray', vmin=0, vmax=255)
@@ -265,5 +262,4 @@ def masks(
         answering.spines[:].set(visible=True, color=OURS, linewidth=4)
         answering.set_xlabel('answers', color=OURS, fontsize=8, labelpad=2)
     patches = [Patch(facecolor=colors(k), edgecolor=INK, linewidth=0.4, label=name) for k, name in enumerate(names)]
-    style = {'fontsize': 8, 'handlelength': 1, 'columnspacing': 0.9}
-    save(figure, path, legend_columns=min(num_classes, 12), handles=patches, **style)
+    save(figure, path, legend_columns=min(num_classes, 12), handles=patches, fontsize=8, handlelength=1)

@@ -7,6 +7,8 @@ computed where they are read.
 """
 
 import dataclasses
+import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -280,21 +282,21 @@ def stages(model: Any, variables: Variables, inputs: Any, *, exits: Sequence[int
         (2, (2, 10))
     """
     num_rows(inputs)
-    count, reason = len(jax.tree.leaves(variables)), ''
-    try:
-        program = trace(model, variables, calling.with_batch(inputs, BATCH))
-    except Exception as error:  # a model may raise anything where it asks for the number of rows
-        program, reason = trace(model, variables, inputs), f'its trace with a symbolic batch size failed: {error}'
+    program, size, reason = _trace_at_any_size(model, variables, inputs)
+    count = len(jax.tree.leaves(variables))
     num_exits = len(program.outputs)
     asked = tuple(range(num_exits)) if exits is None else calling.check_exits('exits', exits, num_exits)
-    size = num_rows(inputs) if reason else BATCH
     for n, aval in enumerate(output.aval for output in program.outputs):
         if aval.shape[0] != size:
-            raise ValueError(f'model: exit {n} returns {aval.str_short()} for a batch of {size}; logits lead with B')
+            raise ValueError(
+                f'model: exit {n} returns {aval.str_short()} for a batch of {size}; logits lead with B: move or '
+                'reshape the axes to [B, …, K]'
+            )
+    parts = cut(program, count, asked)
+    if not (reason and size == num_rows(inputs)):  # other axes may have that length
+        check_rows(program, needed(program, parts.outputs, within=_dependent(program, count)), size)
     axes: tuple[tuple[int, ...], ...] = ()
     if not reason:
-        parts = cut(program, count, asked)
-        check_rows(program, needed(program, parts.outputs, within=_dependent(program, count)), BATCH)
         try:
             axes = tuple(tuple(batch_axis(program, v, BATCH) for v in values) for values in parts.carried)
         except ValueError as error:
@@ -302,24 +304,63 @@ def stages(model: Any, variables: Variables, inputs: Any, *, exits: Sequence[int
     return Stages(num_exits, asked, reason, model, calling.specs(variables), calling.specs(inputs), axes)
 
 
-def check_rows_by_trial(model: Any, variables: Variables, inputs: Any, rows: Callable[[], Any]) -> None:
+def _trace_at_any_size(model: Any, variables: Variables, inputs: Any) -> tuple[Program, Any, str]:
+    """Traces a model with a symbolic batch size, or at a number of which no other axis is a multiple.
+
+    Returns:
+        The program, its batch size, and why that is a number; a model that runs at the size of the inputs alone is
+        traced at that size.
+    """
+    try:
+        return trace(model, variables, calling.with_batch(inputs, BATCH)), BATCH, ''
+    except Exception as error:  # a model may raise anything where it asks for the number of rows
+        reason = f'its trace with a symbolic batch size failed: {error}'
+    program, size = trace(model, variables, inputs), max(1, num_rows(inputs))
+    values = [*program.inputs, *(v for equation in program.equations for v in equation.outvars)]
+    lengths = {length for v in values for length in v.aval.shape if length}
+    multiple = next(n for n in itertools.count(2 * size, size) if all(length % n for length in lengths))
+    try:
+        return trace(model, variables, calling.with_batch(inputs, multiple)), multiple, reason
+    except Exception:  # as above
+        return program, size, reason
+
+
+def check_rows_by_trial(model: Any, variables: Variables, inputs: Any, rows: Callable[[], Any] | None = None) -> None:
     """Refuses a model in which one row of a batch influences another, by trial if its program does not tell.
 
     Args:
         model: see `branchy_jax.calling`.
-        variables: of the model.
+        variables: of the model; shapes alone stand for fresh variables.
         inputs: arrays or their shapes.
-        rows: returns a few inputs to try.
+        rows: returns a few inputs to try; random ones by default.
 
     Raises:
         ValueError: the message names the place.
     """
-    if stages(model, variables, inputs).fixed_because:
+    stages(model, variables, inputs)
+    traced, size, reason = _trace_at_any_size(model, variables, inputs)
+    place = first_undecided(traced, needed(traced, traced.outputs), size) or (reason and 'an unknown place')
+    if not place or (reason and not _runs_at(model, variables, inputs, (1, 7))):
         return
-    traced = trace(model, variables, calling.with_batch(inputs, BATCH))
-    place = first_undecided(traced, needed(traced, traced.outputs), BATCH)
-    if place:
-        check_by_trial(lambda inputs: _logits(Reference(model), variables, inputs), rows(), place)
+    given = jax.tree.map(_drawn, calling.with_batch(inputs, 7)) if rows is None else rows()
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
+        variables = jax.jit(functools.partial(calling.init, model))(jax.random.key(0), given)
+    check_by_trial(lambda inputs: _logits(Reference(model), variables, inputs), given, place)
+
+
+def _runs_at(model: Any, variables: Variables, inputs: Any, sizes: Iterable[int]) -> bool:
+    try:
+        for size in sizes:
+            trace(model, variables, calling.with_batch(inputs, size))
+    except Exception:  # as in `_trace_at_any_size`
+        return False
+    return True
+
+
+def _drawn(spec: jax.ShapeDtypeStruct) -> Array:
+    """Returns random numbers; zeros and ones where they are not floats."""
+    values = jax.random.normal(jax.random.key(0), spec.shape)
+    return (values if jnp.issubdtype(spec.dtype, jnp.floating) else values > 0).astype(spec.dtype)
 
 
 def leaves_read(model: Any, variables: Variables, inputs: Any, exits: Sequence[int]) -> frozenset[str]:

@@ -16,9 +16,13 @@ from branchy_jax.jaxprs import Equation, Program, Value
 from branchy_jax.types import Array
 
 
-def axes_with(v: Value, batch: Any) -> list[int]:
-    """Returns the axes of a value that are exactly the batch."""
-    return [axis for axis, size in enumerate(v.aval.shape) if not isinstance(size, int) and size == batch]
+def axes_with(v: Value, batch: Any, *, folded: bool = False) -> list[int]:
+    """Returns the axes of a value that are exactly the batch, or also those into which it is folded with others."""
+    return [axis for axis, size in enumerate(v.aval.shape) if _holds(size, batch) and (folded or size == batch)]
+
+
+def _holds(size: Any, batch: Any) -> bool:
+    return size > 0 and size % batch == 0 if isinstance(batch, int) else not isinstance(size, int)
 
 
 def batch_axis(program: Program, v: Value, batch: Any) -> int:
@@ -28,7 +32,7 @@ def batch_axis(program: Program, v: Value, batch: Any) -> int:
         ValueError: the value has no axis that is the batch, or several; the message names the place.
     """
     axes = axes_with(v, batch)
-    if len(axes) == 1 and len(_symbolic(v)) == 1:
+    if len(axes) == 1 and len(axes_with(v, batch, folded=True)) == 1:
         return axes[0]
     number = next((n for n, equation in enumerate(program.equations) if v in equation.outvars), None)
     where = 'the inputs' if number is None else program.where(number)
@@ -41,16 +45,17 @@ def check_rows(program: Program, numbers: Iterable[int], batch: Any) -> None:
     """Refuses a program in which one row of a batch influences another.
 
     Args:
-        program: traced with a symbolic batch size.
+        program: traced with a symbolic batch size, or at a number of which no other axis is a multiple.
         numbers: of the equations to check, which depend on the inputs.
-        batch: the symbolic size.
+        batch: that size.
 
     Raises:
         ValueError: an equation mixes the axis of the batch; the message names the place.
     """
     for number in sorted(numbers):
         mixing = _mixing(program.equations[number], batch)
-        if mixing:
+        # At a number of rows a model may go through them one by one: these are tried.
+        if mixing and not (mixing == 'slice' and isinstance(batch, int)):
             raise ValueError(
                 f'model: the rows of a batch influence one another at {program.where(number)}: {mixing} works along '
                 'the axis of the batch; every row must be computed from its own input alone (BatchNorm: use running '
@@ -58,36 +63,39 @@ def check_rows(program: Program, numbers: Iterable[int], batch: Any) -> None:
             )
 
 
-def _mixing(equation: Equation, batch: Any) -> str:
-    """Returns the primitive with which an equation mixes rows, '' where it does not."""
+def _mixing(equation: Equation, batch: Any, *, folded: bool = False) -> str:
+    """Returns the primitive with which an equation mixes rows, '' where it does not.
+
+    Args:
+        equation: of the program or of a loop in it.
+        batch: the size of the batch.
+        folded: whether to look at axes into which the batch is folded too: these may hold one row several times.
+    """
     name = equation.primitive.name
     bodies = _bodies(equation)
-    inside = next(filter(None, (_mixing(inner, batch) for body in bodies for inner in body.eqns)), '')
+    inside = next(filter(None, (_mixing(inner, batch, folded=folded) for body in bodies for inner in body.eqns)), '')
     if inside:
         return inside
     if name == 'scan' and _carries_from_row_to_row(equation, batch):
         return name
     arguments = zip(equation.invars, _MIXED_AXES.get(name, _named)(equation), strict=False)
-    if any(set(axes) & set(axes_with(v, batch)) for v, axes in arguments):
+    if any(set(axes) & set(axes_with(v, batch, folded=folded)) for v, axes in arguments):
         return name
     return '' if bodies or _has_rows(equation, batch) else name
 
 
 def _bodies(equation: Equation) -> list[Any]:
     """Returns the jaxprs of a loop or conditional; the condition of a loop only says when all rows are done."""
-    bodies = [equation.params[key] for key in ('jaxpr', 'body_jaxpr') if key in equation.params]
+    bodies = [equation.params[key] for key in ('jaxpr', 'body_jaxpr', 'call_jaxpr') if key in equation.params]
     return [*bodies, *equation.params.get('branches', ())]
 
 
 def _has_rows(equation: Equation, batch: Any) -> bool:
     """Whether an equation that reads rows returns as many: a single one, or one more, come from several."""
-    if not any(_symbolic(v) for v in equation.invars):
+    if not any(axes_with(v, batch, folded=True) for v in equation.invars):
         return True
-    return all(_symbolic(v) and all((size % batch) == 0 for size in _symbolic(v)) for v in equation.outvars)
-
-
-def _symbolic(v: Value) -> list[Any]:
-    return [size for size in v.aval.shape if not isinstance(size, int)]
+    sizes = [[v.aval.shape[axis] for axis in axes_with(v, batch, folded=True)] for v in equation.outvars]
+    return all(several and all((size % batch) == 0 for size in several) for several in sizes)
 
 
 def _carries_from_row_to_row(equation: Equation, batch: Any) -> bool:
@@ -101,27 +109,52 @@ def _carries_from_row_to_row(equation: Equation, batch: Any) -> bool:
 def first_undecided(program: Program, numbers: Iterable[int], batch: Any) -> str:
     """Returns the place of the first equation that may mix rows, depending on values; '' if there is none.
 
-    These are indices along the axis of the batch, the numbers of the rows, the size of the batch, and noise.
+    These are indices along the axis of the batch, the numbers of the rows, the size of the batch, noise, linear
+    algebra, loops that go on until all rows are done, and whatever works along an axis into which the batch is folded.
 
     Args:
-        program: traced with a symbolic batch size.
+        program: as for `check_rows`.
         numbers: of the equations to look at.
-        batch: the symbolic size.
+        batch: the size of the batch.
     """
-    return next((program.where(n) for n in sorted(numbers) if _is_undecided(program.equations[n], batch)), '')
+    order: dict[str, Any] = {}
+    for n in sorted(numbers):
+        folds = _folds(program.equations[n], batch)
+        if _is_undecided(program.equations[n], batch) or any(order.setdefault(*fold) != fold[1] for fold in folds):
+            return program.where(n)
+    return ''
+
+
+def _folds(equation: Equation, batch: Any) -> list[tuple[str, int]]:
+    """Returns the size of each axis that a reshape folds or unfolds, and how many values lie between two rows."""
+    if equation.primitive.name != 'reshape':
+        return []
+    before, after = equation.invars[0], equation.outvars[0]
+    return [
+        (str(many.aval.shape[folded]), math.prod(one.aval.shape[:axis]) // math.prod(many.aval.shape[:folded]))
+        for one, many in ((before, after), (after, before))
+        for axis in axes_with(one, batch)
+        for folded in axes_with(many, batch, folded=True)
+        if many.aval.shape[folded] != batch
+    ]
 
 
 def _is_undecided(equation: Equation, batch: Any) -> bool:
     name, params = equation.primitive.name, equation.params
     if any(_is_undecided(inner, batch) for body in _bodies(equation) for inner in body.eqns):
         return True
-    if name in ('dim_as_value', 'random_bits'):
+    if name == 'while' and any(_mixing(inner, batch) for inner in params['cond_jaxpr'].eqns):
+        return True
+    if name in _UNDECIDED or _mixing(equation, batch, folded=True):
         return True
     if name == 'iota':
-        return params['dimension'] in axes_with(equation.outvars[0], batch)
+        return params['dimension'] in axes_with(equation.outvars[0], batch, folded=True)
     numbers = params.get('dimension_numbers')
     indexed = getattr(numbers, 'start_index_map', getattr(numbers, 'scatter_dims_to_operand_dims', ()))
-    return any(axis in axes_with(equation.invars[0], batch) for axis in indexed)
+    if name in _LINEAR_ALGEBRA:
+        rank = len(equation.invars[0].aval.shape)
+        indexed = (rank - 2, rank - 1)
+    return any(axis in axes_with(equation.invars[0], batch, folded=True) for axis in indexed)
 
 
 def check_by_trial(logits_of: Callable[[Any], Sequence[Array]], inputs: Any, place: str) -> None:
@@ -172,6 +205,8 @@ def _dot_general(equation: Equation) -> Axes:
 
 def _convolution(equation: Equation) -> Axes:
     numbers = equation.params['dimension_numbers']
+    if not isinstance(equation.params['feature_group_count'], int):  # a kernel for each row
+        return [numbers.lhs_spec[2:], numbers.rhs_spec[1:]]
     groups = equation.params['batch_group_count'] > 1
     return [numbers.lhs_spec if groups else numbers.lhs_spec[1:], numbers.rhs_spec]
 
@@ -184,6 +219,15 @@ def _window(equation: Equation) -> Axes:
 def _slice(equation: Equation) -> Axes:
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     return [[axis for axis, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]]
+
+
+def _update(equation: Equation) -> Axes:
+    whole, part = (v.aval.shape for v in equation.invars[:2])
+    return [[axis for axis, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]] * 2
+
+
+def _pad(equation: Equation) -> Axes:
+    return [[axis for axis, sizes in enumerate(equation.params['padding_config']) if any(sizes)]]
 
 
 def _fft(equation: Equation) -> Axes:
@@ -200,14 +244,19 @@ def _reshape(equation: Equation) -> Axes:
 
 
 _AXIS_PARAMETERS = ('axes', 'axis', 'dimensions', 'dimension', 'reduction_dimension')
+_UNDECIDED = ('dim_as_value', 'random_bits', 'random_gamma', 'rng_bit_generator', 'pure_callback', 'io_callback')
+_LINEAR_ALGEBRA = ('cholesky', 'eig', 'eigh', 'householder_product', 'lu', 'qr', 'svd', 'triangular_solve')
 _WINDOWS = ('reduce_window_sum', 'reduce_window_max', 'reduce_window_min', 'reduce_window', 'select_and_gather_add')
 
 _MIXED_AXES: dict[str, Callable[[Equation], Axes]] = {
     **dict.fromkeys(_WINDOWS, _window),
-    'concatenate': _none,  # keeps every row
+    **dict.fromkeys(('concatenate', 'stack'), _none),  # keep every row
     'fft': _fft,
     'reshape': _reshape,
     'dot_general': _dot_general,
     'conv_general_dilated': _convolution,
+    'dynamic_slice': _slice,
+    'dynamic_update_slice': _update,
+    'pad': _pad,
     'slice': _slice,
 }

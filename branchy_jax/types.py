@@ -145,18 +145,36 @@ def num_rows(tree: Any, argument: str = 'inputs') -> Any:
     """Returns B: the length of the first axis of every leaf of a pytree.
 
     Raises:
-        ValueError: no leaves, a scalar among them, or leaves that differ.
+        ValueError: no leaves, a leaf whose first axis is none or has another length, or another byte order.
 
     Example:
         >>> num_rows({'tokens': jnp.ones((2, 5)), 'mask': jnp.ones(2)})
         2
     """
-    if isinstance(tree, (jax.Array, np.ndarray)) and tree.shape:  # most calls bring one array
+    if isinstance(tree, jax.Array) and tree.shape:  # most calls bring one array
         return tree.shape[0]
-    shapes = [tuple(leaf.shape) if hasattr(leaf, 'shape') else () for leaf in jax.tree.leaves(tree)]
-    if not shapes or () in shapes or any(shape[0] != shapes[0][0] for shape in shapes):
-        raise ValueError(f'{argument}: expected arrays that all lead with B, got shapes {shapes}')
-    return shapes[0][0]
+    expected = f'{argument}: expected arrays that all lead with B, got'
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    if not leaves:
+        raise ValueError(f'{expected} none')
+    for path, leaf in leaves:
+        shape, first = getattr(leaf, 'shape', ()), getattr(leaves[0][1], 'shape', ())
+        if not shape or shape[:1] != first[:1]:
+            raise ValueError(f'{expected} shape {shape} at {argument}{path} and {first} at {argument}{leaves[0][0]}')
+    check_byte_order(tree, argument)
+    return leaves[0][1].shape[0]
+
+
+def check_byte_order(tree: Any, argument: str = 'inputs') -> None:
+    """Refuses arrays of NumPy whose byte order is not the machine's, which JAX does not read.
+
+    Raises:
+        ValueError: the message says how to convert the array.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+            native = "convert them by x.astype(x.dtype.newbyteorder('='))"
+            raise ValueError(f'{argument}: got the dtype {leaf.dtype.str} of another byte order; {native}')
 
 
 class StageCosts(struct.PyTreeNode):
@@ -181,12 +199,13 @@ class StageCosts(struct.PyTreeNode):
         return float(np.sum(self.stages) + self.exits[-1])
 
 
-def check_labels(labels: Array, num_classes: int) -> None:
+def check_labels(labels: Array, num_classes: int, ignore_label: int | None = None) -> None:
     """Refuses labels that no class has, where values can be seen; inside `jax.jit` they cannot.
 
     Args:
         labels: integers of any shape.
         num_classes: K.
+        ignore_label: a label that is accepted.
 
     Raises:
         ValueError: a label below 0 or not below K.
@@ -194,9 +213,12 @@ def check_labels(labels: Array, num_classes: int) -> None:
     Example:
         >>> check_labels(jnp.array([0, 9]), 10)
     """
-    if isinstance(labels, jax.core.Tracer) or labels.size == 0:
+    if isinstance(labels, jax.core.Tracer):
         return
     values = np.asarray(labels)  # jnp would trace even concrete labels inside jit
+    values = values if ignore_label is None else values[values != ignore_label]
+    if not values.size:
+        return
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= num_classes:
         advice = 'count classes from 0, and give the network as many as there are'

@@ -14,7 +14,6 @@ measure a finished run of the main job, or a stored report whose weights ship wi
 
     python -m experiments.benchmark --training --workdir=runs/benchmark_training    # a step, by two settings of a CPU
     python -m experiments.benchmark --network=b-resnet110 --planning --workdir=DIR  # where the time of `plan` goes
-    python -m experiments.benchmark --network=b-lenet --other=/tmp/old              # this checkout against another
 """
 
 import argparse
@@ -49,20 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--shares', help='Exit shares in percent, such as 70/20/10,100/0/0.')
     parser.add_argument('--passes', type=flags.positive, default=20, help='Interleaved pairs.')
     parser.add_argument('--planning', action='store_true', help='Times `plan` and the warm-up.')
-    parser.add_argument('--other', type=Path, help='Another checkout, to compare planned published networks with.')
     parser.add_argument('--energy', action='store_true', help='With --run: joules, where the device has a meter.')
     parser.add_argument('--cache', type=flags.positive, help='With --run: cache misses at so many settings.')
-    parser.add_argument('--images', type=flags.positive, help='With --run and --other: test images in a pass.')
+    parser.add_argument('--images', type=flags.positive, help='With --run: test images in a pass.')
     parser.add_argument('--seconds', type=float, default=10.0, help='With --energy: to run each for, at least.')
     parser.add_argument('--rounds', type=flags.positive, default=3, help='With --training: processes of each setting.')
     options = parser.parse_args(arguments)
     if options.run is not None:
         _measure_a_run(options)
-    elif options.other is not None:
-        for batch in options.batches or [1, 256]:
-            images, passes = options.images or 512, options.passes
-            row = speed.compare_checkouts(options.other, options.network, batch, images=images, passes=passes)
-            print(row, flush=True)
     elif options.workdir is None:
         parser.error('--workdir: give the folder for the results')
     elif options.training:
@@ -147,8 +140,8 @@ _CLOCKS = (
 _STEPS = ('network', 'settings', 'devices', 'batch_size', 'ms', 'times_faster', 'peak_gb')
 _LEGEND = """\
 - The operating point is the share that is forced to leave at each exit. Times are milliseconds an image.
-- gain: like with like, over the baseline that went through `optimize` as well, and is served alike: by `staged` on one
-  core at batch 1, as planned in batches; the median of paired passes. gain plain: over the plain jitted baseline.
+- gain: like with like, over the baseline in its fastest form, at batch 1 on one core; the median of paired passes.
+  gain plain: over the plain jitted baseline.
 - MAC limit: baseline MACs ÷ expected MACs, heads included. Time limit: Σ share of images that reach a stage × (stage +
   head), each measured alone at its best batch size, rewritten alike.
 - realised: time limit ÷ latency. It may exceed 1: stages measured alone pay a dispatch each, and run one chunk at a

@@ -14,6 +14,10 @@ Do branches keep gradients from vanishing? The gradient of each layer, with and 
 after some steps, in minutes: ``gradients_NETWORK.json``, ``.md`` and ``.png``. ``b-plainD`` is a network of D
 convolutions without shortcuts or normalisation, with two branches. Both networks have the same initial weights, see the
 same batches, and sum the losses of all of their exits.
+
+    python -m experiments.claims --workdir=runs/claims --random_networks=2000
+
+Are the parts of a network the whole? Random networks are cut at random places, in half a second each.
 """
 
 import argparse
@@ -32,9 +36,8 @@ from experiments.configs import common
 from experiments.run.networks import count_exits, image_specs, load, network_options
 from experiments.run.report import JPEG_NOTE, Row, provenance
 from experiments.run.trainings import Trainer, start_again_on_cpu
-from experiments.study import flags, gradients
+from experiments.study import flags, gradients, random_networks, verdicts
 from experiments.study.variants import with_branch
-from experiments.study.verdicts import DEPTHS, bullets, depth_name, interval, judge_all, position_name, positions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,11 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--learning_rate', type=float, default=3e-3, help='Peak.')
     parser.add_argument('--weight_decay', type=float, default=0.0, help='Of AdamW.')
     parser.add_argument('--augment', action='store_true', help='Shifts and, but for digits, mirroring; not the paper.')
-    parser.add_argument('--dtype', default='float32', help='Of the computation.')
     parser.add_argument('--cpu_devices', type=flags.positive, default=1, help='That a CPU makes to share each step.')
     parser.add_argument('--gradients', action='store_true', help='Measure the gradient of each layer instead.')
     parser.add_argument('--steps', type=flags.positive, default=20, help='With --gradients: before the second reading.')
+    parser.add_argument('--random_networks', type=flags.positive, help='Cut so many at random places instead.')
     options = parser.parse_args(arguments)
+    if options.random_networks:
+        print(random_networks.check_many(options.random_networks))
+        return
     config = settings(options)
     if options.gradients:
         sizes = {'seeds': options.seeds, 'steps': options.steps, 'batch_size': options.batch_size}
@@ -70,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def settings(options: argparse.Namespace) -> ConfigDict:
     """Returns the recipe of all variants as settings of a run."""
     config, digits = common.get_config(), 'mnist' in options.dataset
-    given = ('network', 'dataset', 'dtype', 'epochs', 'batch_size', 'learning_rate', 'weight_decay', 'cpu_devices')
+    given = ('network', 'dataset', 'epochs', 'batch_size', 'learning_rate', 'weight_decay', 'cpu_devices')
     config.update({name: getattr(options, name) for name in given})
     config.update(optimizer='adamw', regime='joint', warmup=0.3, scan_epoch=options.cpu_devices == 1)
     config.update(crop_padding=(2 if digits else 4) * options.augment, flip=options.augment and not digits)
@@ -103,7 +109,7 @@ def run(trainer: Trainer, workdir: Path, *, seeds: int) -> str:
         if any(row['variant'] == name for row in record['rows']):
             continue
         record['rows'] += [{'variant': name, 'seed': seed, **train(name, seed)[1]} for seed in range(seeds)]
-        record['answers'] = judge_all(record['rows'], config.network)
+        record['answers'] = verdicts.judge_all(record['rows'], config.network)
         bj.report.write_json(path, record)
         bj.report.write_text(path.with_suffix('.md'), page(record))
     return page(record)
@@ -148,34 +154,27 @@ def variants(trainer: Trainer) -> dict[str, Variant]:
         'joint': joint,
         'joint, from the baseline': functools.partial(joint, start=True),
         'joint, first exit 1.0 to last 0.3': functools.partial(variant, model, np.linspace(1.0, 0.3, exits).tolist()),
-        **{depth_name(depth): branch(1, depth) for depth in DEPTHS},
+        **{verdicts.depth_name(depth): branch(1, depth) for depth in verdicts.DEPTHS},
         'joint, twice as long': functools.partial(joint, epochs=2 * config.epochs),
-        **{position_name(position): branch(position, 1) for position in positions(config.network)},
+        **{verdicts.position_name(position): branch(position, 1) for position in verdicts.positions(config.network)},
     }
 
 
 def _accuracy(trainer: Trainer, model: Any, variables: Variables) -> Row:
     """Returns the accuracy of every exit on training images, not augmented, and on test images."""
-    dataset, row = trainer.dataset, {}
-    for name, part in (('train_accuracy', dataset.train), ('test_accuracy', dataset.test)):
-        outputs = bj.inference.exit_outputs(
-            model, variables, part.image, preprocess=dataset.normalization, batch_size=min(500, len(part))
-        )
-        row[name] = (outputs.logits.argmax(-1) == part.label).mean(axis=1).tolist()
-    return row
+    dataset = trainer.dataset
+    look = functools.partial(bj.inference.exit_table, model, variables, preprocess=dataset.normalization)
+    parts = {'train_accuracy': dataset.train, 'test_accuracy': dataset.test}
+    return {name: look(part).anytime().accuracy.tolist() for name, part in parts.items()}
 
 
 def page(record: Mapping[str, Any]) -> str:
     """Lays out a record in Markdown: verdicts first, then the figures they rest on."""
     ours = record['settings']
-    by_variant: dict[str, list[Row]] = {}
-    for row in record['rows']:
-        by_variant.setdefault(row['variant'], []).append(row)
-    cells = []
-    for name, rows in by_variant.items():
-        test, train = (np.array([row[part] for row in rows]) for part in ('test_accuracy', 'train_accuracy'))
-        each = ', '.join(_with_interval(values) for values in 100 * test.T)
-        cells.append([name, each, _with_interval(100 * (train - test)[:, -1])])
+    rows, cells = record['rows'], []
+    for name in dict.fromkeys(row['variant'] for row in rows):
+        test, train = (verdicts.accuracies(rows, name, part) for part in ('test_accuracy', 'train_accuracy'))
+        cells.append([name, ', '.join(map(_with_interval, test.T)), _with_interval((train - test)[:, -1])])
     columns = ['variant', 'test accuracy of each exit, %', 'train − test of the last']
     note = f'\n\n{JPEG_NOTE}' if ours['dataset'] == 'cifar10' else ''
     return f"""# The paper's claims on {ours['network']}, {ours['dataset']}
@@ -188,7 +187,7 @@ differences paired by seed.{note}
 
 ## Verdicts
 
-{bullets(record['answers'])}
+{verdicts.bullets(record['answers'])}
 
 ## Figures
 
@@ -197,7 +196,7 @@ differences paired by seed.{note}
 
 
 def _with_interval(values: np.ndarray) -> str:
-    mean = interval(values)
+    mean = verdicts.interval(values)
     return f'{mean["mean"]:.2f} ± {mean["high"] - mean["mean"]:.2f}'
 
 

@@ -117,7 +117,7 @@ def calibrations(fitting: Cached, test: Cached, picture: Path, title: str) -> tu
     right = test.logits.argmax(-1) == test.labels
     rows, diagrams = [], {'before': [], 'after': []}
     for n, logits in enumerate(test.logits):
-        row = {'exit': n + 1, 'temperature': float(temperatures[n])}
+        row = {'exit': n, 'temperature': float(temperatures[n])}
         for name, temperature in (('before', 1.0), ('after', temperatures[n]), ('after_shared', shared[n])):
             scaled = jnp.asarray(logits / temperature)
             confidence = np.asarray(jax.nn.softmax(scaled).max(-1))

@@ -4,9 +4,9 @@
     TFDS_DATA_DIR=DIR python -m experiments.exported --workdir=runs/onnx --onnx         by onnxruntime and numpy
     TFDS_DATA_DIR=DIR python -m experiments.exported --workdir=runs/iree --iree         by IREE and numpy
 
-The published networks answer 1,000 test images there; `experiments.peers` times the ONNX files. Some minutes; needs a
-package index. Writes ``report.json``, a row per network and program, and ``report.md``; networks that are not asked for
-stay in them as they were. Expect no answer that differs.
+The published networks and a B-ViT of random weights answer 1,000 test images there, at thresholds at which equal parts
+leave at every exit; `experiments.peers` times the ONNX files. Some minutes; needs a package index. Writes
+``report.json``, a row per network and program, and ``report.md``. Expect no answer that differs.
 
     python -m experiments.exported --publish=runs/lenet_mnist --workdir=branchy_jax/models/weights
 
@@ -14,7 +14,6 @@ writes the network of a finished run as one file, for `branchy_jax.models.load_p
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import branchy_jax as bj
@@ -34,8 +34,8 @@ from experiments.run.report import Row, provenance, table
 from experiments.study import flags
 from experiments.study.finished import publish, read_run
 
-PUBLISHED = {'b-lenet': 'mnist', 'b-alexnet': 'cifar10', 'b-resnet110': 'cifar10'}
-"""Networks whose published weights are taken, and the data sets that they are for."""
+NETWORKS = {'b-lenet': 'mnist', 'b-alexnet': 'cifar10', 'b-resnet110': 'cifar10', 'b-vit': 'mnist'}
+"""The networks, and the data sets that they are for."""
 
 NEEDED = {
     'jax': ('jax', 'jaxlib', 'numpy', 'flatbuffers'),
@@ -48,14 +48,14 @@ _TIE = 1e-4  # relative distance from a threshold below which rounding may decid
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Exports, runs in a fresh environment, compares, writing what is known after each network."""
+    """Exports, runs in a fresh environment, compares, writes the report."""
     parser = flags.parser(__doc__)
     parser.add_argument('--workdir', type=Path, required=True, help='For the exports, the environment and the report.')
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--onnx', action='store_const', dest='runtime', const='onnx', default='jax', help='ONNX files.')
     what.add_argument('--iree', action='store_const', dest='runtime', const='iree', help='StableHLO text.')
     what.add_argument('--publish', type=Path, help='A finished run, to write as published weights.')
-    parser.add_argument('--networks', nargs='+', choices=PUBLISHED, default=list(PUBLISHED), help='Some of them.')
+    parser.add_argument('--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS), help='Some of them.')
     parser.add_argument('--images', type=flags.positive, default=1000, help='Test images.')
     options = parser.parse_args(arguments)
     workdir = options.workdir.resolve()
@@ -63,46 +63,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(publish(read_run(options.publish), workdir))
         return
     python = _fresh_environment(workdir / 'environment', NEEDED[options.runtime])
-    path = workdir / 'report.json'
-    rows = bj.report.read_json(path)['rows'] if path.exists() else []
+    rows: list[Row] = []
     for name in options.networks:
-        weights = bj.models.load_pretrained(name, dataset=PUBLISHED[name])
-        images = np.asarray(bj.data.load_dataset(PUBLISHED[name]).test.image[: options.images])
-        _write_answers(weights, images, workdir / name)
+        images = np.asarray(bj.data.load_dataset(NETWORKS[name]).test.image[: options.images])
+        weights = _write_answers(_weights(name), images, workdir / name)
         shared = {'runtime': options.runtime, 'network': name, **provenance('exported'), 'images': len(images)}
-        made = [{**shared, **row} for row in RUN[options.runtime](weights, workdir / name, python)]
-        rows = sorted([*(row for row in rows if row['network'] != name), *made], key=lambda row: row['network'])
-        print(table(made, *_COLUMNS), flush=True)
-        record = {'environment': _installed(python), 'rows': rows}
-        bj.report.write_json(path, record)
-        bj.report.write_text(workdir / 'report.md', page(record))
-
-
-def _installed(python: Path) -> list[str]:
+        rows += [{**shared, **row} for row in RUN[options.runtime](weights, workdir / name, python)]
+        print(table(rows, *_COLUMNS), flush=True)
     made = subprocess.run([python, '-m', 'pip', 'list', '--format=freeze'], check=True, capture_output=True, text=True)
-    return sorted(made.stdout.split())
+    record = {'environment': sorted(made.stdout.split()), 'rows': rows}
+    bj.report.write_json(workdir / 'report.json', record)
+    bj.report.write_text(workdir / 'report.md', page(record))
+
+
+def _weights(name: str) -> Pretrained:
+    if name != 'b-vit':
+        return bj.models.load_pretrained(name, dataset=NETWORKS[name])
+    of_digits, model = bj.models.load_pretrained('b-lenet', dataset=NETWORKS[name]), bj.models.create(name)
+    return of_digits.replace(model=model, variables=model.init(jax.random.key(0), np.zeros(of_digits.inputs.shape)))
 
 
 def _fresh_environment(place: Path, needed: Sequence[str]) -> Path:
-    """Makes an environment of the packages that the reader needs, in the versions that are installed here, if any."""
+    """Makes an environment of the packages that the reader needs."""
     os.environ.pop('PYTHONPATH', None)  # what lies there would be in the fresh environment, too
     shutil.rmtree(place, ignore_errors=True)
     venv.create(place, with_pip=True)
     python = place / 'bin' / 'python'
     install = [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
-    subprocess.run([*install, *map(_pinned, needed)], check=True)
+    subprocess.run([*install, *needed], check=True)
     for package in {'branchy_jax', 'flax', 'jax'} - set(needed):
         missing = subprocess.run([python, '-c', f'import {package}'], cwd=place, capture_output=True, check=False)
         if missing.returncode == 0:
             sys.exit(f'{package} is in {place}, which was to be without it')
     return python
-
-
-def _pinned(package: str) -> str:
-    try:
-        return f'{package}=={importlib.metadata.version(package)}'
-    except importlib.metadata.PackageNotFoundError:  # IREE serves nothing but this command
-        return package
 
 
 def run_files(weights: Pretrained, workdir: Path, python: Path) -> list[Row]:
@@ -140,16 +133,20 @@ def _export(save: Callable[..., Any], path: Path, weights: Pretrained) -> None:
     save(path, weights.model, weights.variables, policy, **options)
 
 
-def _write_answers(weights: Pretrained, images: np.ndarray, workdir: Path) -> None:
-    """Writes images and the answers of `dense`, ties marked."""
-    policy, inputs = weights.operating_points[0].policy, weights.normalize(images)
-    answer = bj.inference.dense(weights.model)(weights.variables, inputs, policy)
-    outputs = bj.inference.exit_outputs(weights.model, weights.variables, inputs, criterion=policy.criterion)
-    thresholds = np.asarray(policy.thresholds)[:, None]
-    near = np.abs(outputs.uncertainty[:-1] - thresholds) <= _TIE * np.abs(thresholds)
+def _write_answers(weights: Pretrained, images: np.ndarray, workdir: Path) -> Pretrained:
+    """Writes images and the answers of `dense`, ties marked; returns the weights with the thresholds of the answers."""
+    inputs = weights.normalize(images)
+    uncertainty = bj.inference.exit_outputs(weights.model, weights.variables, inputs).uncertainty
+    goes_on, thresholds, tie = np.ones(len(images), bool), np.zeros(len(uncertainty) - 1, np.float32), False
+    for n in range(len(thresholds)):
+        thresholds[n] = np.quantile(uncertainty[n][goes_on], 1 / (len(uncertainty) - n))
+        tie |= np.abs(uncertainty[n] - thresholds[n]) <= _TIE * thresholds[n]
+        goes_on &= uncertainty[n] >= thresholds[n]
+    answer = bj.inference.dense(weights.model)(weights.variables, inputs, thresholds)
     workdir.mkdir(parents=True, exist_ok=True)
     np.save(workdir / 'images.npy', images)
-    np.savez(workdir / 'answers.npz', label=answer.label, exit_index=answer.exit_index, tie=near.any(axis=0))
+    np.savez(workdir / 'answers.npz', label=answer.label, exit_index=answer.exit_index, tie=tie)
+    return weights.replace(operating_points=(bj.ExitPolicy(bj.criteria.entropy, thresholds),))
 
 
 def _in(python: Path, script: str, subject: Path, workdir: Path, *more: str) -> str:
@@ -161,7 +158,7 @@ def _in(python: Path, script: str, subject: Path, workdir: Path, *more: str) -> 
     return ran.stdout
 
 
-_COLUMNS = ('network', 'program', 'images', 'differ', 'ties', 'differ_at_ties', 'shares', 'exits_asked')
+_COLUMNS = ('network', 'program', 'images', 'differ', 'ties', 'differ_at_ties', 'shares', 'exits_in_64', 'exits_asked')
 _TITLES = {'jax': 'Exported programs by jax', 'onnx': 'ONNX files in ONNX Runtime', 'iree': 'StableHLO text by IREE'}
 
 
@@ -176,9 +173,10 @@ def page(record: Row) -> str:
 In an environment of {', '.join(record['environment'])}.
 
 `differ` counts images whose label or exit is not that of `dense`; images whose uncertainty is within 1e-4 of a
-threshold, relatively, are ties, and count apart. Of an ONNX file, which has an `If` for each side exit, `exits asked`
-is up to which exit any node ran for an image of each exit, by ONNX Runtime's profile: 1, 2, … means that nothing ran
-for nothing. A dash: not counted.
+threshold, relatively, are ties, and count apart. A file for batches runs in batches of 1, 7, 64 and 256: the largest
+count. `exits in 64`: at how many exits images leave, in the batch of 64 where these are fewest. Of an ONNX file, which
+has an `If` for each side exit, `exits asked` is up to which exit any node ran for the images of each exit, by ONNX
+Runtime's profile: 1, 2, … means that nothing ran for nothing. A dash: not counted.
 
 {table(rows, *_COLUMNS)}
 """

@@ -70,11 +70,8 @@ def remake(runs: Path, workdir: Path) -> str:
 
 
 def _read(folder: Path) -> Row:
-    report = read_report(folder)
-    for name in ('batches', 'energy', 'cache'):
-        if (folder / f'{name}.json').exists():
-            report[name] = bj.report.read_json(folder / f'{name}.json')
-    return report
+    more = {name: folder / f'{name}.json' for name in ('batches', 'energy', 'cache')}
+    return read_report(folder) | {name: bj.report.read_json(path) for name, path in more.items() if path.exists()}
 
 
 def table_1(folders: Folders) -> str:
@@ -82,12 +79,12 @@ def table_1(folders: Folders) -> str:
     clock = ('batch', 'test_accuracy', 'latency_ms', 'gain', 'gain_plain', 'trunk_only_gain', 'exit_fractions')
     rows: list[Row] = []
     for network, names in PLACES.items():
-        theirs = paper('Table I', branchy=network)
+        theirs, keys = paper('Table I', branchy=network), ('latency_ms', 'gpu_latency_ms')
         for row in theirs:
-            gains = ' / '.join(f'{theirs[0][key] / row[key]:.1f}' for key in ('latency_ms', 'gpu_latency_ms'))
-            ms = f'{row["latency_ms"]:.2f} / {row["gpu_latency_ms"]:.2f}'
-            theirs_too = {'device': 'CPU / GPU', 'batch': 1, 'latency_ms': ms, 'gain': None, 'trunk_only_gain': gains}
-            rows.append({**row, **theirs_too})
+            gains = ' / '.join(f'{theirs[0][key] / row[key]:.1f}' for key in keys)
+            ms = ' / '.join(f'{row[key]:.2f}' for key in keys)
+            rows.append({**row, 'device': 'CPU / GPU', 'batch': 1, 'latency_ms': ms})
+            rows[-1] |= {'gain': None, 'trunk_only_gain': gains}
         rows += [row for name in names if name in folders for row in _rows_of(name, folders[name])]
         if not set(names) & set(folders):
             rows.append({'network': network, 'run': NOT_RUN})

@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
     # Time.
     clocks = timing.time_run(
         both,
-        np.asarray(dataset.normalization(dataset.validation.image[: 8 * config.latency_batch])),
+        np.asarray(dataset.normalization(dataset.validation.image[: max(100, 8 * config.latency_batch)])),
         np.asarray(dataset.normalization(dataset.test.image[: config.latency_images])),
         {name: point.policy for name, point in points.items()},
         batch=config.latency_batch,
@@ -119,7 +119,7 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
         'image_shape': list(dataset.image_shape),
         'criterion': screened.criterion.name,
         'criteria_tried': tried,
-        'paper': report.paper_rows(config.network),
+        'paper': report.paper('Table I', branchy=config.network),
         **assemble(config, screened, points, branchy, baseline, clocks),
     }
     setup.save_weights(workdir, config, both)
@@ -223,8 +223,7 @@ def assemble(
             for row, accuracy in zip(_rows(branchy.evaluate(frontier), metric), frontier.accuracy, strict=True)
         ],
         'first_and_last': _first_and_last(branchy, metric),
-        'exit_latency_ms': clocks['exit_latency_ms'],
-        'trunk_only_ms': clocks['trunk_only_ms'],
+        **{name: clocks[name] for name in ('exit_latency_ms', 'trunk_only_ms')},
         'stage_macs': costs.stages.tolist(),
         'exit_macs': costs.exits.tolist(),
     }
@@ -295,7 +294,8 @@ def _mesh(cpu_devices: int) -> Mesh | None:
     Raises:
         ValueError: flags that contradict each other, or more devices than there are.
     """
-    named = [flag.name for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if flag.value is not None]
+    cluster = _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID
+    named = [flag.name for flag in cluster if flag.value is not None]
     if not _DISTRIBUTED.value:
         if named:
             raise ValueError(f'{named[0]}: is for several processes; give --distributed, too')
@@ -306,13 +306,8 @@ def _mesh(cpu_devices: int) -> Mesh | None:
     if 0 < len(named) < 3:
         raise ValueError(f'{named[0]}: coordinator, num_processes and process_id go together; got {", ".join(named)}')
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(
-        _COORDINATOR.value,
-        _NUM_PROCESSES.value,
-        _PROCESS_ID.value,
-        heartbeat_timeout_seconds=_DEAD_AFTER_SECONDS,
-        shutdown_timeout_seconds=_LAST_WAIT_SECONDS,
-    )
+    timeouts = {'heartbeat_timeout_seconds': _DEAD_AFTER_SECONDS, 'shutdown_timeout_seconds': _LAST_WAIT_SECONDS}
+    jax.distributed.initialize(*(flag.value for flag in cluster), **timeouts)
     return bj.sharding.data_mesh()
 
 

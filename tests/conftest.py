@@ -37,6 +37,18 @@ def check_equal(result, expected):
     jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
+def random_variables(model, inputs):
+    """Variables drawn by NumPy, none of them 0 or 1: `init` would compile programs for the shape of every leaf."""
+    numbers = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        start = numbers.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 0
+        positive = 1 if path[-1].key in ('scale', 'var') else start
+        return jnp.asarray(positive + 0.2 * abs(numbers.normal(size=leaf.shape)), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), inputs))
+
+
 def thresholds_between(model, variables, inputs):
     """Thresholds between the uncertainties of two inputs: rounding decides nothing, some leave everywhere."""
     uncertainty = np.sort(bj.inference.exit_outputs(model, variables, inputs, batch_size=4).uncertainty[:-1], axis=1)

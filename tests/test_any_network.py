@@ -12,9 +12,11 @@ import optax
 import pytest
 from conftest import CLASSES, check_equal, equations, thresholds_between
 from flax import nnx
+from flax.nnx import bridge
 
 import branchy_jax as bj
 from branchy_jax.models import attach, from_nnx, select_exits
+from experiments.study import random_networks
 
 
 class Branches(nn.Module):
@@ -248,3 +250,124 @@ def test_equal_executors_compile_once(compilations, options):
     first, second = (bj.inference.dense(make(), compiler_options=options) for _ in range(2))
     assert first == second
     check_equal(first(variables, IMAGE, policy), second(variables, IMAGE, policy))
+
+
+class Parts(nnx.Module):
+    """A layer, a part to be tried and a last layer; ``call`` says how the part is called."""
+
+    def __init__(self, part, call, first=None):
+        rngs = nnx.Rngs(1)
+        self.first = first or nnx.Linear(4, 4, rngs=rngs)
+        self.part, self.last, self.dropout = part, nnx.Linear(4, CLASSES, rngs=rngs), nnx.Dropout(0.5)
+        self.call, self.train = call, False
+
+    def __call__(self, x, rngs):
+        x = self.dropout(self.call(self, self.first(x)), rngs=rngs)
+        self.sow(nnx.Intermediate, 'seen', x)
+        return self.last(x)
+
+
+def stacked(rngs):
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+    return make(rngs)
+
+
+def linen(rngs):
+    return bridge.lazy_init(bridge.ToNNX(nn.Dense(4), rngs=rngs), jnp.ones((1, 4)))
+
+
+def in_scan(model, x):
+    return nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(model.part, x)
+
+
+def in_conditional(model, x):
+    return nnx.cond(jnp.array(True), lambda m, x: m.part(x), lambda m, x: x, model, x)
+
+
+def in_sequence(model, x):
+    return model.part(jnp.stack([x, x], 1))[:, -1]
+
+
+NNX_PARTS = {
+    'RNN': (lambda rngs: nnx.RNN(nnx.LSTMCell(4, 4, rngs=rngs), rngs=rngs), in_sequence, 'first', 'part/cell'),
+    'Bidirectional': (
+        lambda rngs: nnx.Bidirectional(
+            *(nnx.RNN(nnx.GRUCell(4, 2, rngs=rngs), rngs=rngs) for _ in range(2)), rngs=rngs
+        ),
+        in_sequence,
+        'part',
+        'part/forward_rnn/cell',
+    ),
+    'cond': (lambda rngs: nnx.Linear(4, 4, rngs=rngs), in_conditional, 'first', 'part'),
+    'ToNNX': (linen, lambda model, x: model.part(x), 'part', None),
+    'keys in a stack': (stacked, in_scan, 'first', None),
+    'vmap of a bound layer': (
+        lambda rngs: nnx.Linear(4, 4, rngs=rngs),
+        lambda model, x: jax.vmap(lambda row: model.part(row))(x),
+        'first',
+        'part',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', NNX_PARTS)
+def test_nnx_parts(name):
+    """Places are outside of loops; random streams come as an argument, and an attribute is called train."""
+    make, call, place, inside = NNX_PARTS[name]
+    module = Parts(make(nnx.Rngs(0)), call)
+    model = attach(module, [place], inputs=IMAGE)
+    before, after = trained(model)
+    nnx.Module.eval(module)
+    with pytest.warns(DeprecationWarning, match='sow'):
+        np.testing.assert_allclose(model.apply(before, IMAGE)[-1], module(IMAGE, nnx.Rngs(0)), atol=1e-6)
+    assert (after['params']['first']['kernel'] != before['params']['first']['kernel']).any()
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    if inside:
+        with pytest.raises(ValueError, match=r'lie inside a loop or conditional|the network passes no'):
+            attach(module, [inside], inputs=IMAGE)
+
+
+def test_a_place_in_a_stack_has_every_layer():
+    module = Parts(stacked(nnx.Rngs(0)), in_scan)
+    model = attach(module, {'part': lambda y: y[:, -1, :CLASSES]}, inputs=IMAGE)
+    early, late = model.apply(model.init(jax.random.key(0), IMAGE), IMAGE)
+    np.testing.assert_allclose(module.last(jnp.pad(early, ((0, 0), (0, 1)))).shape, late.shape)
+
+
+def test_float_types_and_byte_orders():
+    model, variables, inputs, _ = own('norms')
+    policy = thresholds_between(model, variables, inputs)
+    build = bj.inference
+    executors = build.dense(model), build.sequential(model), build.compacted(model, chunk_size=4), build.staged(model)
+    oracle = executors[0](variables, inputs, policy)
+    for executor in executors:
+        rows = slice(None) if executor is not executors[-1] else 0
+        np.testing.assert_array_equal(
+            executor(variables, inputs.astype(np.float64)[rows], policy).exit_index, oracle.exit_index[rows]
+        )
+        with pytest.raises(ValueError, match='another byte order'):
+            executor(variables, inputs.astype('>f4')[rows], policy)
+
+
+def test_boxed_parameters_are_stored_and_started_from(tmp_path):
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), ('in', 'out'))
+    network = nn.Sequential([nn.Dense(4, kernel_init=boxed), nn.relu, nn.Dense(CLASSES)])
+    model = attach(network, ['layers_0'], inputs=IMAGE)
+    baseline, variables = network.init(jax.random.key(1), IMAGE), model.init(jax.random.key(0), IMAGE)
+    for given in (baseline, nn.meta.unbox(baseline)):
+        start, report = bj.training.initialize_from_baseline(variables, given, strict=True)
+        assert report.fresh == ('params/exit_layers_0/Dense_0/bias', 'params/exit_layers_0/Dense_0/kernel')
+        np.testing.assert_array_equal(model.apply(start, IMAGE)[-1], network.apply(baseline, IMAGE))
+    bj.checkpoint.save_weights(tmp_path / 'weights', start)
+    check_equal(bj.checkpoint.load_weights(tmp_path / 'weights')[0], nn.meta.unbox(start))
+
+
+@pytest.mark.slow
+def test_random_networks_cut_at_random_places_are_the_whole():
+    """A place that a network does not pass, or one in a network whose rows influence one another, is refused."""
+    answers = [random_networks.check(random_networks.draw(seed)) for seed in range(100)]
+    assert 60 < answers.count('') < 100

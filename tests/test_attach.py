@@ -10,8 +10,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_program import run_parts
 
 import branchy_jax as bj
@@ -102,6 +100,119 @@ class Mixing(nn.Module):
         return x - x.mean(0, keepdims=True)
 
 
+class Function(nn.Module):
+    """Dense layers around a function of all that a network may do in between."""
+
+    function: object
+    last: object = None
+
+    @nn.compact
+    def __call__(self, x, train=False, other=None):
+        x = nn.Dense(8, name='first')(x)
+        y = self.function(self, x, train) if other is None else x + nn.Dense(8)(other)
+        y = nn.Dense(4, name='output')(y)
+        return y if self.last is None else self.last(y)
+
+
+class Unbound(nn.Module):
+    """Has a constructor of its own, and no scope."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, x):
+        return x
+
+
+class Encoder(nn.Module):
+    """Is called by another method."""
+
+    @nn.compact
+    def encode(self, x):
+        return nn.Dense(8, name='places')(x)
+
+
+class Step(nn.Module):
+    """One step of a loop."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(8, name='inside')(x), None
+
+
+def sown(module, x, train):
+    module.sow('losses', 'h', x.mean())
+    return x
+
+
+def dropped_paths(module, x, train):
+    return x * jax.random.bernoulli(module.make_rng('drop_path'), 0.5, x.shape) if train else x
+
+
+def looped(module, x, train):
+    loop = nn.scan(Step, variable_axes={'params': 0}, split_rngs={'params': True}, length=2)
+    return loop(name='loop')(x, None)[0]
+
+
+def devices(module, x, train):
+    x = nn.BatchNorm(not train, axis_name='batch')(x)
+    return x - jax.lax.pmean(x.mean(), 'other') if train else x
+
+
+DOINGS = {
+    'a layer without a scope': (lambda module, x, train: Unbound()(x), 'first'),
+    'another method': (lambda module, x, train: Encoder(name='encoder').encode(x), 'encoder'),
+    'values of its own': (sown, 'first'),
+    'a stream of its own': (dropped_paths, 'first'),
+    'a loop': (looped, 'loop'),
+    'axes of devices': (devices, 'first'),
+    'weights that are normalised': (lambda module, x, train: nn.WeightNorm(nn.Dense(8))(x), 'first'),
+    'squeezing': (lambda module, x, train: jnp.squeeze(x[:, None]), 'first'),
+}
+
+
+@pytest.mark.parametrize('name', [*DOINGS, 'a flag between inputs'])
+def test_what_networks_do_inside(name, getkey):
+    """The last exit is the network's own result; training keeps the structure of the variables."""
+    doing, place = DOINGS.get(name, (None, 'first'))
+    network, x = Function(doing), jax.random.normal(getkey(), (3, 5))
+    inputs = (x, x) if doing is None else x
+    model = attach(network, {place: lambda value: jax.tree.leaves(value)[0]}, inputs=inputs)
+    variables = model.init(getkey(), inputs)
+    own = network.apply(model.trained(variables), x, other=None if doing else x)
+    np.testing.assert_allclose(model.apply(variables, inputs)[-1], own, atol=1e-6)
+    rngs = {'params': getkey(), 'dropout': getkey()}
+    _, updates = model.apply(variables, inputs, train=True, rngs=rngs, mutable=True)
+    assert jax.tree.structure({**variables, **updates}) == jax.tree.structure(variables)
+
+
+class Columns(nn.Module):
+    """Time-major: ``[T, B, 3]`` at the place and as the result."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name='last')(nn.Dense(4, name='first')(jnp.swapaxes(x, 0, 1)))
+
+
+def test_heads_read_the_batch_first(getkey):
+    x = jax.random.normal(getkey(), (2, 5, 4))
+    model = attach(Columns(), {'first': lambda y: y[:, 1], '': lambda y: y.mean(1)}, inputs=x)
+    variables = model.init(getkey(), x)
+    early, late = model.apply(variables, x)
+    kernel = variables['params']['first']['kernel']
+    np.testing.assert_allclose(early, np.asarray(x)[:, 1] @ kernel, atol=1e-6)
+    np.testing.assert_allclose(late, Columns().apply(model.trained(variables), x).mean(0), atol=1e-6)
+    _, parts = run_parts(bj.program.stages(model, variables, x), variables, x)
+    np.testing.assert_allclose(parts[0], early, atol=1e-6)
+
+
+def test_probabilities_are_reported(getkey):
+    for last in (nn.softmax, nn.sigmoid):
+        with pytest.warns(UserWarning, match='network: its result is exp, sigmoid or softmax of logits'):
+            attach(Function(sown, last), ['first'], inputs=jnp.ones((1, 5)))
+    attach(Function(sown, nn.log_softmax), ['first'], inputs=jnp.ones((1, 5)))
+
+
 @pytest.mark.parametrize(
     ('network', 'exits', 'message'),
     [
@@ -114,6 +225,11 @@ class Mixing(nn.Module):
         (Chain(('a', 'a')), ['a'], "'a' 2 times"),
         (Chain(('a', 'exit_a')), ['a'], "already has a module 'exit_a'"),
         (Chain(('a/b', 'a_b', 'c')), ['a/b', 'a_b'], "heads at 'a/b' and 'a_b' would both be 'exit_a_b'"),
+        (Chain(tuple(f'layer_{n}' for n in range(31))), ['layr_30'], "passes 'layer_30', .*, … .31 in all"),
+        (Function(looped), ['loop/inside'], "'loop/inside' lies inside a loop.*'first'"),
+        (Function(sown, lambda y: {'logits': y}), ['first'], r"exits\[''\]: the result .* give a head"),
+        (Function(sown, lambda y: jnp.repeat(y, 3, 0)), [], "exit 0 returns .*exits, from exit 0 on: ''"),
+        (Function(lambda module, x, train: nn.Dropout(0.5)(x, deterministic=False)), [], 'names train, .*attach'),
         (Mixing(), ['first'], 'rows of a batch influence one another at Mixing'),
         ('resnet', ['a'], 'network: got str'),
     ],
@@ -192,52 +308,6 @@ def test_a_dense_prediction_gets_a_dense_head(getkey):
     model = attach(Segmenter(), ['down'], inputs=images)
     early, late = jax.eval_shape(model.apply, jax.eval_shape(model.init, getkey(), images), images)
     assert early.shape == late.shape == (2, 8, 8, 3)
-
-
-GRAPHS = st.lists(
-    st.tuples(st.sets(st.integers(0, 6), min_size=1, max_size=3), st.sampled_from(['dense', 'tanh', 'norm'])),
-    min_size=2,
-    max_size=6,
-)
-
-
-class Graph(nn.Module):
-    """Each layer reads a sum of earlier activations; two inputs, which are passed by name."""
-
-    layers: tuple
-
-    @nn.compact
-    def __call__(self, a, b):
-        nodes = [nn.Dense(4, name='a')(a), nn.Dense(4, name='b')(b)]
-        for n, (reads, kind) in enumerate(self.layers):
-            x = sum(nodes[r % len(nodes)] for r in reads)
-            layer = {'dense': functools.partial(nn.Dense, 4), 'tanh': Tanh, 'norm': nn.LayerNorm}[kind](name=f'n{n}')
-            nodes.append(layer(x))
-        return nn.Dense(3, name='last')(nodes[-1])
-
-
-class Tanh(nn.Module):
-    """A function at a place."""
-
-    def __call__(self, x):
-        return jnp.tanh(x)
-
-
-@settings(max_examples=4)
-@given(layers=GRAPHS, data=st.data())
-def test_any_graph_cut_anywhere_is_the_whole(layers, data):
-    network = Graph(tuple((tuple(sorted(reads)), kind) for reads, kind in layers))
-    names = ['a', 'b', *(f'n{n}' for n in range(len(layers)))]
-    places = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
-    keys = jax.random.split(jax.random.key(0), 3)
-    inputs = {'a': jax.random.normal(keys[0], (3, 2)), 'b': jax.random.normal(keys[1], (3, 5))}
-    model = attach(network, places, inputs=inputs)
-    variables = model.init(keys[2], inputs)
-    whole = model.apply(variables, inputs)
-    _, parts = run_parts(bj.program.stages(model, variables, inputs), variables, inputs)
-    np.testing.assert_allclose(whole[-1], network.apply(model.trained(variables), **inputs), atol=1e-6)
-    for part, logits in zip(parts, whole, strict=True):
-        np.testing.assert_allclose(part, logits, atol=1e-5)
 
 
 class NnxBlock(nnx.Module):

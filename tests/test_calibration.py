@@ -39,18 +39,8 @@ def test_temperatures_minimise_the_cross_entropy(overconfident):
     assert slope(logits[0], labels, 1.01 * each[0]) < -1e-3 < 1e-3 < slope(logits[0], labels, 0.99 * each[0])
     assert 2.5 < each[0] < 3.6
     assert shared[0] == shared[1]
-
-
-def test_temperatures_lower_the_calibration_error(overconfident):
-    (logits, _), labels = overconfident
-    right = logits.argmax(-1) == labels
-
-    def error(temperature):
-        return reliability(special.softmax(logits / temperature, axis=-1).max(-1), right).error
-
-    assert error(fit_temperatures(logits[None], labels)[0]) < 0.05 < 0.2 < error(1.0)
     unrelated = np.random.default_rng(9).integers(0, 4, 600)  # the exit is no better than chance
-    assert 1000 >= fit_temperatures(logits[None], unrelated)[0] > 10
+    assert 1000 >= fit_temperatures(logits[:1], unrelated)[0] > 10
 
 
 @given(seed=st.integers(0, 100), bins=st.integers(1, 20), equal=st.booleans())

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 import branchy_jax as bj
 from branchy_jax.costs import StageCosts
@@ -78,19 +77,15 @@ def test_a_controller_goes_where_a_policy_goes(path):
     controller = create(path, criterion=bj.criteria.margin, target=5.0, scale=9.0)
     by_hand = table.answering_exits(np.asarray(controller.policy.thresholds))
     np.testing.assert_array_equal(table.answering_exits(controller), by_hand)
-    assert len(set(by_hand.tolist())) == 3
-    assert as_policy(controller, 3).criterion == bj.criteria.margin
+    assert as_policy(controller, 3) == controller.policy
     with pytest.raises(ValueError, match="made for the criterion 'entropy'"):
         table.answering_exits(create(path, target=5.0, scale=9.0))
 
 
-def test_positions_and_steps_are_bounded(path):
+def test_steps_are_bounded_and_thresholds_interpolated_between_finite_settings(path):
     controller = create(path, target=5.0, scale=9.0, largest_step=0.01)
     after = controller.update(jnp.full(1000, 1e30))
     assert float(controller.position - after.position) == pytest.approx(0.01, rel=1e-4)
-    controller = create(path, target=0.0, scale=1.0, largest_step=1.0)
-    assert float(controller.update(jnp.full(1000, 100.0)).position) == 0.0
-    # Thresholds are interpolated between finite settings.
     controller = create([[4.0, 1.0], [2.0, 0.0], [0.0, 0.0]], target=1.0, scale=1.0)
     for position, expected in ((0.0, [4, 1]), (0.25, [3, 0.5]), (1.0, [0, 0])):
         assert controller.replace(position=jnp.float32(position)).policy.thresholds.tolist() == expected
@@ -123,9 +118,7 @@ def test_bad_controllers_and_monitors_are_refused():
 
 
 def test_monitor_averages_exit_shares():
-    monitor = Monitor.create([0.5, 0.5], memory=100).observe(jnp.zeros(50, jnp.int32))
-    assert monitor.shares.tolist() == [1.0, 0.0]
-    monitor = monitor.observe(jnp.ones(50, jnp.int32))
+    monitor = Monitor.create([0.5, 0.5], memory=100).observe(jnp.zeros(50, jnp.int32)).observe(jnp.ones(50, jnp.int32))
     np.testing.assert_allclose(monitor.shares, [0.5, 0.5])
     np.testing.assert_allclose(monitor.observe(jnp.int32(1)).shares, [0.495, 0.505], rtol=1e-5)
     assert monitor.observe(jnp.zeros(0, jnp.int32)) == monitor
@@ -147,9 +140,6 @@ def test_drift_is_pearsons_with_at_least_five_expected(expected):
     for seen in range(1, 5):
         monitor, counts = monitor.observe(index[seen - 1]), np.bincount(index[:seen].ravel(), minlength=3)
         assert float(monitor.drift) == pytest.approx(drift_by_hand(expected, counts), rel=1e-3)
-    if (expected * 800 >= 5).all():  # where no exit is rare it is Pearson's, over N − 1 degrees of freedom
-        pearson = stats.chisquare(counts, expected * 800).statistic
-        assert float(monitor.drift) == pytest.approx(np.sqrt(pearson / 2), rel=1e-3)
 
 
 @jax.jit
@@ -193,8 +183,6 @@ def test_paths_by_shares_count_finite_inputs_and_need_some():
     assert [(side[0] < setting).sum() for setting in result] == [3, 1, 0]
     with pytest.raises(ValueError, match='uncertainty: an exit of the table'):
         table_of([[np.nan, np.inf]]).path_by_shares()
-    with pytest.raises(ValueError, match='size: got 1'):
-        table_of(side).path_by_shares(size=1)
 
 
 def test_no_setting_of_a_path_falls_under_the_floor():

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from experiments.peers import command
 from experiments.run import networks, report, timing, trainings
 from experiments.run.trainings import Trainer
 from experiments.study import gradients, on_a_run
-from experiments.study.finished import publish, read_report, read_run
+from experiments.study.finished import publish, read_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'experiments' / 'configs').glob('*_*.py') if path.stem != '__init__')
@@ -31,6 +32,7 @@ RESULTS = ROOT / 'experiments' / 'results'
 STORED = [
     path for path in sorted(RESULTS.glob('*/report.json')) if path.parent.name not in {'iree', 'onnx'}
 ]  # no runs of the main job
+TIME_RUN = timing.time_run
 ROW = {'network', 'test_accuracy', 'exit_accuracy', 'thresholds', 'exit_fractions', 'batch', 'latency_ms', 'gain'}
 
 
@@ -56,13 +58,27 @@ def tiny(tmp_path_factory):
     return changed(config, latency_images=4, latency_passes=2)
 
 
+def clocks(networks, planned_on, images, policies, *, batch, passes):
+    """What `time_run` returns, without its plans."""
+    clock = {'batch': batch, 'latency_images': len(images), 'latency_passes': passes, 'latency_ms': 0.5}
+    clock |= dict.fromkeys(('gain', 'gain_low', 'gain_high', 'gain_plain'), 1.0)
+    exits = 1 + len(policies['table'].thresholds)
+    alone = {'exit_latency_ms': [0.5] * exits, 'trunk_only_ms': [0.5] * (exits + 1)}
+    return {'baseline': clock, 'points': dict.fromkeys(policies, clock), **alone}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def clocks_stand_still():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main.timing, 'time_run', clocks)
+        yield
+
+
 @pytest.fixture(scope='module')
 def done(tiny, tmp_path_factory):
-    """The folder of a run and its report; clocks tick here, another process would import all anew."""
+    """The folder of a run and its report."""
     workdir = tmp_path_factory.mktemp('done')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'default_backend', lambda: 'here')
-        return workdir, main.run(tiny, workdir)
+    return workdir, main.run(tiny, workdir)
 
 
 @pytest.fixture
@@ -108,7 +124,6 @@ def test_figures_come_out_of_the_weights_again(done, tiny):
 
 def test_a_folder_is_resumed_and_one_of_another_run_refused(copy, done, tiny, monkeypatch):
     monkeypatch.setattr(jax, 'value_and_grad', None)  # a finished run is not trained again
-    monkeypatch.setattr(main.timing, 'time_run', lambda *_, **__: fake_clocks(done[1]))
     again = main.run(changed(tiny, latency_passes=3), copy)  # it may be timed otherwise
     for name in ('test_accuracy', 'thresholds', 'exit_fractions', 'macs'):
         assert [row[name] for row in again['rows']] == [row[name] for row in done[1]['rows']]
@@ -116,14 +131,6 @@ def test_a_folder_is_resumed_and_one_of_another_run_refused(copy, done, tiny, mo
     with pytest.raises(ValueError, match=r'workdir: .* other settings \(learning_rate\)'):
         main.run(changed(tiny, learning_rate=0.5), copy)
     assert (copy / 'report.json').read_bytes() == before
-
-
-def fake_clocks(record):
-    clock = {name: record['rows'][0][name] for name in ('batch', 'latency_ms', 'gain', 'gain_low', 'gain_high')}
-    clock |= {'gain_plain': 1.0, 'latency_images': 4, 'latency_passes': 2}
-    points = {row['name']: clock for row in record['operating_points']}
-    times = {name: record[name] for name in ('exit_latency_ms', 'trunk_only_ms')}
-    return {'baseline': clock, 'points': points, **times}
 
 
 GROWN = {
@@ -156,13 +163,6 @@ def test_bad_settings_are_refused_before_any_work(tiny, tmp_path, changes, messa
     assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.parametrize('path', STORED, ids=lambda path: path.parent.name)
-def test_the_page_of_a_stored_run_is_what_its_rows_make(path):
-    record = read_report(path.parent)
-    config = importlib.import_module(f'experiments.configs.{path.parent.name}').get_config()
-    assert report.page(record, config.choose) == path.with_suffix('.md').read_text()
-
-
 PAGES = {
     'benchmark_*/*': benchmark.page,
     'planning/planning': benchmark.page,
@@ -174,12 +174,18 @@ PAGES = {
 }
 
 
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', [*PAGES, *(f'{path.parent.name}/report' for path in STORED)])
 def test_a_stored_page_is_what_its_record_makes(name):
     paths = sorted(RESULTS.glob(f'{name}.json'))
     assert paths
     for path in paths:
-        assert PAGES[name](bj.report.read_json(path)) == path.with_suffix('.md').read_text()
+        assert PAGES.get(name, page_of_a_run)(bj.report.read_json(path)) == path.with_suffix('.md').read_text()
+
+
+def page_of_a_run(record):
+    (name,) = re.search(r'configs/(\w+)\.py', record['command']).groups()
+    config = importlib.import_module(f'experiments.configs.{name}').get_config()
+    return report.page(record, config.choose)
 
 
 def test_a_damaged_report_is_refused(copy, done):
@@ -302,23 +308,15 @@ def test_confidence_reports_on_a_finished_run(copy):
     guaranteed = [row for row in record['guarantees'] if 'delta' in row]
     assert all(row['broken'] <= row['allowed'] + 0.1 for row in guaranteed)  # 30 sets only
     assert len({row['cost_saved'] for row in guaranteed}) > 1
-    assert {row['exit'] for row in record['calibration']} == {1, 2}
+    assert {row['exit'] for row in record['calibration']} == {0, 1}
     assert {row['equal_to_entropy'] for row in record['criteria'] if row['criterion'] == 'entropy'} == {1.0}
     assert '(reliability.png)' in (copy / 'confidence.md').read_text()
     assert (copy / 'reliability.png').is_file()
 
 
 @pytest.mark.slow
-def test_segmentation_goes_through_the_same_job(tmp_path, done, monkeypatch):
+def test_segmentation_goes_through_the_same_job(tmp_path):
     """Bright squares on noise, in 16 × 16 pixels: rows with mIoU, the cheapest of three criteria."""
-
-    def clocks(networks, planned_on, images, policies, *, batch, passes):
-        assert (batch, len(images)) == (4, 8)
-        clock = {**fake_clocks(done[1])['baseline'], 'batch': batch}
-        points = dict.fromkeys(policies, clock)
-        return {'baseline': clock, 'points': points, 'exit_latency_ms': [1.0] * 3, 'trunk_only_ms': [1.0] * 4}
-
-    monkeypatch.setattr(main.timing, 'time_run', clocks)
     generator = np.random.default_rng(0)
     images, masks = generator.integers(0, 60, (60, 16, 16)), np.zeros((60, 16, 16), int)
     for n, (row, column) in enumerate(generator.integers(0, 9, (60, 2))):
@@ -331,20 +329,24 @@ def test_segmentation_goes_through_the_same_job(tmp_path, done, monkeypatch):
     config.network_options.update(width=2, head_width=2)
     record = main.run(config, tmp_path / 'run')
     assert all(0 < row['test_miou'] <= 1 for row in record['rows'])
+    assert [(row['batch'], row['latency_images']) for row in record['rows']] == [(4, 8), (4, 8)]
     assert (len(record['rows'][1]['exit_miou']), len(record['criteria_tried'])) == (3, 3)
 
 
 @pytest.mark.slow
-def test_batches_are_timed_as_planned(done):
+@pytest.mark.parametrize('batch', [1, 4])
+def test_both_networks_are_timed_as_planned(done, monkeypatch, batch):
+    monkeypatch.setattr(timing, 'time_run', TIME_RUN)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'here')  # another process would import all anew
     finished = read_run(done[0])
     images = np.asarray(finished.networks.normalization(finished.dataset().test.image[:8]))
-    clocks = timing.time_run(finished.networks, images, images, finished.policies, batch=4, passes=2)
+    clocks = timing.time_run(finished.networks, images, images, finished.policies, batch=batch, passes=2)
     assert list(clocks['points']) == list(finished.policies)
     assert (len(clocks['exit_latency_ms']), len(clocks['trunk_only_ms'])) == (2, 3)
     row = clocks['points']['table']
-    assert (row['batch'], row['latency_images']) == (4, 8)
+    assert (row['batch'], row['latency_images']) == (batch, 8)
     assert row['gain_low'] <= row['gain'] <= row['gain_high']
-    assert row['executor']
+    assert (row['executor'], clocks['baseline']['gain']) == (str(row['executor']), 1)
 
 
 @pytest.mark.parametrize('flags', ['', '--xla_force_host_platform_device_count=3 --xla_cpu_multi_thread_eigen=true'])

@@ -41,7 +41,7 @@ def test_iree_answers_as_dense_does(network, embedded_bytes, tmp_path, monkeypat
 @pytest.mark.parametrize('batch', [False, True])
 def test_onnx_files_answer_as_dense_does(network, batch, tmp_path, monkeypatch, capsys):
     for package in ('onnx', 'onnxruntime'):
-        pytest.importorskip(package, reason='pip install branchy-jax[peers]')
+        pytest.importorskip(package, reason="pip install '.[peers]'")
     thresholds, path = thresholds_between(*network).astype(np.float32), tmp_path / 'network.onnx'
     bj.export.save_onnx(path, *network[:2], thresholds, inputs=network[2], batch=batch)
     expected = bj.inference.dense(network[0])(*network[1:], thresholds)
@@ -51,4 +51,4 @@ def test_onnx_files_answer_as_dense_does(network, batch, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, 'argv', ['run_without_jax.py', str(path), *flags])
     run_without_jax.main()
     result = json.loads(capsys.readouterr().out)
-    assert (result['images'], result['differ'], 'exits_asked' in result) == (24, 0, not batch)
+    assert (result['images'], result['differ'], result['exits_asked']) == (24, 0, [1, 2, 3])

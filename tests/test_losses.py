@@ -7,6 +7,7 @@ import pytest
 from scipy import special
 
 from branchy_jax.losses import (
+    accuracy_per_exit,
     cross_entropy_per_exit,
     distillation,
     ensemble_of_exits,
@@ -33,6 +34,28 @@ def test_cross_entropy_is_the_float64_reference(logits, smoothing):
     losses = cross_entropy_per_exit(logits, jnp.asarray(LABELS), label_smoothing=smoothing)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert cross_entropy_per_exit([z.astype(jnp.bfloat16) for z in logits], LABELS).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('ignored', [1, 255, -1])
+def test_positions_to_ignore_leave_loss_and_accuracy(logits, ignored):
+    labels = np.where(LABELS == 1, ignored, LABELS)
+    labels = labels.astype(np.uint8 if ignored > 0 else np.int32)
+    counted = labels != ignored
+    exact = special.log_softmax(np.asarray(logits, np.float64), axis=-1)[:, counted]
+    expected = -exact[:, np.arange(counted.sum()), labels[counted]].mean(-1)
+    right = (exact.argmax(-1) == labels[counted]).mean(-1)
+    for given in (labels, jnp.asarray(labels)):
+        losses = jax.jit(cross_entropy_per_exit, static_argnames='ignore_label')(logits, given, ignore_label=ignored)
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        np.testing.assert_allclose(cross_entropy_per_exit(logits, given, ignore_label=ignored), expected, rtol=1e-5)
+        accuracy = accuracy_per_exit(logits, given, ignore_label=ignored)['exit_accuracy']
+        np.testing.assert_allclose(accuracy, right, rtol=1e-6)
+    nothing = np.full_like(labels, ignored)
+    loss, gradient = jax.value_and_grad(lambda z: cross_entropy_per_exit(z, nothing, ignore_label=ignored).sum())(
+        logits
+    )
+    assert loss == 0
+    assert not np.any(gradient)
 
 
 def kl_divergence(teacher, student, temperature):
@@ -76,6 +99,8 @@ def test_losses_add_up_and_are_values(logits):
         (lambda z: cross_entropy_per_exit(z, jnp.zeros((4, 2, 3))), 'labels: expected integers'),
         (lambda z: cross_entropy_per_exit(z, LABELS[:3]), r'labels: .* exit 0 .*\(4, 2, 3\); got \(3, 2, 3\)'),
         (lambda z: cross_entropy_per_exit(z, LABELS + 1), 'labels: expected classes'),
+        (lambda z: cross_entropy_per_exit(z, LABELS + 1, ignore_label=4), 'labels: expected classes'),
+        (lambda z: cross_entropy_per_exit([x[..., :1] for x in z], 0 * LABELS), 'logits: exit 0 has one logit'),
         (lambda z: cross_entropy_per_exit(z, LABELS, label_smoothing=1.0), 'label_smoothing: got 1.0'),
         (lambda z: cross_entropy_per_exit(z, LABELS, label_smoothing=float('nan')), 'label_smoothing: got nan'),
         (lambda z: distillation(last_exit, temperature=0), 'temperature: got 0'),

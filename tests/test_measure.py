@@ -1,6 +1,8 @@
 """Timing against brute force over order statistics; energy against a simulated meter with hand-derived values."""
 
 import itertools
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -18,15 +20,10 @@ def test_passes_interleave_in_rotating_order():
     assert all((values >= 0).all() for values in seconds.values())
     calls.clear()
     interleaved_passes(functions, passes=2, warmup=0, settle=2)
-    assert ''.join(calls) == 'aaabbbccc' + 'bbbcccaaa'
+    one_by_one(calls.append, 'xyz')()
+    assert ''.join(calls) == 'aaabbbccc' + 'bbbcccaaa' + 'xyz'
     with pytest.raises(ValueError, match='functions: got 0'):
         interleaved_passes({})
-
-
-def test_one_by_one_calls_each_input():
-    inputs = []
-    one_by_one(inputs.append, [1, 2, 3])()
-    assert inputs == [1, 2, 3]
 
 
 def test_ratio_is_of_pairs_not_of_medians():
@@ -67,25 +64,39 @@ class Bench:
         return measure_energy(lambda: self.draw(0.5, 30.0), Meter('simulated', lambda: self.shown), **options)
 
 
-def test_idle_power_is_subtracted_and_shown():
-    energy = Bench().measure(seconds=20)
-    assert energy.idle_watts == pytest.approx(10, rel=0.03)
+@pytest.mark.parametrize('options', [{}, {'idle_watts': 10.0}])
+@pytest.mark.parametrize('update', [0.05, 0.5])
+def test_idle_power_is_subtracted_and_runs_are_long_enough_for_the_meter(update, options):
+    energy = Bench(update).measure(seconds=20, **options)
+    assert energy.idle_watts == pytest.approx(10, rel=0.01)
     assert energy.watts == pytest.approx(30, rel=0.01)
     assert energy.joules_with_idle == pytest.approx(15, rel=0.01)  # 30 W for half a second
     assert energy.joules == pytest.approx(10, rel=0.02)  # 20 W above idle
-    assert (energy.calls, energy.seconds, energy.meter) == (40, 20, 'simulated')
+    assert energy.calls == pytest.approx(2 * energy.seconds)
+    assert energy.seconds >= max(20, 100 * update)
+    assert (energy.resolution < 0.02, energy.meter) == (True, 'simulated')
 
 
-@pytest.mark.parametrize('update', [0.01, 0.5])
-def test_runs_are_long_enough_for_the_meter(update):
-    energy = Bench(update).measure(seconds=0.1)
-    assert energy.resolution < 0.02
-    assert energy.seconds >= 100 * update
+class Processors(list):
+    """Counters in millijoules, as zeus reads them."""
+
+    def get_total_energy_consumption(self, number):
+        return types.SimpleNamespace(cpu_mj=self[number])
 
 
-def test_a_meter_that_does_not_change_is_refused_and_may_be_absent(monkeypatch):
+def test_meters_that_do_not_change_are_refused_and_may_be_absent(monkeypatch):
     with pytest.raises(ValueError, match='simulated changed 0 times'):
         Bench(update=1e9).measure()
-    monkeypatch.setattr('jax.default_backend', lambda: 'gpu')
-    monkeypatch.setitem(__import__('sys').modules, 'pynvml', None)  # the library is not installed
+    monkeypatch.setitem(sys.modules, 'zeus', None)  # the library is not installed
+    monkeypatch.delitem(sys.modules, 'zeus.device', raising=False)
     assert find_meter() is None
+    zeus = types.SimpleNamespace(get_gpus=None)
+    monkeypatch.setitem(sys.modules, 'zeus', zeus)
+    monkeypatch.setitem(sys.modules, 'zeus.device', zeus)
+    for counters, joules in (([1000.0, 500.0], 1.5), ([], None)):
+        zeus.get_cpus = lambda counters=counters: Processors(counters)
+        meter = find_meter()
+        assert (meter and meter.read()) == joules
+    zeus.get_gpus = lambda: types.SimpleNamespace(get_total_energy_consumption=lambda number: 2500)
+    monkeypatch.setattr('jax.default_backend', lambda: 'gpu')
+    assert find_meter().read() == 2.5

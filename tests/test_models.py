@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_variables
 from flax import traverse_util
 
 import branchy_jax as bj
@@ -21,10 +22,10 @@ def shapes_of(model, image_shape):
 def test_the_baseline_is_the_same_trunk_with_one_exit(trunk, placement):
     model, baseline = (bj.models.create(name, placement=placement, num_classes=7) for name in (f'b-{trunk}', trunk))
     images = jax.ShapeDtypeStruct((2, *SHAPES[trunk]), jnp.float32)
-    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    branchy, alone = traverse_util.flatten_dict(variables, sep='/'), shapes_of(baseline, SHAPES[trunk])
     exits = EXITS[trunk] + (trunk == 'resnet8' and placement == 'tuned')
     assert [(z.shape, z.dtype) for z in logits] == [((2, 7), jnp.float32)] * exits
-    branchy, alone = (shapes_of(m, SHAPES[trunk]) for m in (model, baseline))
     assert alone.items() <= branchy.items()
     assert all(path.split('/')[1].startswith('exit') for path in set(branchy) - set(alone))
 
@@ -64,7 +65,7 @@ def test_unknown_names_and_impossible_options_are_refused(name, options, message
         bj.models.create(name, **options)
 
 
-@pytest.mark.parametrize(('size', 'window', 'stride'), [(15, 2, 2), (16, 3, 2), (7, 3, 3)])
+@pytest.mark.parametrize(('size', 'window', 'stride'), [(15, 2, 2), (7, 3, 3)])
 def test_max_pool_rounds_up(getkey, size, window, stride):
     x = np.asarray(jax.random.normal(getkey(), (1, size, size, 2)))
     out = -(-(size - window) // stride) + 1
@@ -90,9 +91,11 @@ def test_residual_block_without_weights_is_its_shortcut(getkey):
     """With the last scale at zero only the shortcut is left: strided, padded with zero channels, rectified."""
     x = jax.random.normal(getkey(), (1, 6, 6, 2))
     block = layers.ResidualBlock(5, stride=2)
-    variables = jax.jit(block.init)(getkey(), x)
-    variables['params']['norm2']['scale'] = jnp.zeros(5)
-    result = block.apply(variables, x)
+    variables = random_variables(block, x)
+    for name in ('norm2', 'conv2'):
+        variables['params'][name] = jax.tree.map(jnp.zeros_like, variables['params'][name])
+    variables['batch_stats']['norm2']['mean'] *= 0
+    result = jax.jit(block.apply)(variables, x)
     np.testing.assert_allclose(result[..., :2], np.maximum(x[:, ::2, ::2], 0), atol=1e-6)
     np.testing.assert_array_equal(result[..., 2:], 0)
 
@@ -119,7 +122,7 @@ def test_transformer_block_is_the_float64_reference():
         'b-vit', image_shape=(4, 4, 1), patch_size=2, depth=2, width=8, num_heads=2, exits_after=(1,), num_classes=3
     )
     images = jax.random.normal(jax.random.key(0), (6, 4, 4, 1))
-    variables = jax.jit(model.init)(jax.random.key(1), images)
+    variables = random_variables(model, images)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables['params'])
     embedded = np.asarray(images).reshape(6, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(6, 4, 4)
     patches = embedded @ p['embedding']['patches']['kernel'].reshape(4, 8) + p['embedding']['patches']['bias']

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import branchy_jax as bj
 from branchy_jax.export import save_onnx
 from branchy_jax.inference import onnx_program
 
-onnx = pytest.importorskip('onnx', reason='pip install branchy-jax[onnx]')
-runtime = pytest.importorskip('onnxruntime', reason='pip install branchy-jax[onnx]')
+onnx = pytest.importorskip('onnx', reason="pip install '.[onnx]'")
+runtime = pytest.importorskip('onnxruntime', reason="pip install '.[onnx]'")
 
 LOOKING_BACK = bj.criteria.ensemble()
 ANSWER = ('label', 'exit_index', 'logits', 'uncertainty')
@@ -99,12 +100,15 @@ def check(result, expected):
 
 
 def check_batches(path, expected, images):
-    """Checks the logits that a file for batches returns at several sizes."""
+    """Checks what a file for batches returns at several sizes: answers, or the logits of every exit."""
     whole = session(path)
-    for size in (1, 2, 5):
-        results = whole.run([f'logits_{n + 1}' for n in range(len(expected))], {'image': np.asarray(images)[:size]})
-        for result, logits in zip(results, expected, strict=True):
-            np.testing.assert_allclose(result, logits[:size], rtol=1e-4, atol=1e-4)
+    for size in (*(n for n in (64, 7, 5) if n <= len(images)), 1, 0):
+        results = whole.run(None, {'image': np.asarray(images)[:size]})
+        wanted = jax.tree.map(lambda leaf, size=size: leaf[:size], expected)
+        if isinstance(expected, bj.ExitPrediction):
+            check(bj.ExitPrediction(*results), wanted)
+        else:
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), tuple(results), wanted)
 
 
 def test_file_is_dense(layers, saved):
@@ -112,25 +116,37 @@ def test_file_is_dense(layers, saved):
     check(answers(saved[0], layers[2]), saved[1])
 
 
-def test_batches_of_any_size_return_every_exit(layers, tmp_path):
+def test_a_criterion_of_several_exits_follows_the_rows_that_go_on(layers, tmp_path):
     model, variables, pixels, policy = layers
-    options = {'inputs': SCALE(pixels), 'normalization': SCALE, 'every_exit': True}
-    save_onnx(tmp_path / 'batch.onnx', model, variables, policy, **options)
-    check_batches(tmp_path / 'batch.onnx', model.apply(variables, SCALE(pixels)), pixels)
-    assert 'If' not in [node.op_type for node in onnx.load(tmp_path / 'batch.onnx').graph.node]
-
-
-def test_rows_of_a_batch_leave_one_by_one(layers, tmp_path):
-    model, variables, pixels, policy = layers
+    policy = policy_of(model, variables, SCALE(pixels), LOOKING_BACK)
     options = {'inputs': SCALE(pixels), 'normalization': SCALE, 'batch': True}
-    for number, rule in enumerate((policy, policy_of(model, variables, SCALE(pixels), LOOKING_BACK))):
-        path = tmp_path / f'{number}.onnx'
-        save_onnx(path, model, variables, rule, **options)
-        expected = bj.inference.dense(model)(variables, SCALE(pixels), rule)
-        assert set(expected.exit_index.tolist()) == {0, 1, 2}
-        for size in (20, 7, 1, 0):
-            results = bj.ExitPrediction(*session(path).run(ANSWER, {'image': pixels[:size]}))
-            check(results, jax.tree.map(lambda leaf, size=size: leaf[:size], expected))
+    save_onnx(tmp_path / 'rows.onnx', model, variables, policy, **options)
+    expected = bj.inference.dense(model)(variables, SCALE(pixels), policy)
+    assert set(expected.exit_index.tolist()) == {0, 1, 2}
+    check_batches(tmp_path / 'rows.onnx', expected, pixels)
+
+
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory):
+    """The file for batches of a transformer, its images, and a function that returns what `dense` answers."""
+    shape = {'image_shape': (4, 4, 1), 'patch_size': 2, 'depth': 3, 'width': 8, 'num_heads': 2, 'exits_after': (1, 2)}
+    model = bj.models.create('b-vit', num_classes=5, **shape)  # block 2 begins with the LayerNorm of exit 1
+    images = np.asarray(jax.random.normal(jax.random.key(0), (64, 4, 4, 1)))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    policy = policy_of(model, variables, images, bj.criteria.entropy)
+    path = tmp_path_factory.mktemp('rows') / 'rows.onnx'
+    save_onnx(path, model, variables, policy, inputs=images, batch=True)
+    return path, images, lambda thresholds=policy: bj.inference.dense(model)(variables, images, thresholds)
+
+
+def test_rows_of_a_batch_leave_one_by_one(rows, tmp_path):
+    path, images, answer = rows
+    for size in (7, 64):
+        assert set(answer().exit_index[:size].tolist()) == {0, 1, 2}
+    check_batches(path, answer(), images)
+    for thresholds in ([np.inf, 0], [-np.inf, -np.inf]):  # all leave at the first exit, none before the last
+        set_thresholds(path, tmp_path / 'changed.onnx', thresholds)
+        check_batches(tmp_path / 'changed.onnx', answer(thresholds), images)
 
 
 @pytest.mark.parametrize(
@@ -191,25 +207,33 @@ def test_each_stage_lies_in_the_branch_of_the_exit_before_it(layers, saved):
     assert json.loads(metadata['normalization'])['mean'] == np.asarray(SCALE.mean).tolist()
 
 
-def test_skipped_nodes_do_not_run(layers, saved, tmp_path):
-    leaves = np.asarray(saved[1].exit_index)
+@pytest.mark.parametrize('file', ['one image', 'rows'])
+def test_skipped_nodes_do_not_run(file, layers, saved, rows, tmp_path):
+    path, images, leaves = (saved[0], layers[2], saved[1]) if file == 'one image' else (*rows[:2], rows[2]())
     for n in range(3):
-        profiled = session(saved[0], enable_profiling=True, profile_file_prefix=str(tmp_path / f'exit{n}'))
-        profiled.run(None, {'image': layers[2][leaves == n][:1]})
-        with open(profiled.end_profiling()) as file:
-            ran = [event['name'] for event in json.load(file) if event['cat'] == 'Node']
+        some = images[np.asarray(leaves.exit_index) == n]
+        profiled = session(path, enable_profiling=True, profile_file_prefix=str(tmp_path / f'exit{n}'))
+        profiled.run(None, {'image': some[:1] if file == 'one image' else some})
+        with open(profiled.end_profiling()) as events:
+            ran = [event['name'] for event in json.load(events) if event['cat'] == 'Node']
         assert exits_of(ran) == set(range(1, n + 2))
+
+
+def set_thresholds(path, changed, thresholds):
+    """Writes a file with other thresholds."""
+    file = onnx.load(path)
+    arrays = {array.name: array for array in file.graph.initializer}
+    for n, threshold in enumerate(thresholds):
+        arrays[f'threshold_{n + 1}'].CopyFrom(onnx.numpy_helper.from_array(np.float32(threshold), f'threshold_{n + 1}'))
+    onnx.save(file, changed)
 
 
 def test_thresholds_are_changed_in_the_file_and_ties_and_nan_go_on(tmp_path):
     logits = np.array([[0, -np.inf, -np.inf], [np.nan, 0, 0], [5, 0, 0]], np.float32)
     model = Function(lambda x: (x, x))
     save_onnx(tmp_path / 'file.onnx', model, {}, [-np.inf], inputs=logits)
-    file = onnx.load(tmp_path / 'file.onnx')
-    (threshold,) = [array for array in file.graph.initializer if array.name == 'threshold_1']
     for value, exits in ((0.0, [1, 1, 1]), (1e-6, [0, 1, 1]), (1.0, [0, 1, 0]), (np.inf, [0, 1, 0])):
-        threshold.CopyFrom(onnx.numpy_helper.from_array(np.float32(value), 'threshold_1'))
-        onnx.save(file, tmp_path / 'changed.onnx')
+        set_thresholds(tmp_path / 'file.onnx', tmp_path / 'changed.onnx', [value])
         assert answers(tmp_path / 'changed.onnx', logits).exit_index.tolist() == exits
         assert bj.inference.dense(model)({}, logits, [value]).exit_index.tolist() == exits
 
@@ -222,15 +246,16 @@ def test_tiny_entropies_have_all_digits(tmp_path):
 
 
 def test_a_conditional_of_the_network_itself_is_translated(tmp_path):
-    images = np.array([[1, 2, 3], [-3, 1, -2]], np.float32)
+    class Either(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            positive = self.param('w', nn.initializers.ones, ()) > 0
+            return (jax.lax.cond(positive, lambda: x @ jnp.ones((3, 3)), lambda: jnp.tanh(x) * int(x.shape[0])),)
 
-    def positive_or_not(x):
-        return (jax.lax.cond(x.sum() > 0, lambda: x @ jnp.ones((3, 3)), lambda: jnp.tanh(x) * int(x.shape[0])),)
-
-    model = Function(positive_or_not)
-    save_onnx(tmp_path / 'file.onnx', model, {}, [], inputs=jax.ShapeDtypeStruct((1, 3), jnp.float32))
-    expected = [[6, 6, 6], np.tanh(images[1])]
-    np.testing.assert_allclose(answers(tmp_path / 'file.onnx', images).logits, expected, rtol=1e-5)
+    images = np.array([[1, 2, 3]], np.float32)
+    for w, expected in ((1.0, [[6, 6, 6]]), (-1.0, np.tanh(images))):
+        save_onnx(tmp_path / 'file.onnx', Either(), {'params': {'w': jnp.float32(w)}}, [], inputs=images)
+        np.testing.assert_allclose(answers(tmp_path / 'file.onnx', images).logits, expected, rtol=1e-5)
 
 
 FUNCTIONS = (
@@ -241,41 +266,95 @@ FUNCTIONS = (
     nn.Conv(2, (2, 3), padding=((1, 0), (0, 2)), kernel_dilation=(2, 1)),
     lambda x: x[:, 0],
     lambda x: x[:, -1, 1:3],
+    lambda x: x.mean(axis=()) + x.max(axis=()),
     lambda x: x[:, ::2, 1:4:2],
-    lambda x: x[:, jnp.array([0, 2, 3])],
-    lambda x: x[:, jnp.array([0, 2, 3]), jnp.array([3, 1, 1])],
-    lambda x: jnp.split(x, 2, axis=2)[1],
-    lambda x: x * x.shape[0] / x.shape[0],
+    lambda x: x[:, ::-1, 3:0:-2],
+    lambda x: x[:, jnp.array([0, 2, 3]), jnp.array([3, 1, 1])] + x[:, jnp.array([0, 2, 3]), 0],
+    lambda x: jnp.take_along_axis(x, x.argmax(1, keepdims=True), 1),
+    jax.vmap(lambda row: lax.dynamic_slice_in_dim(row, row[:, 0, 0].argmax(), 2)[:, 1]),
+    lambda x: lax.dynamic_slice_in_dim(x, 3, 2, axis=2),
+    lambda x: jnp.take(jnp.arange(3.0), x[..., 0].argmax(1), mode='clip'),
     lambda x: nn.Embed(7, 3)(x[..., 0, 0].argmax(1)),
+    lambda x: jax.nn.one_hot(x[..., 0].argmax(1), 5),
+    lambda x: jnp.split(x, 2, axis=2)[1] * x.shape[0] / x.shape[0],
     lambda x: jnp.broadcast_to(jnp.arange(4.0), (x.shape[0], 4)) + x[..., 0, 0, :1],
+    lambda x: jnp.concatenate([jnp.tile(jnp.arange(2.0), (x.shape[0], 1)), jnp.tile(x[:, 0, 0], (1, 2))], 1),
+    lambda x: jnp.cumsum(x, 1) + lax.cumsum(x, 2, reverse=True),
+    lambda x: jnp.argsort(jnp.round(x), 1) - jnp.argsort(x.argmax(2, keepdims=True), 1),  # many ties
+    lambda x: jnp.sort(x, 2, descending=True) - jnp.median(x, 1, keepdims=True),
+    lambda x: lax.top_k(x, 1)[0] % 0.7 - lax.top_k(-x, 2)[1] % 2,
+    lambda x: lax.round(2 * jnp.round(x) / 4) + jnp.round(x / 2),
+    lambda x: (x - x.mean(1, keepdims=True)) / jnp.std(x, 1, keepdims=True),  # divides by NaN if there is no row
     lambda x: jnp.where(jnp.isfinite(x) & (x != 1), jnp.expm1(x) ** 4, 0.0).clip(-1, 1),
+    lambda x: jnp.select([x > 1, x > 0], [x, 2 * x], 0.0) + lax.select_n((x > 0).astype(int) + (x > 1), x, -x, 3 * x),
+    lambda x: jnp.stack([(x > 0).any(1), (x > 1).all(1) ^ (x < 0).any(1)]).swapaxes(0, 1),
+    lambda x: jnp.sinh(x) + jnp.arctan(x) + nn.log_softmax(nn.softplus(nn.gelu(x, approximate=False))),
+    lambda x: lax.pad(x, 0.5, ((0, 0, 0), (1, -1, 2), (0, 0, 1), (0, 0, 0))),
+    lambda x: jnp.roll(jnp.pad(x, ((0, 0), (1, 2), (2, 0), (0, 0)), mode='reflect'), (1, -1), (1, 2)),
+    lambda x: (
+        jax.image.resize(x, (x.shape[0], 7, 8, 2), 'nearest') + jax.image.resize(x, (x.shape[0], 7, 8, 2), 'linear')
+    ),
+    lambda x: jnp.einsum('bhwc,bvwd,de->bvhe', x, x, jnp.eye(2, 3)),
+    nn.Conv(4, (3, 3), padding='CIRCULAR', feature_group_count=2),
+    nn.ConvTranspose(3, (3, 2), (2, 1)),
+    nn.ConvTranspose(2, (2, 2), (2, 2), padding=((-1, 0), (0, 1))),
+    nn.GroupNorm(2),
+    nn.remat(nn.Dense)(2),
+    lambda x: nn.RNN(nn.GRUCell(3), reverse=True)(x[:, :, 0]),
+    lambda x: nn.MultiHeadDotProductAttention(2)(x[:, :, 0], mask=nn.make_causal_mask(x[:, :, 0, 0])),
 )
 
 
-class Heads(nn.Module):
-    """One exit per function."""
+class Results(nn.Module):
+    """The results of functions as the logits of the last of two exits."""
 
     functions: tuple
 
     @nn.compact
     def __call__(self, x):
-        return tuple(function(x).reshape(x.shape[0], -1) for function in self.functions)
+        results = [function(x).reshape(x.shape[0], -1).astype(jnp.float32) for function in self.functions]
+        last = jnp.concatenate(results, axis=1)
+        return nn.Dense(last.shape[1])(x.mean((1, 2))), last
 
 
-def test_layers_and_indexing_are_translated(tmp_path):
+@pytest.fixture(scope='module')
+def results():
+    """A network, its variables, a policy by which some go on; images, the logits of both exits, and answers."""
     images = np.asarray(jax.random.normal(jax.random.key(0), (5, 5, 4, 2)))
-    model = Heads(FUNCTIONS)
-    variables = model.init(jax.random.key(1), images)
-    save_onnx(tmp_path / 'file.onnx', model, variables, np.zeros(len(FUNCTIONS) - 1), inputs=images, every_exit=True)
-    check_batches(tmp_path / 'file.onnx', model.apply(variables, images), images)
+    model = Results(FUNCTIONS)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    logits = jax.jit(model.apply)(variables, images)
+    first = bj.criteria.as_criterion(lambda z: z[..., 0], name='first')
+    policy = bj.ExitPolicy(first, logits[0][:, :1].mean(0))
+    return (model, variables, policy), images, logits, bj.inference.dense(model)(variables, images, policy)
 
 
-class Sorted(nn.Module):
+@pytest.mark.parametrize('kind', ['one image', 'batch', 'every_exit'])
+def test_layers_and_indexing_are_translated(kind, results, tmp_path):
+    network, images, logits, expected = results
+    path, options = tmp_path / 'file.onnx', {} if kind == 'one image' else {kind: True}
+    save_onnx(path, *network, inputs=images, **options)
+    if kind == 'one image':
+        check(answers(path, images), expected)
+    else:
+        check_batches(path, expected if kind == 'batch' else logits, images)
+        assert (kind == 'batch') == ('If' in [node.op_type for node in onnx.load(path).graph.node])
+
+
+@pytest.mark.parametrize('dtype', [np.int32, np.bool_, np.uint8])
+def test_inputs_of_other_dtypes(dtype, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 2, (5, 4)).astype(dtype)
+    model = Function(lambda x: (x + 0.5, jnp.eye(2, 4)[x[:, ::-1].astype(int)].sum(1)))
+    save_onnx(tmp_path / 'file.onnx', model, {}, [1.3], inputs=tokens, batch=True)
+    check_batches(tmp_path / 'file.onnx', bj.inference.dense(model)({}, tokens, [1.3]), tokens)
+
+
+class Multiplied(nn.Module):
     """A layer whose primitive has no ONNX form."""
 
     @nn.compact
     def __call__(self, x):
-        return jnp.sort(x, axis=-1)
+        return jnp.cumprod(x, axis=-1)
 
 
 class Small(nn.Module):
@@ -289,14 +368,15 @@ class Small(nn.Module):
         return (nn.Dense(4, dtype=self.dtype)(self.layer(x)),)
 
 
-SMALLEST = bj.criteria.as_criterion(lambda z: jnp.sort(z)[..., 0], name='smallest')
+PRODUCT = bj.criteria.as_criterion(lambda z: jnp.cumprod(z, -1)[..., -1], name='product')
 
 
 @pytest.mark.parametrize(
     ('model', 'options', 'message'),
     [
-        (Small(Sorted()), {}, "model: stage 1 computes 'sort'.*Small/layer"),
-        (Small(), {'policy': bj.ExitPolicy(SMALLEST, jnp.zeros(0))}, "model: criterion 'smallest' computes 'sort'"),
+        (Small(Multiplied()), {}, "model: stage 1 computes 'cumprod'.*Small/layer"),
+        (Small(lambda x: jnp.take(x, jnp.array([0, 9]), 1)), {}, "'gather'.*out of bounds"),
+        (Small(), {'policy': bj.ExitPolicy(PRODUCT, jnp.zeros(0))}, "model: criterion 'product' computes 'cumprod'"),
         (Small(dtype=jnp.bfloat16), {}, 'bfloat16; build the network with dtype=float32'),
         (
             Small(lambda x: x - x.mean(axis=0, keepdims=True)),

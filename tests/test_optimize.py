@@ -11,24 +11,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import equations, thresholds_between
+from conftest import equations, random_variables, thresholds_between
 
 import branchy_jax as bj
 from branchy_jax.inference import dense, optimize, staged
-from branchy_jax.inference.rewriting.forms import Forms
 
-ALL_FORMS = Forms(most_channel_pairs=1000, sliced_pooling=True, transposed_weights=True)
-TOGETHER = Forms(most_pairs_together=256)
 IMAGE_SHAPE = (8, 8, 2)
-
-
-def initialized(model, key, inputs):
-    """Variables without the initial values under which a wrongly folded BatchNorm would go unnoticed."""
-    first, second = jax.random.split(key)
-    leaves, structure = jax.tree.flatten(jax.jit(model.init)(first, inputs))
-    keys = jax.random.split(second, len(leaves))
-    moved = [x + 0.2 * jnp.abs(jax.random.normal(k, x.shape)) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, moved)
 
 
 class Exits(nn.Module):
@@ -67,12 +55,12 @@ class Two(nn.Module):
 @pytest.fixture(scope='module')
 def two():
     images = jax.random.normal(jax.random.key(1), (9, *IMAGE_SHAPE))
-    return Two(), initialized(Two(), jax.random.key(0), images), images
+    return Two(), random_variables(Two(), images), images
 
 
-def check_same(model, variables, inputs, forms=ALL_FORMS, sizes=()):
+def check_same(model, variables, inputs, banded=True, sizes=()):
     """Returns the rewritten network, whose logits are the same at every batch size."""
-    fast_model, fast_variables = optimize(model, variables, inputs=inputs, forms=forms)
+    fast_model, fast_variables = optimize(model, variables, inputs=inputs, banded=banded)
     for size in sizes or [len(inputs)]:
         expected = jax.jit(model.apply)(variables, inputs[:size])
         result = jax.jit(fast_model.apply)(fast_variables, inputs[:size])
@@ -88,54 +76,37 @@ def primitives(model, variables, images):
 
 
 @pytest.mark.parametrize(
-    ('name', 'shape', 'placement'), [('b-lenet', (28, 28, 1), 'released'), ('b-resnet8', (32, 32, 3), 'text')]
+    ('name', 'shape', 'placement'), [('b-lenet', (28, 28, 1), 'released'), ('b-resnet8', (8, 8, 3), 'text')]
 )
 def test_networks_keep_their_logits(getkey, name, shape, placement):
-    model, images = bj.models.create(name, placement=placement), jax.random.normal(getkey(), (2, *shape))
-    emitted = primitives(*check_same(model, initialized(model, getkey(), images), images), images)
+    model = bj.models.create(name, placement=placement, image_shape=shape)
+    images = jax.random.normal(getkey(), (2, *shape))
+    emitted = primitives(*check_same(model, random_variables(model, images), images), images)
     assert not emitted['rsqrt']  # BatchNorm is gone
-    assert not emitted['reduce_window_max']
 
 
-@pytest.mark.parametrize('forms', [ALL_FORMS, Forms()], ids=['all forms', 'folding only'])
-def test_own_network_keeps_its_logits(two, forms):
+@pytest.mark.parametrize('banded', [True, False])
+def test_own_network_keeps_its_logits(two, banded):
     model, variables, images = two
-    fast = check_same(model, variables, images, forms)
+    fast = check_same(model, variables, images, banded)
     emitted = primitives(*fast, images)
-    assert bool(emitted['conv_general_dilated']) == (forms is not ALL_FORMS)
+    assert bool(emitted['conv_general_dilated']) != banded
     assert emitted['sub'] < primitives(*two)['sub']
     assert set(fast[1]) == {'params'}
     assert {leaf.ndim for leaf in fast[1]['params'].values()} >= {1, 2}  # a flat dictionary of arrays
-    alone = check_same(bj.models.without_branches(model), variables, images, forms)
+    alone = check_same(bj.models.without_branches(model), variables, images, banded)
     assert len(alone[1]['params']) < len(fast[1]['params'])
 
 
-def test_pixels_together_give_what_each_gives(getkey):
-    """Widths that the pixels do not divide, windows that do not reach the edge, other strides down than along."""
-    numbers = np.random.default_rng(0)
-    layers = []
-    for n in range(6):
-        window, strides = (numbers.integers(1, 4), numbers.integers(3, 6)), tuple(numbers.integers(1, 3, 2).tolist())
-        edges = tuple(tuple(pair) for pair in numbers.integers(0, 3, (2, 2)).tolist())
-        layers.append(nn.Conv(numbers.choice([8, 16]), window, strides, ['SAME', 'VALID', edges][n % 3]))
-    model, images = Exits(tuple(layers)), jax.random.normal(getkey(), (2, 6, 11, 3))
-    check_same(model, initialized(model, getkey(), images), images, TOGETHER)
-
-
-def test_pixels_are_taken_together_where_they_fill_the_processor(getkey):
-    cases = ((1, 16, 2), (3, 16, 4), (4, 4, 8), (16, 16, 2), (3, 64, 1), (3, 4, 1), (1, 5, 1), (20, 16, 1))
-
+def test_only_convolutions_with_few_channels_are_banded(getkey):
     class Several(nn.Module):
         @nn.compact
         def __call__(self, x):
-            convolved = [nn.Conv(features, (3, 3))(x[..., :channels]) for channels, features, _ in cases]
-            return (*convolved, nn.Conv(16, (2, 2), 2)(x[..., :2]))
+            return nn.Conv(16, (3, 3))(x), nn.Conv(16, (3, 3))(nn.Conv(17, (3, 3))(x))
 
-    images = jnp.zeros((1, 8, 8, 20))
-    _, fast = optimize(Several(), jax.jit(Several().init)(getkey(), images), inputs=images, forms=TOGETHER)
-    for n, (channels, features, pixels) in enumerate(cases):
-        assert fast['params'][f'Conv_{n}/kernel'].shape == (3, 3 + pixels - 1, channels, pixels * features)
-    assert fast['params'][f'Conv_{len(cases)}/kernel'].shape == (2, 2, 2, 16)  # these windows share nothing
+    images = jax.random.normal(getkey(), (2, 6, 11, 4))
+    emitted = primitives(*check_same(Several(), random_variables(Several(), images), images), images)
+    assert emitted['conv_general_dilated'] == 2  # 4 × 17 and 17 × 16; 4 × 16 is banded
 
 
 def shared(x):
@@ -159,7 +130,7 @@ class Odd(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        w = self.param('w', nn.initializers.normal(20), (2, 3))
+        w = 20 * self.param('w', nn.initializers.normal(), (2, 3))
         return (
             shared(x),
             # The padding of the convolution is zero after the shift.
@@ -173,10 +144,10 @@ class Odd(nn.Module):
 
 def test_what_cannot_be_folded_stays(getkey):
     images = jax.random.normal(getkey(), (2, *IMAGE_SHAPE))
-    variables = initialized(Odd(), getkey(), images)
+    variables = random_variables(Odd(), images)
     emitted = primitives(*check_same(Odd(), variables, images), images)
     assert emitted['conv_general_dilated'] == 1  # the one that crops
-    folded = primitives(*check_same(Odd(), variables, images, Forms()), images)
+    folded = primitives(*check_same(Odd(), variables, images, False), images)
     assert folded['conv_general_dilated'] == 3
 
 
@@ -194,7 +165,7 @@ def test_arithmetic_with_weights(getkey):
     )
     model = Exits(tuple(Combined(operation, (4,)) for operation in operations))
     images = jax.random.normal(getkey(), (2, 4, 3))
-    check_same(model, initialized(model, getkey(), images), images)
+    check_same(model, random_variables(model, images), images)
 
 
 def test_what_depends_on_the_batch_size_is_computed_anew(getkey):
@@ -210,7 +181,7 @@ def test_what_depends_on_the_batch_size_is_computed_anew(getkey):
     )
     model = Exits(tuple(Combined(combine, (1, 2, 4)) for combine in combinations))
     images = jax.random.normal(getkey(), (7, 2, 4))
-    variables = initialized(model, getkey(), images)
+    variables = random_variables(model, images)
     fast_model, fast_variables = check_same(model, variables, images, sizes=(1, 7))
     (count,) = jax.export.symbolic_shape('count')
     exported = jax.export.export(jax.jit(lambda images: fast_model.apply(fast_variables, images)[0]))(
@@ -222,7 +193,7 @@ def test_what_depends_on_the_batch_size_is_computed_anew(getkey):
 def test_batch_size_that_needs_other_weights_is_refused(getkey):
     model = Exits((Combined(lambda y, w: y * w if len(y) > 3 else y, (1, 2, 4)),))
     images = jnp.ones((5, 2, 4))
-    fast_model, fast_variables = optimize(model, model.init(getkey(), images), inputs=images[:1])
+    fast_model, fast_variables = optimize(model, random_variables(model, images), inputs=images[:1])
     with pytest.raises(ValueError, match='inputs: a batch of this size needs weights'):
         fast_model.apply(fast_variables, images)
 
@@ -259,6 +230,6 @@ def test_bfloat16_is_close_and_accumulates_in_float32(two, getkey):
         Exits((nn.Conv(1, (1, 257), padding='VALID', kernel_init=nn.initializers.ones),)),
         jnp.ones((2, 1, 257, 1)),
     )
-    forms = Forms(most_channel_pairs=1, dtype=jnp.bfloat16)
-    fast_model, fast_variables = optimize(model, model.init(getkey(), images), inputs=images, forms=forms)
+    options = {'dtype': jnp.bfloat16, 'banded': True}
+    fast_model, fast_variables = optimize(model, model.init(getkey(), images), inputs=images, **options)
     assert np.ravel(fast_model.apply(fast_variables, images)[0]).tolist() == [257.0] * 2

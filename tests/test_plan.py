@@ -3,6 +3,8 @@
 import functools
 import gc
 import itertools
+import re
+import sys
 import time
 import weakref
 
@@ -25,7 +27,11 @@ from branchy_jax.inference.planning.times import SegmentTimes, forecast
 
 pytestmark = pytest.mark.usefixtures('xla_defaults')
 LOOKING_BACK = bj.criteria.ensemble()
-ONE_CANDIDATE = {'passes': 1, 'budget_seconds': 0.0}  # beside the baseline: compiling takes most of a plan's time
+ONE_CANDIDATE = {
+    'engine': 'xla',
+    'passes': 1,
+    'budget_seconds': 0.0,
+}  # beside the baseline: compiling takes most of a plan's time
 
 
 check_same = functools.partial(test_inference.check_same, rtol=1e-4, atol=1e-5)
@@ -140,7 +146,8 @@ def test_every_candidate_answers_as_dense_does(network, thresholds, monkeypatch)
 def settings_tried(times, confident, batch_size, **options):
     first, reserve = candidates_to_try(times, confident, batch_size, **{'may_skip': True, **options})
     return [
-        [(c.executor, c.on_host, c.workers, c.compiler_options) for c in several] for several in (first[1:], reserve)
+        [(c.executor, c.on_host, c.workers, c.compiler_options) for c in several if c.executor != 'onnx']
+        for several in (first[1:], reserve)
     ]
 
 
@@ -165,6 +172,9 @@ def test_candidates_depend_on_batch_cores_and_weight(cores, monkeypatch):
     assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*alone, '')]
     first, reserve = settings_tried(HEAVY, CONFIDENT, 16, may_skip=False)
     assert len(first) == 2  # every exit is asked
+    first, _ = candidates_to_try(LIGHT, CONFIDENT, 16, may_skip=True)
+    in_onnx_runtime = [(c.exits, c.workers) for c in first if c.executor == 'onnx']
+    assert in_onnx_runtime == [(exits, workers) for exits in ((0, 1, 2), (2,)) for workers in range(1, cores + 1)]
     assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*several, '')]
 
 
@@ -177,21 +187,26 @@ def test_workers_take_pieces_of_two_milliseconds_of_batches_that_take_longer(mon
     assert pieces == [(1, ()), (2, (2,)), (2, (1,))]
 
 
+@pytest.mark.parametrize('engine', ['xla', 'onnxruntime'])
 @pytest.mark.parametrize(('batch_size', 'options'), [(1, ''), (8, 'all_compiler_options')])
-def test_plan_is_dense_at_its_thresholds(network, thresholds, batch_size, options, request):
+def test_plan_is_dense_at_its_thresholds(network, thresholds, batch_size, options, engine, request):
     if options:
         request.getfixturevalue(options)
     model, variables, images = network
     times = segment_times(model, variables, images, batch_sizes=[1, 8], passes=2)
-    planned = plan(model, variables, images, thresholds, batch_size=batch_size, times=times, passes=2)
+    planned = plan(model, variables, images, thresholds, batch_size=batch_size, engine=engine, times=times, passes=2)
     asked = np.isin([0, 1], planned.exits)
     np.testing.assert_array_equal(planned.thresholds, np.where(asked, thresholds, -np.inf).astype(np.float32))
-    for size in {batch_size, 5, 0}:
-        check_same(planned(images[:size]), dense(model)(variables, images[:size], planned.thresholds))
+    planned.warm_up()
+    for size in {batch_size, 24, 5, 1, 0}:
+        result = planned(images[:size])
+        check_same(result, dense(model)(variables, images[:size], planned.thresholds))
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(result))
     table = str(planned).splitlines()
     assert table[0] == f'batches of {batch_size}'
     assert [line.startswith(f'> {planned.executor} ') for line in table].count(True) == 1
-    assert ('sequential, one core' in str(planned)) == bool(options)
+    assert {candidate.executor == 'onnx' for candidate in planned.candidates} - {False} == {engine != 'xla'} - {False}
+    assert ('sequential, one core' in str(planned)) == (bool(options) and engine == 'xla')
     with pytest.raises(ValueError, match='plan: cannot run under jit'):
         jax.jit(planned)(images)
     with pytest.raises(ValueError, match='inputs: expected'):
@@ -255,19 +270,42 @@ def test_networks_of_users_are_planned(name, tmp_path):
 
 def test_a_deleted_plan_frees_models_weights_and_programs():
     inputs, freed = IMAGES[:8], []
-    for width in (3, 4):
+    for width, engine in ((3, 'xla'), (4, 'onnxruntime')):
         model = bj.models.attach(Plain(name=f'net{width}'), ['first'], inputs=inputs)
         variables = bj.calling.init(model, jax.random.key(width), inputs)
-        planned = plan(model, variables, inputs, [0.5], skip_heads=False, **ONE_CANDIDATE)
+        planned = plan(model, variables, inputs, [0.5], skip_heads=False, **ONE_CANDIDATE | {'engine': engine})
         planned(inputs)
         programs = planned._programs
         fast_model, fast_variables = programs.optimized
         leaves = jax.tree.leaves((variables, fast_variables))
-        freed += [weakref.ref(value) for value in (planned, programs, model, fast_model, *leaves)]
+        owned = planned, programs, planned._run.together, model, fast_model, *leaves
+        freed += [weakref.ref(value) for value in owned]
         freed += [weakref.ref(value) for value in programs._functions.values() if callable(value)]
-        del model, variables, planned, programs, fast_model, fast_variables, leaves
+        del model, variables, planned, programs, fast_model, fast_variables, leaves, owned
     gc.collect()
     assert [reference() for reference in freed if reference() is not None] == []
+
+
+class Multiplies(nn.Module):
+    """Its first head has no ONNX form."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(8)(x))
+        return jnp.cumprod(nn.Dense(3)(x), axis=-1), nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+
+
+def test_where_onnx_runtime_cannot_run_the_plan_is_of_xla_and_says_why(monkeypatch):
+    model, variables = Multiplies(), Multiplies().init(jax.random.key(0), IMAGES)
+    options = ONE_CANDIDATE | {'skip_heads': False}
+    for missing, message in ((False, "model: exit 1 computes 'cumprod'"), (True, r"pip install '.\[onnx\]'")):
+        if missing:
+            monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+        planned = plan(model, variables, IMAGES, [0.5], **options | {'engine': None})
+        assert re.search(f'\nXLA alone .*{message}', str(planned))
+        check_same(planned(IMAGES), dense(model)(variables, IMAGES, [0.5]))
+        with pytest.raises(ValueError, match=message):
+            plan(model, variables, IMAGES, [0.5], **options | {'engine': 'onnxruntime'})
 
 
 def test_impossible_settings_are_refused(network):
@@ -276,6 +314,7 @@ def test_impossible_settings_are_refused(network):
         ('batch_size', 25),
         ('batch_size', 2.5),
         ('passes', 0),
+        ('engine', 'onnx'),
         ('times', linear_times([1, 1], [1, 1])),
     ):
         with pytest.raises(ValueError, match=f'{name}: (got|are of)'):
@@ -359,10 +398,11 @@ def test_plan_reports_its_steps_and_keeps_to_its_budget(network, thresholds, mon
     check_same(planned(images), dense(model)(variables, images, planned.policy))
 
 
-def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, thresholds, compilations):
+@pytest.mark.parametrize('engine', ['xla', 'onnxruntime'])
+def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, thresholds, engine, compilations):
     model, variables, images = network
     # Without a budget the clock of this run decides whether the reserve is tried.
-    options = {'skip_heads': False, **ONE_CANDIDATE}
+    options = {'skip_heads': False, **ONE_CANDIDATE, 'engine': engine}
     first = plan(model, variables, images, thresholds, **options)
     before = compilations.count
     second = plan(model, variables, images, thresholds, earlier=first, **options)

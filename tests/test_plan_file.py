@@ -1,6 +1,7 @@
 """Plans as files: what comes back is the plan, and no plan runs where it was not measured."""
 
 import json
+import sys
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,8 @@ def planned(network):
     times = segment_times(model, variables, images, batch_sizes=[1, 12], passes=1)
     policy = bj.ExitPolicy(bj.criteria.margin, np.float32([0.4, -np.inf]))
     size = np.int64(12)  # which JSON does not know
-    return plan(model, variables, images, policy, batch_size=size, times=times, passes=1, skip_heads=False)
+    options = {'engine': 'xla', 'times': times, 'passes': 1, 'skip_heads': False}
+    return plan(model, variables, images, policy, batch_size=size, **options)
 
 
 @pytest.fixture
@@ -43,6 +45,19 @@ def test_a_saved_plan_comes_back(network, planned, path):
     loaded.save(path)
     trained = jax.tree.map(lambda leaf: leaf * 1.5, variables)
     check_same(Plan.load(path, model, trained)(images), dense(model)(trained, images, planned.policy))
+
+
+def test_a_saved_plan_for_onnx_runtime_comes_back_where_that_is_installed(network, tmp_path, monkeypatch):
+    model, variables, images = network
+    planned = plan(model, variables, images, [0.9, 0.9], engine='onnxruntime', passes=1, skip_heads=False)
+    planned.save(tmp_path / 'plan.json')
+    loaded = Plan.load(tmp_path / 'plan.json', model, variables)
+    assert str(loaded) == str(planned)
+    assert loaded.executor.startswith('ONNX Runtime')
+    check_same(loaded(images[:7]), dense(model)(variables, images[:7], planned.policy))
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(ValueError, match='onnxruntime is not installed'):
+        Plan.load(tmp_path / 'plan.json', model, variables)
 
 
 def test_the_file_is_plain_json_without_weights(path):
@@ -94,6 +109,7 @@ def test_damaged_and_old_files_are_refused(network, path):
         (lambda record: record.update(chosen=99), 'is damaged'),
         (lambda record: record.pop('policy'), 'is damaged'),
         (lambda record: record['policy']['criterion'].update(kind='Path'), 'is damaged'),
+        (lambda record: record['policy']['thresholds'].update(values=['nan', 0.5]), 'thresholds: got NaN'),
         (lambda record: record.update(inputs=1), 'is damaged'),
         (lambda record: record.pop('format'), 'cannot read a plan'),
     ):

@@ -57,7 +57,7 @@ def test_every_executor_follows_a_learned_criterion(network, executor):
     np.testing.assert_array_equal(np.isnan(again.uncertainty), ~finite)
 
 
-def test_points_functions_and_bare_thresholds_are_policies(network):
+def test_points_functions_and_bare_thresholds_are_policies(network, tmp_path):
     model, variables, images = network
     run, margin = inference.dense(model), bj.criteria.margin
     table = inference.exit_table(model, variables, bj.Batch(images, np.arange(24) % CLASSES), criterion=margin)
@@ -69,6 +69,8 @@ def test_points_functions_and_bare_thresholds_are_policies(network):
         (point.thresholds.tolist(), bj.ExitPolicy(bj.criteria.entropy, point.thresholds)),
     ):
         expected = run(variables, images, same).exit_index
+        bj.criteria.save_policy(tmp_path / 'policy.json', same)
+        assert bj.criteria.load_policy(tmp_path / 'policy.json') == getattr(same, 'policy', same)
         np.testing.assert_array_equal(run(variables, images, policy).exit_index, expected)
 
 

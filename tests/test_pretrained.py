@@ -41,6 +41,7 @@ def test_what_is_saved_is_loaded(written):
     for weights in (bj.models.load_pretrained(folder), bj.models.load_pretrained(str(folder))):
         assert (weights.model, weights.operating_points) == (model, tuple(POINTS))
         check_equal(weights.variables, variables)
+    assert repr(weights) == 'Pretrained(b-lenet on squares, 3 operating points)'
     assert (weights.card['licence'], weights.inputs.shape) == ('MIT', (1, 12, 12, 1))
     np.testing.assert_allclose(weights.normalize(np.full((1, 12, 12, 1), 255, np.uint8)), 2.0)
     assert 'license: mit' in (folder / 'README.md').read_text()
@@ -69,6 +70,8 @@ def test_weights_of_another_network_are_not_saved(written, tmp_path):
         save(normalization=NORMALIZATION, operating_points=POINTS)
     with pytest.raises(ValueError, match='operating_points: got none'):
         save(normalization=NORMALIZATION, operating_points=[])
+    with pytest.raises(ValueError, match='network: got LeNet; .* use checkpoint.save_weights and criteria.save_policy'):
+        bj.models.save_pretrained(tmp_path / 'new', *written[1:], normalization=NORMALIZATION, operating_points=POINTS)
     with pytest.raises(ValueError, match="options: 'b-lenet' needs an 'image_shape'"):
         save(normalization=NORMALIZATION, operating_points=POINTS, options={'image_shape': None})
     assert not (tmp_path / 'new').exists()
@@ -105,7 +108,7 @@ def test_what_comes_from_a_hub_is_checked(written, monkeypatch, checksum):
 
 def test_a_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ValueError, match=r"pip install 'branchy_jax\[hub\]'"):
+    with pytest.raises(ValueError, match=r"no folder 'someone/squares'; .* pip install '.\[hub\]'"):
         bj.models.load_pretrained('someone/squares')
 
 

@@ -12,7 +12,7 @@ import pytest
 import branchy_jax as bj
 from experiments import claims, figures
 from experiments.run.networks import image_specs
-from experiments.run.report import paper, paper_rows
+from experiments.run.report import paper
 from experiments.run.trainings import Trainer
 from experiments.study import gradients, on_a_run, variants
 from experiments.study.verdicts import DEPTHS, interval, judge, judge_all
@@ -80,7 +80,7 @@ def test_claims_are_judged_by_differences_of_a_seed():
 @pytest.mark.slow
 def test_claims_are_trained_from_paired_seeds_and_once(tmp_path, monkeypatch):
     """At tiny scale: what is trained is read back, other settings are refused, the page has the verdicts."""
-    options = argparse.Namespace(network='b-lenet', dataset='mnist5k', dtype='float32', epochs=1, batch_size=30)
+    options = argparse.Namespace(network='b-lenet', dataset='mnist5k', epochs=1, batch_size=30)
     options.learning_rate, options.weight_decay, options.cpu_devices, options.augment = 1e-3, 0.0, 1, False
     shapes = {'num_classes': 4, 'image_shape': (12, 12, 1), 'placement': 'text'}
     trainer = Trainer(claims.settings(options), shapes, small_dataset(60, 12, 4), tmp_path / 'checkpoints')
@@ -164,9 +164,9 @@ def test_deep_plain_networks_have_the_same_trunk_with_and_without_branches():
 
 def test_paper_figures_are_those_of_table_1():
     networks = ('b-lenet', 'b-alexnet', 'b-resnet110')
-    assert [round(paper_rows(name)[1]['gain'], 1) for name in networks] == [5.4, 1.5, 1.9]
+    assert [round(paper('Table I', branchy=name)[1]['gain'], 1) for name in networks] == [5.4, 1.5, 1.9]
     knees = [row['accuracy_percent'] for row in paper('Figure 3') if row['knee']]
-    assert knees == [100 * row['test_accuracy'] for name in networks for row in paper_rows(name)[1:]]
+    assert knees == [100 * row['test_accuracy'] for name in networks for row in paper('Table I', branchy=name)[1:]]
 
 
 def test_figures_without_runs_say_so(tmp_path):

@@ -96,18 +96,28 @@ def test_phases_share_a_directory(new, train, tmp_path):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), resumed.params, whole.params)
 
 
-def test_checkpoints_of_another_recipe_or_optimiser_are_refused(new, train, tmp_path):
+def test_checkpoints_of_another_recipe_or_optimiser_are_refused(new, train, small_data, tmp_path):
     train(new(), epochs=1, directory=tmp_path)
     for change, message in (
         ({'batch_size': 8}, 'batch_size: 16 in the checkpoint, 8 given'),
-        ({'key': jax.random.key(8)}, 'key: '),
+        ({'key': jax.random.key(8)}, 'seed or key: '),
         ({'exit_weights': jnp.zeros(3)}, 'exit_weights: '),
+        ({'data': small_data.replace(image=255 - small_data.image)}, 'data: '),
+        ({'data': small_data.replace(label=small_data.label[::-1])}, 'labels: '),
+        ({'loss': functools.partial(bj.losses.cross_entropy_per_exit, label_smoothing=0.1)}, 'loss: '),
+        ({'state': new(optax.sgd(0.2))}, 'learning_rate: '),
+        ({'state': new(optax.sgd(optax.linear_schedule(0.1, 0.2, 99)))}, 'learning_rate: '),
+        ({'state': new(optax.rmsprop(0.1))}, 'optimizer or learning_rate: '),
+        ({'state': new(optax.adam(0.1))}, 'optimizer or learning_rate: '),
     ):
         with pytest.raises(ValueError, match=f'cannot resume from checkpoint 5 .* of another recipe.*{message}'):
-            train(new(), epochs=2, directory=tmp_path, **change)
-    with pytest.raises(ValueError, match='directory: cannot resume from checkpoint 5'):
-        train(new(optax.rmsprop(0.1)), epochs=2, directory=tmp_path)
-    assert int(train(new(), epochs=2, directory=tmp_path).step) == 10
+            train(**{'state': new(), 'epochs': 2, 'directory': tmp_path, **change})
+    alike = bj.Batch(*map(np.array, (small_data.image, small_data.label)))
+    loss = lambda logits, labels: bj.losses.cross_entropy_per_exit(logits, labels)  # noqa: E731
+    assert int(train(new(optax.sgd(0.1)), data=alike, loss=loss, epochs=2, directory=tmp_path).step) == 10
+    with pytest.raises(ValueError, match='epochs: got 1.5, but the checkpoint in .* is of a training for 2'):
+        train(new(), epochs=1.5, directory=tmp_path)
+    assert int(train(new(), epochs=1, directory=tmp_path).step) == 10  # the first phase, again
     (tmp_path / 'recipe.json').write_text('{}')
     with pytest.raises(ValueError, match='directory: .* holds checkpoints of version 0.2'):
         train(new(), epochs=2, directory=tmp_path)

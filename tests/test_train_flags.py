@@ -1,10 +1,12 @@
 """Modules get their mode under every recognised name of the flag; a flag of another name is reported."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -15,7 +17,7 @@ from branchy_jax import calling
 from branchy_jax.models import attach, from_nnx
 
 TRAINS = ('train', 'training', 'is_train', 'is_training')
-RESTS = ('deterministic', 'inference', 'use_running_average')
+RESTS = ('deterministic', 'inference', 'use_running_average', 'is_eval')
 IMAGES = np.random.default_rng(0).normal(3, 1, (8, 5)).astype(np.float32)
 
 
@@ -47,6 +49,43 @@ class Held(nn.Module):
         return layers(x, train=self.training)
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A configuration with a flag, perhaps inside another."""
+
+    is_training: bool = True
+    inner: object = None
+
+
+class Configured(nn.Module):
+    """Has its flag in a configuration of a configuration."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, x):
+        return layers(x, train=self.config.inner.is_training)
+
+
+class Made(nn.Module):
+    """Makes its layer by a function that it holds in a dictionary."""
+
+    parts: dict
+
+    @nn.compact
+    def __call__(self, x):
+        return self.parts['make'](name='made')(x)
+
+
+class Wrapper(nn.Module):
+    """Passes on all arguments."""
+
+    layer: nn.Module
+
+    def __call__(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
 BY_NAME = {
     **{name: flagged(f'{name}=False', name) for name in TRAINS},
     **{name: flagged(f'*, {name}=True', f'not {name}') for name in RESTS},
@@ -60,6 +99,11 @@ FORMS = {
     'Sequential of layers': lambda: nn.Sequential(
         [nn.Dense(4), nn.BatchNorm(momentum=0.5, use_running_average=False), nn.Dropout(0.5)]
     ),
+    'configuration': lambda: Configured(Config(inner=Config())),
+    'ConfigDict': lambda: Configured(ml_collections.FrozenConfigDict({'inner': {'is_training': True}})),
+    'partial in a dictionary': lambda: Made({'make': functools.partial(Held, training=True)}),
+    'wrappers': lambda: nn.Sequential([nn.WeightNorm(nn.Dense(4)), Wrapper(BY_NAME['deterministic']())]),
+    'spectral': lambda: nn.Sequential([IsTraining(), nn.SpectralNorm(nn.Dense(4))]),
     'remat': lambda: nn.remat(Positional, static_argnums=(2,))(),
     'remat, attribute': lambda: nn.remat(Held)(),
     'jit': lambda: nn.jit(Positional, static_argnums=(2,))(),
@@ -67,11 +111,14 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    'name', [*BY_NAME, *FORMS, 'attached no default', 'attached Sequential of modules with a flag']
+    'name', [*BY_NAME, *FORMS, 'attached no default', 'attached Sequential of modules with a flag', 'by hand']
 )
 def test_every_recognised_flag_sets_the_mode(name):
     """Evaluation is deterministic and uses the running statistics; training moves them and drops units by the key."""
-    model = {**BY_NAME, **FORMS}[name.removeprefix('attached ')]()
+    if name == 'by hand':
+        model = attach(flagged('mode', "mode == 'learn'")(), [], inputs=IMAGES, train={'mode': ('rest', 'learn')})
+    else:
+        model = {**BY_NAME, **FORMS}[name.removeprefix('attached ')]()
     if name.startswith('attached'):
         model = attach(model, [], inputs=IMAGES)
     variables = calling.init(model, jax.random.key(1), IMAGES)

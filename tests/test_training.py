@@ -100,19 +100,93 @@ def test_training_learns_and_metrics_go_to_any_writer_as_numbers(new, train):
         new(),
         epochs=11.4,
         on_metrics=lambda step, scalars: written.append((step, scalars)),
-        on_epoch=lambda epoch, state, metrics: averages.append((epoch, metrics)),
+        on_epoch=lambda epoch, state, metrics: averages.append((epoch, metrics, state)),
     )
     assert int(state.step) == 57
     assert [step for step, _ in written] == [*range(5, 56, 5), 57]  # the fraction of an epoch at the end, too
-    assert [epoch for epoch, _ in averages] == list(range(1, 12))
+    assert [(epoch, int(kept.step)) for epoch, _, kept in averages] == [(n, 5 * n) for n in range(1, 12)]
     assert written[-1][1]['loss'] < 0.8 * written[0][1]['loss']
     first = averages[0][1]
-    assert written[0][1]['exit_loss/3'] == float(first['exit_loss'][2])
+    assert written[0][1]['exit_loss/2'] == float(first['exit_loss'][2])
     assert set(written[0][1]) == {
         'loss',
-        *(f'{name}/{n}' for name in ('exit_loss', 'exit_accuracy') for n in (1, 2, 3)),
+        *(f'{name}/{n}' for name in ('exit_loss', 'exit_accuracy') for n in range(3)),
     }
     assert {type(value) for _, scalars in written for value in scalars.values()} == {float}
+
+
+OPTIMIZERS = {
+    'keeps the parameters': optax.contrib.prodigy(),
+    'value': optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau(patience=0)),
+    'value_fn': optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)),
+    'grad_fn': optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True),
+}
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_any_optax_transformation_trains_as_by_hand(batch, optimizer):
+    """Whole batches: their order does not matter."""
+    model = Branches(nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(3)]))
+    variables = model.init(KEY, batch.image)
+
+    def value_fn(params):
+        return sum(cross_entropy_per_exit(model.apply({'params': params}, batch.image), batch.label))
+
+    @jax.jit
+    def by_hand(params, opt_state):
+        value, grad = jax.value_and_grad(value_fn)(params)
+        further = {'value': value, 'grad': grad, 'value_fn': value_fn}
+        if optimizer is OPTIMIZERS['grad_fn']:
+            further = {'grad_fn': lambda params, _: jax.grad(value_fn)(params)}
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grad, opt_state, params, **further)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = variables['params'], optimizer.init(variables['params'])
+    for _ in range(3):
+        params, opt_state = by_hand(params, opt_state)
+    state = create_train_state(model, variables, optimizer)
+    assert repr(state) == 'TrainState(step=0, 63 parameters, model=Branches)'
+    state = bj.training.fit(state, batch, jnp.ones(2), KEY, epochs=3, batch_size=16)
+    check_close(state.params, params)
+
+
+class Streams(nn.Module):
+    """Logits with noise, of a stream that training provides by its name."""
+
+    always: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(3)(x.reshape(len(x), -1))
+        dropped = nn.Dropout(0.5, rng_collection='own', deterministic=not train)(x)
+        if train or self.always:
+            x = x + jax.random.normal(self.make_rng('noise'), x.shape)
+        return x, dropped
+
+
+def test_every_random_stream_gets_a_key(batch):
+    model = Streams()
+    variables = model.init(KEY, batch.image)
+
+    def losses(key):
+        state = create_train_state(model, variables, SGD)
+        return np.asarray(train_step(state, batch, jnp.ones(2), jax.random.key(key))[1]['exit_loss'])
+
+    first, again, other = map(losses, (0, 0, 1))
+    assert ((first == again) & (first != other)).all()
+    bj.inference.dense(model)(variables, batch.image, [0.1])
+    with pytest.raises(ValueError, match='model: .* where no key is given.* needs PRNG for "noise"'):
+        bj.inference.dense(Streams(always=True))(variables, batch.image, [0.1])
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_training_that_diverges_is_refused_and_not_saved(new, train, tmp_path, scan):
+    with pytest.raises(ValueError, match=f'loss: is NaN or infinite in epoch 1, by step {5 if scan else 2}; lower'):
+        train(new(optimizer=optax.sgd(1e38)), epochs=1, scan=scan, directory=tmp_path, save_every=2)
+    with pytest.raises(ValueError, match='state: has parameters that are NaN or infinite in epoch 1, by step 1'):
+        train(new(optimizer=optax.scale(jnp.nan)), epochs=0.2, scan=scan)
+    assert bj.checkpoint.restore(tmp_path, new()) is None
 
 
 def test_scanned_epochs_are_epochs_step_by_step(new, train):
@@ -280,10 +354,16 @@ def test_a_grown_network_answers_as_before():
         ({'exit_weights': jnp.ones(2)}, 'exit_weights: expected one for each of 3 exits'),
         ({'data': bj.Batch(jnp.ones((80, 4, 4, 1)), jnp.zeros(79, int))}, 'data: expected arrays that all lead with B'),
         ({'data': bj.Batch(jnp.ones((80, 4, 4, 1)), jnp.full(80, 3))}, r'labels: expected classes in \[0, 3\), got 3'),
+        (
+            {'data': bj.Batch(np.ones((80, 2)).tolist(), np.ones(80))},
+            r'data: .* shape \(\) at data.image\[0\]\[0\] and \(\) at data.image\[0\]\[0\]$',
+        ),
+        *(({'data': kind(zip('ab', 'cd', strict=True))}, f'data: got {kind.__name__}') for kind in (tuple, dict, list)),
+        *(({'exit_weights': jnp.array([1, 1, bad])}, 'exit_weights: got') for bad in (-0.1, jnp.nan, jnp.inf)),
     ],
 )
 def test_impossible_settings_are_refused(new, train, options, message):
-    loss = functools.partial(cross_entropy_per_exit, label_smoothing=0.1)
+    loss = lambda z, y: functools.partial(cross_entropy_per_exit, label_smoothing=0.1)(z, y)  # noqa: E731
     with pytest.raises(ValueError, match=message):
         train(new(), **{'epochs': 1, 'loss': loss, **options})
 
@@ -292,6 +372,8 @@ def test_bad_arguments_are_refused(network, new, batch):
     _, variables, _ = network
     with pytest.raises(ValueError, match='labels: expected integers'):
         train_step(new(), batch.replace(label=batch.image[:, 0, 0, 0]), jnp.ones(3), KEY)
+    _, metrics = train_step(new(), batch.replace(label=batch.label - 1), jnp.ones(3), KEY)  # under jit: no values
+    assert np.isnan(metrics['exit_loss']).all()
     with pytest.raises(ValueError, match="variables: got .*'layer1'.*; give what model.init returned"):
         new(variables=variables['params'])
 

@@ -44,3 +44,7 @@ def test_labels_and_inputs_that_do_not_fit_are_refused():
     for bad in ({}, 1.0, {'a': jnp.ones(2), 'b': jnp.ones(3)}, (jnp.ones(2), jnp.ones(()))):
         with pytest.raises(ValueError, match='inputs: expected arrays that all lead with B'):
             num_rows(bad)
+    with pytest.raises(ValueError, match=r"got shape \(3,\) at inputs\['b'\] and \(2,\) at inputs\['a'\]"):
+        num_rows({'a': jnp.ones(2), 'b': jnp.ones(3)})
+    with pytest.raises(ValueError, match='got the dtype >f4 of another byte order; convert them'):
+        num_rows(np.ones(2, '>f4'))

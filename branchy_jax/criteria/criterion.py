@@ -1,6 +1,5 @@
 """Criteria: the base class, the one comparison that decides whether an exit answers, and those of the literature."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +79,7 @@ class Criterion(ByValue):
 
 def mean_over_pixels(values: Array) -> Array:
     """Averages ``[B, …]`` to ``[B]``, also for B = 0."""
-    return _flat(values).mean(axis=-1)
+    return values.mean(axis=tuple(range(1, values.ndim)))
 
 
 def unless_nan(uncertainty: Array, answer: Array) -> Array:
@@ -114,8 +113,8 @@ class _OfLogits(Criterion, struct.PyTreeNode, eq=False, repr=False):
             raise ValueError(f'logits: got shape {tuple(logits.shape)}; stride and patch need [B, H, W, K]')
         of_pixels = self.uncertainty_of(logits[:, :: self.stride, :: self.stride] if self.stride > 1 else logits)
         of_patches = _patch_means(of_pixels, self.patch) if self.patch > 1 else of_pixels
-        flat = _flat(of_patches)
-        pooled = flat.mean(axis=-1) if self.quantile is None else jnp.quantile(flat, float(self.quantile), axis=-1)
+        quantile, axes = self.quantile, tuple(range(1, of_patches.ndim))
+        pooled = of_patches.mean(axes) if quantile is None else jnp.quantile(of_patches, float(quantile), axes)
         # Only an uncertainty of every pixel shows NaN in any of them.
         return pooled if of_pixels.shape == logits.shape[:-1] else unless_nan(pooled, logits)
 
@@ -194,11 +193,6 @@ def replay(criterion: Any, logits: Array) -> tuple[Array, Array]:
         answers.append(answer)
         uncertainties.append(uncertainty)
     return jnp.stack(answers), jnp.stack(uncertainties)
-
-
-def _flat(values: Array) -> Array:
-    """Returns ``[B, …]`` as ``[B, M]``, also for B = 0."""
-    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
 def _patch_means(values: Array, size: int) -> Array:

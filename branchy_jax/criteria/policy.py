@@ -63,17 +63,17 @@ def check_policy(policy: ExitPolicy, num_exits: int) -> None:
     check_criterion(policy.criterion, num_exits)
 
 
-def save_policy(path: Path | str, policy: ExitPolicy) -> None:
+def save_policy(path: Path | str, policy: Any) -> None:
     """Writes a policy as a JSON file, atomically.
 
     Args:
         path: the file to write.
-        policy: with a criterion of `branchy_jax.criteria`.
+        policy: whatever executors take as a policy, with a criterion of `branchy_jax.criteria`.
 
     Raises:
-        ValueError: a criterion with a function that is not one of `branchy_jax.criteria`.
+        ValueError: no policy, or a criterion with a function that is not one of `branchy_jax.criteria`.
     """
-    text = json.dumps(encode_policy(policy), allow_nan=False)
+    text = json.dumps(encode_policy(as_policy(policy)), allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 

@@ -63,11 +63,10 @@ class OnDisk:
         """
         examples = self.source.__getitems__(self.rows[np.asarray(rows)].tolist())
         images, labels = zip(*map(self._decoded, examples), strict=True)
-        expected = self.image_shape
-        for image, label in zip(images, labels, strict=True):
-            if image.shape != expected or label.shape not in ((), expected[:2]):
-                sizes = f'{expected}, then {image.shape} with a label {label.shape}'
-                raise ValueError(f'image_size: images of {self.name} differ in size: {sizes}; give one size for all')
+        sizes = {image.shape[:2] for image in images} | {label.shape for label in labels if label.ndim}
+        if sizes != {self.image_shape[:2]}:
+            sizes.add(self.image_shape[:2])
+            raise ValueError(f'image_size: images of {self.name} differ in size: {sizes}; give one size for all')
         return Batch(np.stack(images), np.stack(labels))
 
     @functools.cached_property

@@ -148,7 +148,7 @@ def _check(folder: Path, num_exits: int, names: list[str], platforms: Sequence[s
     try:
         import flatbuffers  # noqa: F401 - what jax.export writes with
     except ImportError as error:
-        raise ValueError('export needs the flatbuffers package; pip install flatbuffers') from error
+        raise ValueError("export needs the flatbuffers package; pip install '.[export]' in a clone") from error
     if folder.exists():
         raise ValueError(f'folder: {folder} exists; choose another name, or delete it')
     if len(names) != num_exits or len(set(names)) != len(names):

@@ -16,7 +16,6 @@ from jax.interpreters import mlir
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
 from branchy_jax.inference.onnx_program import ANSWER
-from branchy_jax.inference.rewriting.forms import Forms, default_forms
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.steps import arrays_of
 from branchy_jax.jaxprs import variables_of
@@ -171,7 +170,7 @@ def rewrite(model: Any, variables: Variables, criterion: Criterion, inputs: Any,
         ValueError: a network that runs at the batch size of the example alone.
     """
     inputs = calling.with_batch(inputs, 1)
-    portable = optimize(model, variables, inputs=inputs, forms=Forms())
+    portable = optimize(model, variables, inputs=inputs, banded=False)
     stages = program.stages(*portable, inputs)
     if stages.fixed_because:
         raise stages.refusal()
@@ -179,7 +178,7 @@ def rewrite(model: Any, variables: Variables, criterion: Criterion, inputs: Any,
     if sum(leaf.nbytes for leaf in weights.values()) <= _MOST_EMBEDDED_BYTES:
         weights = {}
         if 'cpu' in platforms:
-            on_cpu = optimize(model, variables, inputs=inputs, forms=default_forms(platform='cpu'))
+            on_cpu = optimize(model, variables, inputs=inputs, banded=True)
     return Network(inputs, criterion, portable, on_cpu, stages, weights)
 
 
@@ -189,7 +188,7 @@ def plain_text(part: Program) -> str | None:
     The module is ``@network``, its function ``@main``, which takes the weights in the order of their names, then the
     inputs. A program for any number of images becomes one for a single image: other compilers need fixed shapes.
 
-    Any compiler may read the text, so the program is in forms that suit every platform.
+    Any compiler may read the text, so convolutions are not banded products.
 
     Returns:
         The text; ``None`` if the program needs more than StableHLO, such as a function of its process.

@@ -12,8 +12,9 @@ from jax import lax
 
 from branchy_jax import calling
 from branchy_jax.criteria.policy import as_policy
-from branchy_jax.inference.pipeline import Pipeline
+from branchy_jax.inference.pipeline import Pipeline, Steps
 from branchy_jax.inference.steps import (
+    Exits,
     Network,
     Step,
     are_traced,
@@ -56,18 +57,14 @@ class Compacted:
             return run_batch(self, variables, images, policy)
         policy = as_policy(policy)
         if are_traced(variables, images, policy):
-            raise ValueError(
-                'compacted: the host drives this executor, so it cannot run under jit, vmap or grad; call it outside, '
-                'or build it with on_host=False'
-            )
+            advice = 'call it outside of jit, vmap and grad, or build it with on_host=False'
+            raise ValueError(f'compacted: the host drives this executor, so it cannot be traced; {advice}')
         # Cutting the program anew would take longer than a small batch; steps check the policy when they are traced.
         count = np.size(policy.thresholds) + 1 if self.network.exits is None else len(self.network.exits)
         steps = host_steps(self.network, variables, images, count)
         return drive(steps, images, policy, chunk_size_of_each(self.chunk_size, count), workers=self.workers)
 
-    def program(
-        self, variables: Variables, images: Any, policy: ExitPolicy, count: Array | None = None
-    ) -> ExitPrediction:
+    def program(self, variables: Variables, images: Any, policy: ExitPolicy, count: Any = None) -> ExitPrediction:
         """Answers the first ``count`` rows of a batch, by default all, in loops over chunks; to be traced."""
         batch_size = num_rows(images)
         waiting = jnp.arange(batch_size) < (batch_size if count is None else count)
@@ -83,7 +80,7 @@ def compacted(
     model: Any,
     *,
     chunk_size: int | Sequence[int],
-    exits: Sequence[int] | None = None,
+    exits: Exits = None,
     on_host: bool | None = None,
     workers: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
@@ -151,7 +148,7 @@ class HostStep:
         return take_step(stages.at(variables, num_rows(hidden)), self.n, hidden, carry, policy)
 
 
-def host_steps(network: Network, variables: Variables, inputs: Any, count: int) -> list[Callable[..., Step]]:
+def host_steps(network: Network, variables: Variables, inputs: Any, count: int) -> Steps:
     """Returns the steps that the host starts, ``(hidden, carry, policy) → Step``, the same ones for all chunk sizes.
 
     Args:
@@ -165,13 +162,7 @@ def host_steps(network: Network, variables: Variables, inputs: Any, count: int) 
 
 
 def drive(
-    steps: Sequence[Callable[..., Step]],
-    images: Any,
-    policy: ExitPolicy,
-    chunk_sizes: Sequence[int],
-    *,
-    workers: int,
-    count: int | None = None,
+    steps: Steps, images: Any, policy: ExitPolicy, chunk_sizes: Sequence[int], *, workers: int, count: int | None = None
 ) -> ExitPrediction:
     """Answers the first ``count`` rows of a batch, by default all, with chunks that the host starts."""
     length = num_rows(images)

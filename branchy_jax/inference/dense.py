@@ -1,11 +1,11 @@
 """Every exit computed and the first confident one selected: the oracle of all executors, which saves nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flax import struct
 
-from branchy_jax.inference.steps import Network, network, run_batch, select_rows, take_step
+from branchy_jax.inference.steps import Exits, Network, network, run_batch, select_rows, take_step
 from branchy_jax.types import ExitPolicy, ExitPrediction, Variables, static
 
 
@@ -32,14 +32,13 @@ class Dense:
         return chosen
 
 
-def dense(
-    model: Any, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
-) -> Dense:
+def dense(model: Any, *, exits: Exits = None, compiler_options: Mapping[str, Any] | None = None) -> Dense:
     """Builds the oracle executor: runs all stages and heads on the whole batch and selects the first confident exit.
 
-    For finite images all executors agree with it on label and exit. Where NaN reaches the logits of every exit, the
-    last one answers and its uncertainty is NaN, in all executors. But a layer may drop NaN, as XLA's max pooling does
-    on a CPU, and ``optimize`` may then keep it: refuse images that are not finite before they get here.
+    For finite images all executors agree with it on label and exit, except ties within rounding. Where NaN reaches the
+    logits of every exit, the last one answers and its uncertainty is NaN, in all executors. But a layer may drop NaN,
+    as XLA's max pooling does on a CPU, and ``optimize`` may then keep it: refuse images that are not finite before they
+    get here.
 
     Args:
         model: a network with N exits.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ import numpy as np
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
 from branchy_jax.criteria.policy import as_policy
-from branchy_jax.inference.rewriting.forms import Forms
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.staged import sequential
 from branchy_jax.inference.steps import Step, arrays_of, take_step
@@ -41,15 +40,19 @@ def onnx_program(
     normalization: Normalization | None = None,
     batch: bool = False,
     every_exit: bool = False,
+    exits: Sequence[int] | None = None,
 ) -> bytes:
-    """Returns the content of the file that `branchy_jax.export.save_onnx` writes; see there for the arguments."""
+    """Returns the content of the file that `branchy_jax.export.save_onnx` writes; see there for the other arguments.
+
+    ``exits`` are the exits to ask, the last among them; no weights of the heads of other exits are in the file.
+    """
     stages = program.stages(model, variables, inputs)
     policy = as_policy(policy, stages.num_exits)
     if (batch or every_exit) and stages.fixed_because:
         raise stages.refusal()
     specs = calling.with_batch(inputs, program.BATCH if batch or every_exit else 1)
     _check(variables, jax.tree.leaves(specs), normalization)
-    network, graph = optimize(model, variables, inputs=inputs, forms=Forms()), Graph()
+    network, graph = optimize(model, variables, inputs=inputs, banded=False), Graph()
     file_inputs, images = _add_inputs(graph, specs, normalization)
     metadata = {'normalization': 'none: the file takes what the network takes'}
     if normalization is not None:
@@ -66,21 +69,23 @@ def onnx_program(
             metadata['criterion'] = policy.criterion.name
             metadata['thresholds'] = json.dumps([str(value) for value in values.tolist()])
             if batch:
-                parts = program.stages(*network, inputs).at(network[1], program.BATCH)
-                results = _answer_rows(graph, functools.partial(_step, parts, policy), thresholds, images)
+                parts = program.stages(*network, inputs, exits=exits).at(network[1], program.BATCH)
+                steps = [functools.partial(_step, parts, policy, n) for n in range(len(parts.exits))]
+                results = _answer_rows(graph, steps, thresholds, images)
             else:
-                results = translate(graph, functools.partial(_answer, network, policy), images, thresholds)
+                executor = sequential(network[0], exits=exits)
+                answer = functools.partial(_answer, executor, network[1], policy)
+                results = translate(graph, answer, images, thresholds)
     except UntranslatableError as error:
         raise _refusal(error, program.trace(model, variables, specs), policy.criterion) from error
     return _content(graph, dict(zip(names, results, strict=True)), file_inputs, metadata)
 
 
 def _answer(
-    network: tuple[Any, Variables], policy: ExitPolicy, images: Any, thresholds: list[Array]
+    executor: Any, variables: Variables, policy: ExitPolicy, images: Any, thresholds: list[Array]
 ) -> tuple[Array, ...]:
     """Answers a batch of one; to be traced."""
-    model, variables = network
-    return arrays_of(sequential(model).program(variables, images, policy.replace(thresholds=jnp.array(thresholds))))
+    return arrays_of(executor.program(variables, images, policy.replace(thresholds=jnp.array(thresholds))))
 
 
 def _step(parts: program.Cut, policy: ExitPolicy, n: int, hidden: Any, carry: Any, thresholds: list[Array]) -> Step:
@@ -89,13 +94,13 @@ def _step(parts: program.Cut, policy: ExitPolicy, n: int, hidden: Any, carry: An
 
 
 def _answer_rows(
-    graph: Graph, step: Callable[..., Step], thresholds: list[Value], hidden: Any, n: int = 0, carry: Any = None
+    graph: Graph, steps: Sequence[Callable[..., Step]], thresholds: list[Value], hidden: Any, carry: Any = None
 ) -> list[Value]:
-    """Adds exit n for all rows, and a conditional with all later exits for the rows that go on, if there are any."""
-    result = translate(graph, functools.partial(step, n), hidden, carry, thresholds)
+    """Adds an exit for all rows, and a conditional with all later exits for the rows that go on, if there are any."""
+    result = translate(graph, steps[0], hidden, carry, thresholds)
     predicted: Any = arrays_of(result.prediction)  # values in place of arrays
     answers = [graph.full(value) for value in predicted]
-    if n == len(thresholds):
+    if len(steps) == 1:
         return answers
     where = graph.node('NonZero', graph.node('Not', graph.read(result.confident)))  # [1, rows that go on]
     rows, indices = graph.node('Squeeze', where, graph.integers([0])), graph.node('Transpose', where, perm=[1, 0])
@@ -103,7 +108,7 @@ def _answer_rows(
     later, done = Graph(graph), Graph(graph)
     later.batch_of = rows
     hidden, carry = jax.tree.map(lambda value: later.rows(value, rows), (result.hidden, result.carry))
-    later_answers = _answer_rows(later, step, thresholds, hidden, n + 1, carry)
+    later_answers = _answer_rows(later, steps[1:], thresholds, hidden, carry)
     scattered = [
         before.made(later.node('ScatterND', later.read(before), indices, later.read(later.full(after))))
         for before, after in zip(answers, later_answers, strict=True)
@@ -134,7 +139,7 @@ def _check(variables: Variables, specs: list[Any], normalization: Normalization 
     try:
         import onnx  # noqa: F401 - what the file is written with
     except ImportError as error:
-        raise ValueError('save_onnx needs the onnx package; pip install branchy-jax[onnx]') from error
+        raise ValueError("ONNX files need the onnx package; pip install '.[onnx]' in a clone") from error
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     if total > _MOST_BYTES:
         raise ValueError(f'variables: {total:,} bytes of weights do not fit into one ONNX file, which holds 2 GiB')

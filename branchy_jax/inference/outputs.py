@@ -1,5 +1,6 @@
 """Every exit's answers to a data set, cached: what thresholds are chosen from."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -139,35 +140,32 @@ def exit_table(
         ((2, 5, 1), 'entropy')
     """
     outputs = _outputs_of(model, statistics, criterion, preprocess, mesh)
-    batches: Iterator[Batch] = map(_check_labelled, data if isinstance(data, Iterable) else [data])
-    first = next(batches, None)
+    given: Iterator[Batch] = iter(data if isinstance(data, Iterable) else [data])
+    first = next(given, None)
     if first is None:
         raise ValueError('data: got no batches; at least one is needed')
-    shapes = outputs.shapes(first.image)
+    shapes = outputs.shapes(_checked(first).image)
     if costs is None:
         costs = program.stages(model, variables, shapes).macs
         warn_if_nothing_is_saved(costs)
-    batches = itertools.chain([first], batches)
+    num_classes = None
     if statistics in (accuracy_statistics, iou_statistics):  # others may take any target
         num_classes = program.trace(model, variables, shapes).outputs[-1].aval.shape[-1]
-        batches = (_check_classes(batch, num_classes) for batch in batches)
+    batches = (_checked(batch, num_classes) for batch in itertools.chain([first], given))
     total = len(data) if isinstance(data, Batch) else None
     values, uncertainty = _in_batches(outputs, variables, batches, batch_size, total, on_progress)
     settings: Any = {'costs': costs, 'criterion': outputs.criterion, 'metric': metric, 'split': split}
     return ExitTable(uncertainty=uncertainty, statistics=values, **settings)
 
 
-def _check_labelled(batch: Batch) -> Batch:
-    """Returns a batch that has one label for each image."""
+def _checked(batch: Batch, num_classes: int | None = None) -> Batch:
+    """Returns a batch that has one label for each image, of one of the classes where there are such."""
     if not isinstance(batch, Batch):
         raise ValueError(f'data: got {type(batch).__name__}; give a branchy_jax.Batch, or an iterable of them')
     if (count := num_rows(batch.image)) != len(batch.label):
         raise ValueError(f'data: got {count} images and {len(batch.label)} labels; give one label per image')
-    return batch
-
-
-def _check_classes(batch: Batch, num_classes: int) -> Batch:
-    check_labels(batch.label, num_classes)
+    if num_classes is not None:
+        check_labels(batch.label, num_classes)
     return batch
 
 
@@ -218,20 +216,13 @@ def _run(outputs_of: _Outputs, variables: Variables, batch: Batch) -> tuple[Any,
     return jax.lax.with_sharding_constraint(result, replicated(outputs_of.mesh))
 
 
-def _check_rows(outputs_of: _Outputs, variables: Variables, images: Any) -> None:
-    few, shapes = np.arange(7) % num_rows(images), outputs_of.shapes(images)
-    program.check_rows_by_trial(
-        outputs_of.model, variables, shapes, lambda: outputs_of.preprocess(at_rows(images, few))
-    )
-
-
-def _as_they_are(images: Array) -> Array:
-    return images
+_AS_THEY_ARE = jax.tree_util.Partial(lambda images: images)
 
 
 def _as_pytree(preprocess: Callable[[Array], Array] | None) -> Callable[[Array], Array]:
     """Returns what `jax.jit` takes as an argument: the arrays of a normalisation are no constants of the program."""
-    preprocess = _as_they_are if preprocess is None else preprocess
+    if preprocess is None:
+        return _AS_THEY_ARE
     if all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(preprocess)):
         return preprocess
     try:
@@ -271,7 +262,9 @@ def _in_batches(
         batches = (jax.tree.map(np.asarray, batch) for batch in batches)
     for batch, count in _of_one_size(batches, batch_size, 1 if mesh is None else mesh.size):
         if not results and mesh is None:
-            _check_rows(outputs_of, variables, batch.image)
+            few = at_rows(batch.image, slice(7))
+            prepared = functools.partial(outputs_of.preprocess, few)
+            program.check_rows_by_trial(outputs_of.model, variables, outputs_of.shapes(few), prepared)
         result = _run(outputs_of, variables, batch if mesh is None else shard(mesh, batch))
         results.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:, :count], result))
         done += count

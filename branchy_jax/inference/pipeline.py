@@ -15,6 +15,10 @@ from flax import struct
 from branchy_jax.inference.steps import Step, at_rows
 from branchy_jax.types import ExitPolicy, ExitPrediction
 
+Steps = Sequence[Callable[..., Step]]
+"""``(hidden, carry, policy) → Step`` of every exit asked, jitted."""
+Policy = Callable[[], ExitPolicy]
+"""Says when an image leaves, anew for every chunk."""
 Submit = Callable[..., Callable[[], Any]]
 """``(function, *args)`` to a function that waits for the result and returns it."""
 
@@ -51,20 +55,13 @@ class Pipeline:
     """A network being run on images that come and go. Between runs fewer than a chunk of rows wait before each stage.
 
     Args:
-        steps: jitted, ``(hidden, carry, policy) → Step``.
-        policy: tells when an image leaves, anew for every chunk.
+        steps: of the exits asked.
+        policy: when an image leaves.
         chunk_sizes: one per step.
         workers: how many chunks run at the same time, in threads if several.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[Callable[..., Step]],
-        policy: Callable[[], ExitPolicy],
-        chunk_sizes: Sequence[int],
-        *,
-        workers: int,
-    ) -> None:
+    def __init__(self, steps: Steps, policy: Policy, chunk_sizes: Sequence[int], *, workers: int) -> None:
         self._steps, self._policy, self._sizes = steps, policy, chunk_sizes
         self._waiting: list[list[Rows]] = [[] for _ in steps]  # before each stage, in the blocks in which they came
         self._workers, self._submit = workers, submitter(workers)
@@ -72,11 +69,8 @@ class Pipeline:
 
     def add(self, ids: np.ndarray, images: Any, due: Any = np.inf) -> None:
         """Lets images wait for the first stage, from ``due`` on, one time or one for each, for no others."""
-        self._let_wait(0, Rows(ids, np.broadcast_to(due, ids.shape), (images, None)))
-
-    def _let_wait(self, n: int, rows: Rows) -> None:
-        if len(rows.ids):
-            self._waiting[n].append(rows)
+        if len(ids):
+            self._waiting[0].append(Rows(ids, np.broadcast_to(due, ids.shape), (images, None)))
 
     @property
     def due(self) -> float:
@@ -96,9 +90,9 @@ class Pipeline:
                 return
             n, rows, result = self._running.popleft()
             step = at_rows(result(), slice(len(rows.ids)))
-            if n + 1 < len(self._steps):
+            if not step.confident.all():  # never after the last stage
                 remaining = dataclasses.replace(rows, values=(step.hidden, step.carry))
-                self._let_wait(n + 1, at_rows(remaining, ~step.confident))
+                self._waiting[n + 1].append(at_rows(remaining, ~step.confident))
             if step.confident.any():
                 yield Answers(*at_rows((rows.ids, step.prediction), step.confident))
 

@@ -11,15 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from branchy_jax.inference.compacted import Combine, answer_in_chunks
-from branchy_jax.inference.steps import (
-    Network,
-    are_traced,
-    at_rows,
-    check_chunk_sizes,
-    network,
-    run_batch,
-    select_rows,
-)
+from branchy_jax.inference.steps import Network, are_traced, at_rows, check_chunk_sizes, network, run_batch, select_rows
 from branchy_jax.sharding import AXIS, shard
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows, static
 
@@ -43,8 +35,11 @@ class Balance:
             total = max(1, waiting.sum())
             shares = ' '.join(f'{100 * count / total:.1f}' for count in dispatched)
             most = f'{100 * waiting.max() / total:8.1f} % {100 * dispatched.max() / total:8.1f} %'
-            lines.append(f'{n + 1:<12}{waiting.sum():>9}   {most:32}   {shares} %')
+            lines.append(f'{n:<12}{waiting.sum():>9}   {most:32}   {shares} %')
         return '\n'.join(lines)
+
+
+Answer = tuple[ExitPrediction, Balance]
 
 
 @struct.dataclass
@@ -79,15 +74,11 @@ class Sharded:
         _, balance = run_batch(self, variables, spread(images, self.mesh), policy, count)
         return jax.tree.map(np.asarray, balance)
 
-    def program(
-        self, variables: Variables, images: Any, policy: ExitPolicy, count: Any
-    ) -> tuple[ExitPrediction, Balance]:
+    def program(self, variables: Variables, images: Any, policy: ExitPolicy, count: Any) -> Answer:
         """Answers the first ``count`` rows of a batch that the devices share evenly; to be traced."""
         images = spread(images, self.mesh)
 
-        def on_each_device(
-            variables: Variables, images: Any, policy: ExitPolicy, count: Array
-        ) -> tuple[ExitPrediction, Balance]:
+        def on_each_device(variables: Variables, images: Any, policy: ExitPolicy, count: Array) -> Answer:
             share = num_rows(images)
             waiting = lax.axis_index(AXIS) * share + jnp.arange(share) < count
             counts = [(waiting.sum(), waiting.sum())]

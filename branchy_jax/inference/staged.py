@@ -1,7 +1,7 @@
 """One image at a time: nested `lax.cond`, so that later stages run only where no exit before was confident."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,8 @@ from jax import lax
 
 from branchy_jax import program
 from branchy_jax.criteria.policy import as_policy
-from branchy_jax.inference.steps import Network, at_rows, network, run, run_batch, take_step
-from branchy_jax.types import ExitPolicy, ExitPrediction, Variables, num_rows, static
+from branchy_jax.inference.steps import Exits, Network, at_rows, network, run, run_batch, take_step
+from branchy_jax.types import ExitPolicy, ExitPrediction, Variables, check_byte_order, num_rows, static
 
 
 @struct.dataclass
@@ -22,6 +22,7 @@ class Staged:
 
     def __call__(self, variables: Variables, image: Any, policy: Any) -> ExitPrediction:
         """Answers one ``image [H, W, C]``."""
+        check_byte_order(image)
         return run(self, variables, image, as_policy(policy))
 
     def program(self, variables: Variables, image: Any, policy: ExitPolicy) -> ExitPrediction:
@@ -30,9 +31,7 @@ class Staged:
         return at_rows(_answer(self.network.sized_stages(variables, alone), alone, policy), 0)
 
 
-def staged(
-    model: Any, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
-) -> Staged:
+def staged(model: Any, *, exits: Exits = None, compiler_options: Mapping[str, Any] | None = None) -> Staged:
     """Builds the batch-1 executor: each stage after the first sits inside the `lax.cond` of the exit before it.
 
     One dispatch per image; what an exit makes superfluous is not executed. `jax.vmap` turns the conditionals into
@@ -82,9 +81,7 @@ class Sequential:
         return lax.map(lambda image: one.program(variables, image, policy), images)
 
 
-def sequential(
-    model: Any, *, exits: Sequence[int] | None = None, compiler_options: Mapping[str, Any] | None = None
-) -> Sequential:
+def sequential(model: Any, *, exits: Exits = None, compiler_options: Mapping[str, Any] | None = None) -> Sequential:
     """Builds the executor for a stream of single images in one program: a loop whose body is `staged`.
 
     Saves the dispatch of every image but the first, which is most of the time of a small network at batch 1. A batch of

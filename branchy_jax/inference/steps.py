@@ -13,6 +13,9 @@ from branchy_jax.criteria import is_confident
 from branchy_jax.criteria.policy import as_policy, check_policy
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows, static
 
+Exits = Sequence[int] | None
+"""The exits to ask, ascending, the last among them; the other exits never answer. ``None`` asks all."""
+
 Options = tuple[tuple[str, Any], ...]
 """Compiler options in the order of their names."""
 
@@ -47,7 +50,7 @@ class Network:
         return program.stages(self.model, variables, inputs, exits=self.exits).at(variables, num_rows(inputs))
 
 
-def network(model: Any, exits: Sequence[int] | None, compiler_options: Mapping[str, Any] | None) -> Network:
+def network(model: Any, exits: Exits, compiler_options: Mapping[str, Any] | None) -> Network:
     """Checks what an executor is built from.
 
     Raises:

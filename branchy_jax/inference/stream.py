@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from flax import struct
 
 from branchy_jax.criteria.policy import as_policy
 from branchy_jax.inference.compacted import host_steps
-from branchy_jax.inference.pipeline import Answers, Pipeline
-from branchy_jax.inference.steps import Network, check_chunk_sizes, chunk_size_of_each, kind_of, network
-from branchy_jax.types import Array, ExitPolicy, Variables, num_rows, static
+from branchy_jax.inference.pipeline import Answers, Pipeline, Policy
+from branchy_jax.inference.steps import Exits, Network, check_chunk_sizes, chunk_size_of_each, kind_of, network
+from branchy_jax.types import Array, Variables, num_rows, static
 
 Arrival = Array | tuple[Array, Array] | tuple[Array, Array, Array]
 """``images [B, H, W, C]``, ``(ids [B], images)``, or ``(ids, images, due [B])``.
@@ -46,9 +46,7 @@ class Stream:
         fixed = None if callable(policy) else as_policy(policy)
         return self._answers(variables, supply, lambda: as_policy(policy()) if fixed is None else fixed)
 
-    def _answers(
-        self, variables: Variables, supply: Iterable[Arrival], policy: Callable[[], ExitPolicy]
-    ) -> Iterator[Answers]:
+    def _answers(self, variables: Variables, supply: Iterable[Arrival], policy: Policy) -> Iterator[Answers]:
         """Answers a supply, which a thread reads a few ahead; the first images say which programs are needed."""
         items: queue.Queue[Any] = queue.Queue(maxsize=self.ahead)
         stopped, pipeline, end = threading.Event(), None, None
@@ -83,7 +81,7 @@ def stream(
     *,
     chunk_size: int | Sequence[int],
     deadline: float = float('inf'),
-    exits: Sequence[int] | None = None,
+    exits: Exits = None,
     workers: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
     ahead: int = 2,

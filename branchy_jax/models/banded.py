@@ -48,10 +48,8 @@ def banded_convolution(
     numbers = lax.conv_dimension_numbers(inputs.shape, kernel.shape, dimension_numbers)
     plain = lax.conv_dimension_numbers(inputs.shape, kernel.shape, DIMENSION_NUMBERS)
     if numbers != plain or any(value is not None and np.any(np.not_equal(value, 1)) for value in others.values()):
-        raise ValueError(
-            'banded_convolution: only undilated, ungrouped NHWC convolutions have a banded form; got '
-            f'dimension_numbers={dimension_numbers}, {others}'
-        )
+        got = f'got dimension_numbers={dimension_numbers}, {others}'
+        raise ValueError(f'banded_convolution: only undilated, ungrouped NHWC convolutions have a banded form; {got}')
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], window_strides, padding)
     band = band_matrix(kernel, stride=window_strides[1])

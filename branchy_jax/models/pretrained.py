@@ -42,6 +42,10 @@ class Pretrained:
     operating_points: tuple[OperatingPoint, ...]
     card: Mapping[str, Any] = struct.field(pytree_node=False)
 
+    def __repr__(self) -> str:
+        name, data = self.card['network'], self.card.get('dataset', '?')
+        return f'Pretrained({name} on {data}, {len(self.operating_points)} operating points)'
+
     def normalize(self, images: Array) -> Array:
         """Maps uint8 ``images [..., H, W, C]`` to what the network takes."""
         return self.normalization(images)
@@ -60,7 +64,7 @@ def load_pretrained(network: Path | str, *, dataset: str | None = None, revision
 
     Args:
         network: such as ``'b-lenet'``; without ``dataset`` a folder that `save_pretrained` wrote, or ``'owner/name'``
-            of a repository on the hub (``pip install 'branchy_jax[hub]'``).
+            of a repository on the hub (``pip install '.[hub]'``).
         dataset: that it was trained on, such as ``'mnist'``: the weights in the package.
         revision: of the repository: a branch, tag or commit; its newest by default.
 
@@ -79,9 +83,9 @@ def load_pretrained(network: Path | str, *, dataset: str | None = None, revision
         return read_pretrained(_from_hub(str(network), revision))
     if (network, dataset) not in pretrained_names():
         known = ', '.join(f'{name!r} on {data!r}' for name, data in pretrained_names())
+        sought = f'no folder {str(network)!r}' if dataset is None else f'no weights of {str(network)!r} on {dataset!r}'
         raise ValueError(
-            f'network: no weights of {str(network)!r} on {dataset!r}; there are {known}, any folder that '
-            "save_pretrained wrote, and 'owner/name' on the hub"
+            f"network: {sought}; there are {known}, any folder that save_pretrained wrote, and 'owner/name' on the hub"
         )
     return read_pretrained(_WEIGHTS / f'{network}@{dataset}.safetensors')
 
@@ -124,14 +128,15 @@ def save_pretrained(
     options: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves a trained network of the library, with all that it needs to run, as a folder that a hub takes as it is.
+    """Saves a trained network of the library, with all that it needs to run, as a folder for the Hugging Face hub.
 
     The folder holds ``model.safetensors`` and ``README.md``. To share it:
     ``huggingface_hub.upload_folder(repo_id='owner/name', folder_path=folder)``.
 
     Args:
         folder: is made if missing; what it holds under these names is replaced.
-        network: name for `create`.
+        network: name for `create`. For a model of your own use `branchy_jax.checkpoint.save_weights`, with the
+            normalisation as one more collection, and `branchy_jax.criteria.save_policy`.
         variables: its weights.
         normalization: that it was trained with.
         operating_points: the first is the one to report.
@@ -150,6 +155,9 @@ def save_pretrained(
         >>> load_pretrained(folder).operating_points == weights.operating_points
         True
     """
+    if not isinstance(network, str):
+        advice = 'for a model of your own use checkpoint.save_weights and criteria.save_policy'
+        raise ValueError(f'network: got {type(network).__name__}; give a name of a network of the library; {advice}')
     options, card = _options(options or {}), dict(card or {})
     model = create(network, **options)
     if not operating_points:
@@ -207,7 +215,9 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ValueError(f"network: {repository!r} on the hub needs pip install 'branchy_jax[hub]'") from error
+        raise ValueError(
+            f"network: no folder {repository!r}; to look for it on the hub, pip install '.[hub]' in a clone"
+        ) from error
     info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
     stored = next((file for file in info.siblings or () if file.rfilename == _FILE), None)
     if stored is None or stored.lfs is None:

@@ -6,15 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from branchy_jax.models.layers import (
-    ResidualBlock,
-    check_images,
-    check_placement,
-    conv_norm_relu,
-    flatten,
-    he_normal,
-    local_response_normalization,
-)
+from branchy_jax.models import layers
 from branchy_jax.types import Array
 
 
@@ -50,13 +42,13 @@ class ResNet(nn.Module):
     def __post_init__(self) -> None:
         if self.depth < 8 or (self.depth - 2) % 6:
             raise ValueError(f'depth: got {self.depth}; a CIFAR ResNet has 6n + 2 layers: 8, 14, 20, …, 110')
-        check_placement(self.placement, ('text', 'released', 'tuned'))
+        layers.check_placement(self.placement, ('text', 'released', 'tuned'))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, frozen_trunk: bool = False) -> tuple[Array, ...]:
         """Computes logits ``[B, K]`` of every exit from float ``images [B, H, W, C]``."""
-        check_images(images, self.image_shape)
+        layers.check_images(images, self.image_shape)
         learns = train and not frozen_trunk
         blocks, released = (self.depth - 2) // 6, self.placement == 'released'
         logits = []
@@ -66,10 +58,10 @@ class ResNet(nn.Module):
         for n in range(1, 3 * blocks + 1):
             group = (n - 1) // blocks
             stride = 2 if group > 0 and (n - 1) % blocks == 0 else 1
-            x = ResidualBlock(16 * 2**group, stride, self.dtype, name=f'block{n}')(x, learns)
+            x = layers.ResidualBlock(16 * 2**group, stride, self.dtype, name=f'block{n}')(x, learns)
             for _ in range(self.branches_after().count(n)):  # of few blocks, one may have several branches
                 logits.append(self._head(len(logits) + 1, x, train))
-        x = flatten(nn.avg_pool(x, (6, 6))) if released else x.mean((1, 2))
+        x = layers.flatten(nn.avg_pool(x, (6, 6))) if released else x.mean((1, 2))
         return *logits, self._classify('fc')(x)
 
     def branches_after(self) -> tuple[int, ...]:
@@ -80,8 +72,8 @@ class ResNet(nn.Module):
 
     def _head(self, n: int, x: Array, train: bool) -> Array:
         if self.placement == 'released':
-            x = ResidualBlock(16, dtype=self.dtype, name='exit2_block1')(x, train)
-            return self._classify('exit2_fc')(flatten(x))
+            x = layers.ResidualBlock(16, dtype=self.dtype, name='exit2_block1')(x, train)
+            return self._classify('exit2_fc')(layers.flatten(x))
         features, strides = {
             'text': (((32, 32, 64), 2), ((32, 64), 2)),
             'tuned': (((32, 64, 64), 2), ((64, 64), 1), ((64, 64), 1)),
@@ -92,14 +84,14 @@ class ResNet(nn.Module):
         return self._classify(f'exit{n}_fc')(x.mean((1, 2)))
 
     def _released_head1(self, x: Array) -> Array:
-        conv = functools.partial(nn.Conv, kernel_init=he_normal, dtype=self.dtype)
-        x = local_response_normalization(nn.relu(conv(64, (5, 5), padding=2, name='exit1_conv1')(x)))
+        conv = functools.partial(nn.Conv, kernel_init=layers.he_normal, dtype=self.dtype)
+        x = layers.local_response_normalization(nn.relu(conv(64, (5, 5), padding=2, name='exit1_conv1')(x)))
         x = nn.relu(conv(32, (3, 3), padding=1, name='exit1_conv2')(x))
         x = nn.relu(conv(32, (3, 3), padding=1, name='exit1_conv3')(x))
-        return self._classify('exit1_fc')(flatten(x))
+        return self._classify('exit1_fc')(layers.flatten(x))
 
     def _conv(self, x: Array, features: int, name: str, **options: Any) -> Array:
-        return conv_norm_relu(x, features, name, dtype=self.dtype, kernel_init=he_normal, **options)
+        return layers.conv_norm_relu(x, features, name, dtype=self.dtype, kernel_init=layers.he_normal, **options)
 
     def _classify(self, name: str) -> nn.Dense:
         return nn.Dense(self.num_classes, dtype=self.dtype, name=name)

@@ -29,7 +29,8 @@ class UNet(nn.Module):
     Example:
         >>> import jax
         >>> model, images = UNet(width=4, head_width=4, image_shape=(16, 16, 1)), jnp.ones((1, 16, 16, 1))
-        >>> [logits.shape for logits in model.init_with_output(jax.random.key(0), images)[0]]
+        >>> logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+        >>> [z.shape for z in logits]
         [(1, 16, 16, 11), (1, 16, 16, 11), (1, 16, 16, 11)]
 
     References:
@@ -44,11 +45,10 @@ class UNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.image_shape is not None and any(length % (8 * self.patch_size) for length in self.image_shape[:2]):
-            raise ValueError(
-                f'image_shape: got {tuple(self.image_shape)}; four levels on patches of {self.patch_size} need '
-                f'multiples of {8 * self.patch_size}; pad or resize the images'
-            )
+        unit = 8 * self.patch_size
+        if self.image_shape is not None and any(length % unit for length in self.image_shape[:2]):
+            got = f'got {tuple(self.image_shape)}; four levels on patches of {self.patch_size} need multiples of {unit}'
+            raise ValueError(f'image_shape: {got}; pad or resize the images')
         super().__post_init__()
 
     @nn.compact

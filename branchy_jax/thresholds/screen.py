@@ -70,9 +70,8 @@ class Screen(ByValue, struct.PyTreeNode, eq=False):
         # Accuracies are counts over M: the tolerance admits 0.1 + 0.2 for 0.3, never one more wrong answer.
         reaches = frontier.accuracy >= at_least - 1e-9
         if not reaches.any():
-            raise ValueError(
-                f'at_least: no thresholds reach {at_least}; the best accuracy is {frontier.accuracy[-1]:.6f}'
-            )
+            best = f'the best accuracy is {frontier.accuracy[-1]:.6f}'
+            raise ValueError(f'at_least: no thresholds reach {at_least}; {best}')
         return frontier.point(reaches.argmax())
 
     def for_cost(self, at_most: float) -> OperatingPoint:

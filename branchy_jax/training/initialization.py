@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from flax.core import meta
 
 from branchy_jax import program
 from branchy_jax.models.resnet import ResNet
@@ -81,7 +82,7 @@ def initialize_from_baseline(
 
 
 def _by_path(tree: Variables) -> dict[str, Array]:
-    leaves = jax.tree.leaves_with_path(tree)
+    leaves = jax.tree.leaves_with_path(meta.unbox(tree))
     return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 

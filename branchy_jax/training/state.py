@@ -36,6 +36,10 @@ class TrainState(struct.PyTreeNode):
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
     frozen_trunk: bool = struct.field(pytree_node=False, default=False)
 
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f'TrainState(step={self.step}, {size:,} parameters, model={type(self.model).__name__})'
+
     @property
     def variables(self) -> Variables:
         """The variables that the model takes."""
@@ -108,5 +112,5 @@ def create_train_state(
             lambda path, _: 'trunk' if f"['params']{jax.tree_util.keystr(path)}" in trunk else 'head', params
         )
         optimizer = optax.multi_transform({'head': optimizer, 'trunk': optax.set_to_zero()}, labels)
-    opt_state = optimizer.init(params)
+    opt_state = jax.tree.map(jnp.array, optimizer.init(params))  # some keep the parameters: no buffer is donated twice
     return TrainState(jnp.zeros((), jnp.int32), params, collections, opt_state, model, optimizer, frozen_trunk)

@@ -1,9 +1,10 @@
 """One optimiser step on all exits, pure and jitted."""
 
 import functools
+import inspect
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def train_step(
         batch: images ``[B, H, W, C]`` float, ready for the network, or other inputs; with labels ``[B, …]`` or other
             targets.
         exit_weights: ``[N]``. The paper's best setting for two exits is 1.0 and 0.3: early exits regularise.
-        key: for dropout.
+        key: for every random stream that the network asks for, such as ``dropout``.
         loss: ``(logits, labels) → [N]``; see `branchy_jax.losses`.
         metrics: ``(logits, labels) → metrics by name``.
 
@@ -66,21 +67,76 @@ def train_step(
     """
 
     def objective(params: Any) -> tuple[Array, tuple[Any, Array, tuple[Array, ...]]]:
-        variables, collections = {'params': params, **state.model_state}, list(state.model_state)
-        mode: dict[str, Any] = {'train': True, 'frozen_trunk': state.frozen_trunk, 'rngs': {'dropout': key}}
-        logits, model_state = calling.apply(state.model, variables, batch.image, **mode, mutable=collections)
+        logits, model_state = run_in_training(state.replace(params=params), batch.image, key)
         exit_loss = loss(logits, batch.label)
         weights = jnp.asarray(exit_weights, exit_loss.dtype)
-        if weights.shape != exit_loss.shape:
-            raise ValueError(f'exit_weights: expected one for each of {len(exit_loss)} exits, got {weights.shape}')
+        check_exit_weights(weights, len(exit_loss))
         return jnp.sum(weights * exit_loss), (model_state, exit_loss, logits)
 
     (total, (model_state, exit_loss, logits)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
     _check_statistics(state, model_state)
-    updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
+    arguments = gradients, state.opt_state, state.params, lambda params: objective(params)[0], total
+    updates, opt_state = optimizer_update(state.optimizer, *arguments)
     params = optax.apply_updates(state.params, updates)
     state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
     return state, {'loss': total, 'exit_loss': exit_loss, **metrics(logits, batch.label)}
+
+
+def check_exit_weights(exit_weights: Array, num_exits: int) -> None:
+    """Refuses another number of weights than exits."""
+    if exit_weights.shape != (num_exits,):
+        raise ValueError(f'exit_weights: expected one for each of {num_exits} exits, got {exit_weights.shape}')
+
+
+def run_in_training(state: TrainState, inputs: Any, key: Array) -> tuple[tuple[Array, ...], Any]:
+    """Runs the network in training mode, with a key for each random stream that it asks for.
+
+    Args:
+        state: before the step.
+        inputs: of the network.
+        key: of the step.
+
+    Returns:
+        The logits of every exit, and the updated collections.
+    """
+    # Flax draws from `params` for a stream of any other name.
+    rngs, collections = {'dropout': key, 'params': jax.random.fold_in(key, 0)}, list(state.model_state)
+    mode: dict[str, Any] = {'train': True, 'frozen_trunk': state.frozen_trunk, 'rngs': rngs}
+    return calling.apply(state.model, state.variables, inputs, **mode, mutable=collections)
+
+
+def optimizer_update(
+    optimizer: optax.GradientTransformation,
+    gradients: Any,
+    opt_state: Any,
+    params: Any,
+    value_of: Callable[[Any], Array],
+    value: Array | float = 0.0,
+) -> tuple[Any, Any]:
+    """Calls the update of any optax transformation, with those of optax's further arguments that it asks for.
+
+    Args:
+        optimizer: the transformation.
+        gradients: of the loss.
+        opt_state: before the step.
+        params: before the step.
+        value_of: the loss as a function of the parameters, for line searches.
+        value: the loss before the step.
+
+    Returns:
+        The updates and the next state.
+    """
+    further = {
+        'value': value,
+        'grad': gradients,
+        'value_fn': value_of,
+        'grad_fn': lambda params, step: jax.grad(value_of)(params),
+    }
+    asked = inspect.signature(optimizer.update).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in asked.values())
+    named = set(asked) | {'value', 'grad', 'value_fn'} if takes_all else set(asked)  # `sam` alone takes grad_fn
+    further = {name: argument for name, argument in further.items() if name in named}
+    return optimizer.update(gradients, opt_state, params, **further)
 
 
 def _check_statistics(state: TrainState, model_state: Any) -> None:

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from branchy_jax.program import BATCH
@@ -48,7 +50,8 @@ class Value:
 
 def known(array: Any, shape: Sequence[Size] | None = None) -> Value:
     """Returns the value of an array, repeated to ``shape`` if that differs."""
-    array = np.asarray(array)
+    if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):  # these are no numbers
+        array = np.asarray(array)
     shape = array.shape if shape is None else tuple(shape)
     return Value(shape, array.dtype, '', array, array.shape, tuple(range(array.ndim)))
 
@@ -128,8 +131,15 @@ class Graph:
         return self._constants[key]
 
     def integers(self, values: Iterable[int]) -> str:
-        """Returns the name of a vector of int64, ONNX's dtype of axes and shapes."""
-        return self.constant(np.array([int(value) for value in values], np.int64))
+        """Returns the name of a vector of int64, ONNX's dtype of axes and shapes.
+
+        Raises:
+            ValueError: a symbolic size.
+        """
+        values = list(values)
+        if not all(map(is_size, values)):
+            raise ValueError(f'it computes with the sizes {values}')
+        return self.constant(np.array(values, np.int64))
 
     def read(self, value: Value, order: Sequence[int] | None = None) -> str:
         """Returns the name of a value whose axes lie in an order, by default the program's; see `full`."""

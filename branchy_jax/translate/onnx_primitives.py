@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core as jax_core
 
 from branchy_jax.translate.onnx_graph import Graph, Value, computed, is_size, known
 
@@ -18,7 +18,7 @@ Handler = Callable[[Graph, Params, list[Value], Any], Value | list[Value]]
 """``(graph, params, inputs, shape and dtype of the first output) → outputs``."""
 
 
-def _elementwise(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
+def _elementwise(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any, **attributes: Any) -> Value:
     """Adds one node on values of one shape; broadcasting repeats scalars and axes of one element."""
     rank = len(spec.shape)
     ranked = [value for value in inputs if len(value.shape) == rank]
@@ -27,7 +27,7 @@ def _elementwise(op: str, graph: Graph, params: Params, inputs: list[Value], spe
     order = orders[0] if orders else tuple(range(rank))
     names = [graph.read(value, order if len(value.shape) == rank else None) for value in inputs]
     held = [next((v.held[axis] for v in ranked if v.held[axis] != 1), 1) for axis in range(rank)]
-    return computed(graph.node(op, *names), spec.shape, spec.dtype, order, held)
+    return computed(graph.node(op, *names, **attributes), spec.shape, spec.dtype, order, held)
 
 
 def _maximum(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
@@ -45,15 +45,8 @@ def _cast(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value
     return dataclasses.replace(x, name=graph.cast(graph.read(x, x.order), dtype), array=None, dtype=dtype)
 
 
-def _select(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-    which, *cases = inputs
-    if len(cases) != 2 or which.dtype != np.bool_:
-        raise ValueError('it selects among more than two')
-    if spec.dtype != np.bool_:
-        return _elementwise('Where', graph, params, [which, cases[1], cases[0]], spec)
-    otherwise = _elementwise('Not', graph, params, [which], which)
-    chosen = [_elementwise('And', graph, params, pair, spec) for pair in ([which, cases[1]], [otherwise, cases[0]])]
-    return _elementwise('Or', graph, params, chosen, spec)
+def _where(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
+    return _elementwise('Where', graph, params, [inputs[0], inputs[2], inputs[1]], spec)
 
 
 def _dim_as_value(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
@@ -97,56 +90,77 @@ def _in_place(graph: Graph, x: Value) -> tuple[str, Value]:
 
 def _pad(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
     (name, x), edges = _in_place(graph, inputs[0]), params['padding_config']
-    if any(inner for *_, inner in edges) or any(not is_size(size) or size < 0 for edge in edges for size in edge):
-        raise ValueError('it pads between elements, crops, or pads by a symbolic size')
-    sizes = [edges[axis][side] for side in (0, 1) for axis in x.order]
+    sizes = [edges[axis][side] for side in (0, 1) for axis in x.order]  # a negative one crops
     return x.made(graph.node('Pad', name, graph.integers(sizes), graph.read(inputs[1])), spec.shape)
 
 
+def _cut(
+    graph: Graph, x: Value, axes: Sequence[int], first: str, end: str, steps: Sequence[int], shape: Sequence[Any]
+) -> Value:
+    """Slices some axes; the names are of vectors, one number for each axis."""
+    name, x = _in_place(graph, x)
+    places = graph.integers(x.order.index(axis) for axis in axes)
+    return x.made(graph.node('Slice', name, first, end, places, graph.integers(steps)), shape)
+
+
 def _slice(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-    (x,), starts, limits = inputs, params['start_indices'], params['limit_indices']
-    steps, axes = params['strides'], [axis for axis, size in enumerate(spec.shape) if x.shape[axis] != size]
+    (x,), steps = inputs, params['strides']
+    axes = [axis for axis, size in enumerate(spec.shape) if x.shape[axis] != size]
     if not axes:
         return x
-    name, x = _in_place(graph, x)
-    places = [x.order.index(axis) for axis in axes]
-    first, end, step = ([values[axis] if values else 1 for axis in axes] for values in (starts, limits, steps))
-    return x.made(graph.node('Slice', name, *map(graph.integers, (first, end, places, step))), spec.shape)
+    first, end = (graph.integers(params[name][axis] for axis in axes) for name in ('start_indices', 'limit_indices'))
+    return _cut(graph, x, axes, first, end, [steps[axis] if steps else 1 for axis in axes], spec.shape)
+
+
+def _reverse(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
+    axes = params['dimensions']
+    first, end = (graph.integers([number] * len(axes)) for number in (-1, -(2**31)))
+    return _cut(graph, inputs[0], axes, first, end, [-1] * len(axes), spec.shape)
 
 
 def _gather(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-    """Takes elements at known numbers, the same ones of every row: a symbolic trace has a gather for most slices."""
+    """Takes windows at numbers along some axes. ONNX Runtime refuses computed numbers out of bounds."""
     x, indices = map(graph.full, inputs)
-    if indices.array is None:
-        return _lookup(graph, params, x, indices, spec)
-    rows = [size for size in x.shape if not is_size(size)]
-    if rows and not rows[0] == x.shape[0] == params['slice_sizes'][0] == spec.shape[0]:
-        raise ValueError('it gathers rows of the batch, or the batch does not come first')
-    # The same gather from the numbers of a row's elements.
-    shape, sizes = ([size if is_size(size) else 1 for size in sizes] for sizes in (x.shape, params['slice_sizes']))
-    numbers = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    numbers = np.asarray(lax.gather_p.bind(numbers, indices.array, **{**params, 'slice_sizes': tuple(sizes)}))
-    if (numbers < 0).any():
-        raise ValueError('it takes elements out of bounds')
-    if indices.array.ndim == 1:  # one window, whose corners are the first and the last number
-        first, last = (np.unravel_index(number, shape) for number in (numbers.flat[0], numbers.flat[-1]))
-        bounds = {'start_indices': first, 'limit_indices': [end + 1 for end in last], 'strides': None}
-        window = _slice(graph, bounds, [x], jax.ShapeDtypeStruct(params['slice_sizes'], x.dtype))
+    numbers, sizes = params['dimension_numbers'], params['slice_sizes']
+    axes, batching = numbers.start_index_map, numbers.operand_batching_dims
+    rest = [axis for axis in range(len(sizes)) if axis not in (*axes, *batching)]
+    if not all(is_size(x.shape[axis]) for axis in axes) or any(sizes[axis] != x.shape[axis] for axis in rest):
+        raise ValueError('it gathers rows of the batch, or a part of an axis without a number')
+    starts = _within_bounds(graph, indices, [x.shape[axis] - sizes[axis] for axis in axes], params['mode'])
+    last = len(starts.shape) - 1
+    if last == 0:
+        first = graph.read(starts)
+        end = graph.node('Add', first, graph.integers(sizes[axis] for axis in axes))
+        window = _cut(graph, x, axes, first, end, [1] * len(axes), sizes)
         return _reshape(graph, {'dimensions': None}, [window], spec)
-    flat = graph.reshape(graph.read(x), x.shape, [*rows, math.prod(shape)])
-    name = graph.node('Gather', flat, graph.constant(numbers.reshape(-1)), axis=len(rows))
-    return computed(graph.reshape(name, [*rows, numbers.size], spec.shape), spec.shape, x.dtype)
+    order = sorted(range(last), key=lambda axis: axis not in numbers.start_indices_batching_dims)
+    offsets = [axis for axis in range(len(sizes)) if axis not in (*numbers.collapsed_slice_dims, *batching)]
+    kept = [axis for axis in axes if axis in offsets]
+    name = graph.read(starts, (*order, last))
+    if kept:  # the numbers of all elements of a window
+        name = graph.reshape(name, (), [*(starts.shape[axis] for axis in order), 1, len(axes)])
+        within = np.indices([sizes[axis] for axis in axes]).reshape(len(axes), -1).T
+        name = graph.node('Add', name, graph.constant(within))
+    name = graph.node('GatherND', graph.read(x, (*batching, *axes, *rest)), name, batch_dims=len(batching))
+    free = [axis for axis in range(len(spec.shape)) if axis not in numbers.offset_dims]
+    places = [*(free[axis] for axis in order), *(numbers.offset_dims[offsets.index(axis)] for axis in (*kept, *rest))]
+    if kept:
+        name = graph.reshape(name, (), [spec.shape[axis] for axis in places])
+    return computed(name, spec.shape, x.dtype, places)
 
 
-def _lookup(graph: Graph, params: Params, x: Value, indices: Value, spec: Any) -> Value:
-    """Takes rows at computed numbers, as an embedding does. ONNX Runtime refuses numbers out of bounds."""
-    numbers, rank = params['dimension_numbers'], len(spec.shape)
-    rows_last = tuple(range(rank - len(x.shape) + 1, rank))
-    first = numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
-    if not first or numbers.offset_dims != rows_last or tuple(params['slice_sizes'][1:]) != x.shape[1:]:
-        raise ValueError('it gathers at computed numbers, and not whole rows along the first axis')
-    rows = graph.reshape(graph.read(indices), indices.shape, indices.shape[:-1])
-    return computed(graph.node('Gather', graph.read(x), rows, axis=0), spec.shape, x.dtype)
+def _within_bounds(graph: Graph, indices: Value, most: Sequence[int], mode: Any) -> Value:
+    """Returns numbers as int64, from 0 to the most of each axis."""
+    can_be_outside = mode == lax.GatherScatterMode.FILL_OR_DROP
+    if indices.array is not None:
+        within = indices.array.astype(np.int64).clip(0, most)
+        if can_be_outside and (within != indices.array).any():
+            raise ValueError('it takes elements out of bounds')
+        return known(within)
+    name = graph.cast(graph.read(indices), np.int64)
+    if not can_be_outside:
+        name = graph.node('Min', graph.node('Max', name, graph.integers([0])), graph.integers(most))
+    return computed(name, indices.shape, np.int64)
 
 
 def _concatenate(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
@@ -158,8 +172,11 @@ def _concatenate(graph: Graph, params: Params, inputs: list[Value], spec: Any) -
 
 def _reduce(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
     (name, x), axes = _in_place(graph, inputs[0]), params['axes']
+    if not axes:  # ONNX would reduce all
+        return inputs[0]
     places = sorted(x.order.index(axis) for axis in axes)
     if op in ('ArgMax', 'ArgMin'):
+        name = graph.cast(name, np.int32) if x.dtype == np.bool_ else name
         name = graph.cast(graph.node(op, name, axis=places[0], keepdims=0), spec.dtype)
     elif op == 'ReduceSum':  # the only one that takes its axes as an input in this opset
         name = graph.node(op, name, graph.integers(places), keepdims=0)
@@ -170,13 +187,17 @@ def _reduce(op: str, graph: Graph, params: Params, inputs: list[Value], spec: An
 
 
 def _top_k(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> list[Value]:
-    x, last = graph.full(inputs[0]), len(spec.shape) - 1
-    if params.get('axis', last) not in (last, -1):
-        raise ValueError('it looks along another axis than the last')
-    highest, places = graph.fresh('highest'), graph.fresh('places')
-    graph.node('TopK', graph.read(x), graph.integers([params['k']]), outputs=[highest, places], axis=last)
-    numbers = computed(graph.cast(places, np.int32), spec.shape, np.int32)
-    return [computed(highest, spec.shape, x.dtype), numbers]
+    (name, x), outputs = _in_place(graph, inputs[0]), (graph.fresh('values'), graph.fresh('places'))
+    place = x.order.index(params.get('axis', -1) % len(spec.shape))
+    graph.node('TopK', name, graph.integers([params['k']]), outputs=outputs, axis=place)
+    values = x.made(outputs[0], spec.shape)
+    return [values, dataclasses.replace(values, name=graph.cast(outputs[1], np.int32), dtype=np.dtype(np.int32))]
+
+
+def _cumsum(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
+    name, x = _in_place(graph, inputs[0])
+    place = graph.constant(np.int64(x.order.index(params['axis'])))
+    return x.made(graph.node('CumSum', name, place, reverse=int(params['reverse'])))
 
 
 def _pool(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
@@ -197,10 +218,8 @@ def _pool(op: str, graph: Graph, params: Params, inputs: list[Value], spec: Any)
 
 def _convolution(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
     numbers, padding = params['dimension_numbers'], params['padding']
-    if params['batch_group_count'] != 1 or any(d != 1 for d in params['lhs_dilation']):
-        raise ValueError('it is transposed (its input is dilated) or grouped by images')
-    if any(not is_size(size) or size < 0 for edge in padding for size in edge):
-        raise ValueError('it crops its input, or pads by a symbolic size')
+    if params['batch_group_count'] != 1:
+        raise ValueError('it is grouped by images')
     x, kernel = (graph.full(value) for value in inputs)
     name = graph.node(
         'Conv',
@@ -240,13 +259,16 @@ def _product(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Va
 
 
 ON_BOOLEANS = ('and', 'not', 'or', 'xor')
-_UNARY = ('abs', 'ceil', 'cos', 'erf', 'exp', 'floor', 'log', 'neg', 'sign', 'sin', 'sqrt', 'tanh')
+_UNARY = ('abs', 'ceil', 'erf', 'exp', 'floor', 'log', 'neg', 'round', 'sign', 'sqrt')
+_ANGLES = ('acos', 'acosh', 'asin', 'asinh', 'atan', 'atanh', 'cos', 'cosh', 'sin', 'sinh', 'tan', 'tanh')
 _BINARY = ('add', 'div', 'min', 'mul', 'pow', 'sub')
 _COMPARISONS = {'eq': 'Equal', 'ge': 'GreaterOrEqual', 'gt': 'Greater', 'le': 'LessOrEqual', 'lt': 'Less'}
 _UNCHANGED = ('copy', 'copy_p', 'stop_gradient', 'optimization_barrier')
 
 TABLE: dict[str, Handler] = {
-    **{name: functools.partial(_elementwise, name.capitalize()) for name in (*_UNARY, *_BINARY, *ON_BOOLEANS)},
+    **{
+        name: functools.partial(_elementwise, name.capitalize()) for name in (*_UNARY, *_ANGLES, *_BINARY, *ON_BOOLEANS)
+    },
     **{name: functools.partial(_elementwise, op) for name, op in _COMPARISONS.items()},
     **{
         f'reduce_{name}': functools.partial(_reduce, f'Reduce{name.capitalize()}')
@@ -260,6 +282,7 @@ TABLE: dict[str, Handler] = {
     'concatenate': _concatenate,
     'conv_general_dilated': _convolution,
     'convert_element_type': _cast,
+    'cumsum': _cumsum,
     'dim_as_value': _dim_as_value,
     'dot_general': _product,
     'gather': _gather,
@@ -268,8 +291,10 @@ TABLE: dict[str, Handler] = {
     'pad': _pad,
     'reduce_window_max': functools.partial(_pool, 'MaxPool'),
     'reduce_window_sum': functools.partial(_pool, 'AveragePool'),
+    'rem': functools.partial(_elementwise, 'Mod', fmod=1),
     'reshape': _reshape,
-    'select_n': _select,
+    'rev': _reverse,
+    'select_n': _where,
     'slice': _slice,
     'top_k': _top_k,
     'transpose': lambda graph, params, inputs, spec: _permuted(inputs[0], params['permutation']),
@@ -290,8 +315,74 @@ def _split(x: Any, sizes: Sequence[int], axis: int) -> list[Any]:
     return [lax.slice_in_dim(x, end - size, end, axis=axis) for size, end in zip(sizes, ends, strict=True)]
 
 
+def _dynamic_slice(x: Any, *starts: Any, slice_sizes: Sequence[Any]) -> Any:
+    axes = tuple(axis for axis, size in enumerate(slice_sizes) if size != x.shape[axis])
+    if not axes:
+        return x
+    numbers = lax.GatherDimensionNumbers(tuple(range(x.ndim)), (), axes)
+    return lax.gather(x, jnp.stack([starts[axis] for axis in axes]), numbers, slice_sizes, mode='clip')
+
+
+def _scan(*inputs: Any, jaxpr: Any, length: int, num_consts: int, num_carry: int, reverse: bool, **_: Any) -> list[Any]:
+    """Repeats the body of a loop."""
+    if not is_size(length):
+        raise ValueError('it loops over the batch')
+    consts, carry, xs = inputs[:num_consts], inputs[num_consts:][:num_carry], inputs[num_consts + num_carry :]
+    rows: list[Any] = [None] * length
+    for n in reversed(range(length)) if reverse else range(length):
+        row = (lax.index_in_dim(x, n, keepdims=False) for x in xs)
+        results = jax_core.jaxpr_as_fun(jaxpr)(*consts, *carry, *row)
+        carry, rows[n] = results[:num_carry], results[num_carry:]
+    return [*carry, *map(jnp.stack, zip(*rows, strict=True))]
+
+
+def _select(which: Any, *cases: Any) -> Any:
+    if which.dtype != np.bool_:
+        return functools.reduce(lambda y, n: jnp.where(which == n, cases[n], y), range(1, len(cases)), cases[0])
+    return which & cases[1] | ~which & cases[0] if cases[0].dtype == np.bool_ else None
+
+
+def _sort(*operands: Any, dimension: int, num_keys: int, **_: Any) -> list[Any]:
+    keys, *others = (jnp.moveaxis(x, dimension, -1) for x in operands)
+    if num_keys != 1 or keys.dtype == np.bool_:
+        raise ValueError('it sorts booleans, or by several keys')
+    end = np.array(-1 if jnp.issubdtype(keys.dtype, np.integer) else 0).astype(keys.dtype)
+    values, places = lax.top_k(end - keys, keys.shape[-1])
+    moved: list[Any] = [jnp.take_along_axis(x, places, -1, mode='promise_in_bounds') for x in others]
+    return [jnp.moveaxis(x, -1, dimension) for x in [end - values, *moved]]
+
+
+def _pad_between(x: Any, value: Any, padding_config: Sequence[Any]) -> Any:
+    low, high, between = zip(*padding_config, strict=True)
+    if not any(between):
+        return None
+    edges = [edge for more in between for edge in ((0, 0, 0), (0, more, 0))]
+    apart = lax.pad(x.reshape([n for size in x.shape for n in (size, 1)]), value, edges)
+    wider = apart.reshape([size * (1 + more) for size, more in zip(x.shape, between, strict=True)])
+    return lax.pad(wider, value, [(a, b - more, 0) for a, b, more in zip(low, high, between, strict=True)])
+
+
+def _pad_before(x: Any, kernel: Any, *, padding: Sequence[Any], lhs_dilation: Sequence[int], **params: Any) -> Any:
+    """Pads apart from a convolution what its ONNX form does not: between pixels, or less than nothing."""
+    if max(lhs_dilation) == 1 and all(is_size(size) and size >= 0 for edge in padding for size in edge):
+        return None
+    edges = [(0, 0, 0)] * x.ndim
+    for axis, edge, d in zip(params['dimension_numbers'].lhs_spec[2:], padding, lhs_dilation, strict=True):
+        edges[axis] = (*edge, d - 1)
+    params |= {'padding': ((0, 0),) * len(padding), 'lhs_dilation': (1,) * len(padding)}
+    return lax.conv_general_dilated_p.bind(lax.pad(x, np.zeros((), x.dtype), edges), kernel, **params)
+
+
+def _tile(x: Any, reps: Sequence[Any]) -> Any:
+    repeated = [size for sizes in zip(reps, x.shape, strict=True) for size in sizes]
+    apart = x.reshape([n for size in x.shape for n in (1, size)])
+    return jnp.broadcast_to(apart, repeated).reshape([a * b for a, b in zip(reps, x.shape, strict=True)])
+
+
 COMPOSED: dict[str, Callable[..., Any]] = {
     'clamp': lambda low, x, high: jnp.minimum(jnp.maximum(x, low), high),
+    'conv_general_dilated': _pad_before,
+    'dynamic_slice': _dynamic_slice,
     'erfc': lambda x: 1 - lax.erf(x),
     'exp2': lambda x, **_: lax.pow(lax.full_like(x, 2), x),
     'expm1': lambda x, **_: jnp.tanh(x / 2) * (jnp.exp(x) + 1),  # has all digits of a small x
@@ -304,9 +395,16 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     'ne': lambda x, y: ~(x == y),
     'reduce_and': lambda x, axes, **_: x.astype(np.int32).min(axes).astype(bool),
     'reduce_or': lambda x, axes, **_: x.astype(np.int32).max(axes).astype(bool),
+    'pad': _pad_between,
+    'round': lambda x, rounding_method: None if rounding_method else jnp.trunc(x) + jnp.trunc(2 * (x - jnp.trunc(x))),
     'rsqrt': lambda x, **_: 1 / jnp.sqrt(x),
+    'scan': _scan,
+    'select_n': _select,
+    'sort': _sort,
     'split': _split,
+    'stack': lambda *xs, axis: lax.concatenate([lax.expand_dims(x, [axis]) for x in xs], axis),
     'square': lambda x: x * x,
     'squeeze': lambda x, dimensions: x.reshape([n for axis, n in enumerate(x.shape) if axis not in dimensions]),
+    'tile': _tile,
 }
-"""Primitives as functions of JAX that need primitives of `TABLE` alone."""
+"""Primitives as functions of JAX that need primitives of `TABLE` alone; `None` where `TABLE` has the form itself."""

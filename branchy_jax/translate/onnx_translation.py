@@ -77,12 +77,12 @@ def _run(graph: Graph, program: Program, inputs: Sequence[Value]) -> list[Value]
 def _fold(equation: Equation, inputs: list[Value]) -> list[Value]:
     """Computes an equation on known values, except for repetitions: `TABLE` stores one element of those."""
     specs = [*inputs, *(v.aval for v in equation.outvars)]
-    numeric = all(is_size(size) for spec in specs for size in spec.shape)
-    arrays = [value.array for value in inputs if value.array is not None]
-    if not inputs or not numeric or len(arrays) < len(inputs) or equation.primitive.name == 'broadcast_in_dim':
+    fixed = all(is_size(size) for spec in specs for size in spec.shape) and all(v.array is not None for v in inputs)
+    if not inputs or not fixed or equation.primitive.name == 'broadcast_in_dim':
         return []
-    repeated = [np.broadcast_to(array, value.shape) for array, value in zip(arrays, inputs, strict=True)]
-    return [known(array) for array in bind(equation, repeated)]
+    arrays: list[Any] = [value.array for value in inputs]  # keys of random numbers cannot be repeated
+    whole = [x if x.shape == v.shape else np.broadcast_to(x, v.shape) for x, v in zip(arrays, inputs, strict=True)]
+    return [known(array) for array in bind(equation, whole)]
 
 
 def _emit(graph: Graph, equation: Equation, inputs: list[Value]) -> list[Value]:
@@ -95,12 +95,12 @@ def _emit(graph: Graph, equation: Equation, inputs: list[Value]) -> list[Value]:
         raise ValueError('ONNX has it for booleans alone')
     if name == 'cond':
         return _choose(graph, equation.params['branches'], inputs, specs)
-    if name in COMPOSED:
-        result = translate(graph, functools.partial(COMPOSED[name], **equation.params), *inputs)
-    elif name in TABLE:
-        result = TABLE[name](graph, equation.params, inputs, specs[0])
-    else:
+    composed = COMPOSED.get(name)
+    result = composed and translate(graph, functools.partial(composed, **equation.params), *inputs)
+    if result is None and name not in TABLE:
         raise ValueError('this primitive is not translated')
+    if result is None:
+        result = TABLE[name](graph, equation.params, inputs, specs[0])
     return result if isinstance(result, list) else [result]
 
 

@@ -92,9 +92,8 @@ def gain_against_batch(path: Path | str, rows: Sequence[Record], *, title: str =
         title: above the picture.
     """
     figure, axes = new_axes(title, x='batch size', y='gain over the baseline (dotted: MAC limit)')
-    for color, name in zip(
-        itertools.cycle(SERIES), dict.fromkeys(row['operating_point'] for row in rows), strict=False
-    ):
+    names = dict.fromkeys(row['operating_point'] for row in rows)
+    for color, name in zip(itertools.cycle(SERIES), names, strict=False):
         own = sorted((row for row in rows if row['operating_point'] == name), key=lambda row: row['batch'])
         batches = [row['batch'] for row in own]
         axes.plot(batches, [row['gain'] for row in own], '-o', color=color, markersize=4, label=f'{name} % leave')

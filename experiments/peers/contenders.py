@@ -1,28 +1,27 @@
 """The contenders: functions that prepare a runtime for a job, each in a process of its own.
 
-Packages are imported where they are used: a contender whose package is missing fails, and the others run. PyTorch
-and ONNX Runtime get what their users would give them: BatchNorm folded, weights frozen, images laid out as they like
-them best, which a short trial finds.
+Packages are imported where they are used: a contender whose package is missing fails, and the others run. Each
+runtime gets what its users would give it: BatchNorm folded, weights frozen, images laid out as it likes them best.
 """
 
 import functools
-import tempfile
+import io
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.peers.job import Answer, Job, Ready, fastest
+from experiments.peers.job import Job, Ready, fastest
 
 
-def planned(job: Job, *, exits: bool = True) -> Ready:
-    """Runs what `branchy_jax.inference.plan` chooses, called with arrays of NumPy's or of jax's.
+def planned(job: Job, *, exits: bool = True, **options: Any) -> Ready:
+    """Runs what `branchy_jax.inference.plan` chooses.
 
     Args:
         job: what is to be done.
         exits: ``False`` for the network without exits: what the runtime is worth without them.
+        **options: of the plan, such as its engine.
     """
     import jax
     import jax.numpy as jnp
@@ -35,102 +34,22 @@ def planned(job: Job, *, exits: bool = True) -> Ready:
     model, variables = bj.models.create(job.network), jax.tree.map(jnp.asarray, job.variables)
     model = model if exits else bj.models.without_branches(model)
     policy = np.array(job.thresholds if exits else (), np.float32)
-    plan = bj.inference.plan(model, variables, job.images, policy, batch_size=job.batch)
+    plan = bj.inference.plan(model, variables, job.images, policy, batch_size=job.batch, **options)
 
-    def answer(images: np.ndarray, convert: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, Any]:
-        found = plan(convert(images))
-        return np.asarray(found.label), found.exit_index if exits else None
+    def answer(images: np.ndarray) -> tuple[np.ndarray, Any]:
+        prediction = plan(images)
+        return np.asarray(prediction.label), np.asarray(prediction.exit_index) if exits else None
 
-    conversions = {'from NumPy': np.asarray, 'from jax': jnp.asarray}
-    return fastest(
-        {
-            name: Ready(functools.partial(answer, convert=convert), job.batches, plan.executor)
-            for name, convert in conversions.items()
-        }
-    )
+    return Ready(answer, job.batches, str(plan.executor))
 
 
-def torch_eager(job: Job) -> Ready:
-    """Runs PyTorch without exits, operation by operation."""
-    return _in_either_layout(job, lambda network, _: _whole(network.labels()))
-
-
-def torch_exits(job: Job) -> Ready:
-    """Runs PyTorch operation by operation, each stage on the rows that a mask leaves."""
-    return _in_either_layout(job, functools.partial(_masked, job))
-
-
-def torch_compiled(job: Job) -> Ready:
-    """Runs PyTorch without exits as `torch.compile` makes it."""
-    return _in_either_layout(job, lambda network, _: _whole(_compiled(network.labels())))
-
-
-def torch_compiled_exits(job: Job) -> Ready:
-    """Runs PyTorch with exits by masks, each stage and each head compiled."""
-
-    def prepare(network: Any, channels_last: bool) -> Answer:
-        for parts in (network.stages, network.exits):
-            for n, part in enumerate(parts):
-                parts[n] = _compiled(part)
-        return _masked(job, network, channels_last)
-
-    return _in_either_layout(job, prepare)
-
-
-def onnx_plain(job: Job) -> Ready:
-    """Runs the file that PyTorch exports of the network without exits in ONNX Runtime, which folds what it can."""
-    import torch
-
-    from experiments.peers import torch_networks
-
-    batches = [np.ascontiguousarray(images.transpose(0, 3, 1, 2)) for images in job.batches]
-    network = torch_networks.create(job.network, job.variables).labels()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the newer exporter needs one more package, and writes the same nodes
-        path = Path(folder) / 'plain.onnx'
-        torch.onnx.export(network, (torch.from_numpy(batches[0]),), path, dynamo=False, input_names=['image'])
-        session = _session(path, job.cores)
-    return Ready(lambda images: (session.run(None, {'image': images})[0], None), batches)
-
-
-def onnx_if(job: Job) -> Ready:
-    """Runs the file of `branchy_jax.export.save_onnx`, whose conditionals skip later stages.
-
-    Raises:
-        ValueError: more than one image in a call.
-    """
-    if job.batch != 1:
-        raise ValueError('the file takes one image')
-    import branchy_jax as bj
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'exits.onnx'
-        policy, inputs = np.array(job.thresholds, np.float32), job.images[:1]
-        bj.export.save_onnx(path, bj.models.create(job.network), job.variables, policy, inputs=inputs)
-        session = _session(path, job.cores)
-    names = ['label', 'exit_index']
-    return Ready(lambda images: tuple(session.run(names, {'image': images})), job.batches)
-
-
-CONTENDERS: dict[str, Callable[[Job], Ready]] = {
-    'planned here': planned,
-    'planned here, bare': functools.partial(planned, exits=False),
-    'PyTorch': torch_eager,
-    'PyTorch, exits': torch_exits,
-    'torch.compile': torch_compiled,
-    'torch.compile, exits': torch_compiled_exits,
-    'ONNX Runtime': onnx_plain,
-    'ONNX Runtime, If': onnx_if,
-}
-"""By the names that tables call them; the first is compared with each of the others."""
-
-
-def _in_either_layout(job: Job, prepare: Callable[[Any, bool], Callable[[Any], tuple[Any, Any]]]) -> Ready:
-    """Returns a PyTorch network in the faster layout of its memory.
+def in_torch(job: Job, *, exits: bool = True, compiled: bool = False) -> Ready:
+    """Runs PyTorch, in the faster layout of its memory.
 
     Args:
         job: what is to be done.
-        prepare: makes what answers a tensor of a network and whether its channels come last.
+        exits: whether each stage runs on the rows that a mask leaves; ``False`` for the network without exits.
+        compiled: by `torch.compile`, with exits each stage and each head; or operation by operation.
     """
     import torch
 
@@ -141,29 +60,26 @@ def _in_either_layout(job: Job, prepare: Callable[[Any, bool], Callable[[Any], t
     def ready(channels_last: bool) -> Ready:
         network = torch_networks.create(job.network, job.variables)
         network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        run = prepare(network, channels_last)
+        whole = network.labels()
+        if compiled and exits:
+            for parts in (network.stages, network.exits):
+                for n, part in enumerate(parts):
+                    parts[n] = _compiled(part)
+        elif compiled:
+            whole = _compiled(whole)
 
         def answer(images: np.ndarray) -> tuple[np.ndarray, Any]:
             tensor = torch.from_numpy(images)
-            labels, exits = run(tensor.permute(0, 3, 1, 2) if channels_last else tensor)
-            return labels.numpy(), exits
+            tensor = tensor.permute(0, 3, 1, 2) if channels_last else tensor
+            if not exits:
+                return whole(tensor).numpy(), None
+            labels, left = torch_networks.with_exits(network, tensor, job.thresholds, channels_last=channels_last)
+            return labels.numpy(), left
 
-        batches = job.batches
-        if not channels_last:
-            batches = [np.ascontiguousarray(images.transpose(0, 3, 1, 2)) for images in batches]
+        batches = job.batches if channels_last else job.channels_first
         return Ready(answer, batches, within=torch.inference_mode)
 
     return fastest({'channels first': ready(False), 'channels last': ready(True)})
-
-
-def _whole(network: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, Any]]:
-    return lambda images: (network(images), None)
-
-
-def _masked(job: Job, network: Any, channels_last: bool) -> Callable[[Any], tuple[Any, Any]]:
-    from experiments.peers import torch_networks
-
-    return functools.partial(torch_networks.with_exits, network, thresholds=job.thresholds, channels_last=channels_last)
 
 
 def _compiled(module: Any) -> Any:
@@ -175,9 +91,48 @@ def _compiled(module: Any) -> Any:
     return torch.compile(module, fullgraph=True, dynamic=False, options={'freezing': True})
 
 
-def _session(path: Path, cores: int) -> Any:
+def in_onnxruntime(job: Job) -> Ready:
+    """Runs the network without exits in ONNX Runtime, which folds what it can."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = cores, 1
-    return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    options.intra_op_num_threads, options.inter_op_num_threads = job.cores, 1
+    session = onnxruntime.InferenceSession(_exported(job), options, providers=['CPUExecutionProvider'])
+    return Ready(lambda images: (session.run(None, {'image': images})[0], None), job.channels_first)
+
+
+def in_openvino(job: Job) -> Ready:
+    """Runs the network without exits in OpenVINO, with its settings for single calls."""
+    import openvino
+
+    core, settings = openvino.Core(), {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': job.cores}
+    network = core.compile_model(core.read_model(_exported(job)), 'CPU', settings)
+    return Ready(lambda images: (network(images)[0], None), job.channels_first)
+
+
+def _exported(job: Job) -> bytes:
+    """Returns the ONNX file that PyTorch exports of the network without exits, for batches of the job's size."""
+    import torch
+
+    from experiments.peers import torch_networks
+
+    network, content = torch_networks.create(job.network, job.variables).labels(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the newer exporter needs one more package, and writes the same nodes
+        example = (torch.from_numpy(job.channels_first[0]),)
+        torch.onnx.export(network, example, content, dynamo=False, input_names=['image'])
+    return content.getvalue()
+
+
+CONTENDERS: dict[str, Callable[[Job], Ready]] = {
+    'planned': planned,
+    'planned, bare': functools.partial(planned, exits=False),
+    'planned, XLA alone': functools.partial(planned, engine='xla'),
+    'PyTorch': in_torch,
+    'PyTorch, bare': functools.partial(in_torch, exits=False),
+    'torch.compile': functools.partial(in_torch, compiled=True),
+    'torch.compile, bare': functools.partial(in_torch, compiled=True, exits=False),
+    'ONNX Runtime, bare': in_onnxruntime,
+    'OpenVINO, bare': in_openvino,
+}
+"""By the names that tables call them, bare those without exits; the first is compared with each of the others."""

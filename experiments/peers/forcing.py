@@ -39,11 +39,6 @@ class Forced:
     exits: np.ndarray
     logits: np.ndarray
 
-    @property
-    def num_exits(self) -> int:
-        """N."""
-        return len(self.logits)
-
     def labels(self, exits: np.ndarray) -> np.ndarray:
         """Returns what those exits answer ``[M]``."""
         return self.logits[exits, np.arange(len(exits))].argmax(-1)
@@ -87,32 +82,14 @@ def force(name: str, model: Any, variables: Variables, shares: Sequence[float], 
         shape = images_needed(batch), *model.image_shape
         images = np.random.default_rng(seed).standard_normal(shape, np.float32)
         logits = _logits(model, variables, images)
-        thresholds, exits, margin = leave_in_shares(np.asarray(bj.criteria.entropy.uncertainty_of(logits)), shares)
-        if margin > _MARGIN:
-            return Forced(Job(name, variables, images, batch, thresholds, cores), exits, logits)
+        uncertainty, num_exits = np.asarray(bj.criteria.entropy.uncertainty_of(logits)), len(logits)
+        table = table_of(uncertainty, StageCosts(stages=np.ones(num_exits), exits=np.zeros(num_exits)))
+        policy = table.for_shares(shares)
+        thresholds, exits = np.asarray(policy.thresholds), np.asarray(table.answering_exits(policy))
+        asked = exits >= np.arange(num_exits - 1)[:, None]
+        if (np.abs(uncertainty[:-1] - thresholds[:, None])[asked] > _MARGIN).all():
+            return Forced(Job(name, variables, images, batch, tuple(thresholds.tolist()), cores), exits, logits)
     raise ValueError(f'shares: got {list(shares)}; of {_MOST_DRAWS} draws of images none left so without close calls')
-
-
-def leave_in_shares(uncertainty: np.ndarray, shares: Sequence[float]) -> tuple[tuple[float, ...], np.ndarray, float]:
-    """Finds thresholds at which these inputs leave in given shares, up to whole inputs and ties.
-
-    Args:
-        uncertainty: ``[N, M]``.
-        shares: ``[N]``.
-
-    Returns:
-        The thresholds ``[N - 1]``, the exits ``[M]``, and how close any input comes to a threshold.
-
-    Raises:
-        ValueError: shares that are negative, do not sum to 1 or are not one per exit.
-    """
-    num_exits = len(uncertainty)
-    table = table_of(uncertainty, StageCosts(stages=np.ones(num_exits), exits=np.zeros(num_exits)))
-    policy = table.for_shares(shares)
-    thresholds, exits = np.asarray(policy.thresholds), np.asarray(table.answering_exits(policy))
-    asked = exits >= np.arange(num_exits - 1)[:, None]
-    margin = np.abs(uncertainty[:-1] - thresholds[:, None])[asked].min(initial=np.inf)
-    return tuple(thresholds.tolist()), exits, float(margin)
 
 
 def _logits(model: Any, variables: Variables, images: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""What every contender is given, and what it makes of it: NumPy alone, whatever runtime is behind it."""
+"""What every contender is given, and what it makes of it in its process: NumPy alone, whatever runtime is behind it."""
 
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 _TRIAL_PASSES, _TRIAL_SECONDS = 3, 0.1
+
+# The contender of this process.
+_ready: 'Ready'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +40,11 @@ class Job:
     def batches(self) -> list[np.ndarray]:
         """The images of each call."""
         return [self.images[start : start + self.batch] for start in range(0, len(self.images), self.batch)]
+
+    @property
+    def channels_first(self) -> list[np.ndarray]:
+        """The images of each call as ``[B, C, H, W]``."""
+        return [np.ascontiguousarray(images.transpose(0, 3, 1, 2)) for images in self.batches]
 
 
 Answer = Callable[[np.ndarray], tuple[np.ndarray, Any]]
@@ -86,7 +95,42 @@ def fastest(options: Mapping[str, Ready]) -> Ready:
     seconds: dict[str, list[float]] = {name: [] for name in options}
     for _ in range(_TRIAL_PASSES):
         for name, ready in options.items():
-            ready.run(1)  # memory that nothing has touched for a while is slow to touch again
+            ready.run(1)  # as before a turn
             seconds[name].append(ready.run(passes[name]) / passes[name])
     best = min(options, key=lambda name: np.median(seconds[name]))
     return dataclasses.replace(options[best], settings=', '.join(filter(None, (best, options[best].settings))))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """What a contender returns when it is ready.
+
+    Attributes:
+        labels: ``[M]`` that it answers.
+        exits: ``[M]`` where it does; ``None`` where there are no exits but the last.
+        settings: that it runs with.
+        passes: that last as long as a turn should.
+    """
+
+    labels: np.ndarray
+    exits: np.ndarray | None
+    settings: str
+    passes: int
+
+
+def open_contender(contender: Callable[[Job], Ready], job: Job, seconds: float) -> Opened | str:
+    """Makes a contender ready in this process for turns of so many seconds; returns why not where it cannot be."""
+    global _ready
+    if job.cores == 1 and hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    try:
+        _ready = contender(job)
+        return Opened(*_ready.answers(), _ready.settings, _ready.passes_of(seconds))
+    except Exception as error:  # of whatever runtime, whose own classes of errors need not be known elsewhere
+        return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+
+
+def take_turn(passes: int) -> float:
+    """Returns the seconds of a pass of the contender that is ready in this process."""
+    _ready.run(1)  # memory that nothing has touched for a while is slow to touch again
+    return _ready.run(passes) / passes

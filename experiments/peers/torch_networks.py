@@ -28,14 +28,6 @@ class Network(nn.Module):
         super().__init__()
         self.stages, self.exits = nn.ModuleList(stages), nn.ModuleList(exits)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns the logits ``[B, K]`` of every exit of ``images [B, C, H, W]``."""
-        hidden, logits = images, []
-        for stage, head in zip(self.stages, self.exits, strict=True):
-            hidden = stage(hidden)
-            logits.append(head(hidden))
-        return tuple(logits)
-
     def labels(self) -> nn.Module:
         """Returns the trunk with its own head only, which answers with labels ``[B]``."""
         return nn.Sequential(*self.stages, self.exits[-1], _Label())
@@ -90,16 +82,10 @@ def create(name: str, variables: Any) -> Network:
     Raises:
         ValueError: another name.
     """
-    layers = _Layers(variables)
-    if name == 'b-lenet':
-        network = _lenet(layers)
-    elif name == 'b-alexnet':
-        network = _alexnet(layers)
-    elif name.startswith('b-resnet'):
-        network = _resnet(layers, (int(name.removeprefix('b-resnet')) - 2) // 6)
-    else:
+    kind = name.rstrip('0123456789')
+    if kind not in _BUILDERS:
         raise ValueError(f'name: got {name!r}; written in PyTorch are b-lenet, b-alexnet, b-resnet110')
-    return network.eval().requires_grad_(False)
+    return _BUILDERS[kind](_Layers(variables)).eval().requires_grad_(False)
 
 
 class _Layers:
@@ -138,24 +124,13 @@ class _Layers:
 
 
 def _lenet(layers: _Layers) -> Network:
-    def pool() -> nn.Module:
-        return nn.MaxPool2d(2, 2, ceil_mode=True)
+    def conv(name: str) -> tuple[nn.Module, ...]:
+        return layers.conv(name, padding=3), nn.MaxPool2d(2, 2, ceil_mode=True), nn.ReLU()
 
-    first = nn.Sequential(layers.conv('conv1', padding=3), pool(), nn.ReLU())
-    rest = nn.Sequential(
-        layers.conv('conv2', padding=3),
-        pool(),
-        nn.ReLU(),
-        layers.conv('conv3', padding=3),
-        pool(),
-        nn.ReLU(),
-        nn.Flatten(),
-        layers.dense('fc1', channels=20),
-    )
-    branch = nn.Sequential(
-        layers.conv('exit1_conv1', stride=3), nn.ReLU(), nn.Flatten(), layers.dense('exit1_fc', channels=16)
-    )
-    return Network([first, rest], [branch, layers.dense('fc2')])
+    rest = [*conv('conv2'), *conv('conv3'), nn.Flatten(), layers.dense('fc1', channels=20)]
+    branch = [layers.conv('exit1_conv1', stride=3), nn.ReLU(), nn.Flatten(), layers.dense('exit1_fc', channels=16)]
+    stages = [nn.Sequential(*conv('conv1')), nn.Sequential(*rest)]
+    return Network(stages, [nn.Sequential(*branch), layers.dense('fc2')])
 
 
 def _alexnet(layers: _Layers) -> Network:
@@ -165,20 +140,17 @@ def _alexnet(layers: _Layers) -> Network:
     def conv(name: str, padding: int = 1, stride: int = 1) -> tuple[nn.Module, nn.Module]:
         return layers.conv(name, padding=padding, stride=stride), nn.ReLU()
 
+    def answer(name: str) -> tuple[nn.Module, ...]:
+        return pool(), nn.Flatten(), layers.dense(name, channels=32)
+
     stages = [
         nn.Sequential(*conv('conv1', padding=2), pool(), _LocalResponseNorm()),
         nn.Sequential(*conv('conv2', padding=2), pool(), _LocalResponseNorm()),
         nn.Sequential(*conv('conv3'), *conv('conv4'), *conv('conv5'), pool(), nn.Flatten()),
     ]
     exits = [
-        nn.Sequential(
-            *conv('exit1_conv1', stride=2),
-            *conv('exit1_conv2'),
-            pool(),
-            nn.Flatten(),
-            layers.dense('exit1_fc', channels=32),
-        ),
-        nn.Sequential(*conv('exit2_conv1'), pool(), nn.Flatten(), layers.dense('exit2_fc', channels=32)),
+        nn.Sequential(*conv('exit1_conv1', stride=2), *conv('exit1_conv2'), *answer('exit1_fc')),
+        nn.Sequential(*conv('exit2_conv1'), *answer('exit2_fc')),
         nn.Sequential(layers.dense('fc1', channels=64), nn.ReLU(), layers.dense('fc2'), nn.ReLU(), layers.dense('fc3')),
     ]
     return Network(stages, exits)
@@ -196,9 +168,15 @@ class _LocalResponseNorm(nn.Module):
         return x / torch.sqrt(scale * torch.sqrt(scale))
 
 
-def _resnet(layers: _Layers, blocks: int) -> Network:
-    def normalized(name: str, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-        return layers.conv(name, stride=stride, padding=1, norm=f'{name}_norm'), nn.ReLU()
+def _resnet(layers: _Layers) -> Network:
+    blocks = sum(name.startswith('block') for name in layers.parameters) // 3
+
+    def convs(prefix: str, *strides: int) -> list[nn.Module]:
+        made: list[nn.Module] = []
+        for n, stride in enumerate(strides, 1):
+            name = f'{prefix}{n}'
+            made += [layers.conv(name, stride=stride, padding=1, norm=f'{name}_norm'), nn.ReLU()]
+        return made
 
     def group(number: int) -> list[nn.Module]:
         first = number * blocks
@@ -207,19 +185,13 @@ def _resnet(layers: _Layers, blocks: int) -> Network:
 
     group1, group2, group3 = map(group, range(3))
     stages = [
-        nn.Sequential(*normalized('conv1'), group1[0]),
+        nn.Sequential(*convs('conv', 1), group1[0]),
         nn.Sequential(*group1[1:]),
         nn.Sequential(*group2, *group3, _Mean()),
     ]
     exits = [
-        nn.Sequential(
-            *normalized('exit1_conv1', 2),
-            *normalized('exit1_conv2', 2),
-            *normalized('exit1_conv3'),
-            _Mean(),
-            layers.dense('exit1_fc'),
-        ),
-        nn.Sequential(*normalized('exit2_conv1', 2), *normalized('exit2_conv2', 2), _Mean(), layers.dense('exit2_fc')),
+        nn.Sequential(*convs('exit1_conv', 2, 2, 1), _Mean(), layers.dense('exit1_fc')),
+        nn.Sequential(*convs('exit2_conv', 2, 2), _Mean(), layers.dense('exit2_fc')),
         layers.dense('fc'),
     ]
     return Network(stages, exits)
@@ -254,3 +226,6 @@ class _Block(nn.Module):
         if self.more or self.stride > 1:
             x = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
         return functional.relu(y + x)
+
+
+_BUILDERS = {'b-lenet': _lenet, 'b-alexnet': _alexnet, 'b-resnet': _resnet}

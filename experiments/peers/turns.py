@@ -1,9 +1,7 @@
 """One cell: a network at a batch size. Each contender has a process; all are ready at once, and one works at a time."""
 
 import contextlib
-import dataclasses
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,38 +11,18 @@ import numpy as np
 
 import branchy_jax as bj
 from experiments.peers.forcing import Forced
-from experiments.peers.job import Job, Ready
+from experiments.peers.job import Job, Opened, Ready, open_contender, take_turn
 
 Contender = Callable[[Job], Ready]
 Row = dict[str, Any]
 
-_TURN_SECONDS = 0.3  # of a tight loop: long beside waking up, short beside what disturbs a machine
+_TURN_SECONDS = 0.2  # of a tight loop: long beside waking up, short beside what disturbs a machine
 # Two classes of random weights may be as likely but for rounding, which then decides between them.
 _SAME_LABELS = 0.98
-
-# Of this process, if it is a worker's.
-_ready: Ready
 
 
 class Unavailable(Exception):
     """A contender cannot take part, or cannot go on; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Opened:
-    """What a contender returns when it is ready.
-
-    Attributes:
-        labels: ``[M]`` that it answers.
-        exits: ``[M]`` where it does; ``None`` where it knows no exit but the last.
-        settings: that it runs with.
-        passes: that last as long as a turn should.
-    """
-
-    labels: np.ndarray
-    exits: np.ndarray | None
-    settings: str
-    passes: int
 
 
 class Worker:
@@ -66,7 +44,7 @@ class Worker:
         Raises:
             Unavailable: it cannot do the job.
         """
-        opened = self._ask(_open, self._contender, job, seconds)
+        opened = self._ask(open_contender, self._contender, job, seconds)
         if isinstance(opened, str):
             raise Unavailable(opened)
         return opened
@@ -77,30 +55,13 @@ class Worker:
         Raises:
             Unavailable: its process died.
         """
-        return self._ask(_turn, passes)
+        return self._ask(take_turn, passes)
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return self._process.submit(function, *arguments).result()
         except BrokenProcessPool as error:
             raise Unavailable(f'the process of {self.name!r} died') from error
-
-
-def _open(contender: Contender, job: Job, seconds: float) -> Opened | str:
-    """Makes a contender ready in this process; returns why not, in words, where it cannot be."""
-    global _ready
-    if job.cores == 1 and hasattr(os, 'sched_setaffinity'):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    try:
-        _ready = contender(job)
-        return Opened(*_ready.answers(), _ready.settings, _ready.passes_of(seconds))
-    except Exception as error:  # of whatever runtime, whose own classes of errors need not be known elsewhere
-        return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
-
-
-def _turn(passes: int) -> float:
-    _ready.run(1)  # memory that nothing has touched for a while is slow to touch again
-    return _ready.run(passes) / passes
 
 
 def measure(
@@ -110,8 +71,8 @@ def measure(
 
     Args:
         forced: the job, and who leaves where.
-        contenders: by name; the first is the one that others are compared with, and the only one that may skip a head,
-            so that an image leaves later than it could.
+        contenders: by name; the first is the one that others are compared with. Those whose names start with its name
+            may skip a head, so that an image leaves later than it could.
         rounds: how many turns everyone has.
         seconds: that a turn lasts at least.
 
@@ -125,7 +86,8 @@ def measure(
     """
     first, absent = next(iter(contenders)), {}
     workers: dict[str, Worker] = {}
-    opened: dict[str, Opened] = {}
+    passes: dict[str, int] = {}
+    settings: dict[str, Row] = {}
     turns: dict[str, list[float]] = {}
 
     def leave_out(name: str, reason: str) -> None:
@@ -140,30 +102,28 @@ def measure(
             workers[name] = Worker(name, contender)
             stack.callback(workers[name].close)
             try:
-                opened[name] = workers[name].open(forced.job, seconds=seconds)
+                opened = workers[name].open(forced.job, seconds=seconds)
             except Unavailable as error:
                 leave_out(name, str(error))
                 continue
-            _check(name, opened[name], forced, may_skip=name == first)
-            turns[name] = []
-            print(f'  {name} is ready: {opened[name].settings}', flush=True)
+            settings[name] = _checked(name, opened, forced, may_skip=name.startswith(first))
+            passes[name], turns[name] = opened.passes, []
+            print(f'  {name} is ready: {opened.settings}', flush=True)
         for number in range(rounds):
             names = list(turns)
             for place in range(len(names)):
                 name = names[(place + number) % len(names)]
                 try:
-                    turns[name].append(workers[name].turn(opened[name].passes))
+                    turns[name].append(workers[name].turn(passes[name]))
                 except Unavailable as error:
                     leave_out(name, f'{error} in round {number + 1}')
     job = forced.job
     cell = {'network': job.network, 'batch': job.batch, 'cores': job.cores, 'rounds': rounds}
     cell['forced'] = _shares(forced.exits, forced)
     rows = [
-        {**cell, 'contender': name, **_clock(taken, turns[first], forced), 'settings': opened[name].settings}
+        {**cell, 'contender': name, **_clock(taken, turns[first], forced), **settings[name]}
         for name, taken in turns.items()
     ]
-    for row in rows:
-        row['shares'] = _shares(opened[row['contender']].exits, forced)
     return [*rows, *({**cell, 'contender': name, 'absent': reason} for name, reason in absent.items())]
 
 
@@ -174,21 +134,17 @@ def _clock(taken: list[float], first: list[float], forced: Forced) -> Row:
     return {**figures, 'ms_of_rounds': ms.tolist()}
 
 
-def _check(name: str, opened: Opened, forced: Forced, *, may_skip: bool) -> None:
-    """Refuses a contender that does other work than it should."""
-    exits = opened.exits
-    if exits is None:
-        exits = np.full_like(forced.exits, forced.num_exits - 1)
-    else:
-        wrong = exits < forced.exits if may_skip else exits != forced.exits
-        if wrong.any():
-            raise ValueError(f'{name}: {wrong.sum()} of {len(wrong)} images leave at other exits than forced')
+def _checked(name: str, opened: Opened, forced: Forced, *, may_skip: bool) -> Row:
+    """Returns the settings of a contender and its shares; refuses one that does other work than it should."""
+    exits = np.full_like(forced.exits, len(forced.logits) - 1) if opened.exits is None else opened.exits
+    wrong = exits < forced.exits if may_skip else (exits != forced.exits) & (opened.exits is not None)
+    if wrong.any():
+        raise ValueError(f'{name}: {wrong.sum()} of {len(wrong)} images leave at other exits than forced')
     same = float((opened.labels == forced.labels(exits)).mean())
     if same < _SAME_LABELS:
         raise ValueError(f"{name}: only {same:.1%} of the labels are the network's")
+    return {'settings': opened.settings, 'shares': _shares(exits, forced)}
 
 
-def _shares(exits: np.ndarray | None, forced: Forced) -> list[float]:
-    if exits is None:
-        exits = np.full_like(forced.exits, forced.num_exits - 1)
-    return (np.bincount(exits, minlength=forced.num_exits) / len(exits)).tolist()
+def _shares(exits: np.ndarray, forced: Forced) -> list[float]:
+    return (np.bincount(exits, minlength=len(forced.logits)) / len(exits)).tolist()

@@ -181,11 +181,6 @@ class Networks:
         """The branchy network as `branchy_jax.inference.optimize` rewrites it, with its variables."""
         return bj.inference.optimize(self.model, self.variables, inputs=self.inputs)
 
-    @functools.cached_property
-    def fast_baseline(self) -> tuple[Any, Variables]:
-        """The one-exit network, rewritten in the same way, with its variables."""
-        return bj.inference.optimize(self.baseline, self.baseline_variables, inputs=self.inputs)
-
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = jax.tree.map(np.asarray, (self.variables, self.baseline_variables, self.normalization))
         return Networks, (self.name, dict(self.options), *arrays)

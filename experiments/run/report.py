@@ -22,10 +22,6 @@ from experiments.run.networks import TASKS
 Row = dict[str, Any]
 _CLOCKS = ('latency_ms', 'gain', 'gain_plain', 'mac_gain', 'thresholds', 'exit_fractions')
 JPEG_NOTE = 'This CIFAR-10 is a copy re-encoded as JPEG (quality 75).'
-_LIKE_WITH_LIKE = {
-    True: 'both networks as `inference.optimize` rewrites them',
-    False: "the planner's choice over the faster of the baselines, plain or rewritten",
-}
 
 
 def provenance(name: str) -> dict[str, str]:
@@ -49,12 +45,6 @@ def paper(figure: str, **where: Any) -> list[Row]:
     """Returns the paper's rows of a figure or table, those with these values alone."""
     rows = bj.report.read_json(Path(__file__).with_name('paper.json'))['rows']
     return [row for row in rows if row['figure'] == figure and where.items() <= row.items()]
-
-
-def paper_rows(network: str) -> list[Row]:
-    """Returns the paper's rows for a branchy network; none if the paper has not measured it."""
-    rows = paper('Table I', branchy=network)
-    return [{key: value for key, value in row.items() if key not in ('figure', 'branchy')} for row in rows]
 
 
 def table(rows: Iterable[Mapping[str, Any]], *names: str) -> str:
@@ -128,8 +118,8 @@ def page(record: Row, choose: str) -> str:
     timed = (
         f'Batch {branchy["batch"]}, mean over {branchy["latency_images"]} test images, end to end, median of '
         f'{branchy["latency_passes"]} passes, interleaved'
-        f'{", on one core, where each network is fastest" if alone else ""}. `gain` compares like with like: '
-        f'{_LIKE_WITH_LIKE[branchy["batch"] == 1]} (95 % interval of the median {branchy["gain_low"]:.2f} to '
+        f'{", on one core, where each network is fastest" if alone else ""}. `gain` compares like with like: both '
+        f'networks in their fastest form (95 % interval of the median {branchy["gain_low"]:.2f} to '
         f'{branchy["gain_high"]:.2f}); `gain over plain` is over the baseline as written.'
     )
     each = ', '.join(f'{100 * value:.2f} %' for value in branchy[f'exit_{task.metric}'])

@@ -5,7 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -14,17 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import branchy_jax as bj
-from branchy_jax.inference.compiler_options import may_use_one_core
-from branchy_jax.types import Variables
 from experiments.run.networks import Networks
 from experiments.run.trainings import STARTED
 
-Network = tuple[Any, Variables]
-Run = Callable[[Any], Any]
-Runs = dict[Any, Run]
 Policies = Mapping[str, bj.ExitPolicy]
 _SEGMENT_PASSES = 25
-_TRIAL_IMAGES, _TRIAL_PASSES = 50, 7
 
 
 def time_run(
@@ -32,9 +26,8 @@ def time_run(
 ) -> dict[str, Any]:
     """Times both networks on the same images, every call waited for, the plain jitted baseline beside them.
 
-    At batch 1 both run through `branchy_jax.inference.optimize`, each with the compiler options that are faster in a
-    short trial; on a CPU in a process of its own on one core, where each is fastest: waking another core costs as much
-    as a small network. In larger batches both run as `branchy_jax.inference.plan` chooses on other images.
+    Both run as `branchy_jax.inference.plan` chooses on other images. At batch 1 on a CPU they run in a process of its
+    own on one core, where each is fastest: waking another core costs as much as a small network.
 
     Args:
         networks: both.
@@ -45,9 +38,9 @@ def time_run(
         passes: interleaved passes over the images.
 
     Returns:
-        ``baseline``: a clock (`clock`); ``points``: a clock by operating point; ``exit_latency_ms [N]``: the time of an
-        image that leaves at exit n; ``trunk_only_ms [N + 1]``: of each stage alone, then of the last head, which is
-        what the paper's protocol counts.
+        ``baseline``: the clock fields of its row; ``points``: those of each operating point, with the executor that the
+        planner chose; ``exit_latency_ms [N]``: the time of an image that leaves at exit n; ``trunk_only_ms [N + 1]``:
+        of each stage alone, then of the last head, which is what the paper's protocol counts.
     """
     there = {name: jax.tree.map(np.asarray, policy) for name, policy in policies.items()}  # a tree would be sorted
     arguments = (networks, np.asarray(planned_on), np.asarray(images), there)
@@ -55,33 +48,6 @@ def time_run(
         return _time(*arguments, batch, passes)
     with one_core() as process:
         return process.submit(_time, *arguments, batch, passes).result()
-
-
-def clock(
-    seconds: Mapping[Any, np.ndarray], name: Any, *, baseline: Any, images: int, batch: int, executor: str = ''
-) -> dict[str, Any]:
-    """Reads the times of one network from `branchy_jax.measure.interleaved_passes`, as fields of a row.
-
-    Args:
-        seconds: of passes over all images, by name; ``'plain'`` is the baseline as written.
-        name: whose figures these are.
-        baseline: the name of the network to compare with, like with like.
-        images: in a pass.
-        batch: images in a call.
-        executor: that the planner chose, or how `staged` was compiled; left out where nothing was chosen.
-    """
-    gain = bj.measure.paired_ratio(seconds[baseline], seconds[name])
-    row = {
-        'batch': batch,
-        'latency_images': images,
-        'latency_passes': len(seconds[name]),
-        'latency_ms': float(np.median(seconds[name])) / images * 1e3,
-        'gain': gain.median,
-        'gain_low': gain.low,
-        'gain_high': gain.high,
-        'gain_plain': bj.measure.paired_ratio(seconds['plain'], seconds[name]).median,
-    }
-    return {**row, 'executor': executor} if executor else row
 
 
 @contextlib.contextmanager
@@ -110,65 +76,42 @@ def keep_to_one_core() -> None:
 def _time(
     networks: Networks, planned_on: np.ndarray, images: np.ndarray, policies: Policies, batch: int, passes: int
 ) -> dict[str, Any]:
-    inputs, policy = on_device(images, batch), next(iter(policies.values()))
-    runs, executors = (
-        _one_by_one(networks, inputs, policies) if batch == 1 else _in_batches(networks, planned_on, policies, batch)
-    )
+    plan, planned = functools.partial(bj.inference.plan, images=planned_on, batch_size=batch), {}
+    policy = next(iter(policies.values()))
+    every = {('point', name): own for name, own in policies.items()}
+    every |= {('exit', n): own for n, own in enumerate(_forced(policy))}
+    for key, own in every.items():  # what the first plan measured of the stages holds at other thresholds
+        earlier = next(iter(planned.values()), None)
+        skips = key[0] == 'point'  # an image that leaves at exit n has asked all exits before
+        planned[key] = plan(networks.model, networks.variables, policy=own, earlier=earlier, skip_heads=skips)
     baseline, variables = networks.baseline, jax.tree.map(jnp.asarray, networks.baseline_variables)
-    plain = jax.jit(lambda variables, x: baseline.apply(variables, x.reshape(batch, *images.shape[1:])))
-    runs['plain'] = functools.partial(plain, variables)
+    none = bj.ExitPolicy(policy.criterion, np.zeros(0, np.float32))
+    plain = functools.partial(jax.jit(baseline.apply), variables)
+    runs = {'plain': plain, 'baseline': plan(baseline, variables, policy=none), **planned}
+    inputs = on_device(images, batch)
     functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
     seconds, count = bj.measure.interleaved_passes(functions, passes=passes), len(inputs) * batch
-    faster = fastest(seconds, ['rewritten'] if batch == 1 else ['plain', 'rewritten'])
-    read = functools.partial(clock, seconds, baseline=faster, images=count, batch=batch)
     alone = bj.inference.segment_times(*networks.fast, images, batch_sizes=[batch], passes=_SEGMENT_PASSES)
+    shared = {'batch': batch, 'latency_images': count, 'latency_passes': passes}
+    clocks = {name: {**shared, **_clock(seconds, name, count)} for name in runs}
+    executors = {name: str(planned['point', name].executor) for name in policies}
     return {
-        'baseline': read(faster),
-        'points': {name: read(('point', name), executor=executor) for name, executor in executors.items()},
-        'exit_latency_ms': [float(np.median(seconds['exit', n])) / count * 1e3 for n in range(len(_forced(policy)))],
+        'baseline': clocks['baseline'],
+        'points': {name: {**clocks['point', name], 'executor': executor} for name, executor in executors.items()},
+        'exit_latency_ms': [clocks['exit', n]['latency_ms'] for n in range(len(policy.thresholds) + 1)],
         'trunk_only_ms': (np.append(alone.stages[0], alone.exits[0, -1]) / batch).tolist(),
     }
 
 
-def _one_by_one(networks: Networks, inputs: Sequence[jax.Array], policies: Policies) -> tuple[Runs, dict[str, str]]:
-    """Returns what answers one image, and how each operating point is compiled."""
-    policy = next(iter(policies.values()))
-    none, options = _no_exits(policy), fastest_options(networks.fast, policy, inputs)
-    runs: Runs = {
-        'rewritten': staged(networks.fast_baseline, none, fastest_options(networks.fast_baseline, none, inputs)),
-        **{('point', name): staged(networks.fast, own, options) for name, own in policies.items()},
-        **{('exit', n): staged(networks.fast, forced, options) for n, forced in enumerate(_forced(policy))},
+def _clock(seconds: Mapping[Any, np.ndarray], name: Any, images: int) -> dict[str, float]:
+    gain = bj.measure.paired_ratio(seconds['baseline'], seconds[name])
+    return {
+        'latency_ms': float(np.median(seconds[name])) / images * 1e3,
+        'gain': gain.median,
+        'gain_low': gain.low,
+        'gain_high': gain.high,
+        'gain_plain': bj.measure.paired_ratio(seconds['plain'], seconds[name]).median,
     }
-    return runs, dict.fromkeys(policies, f'staged, {options}' if options else '')
-
-
-def _in_batches(
-    networks: Networks, planned_on: np.ndarray, policies: Policies, batch: int
-) -> tuple[Runs, dict[str, str]]:
-    """Returns what answers a batch, and which executor was planned for each operating point."""
-    policy, plan = next(iter(policies.values())), functools.partial(bj.inference.plan, batch_size=batch)
-    planned: dict[str, bj.inference.Plan] = {}
-    for name, own in policies.items():  # what one measured of the stages holds at other thresholds
-        earlier = next(iter(planned.values()), None)
-        planned[name] = plan(networks.model, networks.variables, planned_on, own, earlier=earlier)
-    fast, variables = networks.fast
-    compacted = functools.partial(bj.inference.compacted(fast, chunk_size=batch), variables)
-    runs: Runs = {
-        'rewritten': plan(networks.baseline, networks.baseline_variables, planned_on, _no_exits(policy)),
-        **{('point', name): run for name, run in planned.items()},
-        **{('exit', n): functools.partial(compacted, policy=forced) for n, forced in enumerate(_forced(policy))},
-    }
-    return runs, {name: run.executor for name, run in planned.items()}
-
-
-def fastest(seconds: Mapping[Any, np.ndarray], names: Sequence[str]) -> str:
-    """Returns the name whose median is least."""
-    return min(names, key=lambda name: float(np.median(seconds[name])))
-
-
-def _no_exits(policy: bj.ExitPolicy) -> bj.ExitPolicy:
-    """Returns a policy of the same criterion for a network of one exit."""
-    return bj.ExitPolicy(policy.criterion, np.zeros(0, np.float32))
 
 
 def _forced(policy: bj.ExitPolicy) -> list[bj.ExitPolicy]:
@@ -178,36 +121,7 @@ def _forced(policy: bj.ExitPolicy) -> list[bj.ExitPolicy]:
     return [bj.ExitPolicy(policy.criterion, own) for own in thresholds]
 
 
-def staged(network: Network, policy: bj.ExitPolicy, options: str = '') -> Run:
-    """Binds `branchy_jax.inference.staged` to weights and a policy, as a plan does.
-
-    Args:
-        network: with its variables, which become constants of the program.
-        policy: when an image leaves.
-        options: ``'one core'`` or none, from `fastest_options`.
-
-    Returns:
-        A function of one image, which returns the arrays of `branchy_jax.ExitPrediction`.
-    """
-    (model, variables), policy = network, jax.tree.map(jnp.asarray, policy)
-    executor = bj.inference.staged(model)
-
-    def answer(image: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jax.tree.leaves(executor(variables, image, policy)))
-
-    return jax.jit(answer, compiler_options=bj.inference.ONE_CORE if options else None)
-
-
-def fastest_options(network: Network, policy: bj.ExitPolicy, inputs: Sequence[jax.Array]) -> str:
-    """Tries `staged` on one core with XLA's own options and `branchy_jax.inference.ONE_CORE`; names the faster."""
-    if not may_use_one_core():
-        return ''
-    few = inputs[:_TRIAL_IMAGES]
-    runs = {name: bj.measure.one_by_one(staged(network, policy, name), few) for name in ('', 'one core')}
-    return fastest(bj.measure.interleaved_passes(runs, passes=_TRIAL_PASSES), tuple(runs))
-
-
-def on_device(images: np.ndarray, batch: int = 1) -> list[jax.Array]:
-    """Returns images where calls take them from: one by one, or in whole batches."""
-    parts = images if batch == 1 else [images[end - batch : end] for end in range(batch, len(images) + 1, batch)]
+def on_device(images: np.ndarray, batch: int) -> list[jax.Array]:
+    """Returns images where calls take them from, in whole batches."""
+    parts = [images[end - batch : end] for end in range(batch, len(images) + 1, batch)]
     return jax.block_until_ready([jnp.asarray(part) for part in parts])

@@ -203,15 +203,11 @@ def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformatio
         rate = optax.join_schedules([rise, fall], [warmup])
     if config.optimizer == 'adam':
         return bj.training.paper_adam(rate)
-    mask = _kernels if config.decay_kernels_only else None
+    mask = functools.partial(jax.tree.map, lambda array: array.ndim > 1) if config.decay_kernels_only else None
     if config.optimizer == 'adamw':
         return optax.adamw(rate, weight_decay=config.weight_decay, mask=mask)
     decayed = optax.add_decayed_weights(config.weight_decay, mask=mask)
     return optax.chain(decayed, optax.sgd(rate, momentum=0.9, nesterov=True))
-
-
-def _kernels(params: Any) -> Any:
-    return jax.tree.map(lambda array: array.ndim > 1, params)
 
 
 @contextmanager

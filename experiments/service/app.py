@@ -41,6 +41,7 @@ from starlette.routing import Route
 import branchy_jax as bj
 from experiments.run.report import Row, provenance, table
 from experiments.service.service import Service
+from experiments.study import flags
 
 _CLIENTS = 64
 _TO_SUSTAIN = 2048
@@ -49,7 +50,7 @@ _PAGE = Path(__file__).with_name('page.html')
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until interrupted, or sends bursts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     parser.add_argument('--network', default='b-lenet@mnist', help='network@dataset, or a folder')
     parser.add_argument('--dataset', default='mnist5k', help='whose validation data choose thresholds')
     parser.add_argument('--floor', type=float, default=0.97, help='accuracy that thresholds never fall under')
@@ -83,9 +84,7 @@ def _burst(service: Service, dataset: bj.data.Dataset, options: argparse.Namespa
         **provenance('service.app'),
         **{name: getattr(options, name) for name in given},
         'sustained': sustained,
-        'taken': counts['taken'],
-        'counted': counts['answered'],
-        'failed': counts['failed'],
+        **{name: counts[name] for name in ('taken', 'answered', 'failed')},
         'rows': summary(replies, loads),
     }
     bj.report.write_json(options.burst / 'burst.json', record)
@@ -135,40 +134,30 @@ def make_app(service: Service) -> Starlette:
         yield
         await asyncio.to_thread(service.close)
 
-    shape = service.image_shape
+    shape, size = service.image_shape, int(np.prod(service.image_shape))
 
     async def classify(request: Request) -> Response:
         content = await request.body()
-        if len(content) != int(np.prod(shape)):
-            return _refusal(400, f'expected {int(np.prod(shape))} bytes, uint8 {tuple(shape)}, got {len(content)}')
+        if len(content) != size:
+            return JSONResponse({'error': f'expected {size} bytes, uint8 {shape}, got {len(content)}'}, 400)
         try:
             answer = service.submit(np.frombuffer(content, np.uint8).reshape(shape))
             return JSONResponse(dataclasses.asdict(await asyncio.wrap_future(answer)))
         except queue.Full:
-            return _refusal(503, 'too many images wait; send it again', {'Retry-After': '0'})
+            return JSONResponse({'error': 'too many images wait; send it again'}, 503, {'Retry-After': '0'})
         except RuntimeError as error:
-            return _refusal(500, str(error))
+            return JSONResponse({'error': str(error)}, 500)
 
-    async def stats(_: Request) -> Response:
-        return JSONResponse(service.stats())
-
-    async def recent(_: Request) -> Response:
+    def recent(_: Request) -> Response:
         return JSONResponse({'shape': list(shape), 'answers': [_shown(*entry) for entry in list(service.recent)]})
 
-    async def page(_: Request) -> Response:
-        return HTMLResponse(_PAGE.read_text(encoding='utf-8'))
-
     routes = [
-        Route('/', page),
-        Route('/stats', stats),
+        Route('/', lambda _: HTMLResponse(_PAGE.read_text(encoding='utf-8'))),
+        Route('/stats', lambda _: JSONResponse(service.stats())),
         Route('/recent', recent),
         Route('/classify', classify, methods=['POST']),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
-
-
-def _refusal(status: int, error: str, headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps({'error': error}), status, headers, media_type='application/json')
 
 
 def _shown(answer: Any, image: np.ndarray) -> dict[str, Any]:
@@ -240,7 +229,7 @@ def summary(replies: Sequence[Row], loads: Sequence[float]) -> list[Row]:
     for number, (name, load) in enumerate(zip(('before', 'burst', 'after'), loads, strict=True)):
         own = [reply for reply in replies if reply['phase'] == number]
         waited = np.array([reply['waited_ms'] for reply in own])
-        exits = np.bincount([reply['exit'] for reply in own])[1:] / len(own)
+        exits = np.bincount([reply['exit'] for reply in own]) / len(own)
         rows.append(
             {
                 'phase': name,
@@ -272,8 +261,8 @@ at most {record['capacity']} images wait for the network; late is after {record[
 
 {table(record['rows'], *_COLUMNS)}
 
-The service took {record['taken']} images, answered {record['counted']}, failed {record['failed']}; every client got one
-answer for each image. Server and clients share the machine.
+The service took {record['taken']} images, answered {record['answered']}, failed {record['failed']}; every client got
+one answer for each image. Server and clients share the machine.
 """
 
 

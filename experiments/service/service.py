@@ -23,6 +23,7 @@ from branchy_jax.models import Pretrained
 from branchy_jax.thresholds import Controller
 
 _POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 0.005  # after which an image waits for no others
 _RECENT = 64
 
 
@@ -33,7 +34,7 @@ class Answer:
     Attributes:
         number: of the image, in order of arrival.
         label: its class.
-        exit: the exit that answered, from 1.
+        exit: the exit that answered, from 0.
         waited_ms: from its arrival to its answer.
         in_time: whether that was before its deadline.
     """
@@ -45,16 +46,6 @@ class Answer:
     in_time: bool
 
 
-@dataclasses.dataclass
-class _Counts:
-    taken: int = 0
-    refused: int = 0
-    answered: int = 0
-    failed: int = 0
-    missed: int = 0
-    exits: list[int] = dataclasses.field(default_factory=list)
-
-
 class Service:
     """Answers images one by one while a thread of its own runs the network on whole chunks of them.
 
@@ -63,7 +54,6 @@ class Service:
         controller: of the waiting time in milliseconds; its path ends where accuracy would fall under the floor.
         capacity: images that may wait for the network; more are refused.
         chunk_size: images that a stage takes at once.
-        patience: seconds after which an image waits for no others.
         deadline: seconds after which an answer counts as late.
     """
 
@@ -74,15 +64,15 @@ class Service:
         *,
         capacity: int = 256,
         chunk_size: int = 16,
-        patience: float = 0.005,
         deadline: float = 0.25,
     ) -> None:
         self.weights, self.controller, self.capacity = weights, controller, capacity
-        self.counts = _Counts(exits=[0] * (1 + controller.path.shape[1]))
+        self.counts = dict.fromkeys(('taken', 'refused', 'answered', 'failed', 'missed'), 0)
+        self.exits = [0] * (1 + controller.path.shape[1])
         self.recent: collections.deque[tuple[Answer, np.ndarray]] = collections.deque(maxlen=_RECENT)
         self.failure: BaseException | None = None
         self._policy, self._chunk_size = controller.policy, chunk_size
-        self._patience, self._deadline = patience, deadline
+        self._deadline = deadline
         self._waiting: queue.Queue[tuple[int, np.ndarray, float]] = queue.Queue(capacity)
         self._pending: dict[int, tuple[Future[Answer], float, np.ndarray]] = {}
         self._numbers, self._lock, self._closed = itertools.count(), threading.Lock(), threading.Event()
@@ -126,9 +116,9 @@ class Service:
                 self._waiting.put_nowait((number, image, arrived))
             except queue.Full:
                 del self._pending[number]
-                self.counts.refused += 1
+                self.counts['refused'] += 1
                 raise
-            self.counts.taken += 1
+            self.counts['taken'] += 1
         return future
 
     def close(self) -> None:
@@ -140,7 +130,8 @@ class Service:
     def stats(self) -> dict[str, Any]:
         """Returns counts, what waits, and where the thresholds stand."""
         return {
-            **dataclasses.asdict(self.counts),
+            **self.counts,
+            'exits': list(self.exits),
             'waiting': self._waiting.qsize(),
             'capacity': self.capacity,
             'position': float(self.controller.position),
@@ -161,7 +152,7 @@ class Service:
             if taken:
                 numbers, images, arrived = zip(*taken, strict=True)
                 normalized = np.asarray(self.weights.normalize(np.stack(images)))
-                yield np.array(numbers), normalized, np.array(arrived) + self._patience
+                yield np.array(numbers), normalized, np.array(arrived) + _PATIENCE_SECONDS
 
     def _serve(self) -> None:
         try:
@@ -175,7 +166,7 @@ class Service:
         with self._lock:
             left, self._pending = self._pending, {}
         for future, _, _ in left.values():
-            self.counts.failed += 1
+            self.counts['failed'] += 1
             future.set_exception(RuntimeError(f'the service has ended: {self.failure}'))
 
     def _answer(self, found: Any) -> list[float]:
@@ -185,10 +176,10 @@ class Service:
             with self._lock:
                 future, arrived, image = self._pending.pop(number)
             waited.append(1e3 * (now - arrived))
-            answer = Answer(number, label, leaves + 1, waited[-1], now - arrived <= self._deadline)
-            self.counts.answered += 1
-            self.counts.missed += not answer.in_time
-            self.counts.exits[leaves] += 1
+            answer = Answer(number, label, leaves, waited[-1], now - arrived <= self._deadline)
+            self.counts['answered'] += 1
+            self.counts['missed'] += not answer.in_time
+            self.exits[leaves] += 1
             self.recent.append((answer, image))
             if future.set_running_or_notify_cancel():
                 future.set_result(answer)

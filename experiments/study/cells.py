@@ -82,8 +82,8 @@ def measure(networks: Networks, images: np.ndarray, policies: Policies, batch: i
         passes: interleaved passes.
 
     Returns:
-        A row per policy: its clock (`experiments.run.timing.clock`); ``time_limit_ms``, the expected time of stages and
-        heads, each measured alone at its best batch size; and ``realised``, that limit ÷ ``latency_ms``.
+        A row per policy: its clock (`time_run`); ``time_limit_ms``, the expected time of stages and heads, each
+        measured alone at its best batch size; and ``realised``, that limit ÷ ``latency_ms``.
     """
     images = images[: len(images) // batch * batch]
     clocks = time_run(networks, images, images, policies, batch=batch, passes=passes)

@@ -77,25 +77,15 @@ def simulate(loss: str, population: Population) -> list[dict[str, Any]]:
     """
     rows = []
     for epsilon in _EPSILONS:
-        stops = {
+        stops: dict[tuple[str, float | None], np.ndarray] = {
             (method, delta): population.learn_then_test(method, epsilon, delta)
             for method, delta in itertools.product(METHODS, _DELTAS)
         }
-        rows += [
-            {
-                'loss': loss,
-                'method': method,
-                'epsilon': epsilon,
-                'delta': delta,
-                'allowed': delta + 2 * (delta * (1 - delta) / len(own)) ** 0.5,
-                **population.outcome(own, epsilon),
-            }
-            for (method, delta), own in stops.items()
-        ]
-        others = {
-            'conformal risk control, in expectation': population.conformal(epsilon),
-            'no guarantee: the cheapest on the calibration set': population.plain_screen(epsilon),
-        }
-        for method, own in others.items():
-            rows.append({'loss': loss, 'method': method, 'epsilon': epsilon, **population.outcome(own, epsilon)})
+        stops['conformal risk control, in expectation', None] = population.conformal(epsilon)
+        stops['no guarantee: the cheapest on the calibration set', None] = population.plain_screen(epsilon)
+        for (method, delta), own in stops.items():
+            row = {'loss': loss, 'method': method, 'epsilon': epsilon}
+            if delta is not None:
+                row |= {'delta': delta, 'allowed': delta + 2 * (delta * (1 - delta) / len(own)) ** 0.5}
+            rows.append({**row, **population.outcome(own, epsilon)})
     return rows

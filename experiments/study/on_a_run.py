@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import branchy_jax as bj
 from branchy_jax.measure import Meter
 from experiments.run.report import Row, provenance
-from experiments.run.timing import on_device, staged
+from experiments.run.timing import on_device
 from experiments.study.cells import measure
 from experiments.study.finished import FinishedRun, read_run
 
@@ -66,29 +66,22 @@ def energy(
     """
     if meter is None:
         return _write(finished, 'energy', [], meter=None, note=NO_METER)
-    test, rows, idle_watts = finished.dataset().test, [], None
+    networks, test, rows, idle_watts = finished.networks, finished.dataset().test, [], None
+    served = {'baseline': (networks.baseline, networks.baseline_variables, finished.policy(()))}
+    served |= {name: (networks.model, networks.variables, policy) for name, policy in finished.policies.items()}
     for batch in (size for size in sizes if size <= len(test)):
-        count = max(_ENERGY_IMAGES // batch, 1) * batch
-        images = np.asarray(finished.networks.normalization(test.image[:count]))
-        for (network, point), one_pass in _passes(finished, images, batch).items():
+        images = np.asarray(networks.normalization(test.image[: max(_ENERGY_IMAGES // batch, 1) * batch]))
+        for point, (model, variables, policy) in served.items():
+            planned = bj.inference.plan(model, variables, images, policy, batch_size=batch)
+            one_pass = bj.measure.one_by_one(planned, on_device(images, batch))
             energy = bj.measure.measure_energy(one_pass, meter, seconds=seconds, idle_watts=idle_watts, **clocks)
             idle_watts = energy.idle_watts
             per_image = {name: getattr(energy, name) / len(images) for name in ('joules', 'joules_with_idle')}
+            network = networks.name[2:] if point == 'baseline' else networks.name
             row = {'network': network, 'operating_point': point, 'batch': batch}
             rows.append({**row, **dataclasses.asdict(energy), **per_image})
     note = f'{meter.name}; idle power subtracted and shown; every run long enough for a resolution below 2 %'
     return _write(finished, 'energy', rows, meter=meter.name, note=note)
-
-
-def _passes(finished: FinishedRun, images: np.ndarray, batch: int) -> dict[tuple[str, str], Callable[[], Any]]:
-    """Returns a pass over all images, as planned, for the baseline and for each operating point."""
-    networks, plan = finished.networks, functools.partial(bj.inference.plan, batch_size=batch)
-    baseline = plan(networks.baseline, networks.baseline_variables, images, finished.policy(()))
-    runs = {(networks.name[2:], 'baseline'): baseline}
-    for name, policy in finished.policies.items():
-        runs[networks.name, name] = plan(networks.model, networks.variables, images, policy)
-    inputs = [images[start : start + batch] for start in range(0, len(images), batch)]
-    return {key: bj.measure.one_by_one(run, inputs) for key, run in runs.items()}
 
 
 def cache(workdir: Path, *, images: int, settings: int) -> list[Row]:
@@ -152,10 +145,12 @@ def run_under_valgrind(finished: FinishedRun, *, images: int, settings: int) -> 
     networks, frontier = finished.networks, finished.report['frontier']
     chosen = np.unique(np.linspace(0, len(frontier) - 1, settings).round().astype(int))
     tried = [finished.report['rows'][0], *({**frontier[n], 'network': networks.name} for n in chosen)]
-    inputs = on_device(np.asarray(networks.normalization(finished.dataset().test.image[:images])))
+    inputs = on_device(np.asarray(networks.normalization(finished.dataset().test.image[:images])), batch=1)
+    baseline = bj.inference.optimize(networks.baseline, networks.baseline_variables, inputs=networks.inputs)
     for row in tried:
-        network = networks.fast if row['thresholds'] else networks.fast_baseline
-        run = staged(network, finished.policy(row['thresholds']))
+        model, variables = baseline if row is tried[0] else networks.fast
+        policy = finished.policy(row['thresholds'])
+        run = functools.partial(bj.inference.sequential(model), variables, policy=policy)
         jax.block_until_ready(run(inputs[0]))
         _control('-i', 'on')
         bj.measure.one_by_one(run, inputs)()

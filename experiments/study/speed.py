@@ -1,4 +1,4 @@
-"""Speed of a training step under two settings, and of two checkouts of this repository: processes in turns."""
+"""Speed of a training step under two settings of a CPU: processes in turns."""
 
 import json
 import os
@@ -16,7 +16,6 @@ import numpy as np
 import optax
 
 import branchy_jax as bj
-from branchy_jax.measure import paired_ratio
 from experiments.run.networks import count_exits, image_specs
 from experiments.run.trainings import settings_on_cpu
 
@@ -29,7 +28,6 @@ _TRAININGS: tuple[Row, ...] = (
     {'settings': 'as the commands start it', 'devices': 2, 'network': 'b-alexnet', 'batch_size': 64, 'steps': 16},
 )
 _WARMUP = 2
-_DATASETS = {'b-lenet': 'mnist', 'b-alexnet': 'cifar10', 'b-resnet110': 'cifar10'}
 _ROOT = Path(__file__).parents[2]
 
 
@@ -80,64 +78,3 @@ def train(network: str, batch_size: int, steps: int) -> None:
     unit = 1 if sys.platform == 'darwin' else 1024
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     print(json.dumps({'ms_per_image': ms, 'peak_gb': peak_gb}))
-
-
-_WORKER = """
-import sys, time
-import jax, numpy as np
-import branchy_jax as bj
-
-network, dataset, size, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-weights = bj.models.load_pretrained(network, dataset=dataset)
-images = np.asarray(weights.normalize(bj.data.load_dataset(dataset).test.image[:count]))
-planned = bj.inference.plan(weights.model, weights.variables, images, weights.operating_points[0], batch_size=size)
-batches = [images[start : start + size] for start in range(0, count, size)]
-planned.warm_up()
-print('ready', planned.executor, flush=True)
-for _ in sys.stdin:
-    for _ in range(2):  # the first time reads memory that was idle during the other's turn
-        start = time.perf_counter()
-        for batch in batches:
-            jax.block_until_ready(planned(batch))
-        seconds = time.perf_counter() - start
-    print(seconds, flush=True)
-"""
-
-
-def compare_checkouts(other: Path, network: str, batch: int, *, images: int, passes: int) -> Row:
-    """Times a published network, planned in this checkout and in another one.
-
-    Args:
-        other: folder of the other checkout.
-        network: by name.
-        batch: images in a call.
-        images: test images of a pass.
-        passes: timed passes of each checkout.
-
-    Returns:
-        The time of this checkout ÷ the time of the other, the median of paired passes with its 95 % interval.
-    """
-    arguments = [network, _DATASETS[network], str(batch), str(images)]
-    workers, executors = [], []
-    for folder in (_ROOT, other):  # one after the other: each measures its own plan
-        worker = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', '-c', _WORKER, *arguments],
-            cwd=folder,
-            env={**os.environ, 'PYTHONPATH': str(folder)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        executors.append(worker.stdout.readline().strip().removeprefix('ready '))
-        workers.append(worker)
-    seconds = np.zeros((2, passes))
-    for number in range(-1, passes):  # the first pass does not count
-        for place in (0, 1) if number % 2 else (1, 0):
-            workers[place].stdin.write('\n')
-            workers[place].stdin.flush()
-            seconds[place, number] = float(workers[place].stdout.readline())
-    for worker in workers:
-        worker.communicate()
-    ratio = paired_ratio(*seconds)
-    row = {'network': network, 'batch': batch, 'ratio': ratio.median, 'low': ratio.low, 'high': ratio.high}
-    return {**row, 'executors': executors, 'ms': (np.median(seconds, axis=1) / images * 1e3).tolist()}

@@ -1,5 +1,6 @@
 """The paper's trunks with a branch anywhere and of any depth, and a deep trunk without shortcuts."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def with_branch(network: str, *, after: int, convolutions: int, **options: Any) 
     place, before = places[after - 1]
     shared = {name: options[name] for name in ('num_classes', 'dtype', 'convolution') if name in options}
     trunk = bj.models.create(f'b-{network}', **options)
-    exits = {place: Branch(before, convolutions, **shared), '': _last}
+    exits = {place: Branch(before, convolutions, **shared), '': operator.itemgetter(-1)}
     model = bj.models.attach(trunk, exits, inputs=image_specs(trunk.image_shape))
     return bj.models.select_exits(model, [0, 1])  # without the parameters of the trunk's own branches
 
@@ -93,10 +94,6 @@ def _normalize(x: Array) -> Array:
 
 def _identity(x: Array) -> Array:
     return x
-
-
-def _last(logits: tuple[Array, ...]) -> Array:
-    return logits[-1]
 
 
 class DeepPlain(nn.Module):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ _NEARLY_AS_FAST = 1.25
 # Of a piece of a batch that one worker answers: long beside starting it, short beside the whole batch.
 _PIECE_MS = 2.0
 
-_EXECUTORS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded')
+_EXECUTORS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded', 'onnx')
 
 _FEW_PASSES = 3
 # With fewer paired passes the range of all ratios holds their median in less than 95 % of cases.
@@ -39,16 +39,16 @@ class Candidate:
 
     Attributes:
         name: in tables.
-        executor: ``'dense'``, ``'sequential'``, ``'compacted'``, ``'sharded'``, or ``'baseline'``, the plain jitted
-            network without branches, which is never chosen.
+        executor: ``'dense'``, ``'sequential'``, ``'compacted'``, ``'sharded'``, ``'onnx'`` for ONNX Runtime, or
+            ``'baseline'``, the plain jitted network without branches, which is never chosen.
         exits: the exits that it asks.
         optimized: whether it runs the network as `optimize` rewrites it.
         chunk_sizes: of `compacted` and `sharded`, one for each exit asked; of the workers of `sequential`, one.
         on_host: of `compacted`.
-        workers: of `compacted` and `sequential`.
+        workers: of `compacted`, `sequential` and ``'onnx'``, whose workers share the cores evenly.
         compiler_options: ``'all cores'`` for `branchy_jax.inference.ALL_CORES`, ``'one core'`` for
             `branchy_jax.inference.ONE_CORE`, or ``''``.
-        predicted_ms: of a batch, where forecast.
+        predicted_ms: of a batch, where forecast; times of XLA forecast nothing of ONNX Runtime.
         measured_ms: of a batch, once tried.
         ratio: time ÷ the baseline's from paired passes, once tried: median, and both ends of its 95 % interval.
         eliminated: whether it was clearly slower than others after a few passes.
@@ -88,6 +88,8 @@ def candidates_to_try(
     best, *others = forecast(times, confident, share, may_skip=may_skip)
     close = [other for other in others[:1] if other[0] < _CLOSE * best[0] and not times.heavy]
     first = [Candidate('baseline', 'baseline', (last,), optimized=False)]
+    if mesh is None and jax.default_backend() == 'cpu':
+        first += _in_onnx_runtime(dict.fromkeys([best[1], (last,)] if may_skip else [best[1]]))
     for choice in (best, *close):
         all_options = batch_size == 1 or (choice is best and not times.heavy)
         for candidate in _executors(choice, batch_size, mesh, heavy=times.heavy):
@@ -101,6 +103,12 @@ def candidates_to_try(
     if ms < _NEARLY_AS_FAST * best[0]:
         return [*first, *reserve], plain
     return first, [*reserve, *plain]
+
+
+def _in_onnx_runtime(choices: Iterable[tuple[int, ...]]) -> list[Candidate]:
+    """Returns ONNX Runtime on all cores, and with one piece of the batch on each core, for several choices of exits."""
+    names = {1: 'ONNX Runtime, all cores', num_cores(): f'ONNX Runtime × {num_cores()}'}
+    return [Candidate(name, 'onnx', exits, workers=n) for exits in choices for n, name in names.items()]
 
 
 def _with_compiler_options(candidate: Candidate, batch_size: int, mesh: Mesh | None) -> list[Candidate]:

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from branchy_jax import program
 from branchy_jax.checkpoint import write_atomically
-from branchy_jax.criteria.policy import decode_policy, encode_policy
+from branchy_jax.criteria.policy import as_policy, decode_policy, encode_policy
 from branchy_jax.inference.compiler_options import num_cores
 from branchy_jax.inference.planning.candidates import Candidate
+from branchy_jax.inference.planning.onnx_engine import check_onnxruntime
 from branchy_jax.inference.planning.programs import Programs
 from branchy_jax.inference.planning.times import SegmentTimes
 from branchy_jax.types import Variables
@@ -39,11 +40,12 @@ def write_plan(path: Path | str, plan: Any, programs: Programs) -> None:
     """
     record = {
         'format': _FORMAT,
-        'made_with': _surroundings(programs.mesh),
+        'made_with': _surroundings(programs.mesh, plan.chosen),
         'network': _identity(programs.model, programs.variables, programs.inputs),
         'chosen': plan.candidates.index(plan.chosen),
         'batch_size': plan.batch_size,
         'policy': encode_policy(plan.policy),
+        'remark': plan.remark,
         'inputs': _encode_inputs(programs.inputs),
         'times': {name: values.tolist() for name, values in vars(plan.times).items()},
         'candidates': [dataclasses.asdict(candidate) for candidate in plan.candidates],
@@ -56,8 +58,8 @@ def read_plan(path: Path | str, model: Any, variables: Variables, mesh: Mesh | N
     """Returns the fields of a `Plan` that `write_plan` wrote, and the shapes of its inputs.
 
     Raises:
-        ValueError: no such file, a damaged one, one of version 0.2, or a plan of another device, of other versions or
-            of another network; the message says which.
+        ValueError: no such file, a damaged one, one of version 0.2, or a plan of another device, of other versions, of
+            another network or for ONNX Runtime where that is missing; the message says which.
     """
     try:
         record = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -72,7 +74,9 @@ def read_plan(path: Path | str, model: Any, variables: Variables, mesh: Mesh | N
         there, network = dict(record['made_with']), record['network']
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'path: the plan in {path} is damaged ({type(error).__name__}: {error}); plan anew') from error
-    here = _surroundings(mesh)
+    if fields['chosen'].executor == 'onnx':
+        check_onnxruntime(mesh)
+    here = _surroundings(mesh, fields['chosen'])
     other = [f'{name} {there.get(name)} there, {here[name]} here' for name in here if there.get(name) != here[name]]
     if other:
         raise ValueError(f'path: the plan in {path} was measured elsewhere ({"; ".join(other)}); plan anew')
@@ -93,11 +97,11 @@ def _identity(model: Any, variables: Variables, inputs: Any) -> dict[str, Any]:
     return {'leaves': names, 'macs': [macs.stages.tolist(), macs.exits.tolist()]}
 
 
-def _surroundings(mesh: Mesh | None) -> dict[str, Any]:
+def _surroundings(mesh: Mesh | None, chosen: Candidate) -> dict[str, Any]:
     """Returns everything that a measurement depends on beside the network."""
     device = jax.devices()[0]
     return {
-        **versions('jax', 'jaxlib', 'branchy-jax'),
+        **versions('jax', 'jaxlib', 'branchy-jax', *(['onnxruntime'] if chosen.executor == 'onnx' else [])),
         'platform': device.platform,
         'device': device.device_kind,
         'processor': _processor(),
@@ -151,7 +155,8 @@ def _decode(record: Mapping[str, Any]) -> dict[str, Any]:
     candidates = tuple(map(_decode_candidate, record['candidates']))
     return {
         'chosen': candidates[record['chosen']],
-        'policy': decode_policy(record['policy']),
+        'policy': as_policy(decode_policy(record['policy'])),  # refuses NaN
+        'remark': str(record['remark']),
         'batch_size': int(record['batch_size']),
         'candidates': candidates,
         'times': SegmentTimes(**{name: np.array(values) for name, values in record['times'].items()}),

@@ -18,6 +18,7 @@ from branchy_jax.criteria.policy import as_policy
 from branchy_jax.inference.compiler_options import ALL_CORES, may_use_all_cores
 from branchy_jax.inference.planning.candidates import Candidate, Progress, candidates_to_try, choose, try_candidates
 from branchy_jax.inference.planning.file import read_plan, write_plan
+from branchy_jax.inference.planning.onnx_engine import check_onnxruntime
 from branchy_jax.inference.planning.programs import Programs, Runner
 from branchy_jax.inference.planning.times import SegmentTimes
 from branchy_jax.inference.steps import at_rows
@@ -45,6 +46,7 @@ class Plan:
         batch_size: that was planned for.
         candidates: those that were tried, fastest first.
         times: of stages and heads alone.
+        remark: why no candidate runs in ONNX Runtime, where one might.
     """
 
     chosen: Candidate
@@ -52,6 +54,7 @@ class Plan:
     batch_size: int
     candidates: tuple[Candidate, ...]
     times: SegmentTimes
+    remark: str
     _programs: Programs = dataclasses.field(repr=False)
     _run: Runner = dataclasses.field(repr=False)
 
@@ -100,8 +103,8 @@ class Plan:
             mesh: the devices that share every batch, as many as were planned for.
 
         Raises:
-            ValueError: the file is missing, damaged or of version 0.2, or its plan is of another device, of other
-                versions or of another network; the message says which.
+            ValueError: the file is missing, damaged or of version 0.2, its plan is of another device, of other versions
+                or of another network, or runs in ONNX Runtime, which is missing here; the message says which.
         """
         calling.check_model(model)
         fields, inputs = read_plan(path, model, variables, mesh)
@@ -114,12 +117,12 @@ class Plan:
         for candidate in self.candidates:
             mark = '> ' if candidate == self.chosen else '  '
             predicted = '' if candidate.predicted_ms is None else f'{candidate.predicted_ms:.3f}'
-            exits = ', '.join(str(n + 1) for n in candidate.exits)
+            exits = ', '.join(map(str, candidate.exits))
             median, low, high = candidate.ratio
             interval = ', eliminated' if candidate.eliminated else f' [{low:.2f}, {high:.2f}]'
             times = f'{predicted:>14}{candidate.measured_ms:>14.3f}   {median:.2f}{interval}'
             lines.append(f'{mark}{candidate.name:44}{exits:16}{times}')
-        return '\n'.join([f'batches of {self.batch_size}', *lines])
+        return '\n'.join([f'batches of {self.batch_size}', *lines, *([self.remark] if self.remark else [])])
 
 
 def plan(
@@ -129,6 +132,7 @@ def plan(
     policy: Any,
     *,
     batch_size: int | None = None,
+    engine: str | None = None,
     skip_heads: bool = True,
     times: SegmentTimes | None = None,
     earlier: Plan | None = None,
@@ -142,7 +146,9 @@ def plan(
     `plan` rewrites the network (`optimize`), measures its stages and heads, and forecasts the time of a batch for each
     choice of exits and chunk sizes; a head that costs more than it saves is skipped. The best forecast in each
     executor, and the second if it is close, are then tried on the given images, in turns with the plain jitted
-    baseline. So is the network without branches, unless another candidate is faster by a fifth. On a CPU of several
+    baseline. So is the network without branches, unless another candidate is faster by a fifth. On a CPU where
+    ``onnxruntime`` is installed, the best forecast and the network without branches are also tried in ONNX Runtime, on
+    all cores together and with one piece of the batch on each core; no batch is padded there. On a CPU of several
     cores all are compiled with `branchy_jax.inference.ALL_CORES`, and the best also without. Of a network that takes
     long to compile, only the executors that have ever been fastest for such networks are tried.
 
@@ -157,6 +163,8 @@ def plan(
         images: ``[M, H, W, C]`` normalised, like those to come; or other inputs of the network.
         policy: when an image leaves; a bare array of thresholds ``[N - 1]`` is one of entropy.
         batch_size: of the calls to come, at most M; all of ``images`` at once by default.
+        engine: ``'xla'`` or ``'onnxruntime'``; the faster of both by default. Where a network has no ONNX form, or
+            ``onnxruntime`` is not installed, the default is XLA, and the printed table says why.
         skip_heads: whether heads may be left out; not where a guarantee holds for exactly these thresholds.
         times: from `segment_times` or another plan's ``times`` of the same network, which saves measuring.
         earlier: a plan of the same network and weights for other thresholds or another batch size, whose rewriting,
@@ -174,12 +182,12 @@ def plan(
         its policy, up to the rounding of `optimize`.
 
     Raises:
-        ValueError: a policy that does not fit, bad images, a batch size outside [1, M], no passes, or times or a plan
-            of another network.
+        ValueError: a policy that does not fit, bad images, a batch size outside [1, M], no passes, times or a plan
+            of another network, or an engine that is unknown, is missing here or cannot run the network.
 
     Example:
         >>> import branchy_jax as bj
-        >>> model, images = bj.models.create('b-lenet'), jax.random.normal(jax.random.key(1), (8, 28, 28, 1))
+        >>> model, images = bj.models.create('b-lenet', image_shape=(8, 8, 1)), jnp.ones((8, 8, 8, 1))
         >>> variables = model.init(jax.random.key(0), images)
         >>> planned = plan(model, variables, images, [1.0], passes=1)
         >>> planned(images).label.shape
@@ -191,6 +199,10 @@ def plan(
         raise ValueError(f'batch_size: got {batch_size} with {count} images; give 1 to the number of images')
     if passes < 1:
         raise ValueError(f'passes: got {passes}; give at least 1')
+    if engine not in (None, 'xla', 'onnxruntime'):
+        raise ValueError(f"engine: got {engine!r}; give 'xla', 'onnxruntime' or None, which takes the faster one")
+    if engine == 'onnxruntime':
+        check_onnxruntime(mesh)
     batch_size, share = int(batch_size), -(-int(batch_size) // (1 if mesh is None else mesh.size))
     shapes = calling.with_batch(images, 1)
     programs = Programs(model, variables, shapes, mesh)
@@ -218,13 +230,33 @@ def plan(
         first = [candidate for candidate in first if candidate.executor not in ('compacted', 'sharded')]
     batches = _batches(images, confident, batch_size)
     build = functools.partial(programs.runner, policy=policy, batch_size=batch_size)
+    first, remark = _of_engine(engine, first, build)
+    reserve = [] if engine == 'onnxruntime' else reserve
     tried = try_candidates(first, reserve, build, batches, passes=passes, progress=progress)
     chosen = choose(tried, num_exits)
     applied = np.where(np.isin(np.arange(num_exits - 1), chosen.exits), thresholds, -np.inf)
     policy = ExitPolicy(policy.criterion, jnp.asarray(applied, jnp.float32))
     progress.report(f'chosen: {chosen.name}', 1.0)
     candidates = tuple(sorted(tried, key=lambda candidate: (candidate.eliminated, candidate.ratio)))
-    return Plan(chosen, policy, batch_size, candidates, times, programs, programs.runner(chosen, policy, batch_size))
+    return Plan(chosen, policy, batch_size, candidates, times, remark, programs, build(chosen, policy=policy))
+
+
+def _of_engine(
+    engine: str | None, candidates: list[Candidate], build: Callable[[Candidate], Any]
+) -> tuple[list[Candidate], str]:
+    """Returns the baseline and the candidates of an engine, and why none is in ONNX Runtime where one might be."""
+    onnx = [candidate for candidate in candidates if candidate.executor == 'onnx']
+    others = [candidate for candidate in candidates if candidate not in onnx]
+    if engine == 'xla' or not onnx:
+        return others, ''
+    try:
+        check_onnxruntime(None)
+        build(onnx[0])  # the others ask no more exits
+    except Exception as error:  # onnx's checker and ONNX Runtime have classes of their own
+        if engine is not None:
+            raise
+        return others, f'XLA alone ({error})'
+    return candidates if engine is None else [others[0], *onnx], ''
 
 
 def _measured(segments: Any, images: Any, share: int, progress: Progress) -> SegmentTimes:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
 from branchy_jax.inference.compacted import HostStep, compacted, drive
-from branchy_jax.inference.compiler_options import BY_NAME
+from branchy_jax.inference.compiler_options import BY_NAME, num_cores
 from branchy_jax.inference.dense import dense
+from branchy_jax.inference.onnx_program import onnx_program
 from branchy_jax.inference.pipeline import Submit, submitter
 from branchy_jax.inference.planning.candidates import Candidate
+from branchy_jax.inference.planning.onnx_engine import open_session
 from branchy_jax.inference.planning.segments import CompilerOptions, Network, Segments, bind
 from branchy_jax.inference.rewriting.optimize import optimize
 from branchy_jax.inference.sharded import sharded, spread
@@ -44,9 +46,10 @@ class Runner:
     Attributes:
         inputs: shapes of one input, every leaf ``[1, …]``.
         policy: when an input leaves.
-        sizes: compiled batch sizes, descending.
-        together: ``(inputs, policy, count)`` answers the first ``count`` rows of a compiled size; the remaining rows
-            are padding, and their values are unspecified.
+        sizes: batch sizes to compile, descending.
+        cut: cuts a batch of any size, as `pieces` does.
+        together: ``(inputs, policy, count)`` answers the first ``count`` rows of a piece; the remaining rows are
+            padding, and their values are unspecified.
         alone: ``(inputs, policy)`` answers one row, as `staged` does; ``None`` on a mesh.
         submit: where the pieces of a batch run.
     """
@@ -54,6 +57,7 @@ class Runner:
     inputs: Any
     policy: ExitPolicy
     sizes: tuple[int, ...]
+    cut: Callable[[int], Iterable[tuple[int, int, int]]]
     together: Answer
     alone: Answer | None
     submit: Submit
@@ -68,10 +72,10 @@ class Runner:
         count = num_rows(inputs)
         if count == 1 and self.alone is not None:
             return ExitPrediction(*self.alone(inputs, self.policy))
-        if count in self.sizes:
+        cuts = list(self.cut(max(count, 1)))
+        if cuts == [(0, count, count)]:
             return ExitPrediction(*self.together(inputs, self.policy, count))
         inputs = jax.tree.map(np.asarray, inputs) if count else self._zeros(1)
-        cuts = list(pieces(max(count, 1), self.sizes))
         submit = self.submit if len(cuts) > 1 else functools.partial
         results = [submit(self._answer_piece, inputs, *cut) for cut in cuts]
         parts = [result() for result in results]
@@ -98,7 +102,7 @@ class Runner:
         if present == 1 and self.alone is not None:
             arrays = self.alone(at_rows(inputs, slice(start, stop)), self.policy)
         else:
-            rows = np.minimum(np.arange(start, start + size), stop - 1)
+            rows = slice(start, stop) if present == size else np.minimum(np.arange(start, start + size), stop - 1)
             arrays = self.together(at_rows(inputs, rows), self.policy, present)
         return [np.asarray(values)[:present] for values in arrays]
 
@@ -147,6 +151,19 @@ def pieces(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             start = stop
 
 
+def shares(count: int, workers: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """Cuts a batch into a piece for each worker, or more of at most ``most`` rows; yields what `pieces` does.
+
+    Example:
+        >>> list(shares(5, workers=2, most=4))
+        [(0, 3, 3), (3, 5, 2)]
+    """
+    size = min(most, -(-count // workers))
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield start, stop, stop - start
+
+
 class Programs:
     """The compiled functions of one network. Plans of the network share them, and they are freed with the last plan.
 
@@ -188,6 +205,8 @@ class Programs:
             policy: when an input leaves; arrays of JAX.
             batch_size: of the calls to come; larger batches are cut.
         """
+        if candidate.executor == 'onnx':
+            return self._onnx_runner(candidate, policy, batch_size)
         together, alone = self._together(candidate), None
         sizes: tuple[int, ...] = (batch_size,)
         if candidate.executor == 'baseline':
@@ -199,7 +218,17 @@ class Programs:
             if candidate.executor != 'compacted':  # there padding runs through no stage
                 sizes = sizes_up_to(*(candidate.chunk_sizes or sizes))
         workers = candidate.workers if candidate.executor == 'sequential' else 1
-        return Runner(self.inputs, policy, sizes, together, alone, submitter(workers))
+        cut = functools.partial(pieces, sizes=sizes)
+        return Runner(self.inputs, policy, sizes, cut, together, alone, submitter(workers))
+
+    def _onnx_runner(self, candidate: Candidate, policy: ExitPolicy, batch_size: int) -> Runner:
+        """Builds a runner that owns its session; plans of other thresholds share the content of the file."""
+        key = 'onnx', candidate.exits, batch_size > 1, policy.criterion
+        make = functools.partial(onnx_program, batch=batch_size > 1, exits=candidate.exits)
+        content = self._once(key, lambda: make(self.model, self.variables, policy, self.inputs))
+        together = open_session(content, policy, self.inputs, threads=num_cores() // candidate.workers)
+        cut = functools.partial(shares, workers=candidate.workers, most=batch_size)
+        return Runner(self.inputs, policy, (batch_size,), cut, together, None, submitter(candidate.workers))
 
     def _together(self, candidate: Candidate) -> Answer:
         settings = candidate.exits, candidate.optimized, candidate.compiler_options
