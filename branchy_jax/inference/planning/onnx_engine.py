@@ -41,8 +41,6 @@ def open_session(content: bytes, policy: ExitPolicy, inputs: Any, *, threads: in
             array.CopyFrom(onnx.numpy_helper.from_array(value, array.name))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3  # 3 is errors alone
-    # Threads that wait for the next call would take time from XLA and from other sessions.
-    options.add_session_config_entry('session.force_spinning_stop', '1')
     session = onnxruntime.InferenceSession(file.SerializeToString(), options, providers=['CPUExecutionProvider'])
     names, dtypes = [each.name for each in session.get_inputs()], [spec.dtype for spec in jax.tree.leaves(inputs)]
 
