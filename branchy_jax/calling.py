@@ -144,7 +144,7 @@ def _call_linen(
 
 
 def _with_axes(call: Callable[[], Any]) -> Any:
-    """Calls a function; axes of devices that the function names and nobody has bound have size 1 for it."""
+    """Calls a function; device axes that the function names and no caller bound have size 1."""
     try:
         return call()
     except NameError as error:

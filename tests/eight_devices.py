@@ -26,7 +26,7 @@ from branchy_jax.inference import dense, exit_outputs, plan, sharded
 from branchy_jax.inference.planning.times import SegmentTimes
 
 BATCH = 16
-OPTIMIZER = optax.sgd(0.1, momentum=0.9)  # one object: jit compares optimisers by identity
+OPTIMIZER = optax.sgd(0.02, momentum=0.9)  # one object: jit compares optimisers by identity
 
 
 class Network(nn.Module):
@@ -103,7 +103,7 @@ def check_training(mesh, folder):
 
 
 def same(result, expected):
-    close = bool(np.allclose(result.logits, expected.logits, rtol=1e-5, atol=1e-5))
+    close = bool(np.allclose(result.logits, expected.logits, rtol=1e-5, atol=1e-6))
     return close and all(np.array_equal(getattr(result, k), getattr(expected, k)) for k in ('label', 'exit_index'))
 
 
@@ -138,7 +138,7 @@ def check_inference(mesh, state):
             {shard.data.shape[0] for shard in run(variables, images, skewed).label.addressable_shards}
         ),
         'planned': max(candidate.name for candidate in planned.candidates),
-        'outputs': bool(np.allclose(together.uncertainty, uncertainty[:, :20], rtol=1e-5, atol=1e-5)),
+        'outputs': bool(np.allclose(together.uncertainty, uncertainty[:, :20], rtol=1e-5, atol=1e-6)),
     }
 
 

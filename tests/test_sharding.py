@@ -26,7 +26,7 @@ def eight():
 def test_eight_devices_train_what_one_trains(eight):
     """Parameters after several epochs, the share of each device, and a checkpoint restored on one device."""
     training = eight['training']
-    assert max(training['scanned'], training['by hand'], training['eight to one'], training['one to eight']) <= 3e-5
+    assert max(training['scanned'], training['by hand'], training['eight to one'], training['one to eight']) <= 1e-5
     assert training['moved'] > 0.1  # it did train
     assert training['shares of batches on a device']
     assert not training['whole batches on a device']
