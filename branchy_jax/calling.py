@@ -1,4 +1,4 @@
-"""How the library calls a model: its inputs, the flag that tells whether it trains, and its logits.
+"""How the library calls a model: its variables, inputs and logits.
 
 A model is a Flax Linen module that returns the logits of every exit, earliest first, or an object with the same two
 methods, such as a `Model`: ``init(key, *inputs)`` and ``apply(variables, *inputs, train=…, frozen_trunk=…, rngs=…,
@@ -6,10 +6,8 @@ mutable=…)``.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,24 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors, nnx
-from flax.core import FrozenDict
+from flax import errors
 
+from branchy_jax import modes
 from branchy_jax.types import Array, Variables, num_rows
-
-Flags = Mapping[str, tuple[Any, Any]]
-"""Names of arguments and attributes that give a module its mode, with their values in evaluation and in training."""
-
-MODE_FLAGS: Flags = {
-    **dict.fromkeys(('train', 'training', 'is_train', 'is_training', 'update_stats'), (False, True)),
-    **dict.fromkeys(('deterministic', 'inference', 'use_running_average'), (True, False)),
-    **dict.fromkeys(('eval', 'is_eval', 'evaluate', 'is_evaluating'), (True, False)),
-}
-
-_FLAGS = (
-    f'Arguments and attributes that give a module its mode are recognised by the names {", ".join(MODE_FLAGS)}; '
-    'name others in attach(…, train={name: (value in evaluation, value in training)})'
-)
 
 
 def check_model(model: Any) -> None:
@@ -50,7 +34,7 @@ def check_model(model: Any) -> None:
         raise ValueError(f'model: got a {type(model).__name__} that is bound; give the module without its variables')
 
 
-def init(model: Any, key: jax.Array, inputs: Any, flags: Flags = MODE_FLAGS) -> Variables:
+def init(model: Any, key: jax.Array, inputs: Any, flags: modes.Flags = modes.MODE_FLAGS) -> Variables:
     """Returns fresh variables of a model.
 
     Args:
@@ -62,7 +46,9 @@ def init(model: Any, key: jax.Array, inputs: Any, flags: Flags = MODE_FLAGS) -> 
     check_model(model)
     if not isinstance(model, nn.Module):
         return model.init(key, inputs)
-    return _call_linen('init', model, {'params': key, 'dropout': key}, inputs, flags, train=False)
+    variables = _call_linen('init', model, {'params': key, 'dropout': key}, inputs, flags, train=False)
+    # Perturbations have the size of the batch in their shapes, and serve gradients alone.
+    return {name: leaves for name, leaves in variables.items() if name != 'perturbations'}
 
 
 def apply(model: Any, variables: Variables, inputs: Any, *, mutable: Any = False, **mode: Any) -> Any:
@@ -97,7 +83,7 @@ def apply_linen(
     *,
     train: bool = False,
     frozen_trunk: bool = False,
-    flags: Flags = MODE_FLAGS,
+    flags: modes.Flags = modes.MODE_FLAGS,
     **options: Any,
 ) -> Any:
     """Applies any Linen module in a mode; returns what the module returns.
@@ -113,7 +99,7 @@ def apply_linen(
         flags: that give the module its mode.
         **options: ``rngs`` and ``mutable`` of `flax.linen.Module.apply`.
     """
-    if frozen_trunk and 'frozen_trunk' in parameters_of(module):
+    if frozen_trunk and 'frozen_trunk' in modes.parameters_of(module):
         options['frozen_trunk'] = True
     elif frozen_trunk:
         train = False
@@ -135,11 +121,13 @@ def _in_form(given: Any, changed: Any) -> Any:
 
 
 def _call_linen(
-    method: str, module: nn.Module, first: Any, inputs: Any, flags: Flags, *, train: bool, **options: Any
+    method: str, module: nn.Module, first: Any, inputs: Any, flags: modes.Flags, *, train: bool, **options: Any
 ) -> Any:
-    positional, named = call_arguments(module, inputs, train=train, flags=flags)
-    call = getattr(in_mode(module, train=train, flags=flags), method)
-    with nn.intercept_methods(functools.partial(_pass_mode_on, train=train, flags=flags)):
+    positional, named = modes.call_arguments(module, inputs, train=train, flags=flags)
+    call = getattr(modes.in_mode(module, train=train, flags=flags), method)
+    frozen = options.get('frozen_trunk', False)
+    pass_on = functools.partial(modes.pass_mode_on, train=train, flags=flags, frozen_trunk=frozen)
+    with nn.intercept_methods(pass_on):
         return _with_axes(functools.partial(call, first, *positional, **named, **options))
 
 
@@ -222,7 +210,10 @@ def as_logits(result: Any) -> tuple[Array, ...]:
     for n, value in enumerate(exits):
         if not (hasattr(value, 'dtype') and jnp.issubdtype(value.dtype, jnp.floating) and value.ndim > 1):
             arrived = f'{value.dtype} {value.shape}' if hasattr(value, 'dtype') else type(value).__name__
-            raise ValueError(f'model: exit {n} returns {arrived}; return logits [B, …, K] of a float dtype')
+            raise ValueError(
+                f'model: exit {n} returns {arrived}; return logits [B, …, K] of a float dtype, also for one row (give '
+                'squeeze its axis)'
+            )
     return tuple(value.astype(jnp.float32) for value in exits)
 
 
@@ -290,6 +281,11 @@ def check_array(name: str, value: Any, shape: Sequence[Any], dtype: Any) -> None
         raise ValueError(f'{name}: expected {dtype}, got {value.dtype}; convert them')
 
 
+def name_of(model: Any) -> str:
+    """Returns a short name of a model, without what it holds."""
+    return type(model).__name__ if isinstance(model, nn.Module) else repr(model)
+
+
 def without_weights(model: Any) -> Any:
     """Returns a model that keeps no arrays: an NNX model is given without its weights, another as it is."""
     strip = getattr(model, 'without_weights', None)
@@ -317,12 +313,12 @@ def explained_variables(variables: Variables) -> Iterator[None]:
     except errors.ModifyScopeVariableError as error:
         raise ValueError(
             f'model: changes variables that are fixed, as all are in evaluation: {_without_link(error)} Give its '
-            f'__call__ an argument train, and BatchNorm use_running_average=not train. {_FLAGS}'
+            f'__call__ an argument train, and BatchNorm use_running_average=not train. {modes.ADVICE}'
         ) from error
     except errors.InvalidRngError as error:
         raise ValueError(
             f'model: draws random numbers in evaluation, where no key is given: {_without_link(error)} An answer must '
-            f'depend on its input alone; draw them where train is true. {_FLAGS}'
+            f'depend on its input alone; draw them where train is true. {modes.ADVICE}'
         ) from error
     except errors.ScopeParamShapeError as error:
         raise ValueError(f'inputs: their shape does not fit the variables: {_without_link(error)}') from error
@@ -330,157 +326,6 @@ def explained_variables(variables: Variables) -> Iterator[None]:
 
 def _without_link(error: Exception) -> str:
     return str(error).split(' (http')[0]
-
-
-def call_arguments(
-    module: Any, inputs: Any, *, train: bool, flags: Flags = MODE_FLAGS
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the positional and named arguments of a call, mode flags included."""
-    if isinstance(inputs, Mapping) and set(inputs) <= set(parameters_of(module)) - set(flags):
-        return _with_flags(module, (), inputs, train=train, flags=flags)
-    given = inputs if isinstance(inputs, tuple) and not hasattr(inputs, '_fields') else (inputs,)
-    return _with_flags(module, given, {}, train=train, flags=flags)
-
-
-def _with_flags(
-    layer: Any, given: Sequence[Any], named: Mapping[str, Any], *, train: bool, flags: Flags
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of a call with mode flags.
-
-    These are the flags that the signature names and the layer does not hold as an attribute; where the signature takes
-    any keyword and names no flag but ``update_stats``, ``train``. A flag between the inputs or right behind them goes
-    by its place: `flax.linen.remat` and `flax.linen.jit` can take arguments as static by place alone.
-
-    Args:
-        layer: a module.
-        given: positional arguments, without flags.
-        named: arguments by name; flags among them stay.
-        train: whether this is training.
-        flags: that give a module its mode.
-    """
-    if isinstance(layer, (nn.Sequential, nnx.Sequential)):  # hands every argument on to its first layer
-        return tuple(given), dict(named)
-    parameters = parameters_of(layer)
-    held = {name for name, values in flags.items() if is_flag(getattr(layer, name, None), values)}
-    absent = {name: values[train] for name, values in flags.items() if name not in held and name not in named}
-    own = {name: value for name, value in absent.items() if name in parameters}
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if takes_any and not held and not set(own) - {'update_stats'}:
-        own['train'] = train
-    positional: list[Any] = []
-    rest = list(given)
-    for name, parameter in parameters.items():
-        by_place = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        if name in own and by_place:
-            positional.append(own.pop(name))
-        elif name != 'self' and rest and by_place and name not in named:
-            positional.append(rest.pop(0))
-        elif name != 'self':
-            break
-    return (*positional, *rest), {**own, **named}
-
-
-def flags_with(others: Flags | None) -> Flags:
-    """Returns the recognised mode flags and others.
-
-    Raises:
-        ValueError: a flag without its two values.
-    """
-    if any(not isinstance(values, tuple) or len(values) != 2 for values in (others or {}).values()):
-        raise ValueError(f'train: got {others}; give for each name a tuple (value in evaluation, value in training)')
-    return {**MODE_FLAGS, **(others or {})}
-
-
-def is_flag(value: Any, values: tuple[Any, Any]) -> bool:
-    """Whether a value is one of the two values of a flag."""
-    return any(type(value) is type(known) and bool(value == known) for known in values)
-
-
-def in_mode(module: nn.Module, *, train: bool, flags: Flags = MODE_FLAGS) -> nn.Module:
-    """Returns an unbound module in which the mode flags held as attributes, at any depth, have a mode's values.
-
-    Flags may lie in modules, configurations (data classes and other objects), dictionaries, tuples and
-    `functools.partial`. A module that several attributes hold stays one module, with one set of parameters.
-    """
-    done: dict[int, Any] = {}
-
-    def inside(value: Any) -> Any:
-        if id(value) not in done:
-            done[id(value)] = value  # a value that holds itself stays as it is
-            parts = _parts(value)
-            new = {name: inside(part) for name, part in parts.items()}
-            for name, values in flags.items():
-                if is_flag(parts.get(name), values) and not (_may_be_frozen(value) and parts[name] is True):
-                    new[name] = values[train]
-            if any(new[name] is not part for name, part in parts.items()):
-                done[id(value)] = _rebuilt(value, new)
-        return done[id(value)]
-
-    return inside(module)
-
-
-def _may_be_frozen(value: Any) -> bool:
-    """Whether a value is a layer that its author can build for evaluation alone, or makes such layers."""
-    kind = value.func if isinstance(value, functools.partial) else type(value)
-    return isinstance(kind, type) and issubclass(kind, (nn.BatchNorm, nn.Dropout))
-
-
-def _parts(value: Any) -> dict[Any, Any]:
-    """Returns what a container, a `functools.partial`, a module or a configuration holds, by name or number."""
-    if isinstance(value, (dict, FrozenDict)):
-        return dict(value)
-    if isinstance(value, (tuple, list)):
-        return dict(enumerate(value))
-    if isinstance(value, functools.partial):
-        return {**dict(enumerate(value.args)), **value.keywords}
-    if isinstance(value, type):
-        return {}
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value) if field.init and field.name != 'parent']
-        return {name: getattr(value, name) for name in names if hasattr(value, name)}
-    held = {} if callable(value) else getattr(value, '__dict__', {})
-    return {name: part for name, part in held.items() if isinstance(part, (bool, str, dict, type(value)))}
-
-
-def _rebuilt(value: Any, parts: Mapping[Any, Any]) -> Any:
-    """Returns a copy of a value that holds other parts."""
-    if isinstance(value, FrozenDict):
-        return FrozenDict(parts)
-    if isinstance(value, (tuple, list)):
-        return type(value)(*parts.values()) if hasattr(value, '_fields') else type(value)(parts.values())
-    if isinstance(value, functools.partial):
-        keywords = {name: parts[name] for name in value.keywords}
-        return functools.partial(value.func, *(parts[n] for n in range(len(value.args))), **keywords)
-    if isinstance(value, nn.Module):
-        return value.clone(**parts)
-    new = copy.copy(value)
-    if isinstance(value, dict):
-        new.update(parts)
-        return new
-    for name, part in parts.items():
-        object.__setattr__(new, name, part)  # also where the class is frozen
-    return new
-
-
-def _pass_mode_on(call: Any, args: Any, kwargs: Any, context: Any, *, train: bool, flags: Flags) -> Any:
-    """Passes the mode to a layer that was passed none, or a flag that it does not take.
-
-    A `flax.linen.Sequential` passes no flag to its layers; a layer around another may pass on every flag.
-    """
-    layer = context.module
-    if context.method_name != '__call__' or not (kwargs or isinstance(layer.parent, nn.Sequential)):
-        return call(*args, **kwargs)
-    parameters = parameters_of(layer)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    fitting = {name: value for name, value in kwargs.items() if takes_any or name in parameters or name not in flags}
-    if len(fitting) < len(kwargs) or isinstance(layer.parent, nn.Sequential):
-        args, fitting = _with_flags(layer, args, fitting, train=train, flags=flags)
-    return call(*args, **fitting)
-
-
-def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a module's call by name."""
-    return inspect.signature(type(module).__call__).parameters
 
 
 def check_exits(argument: str, exits: Sequence[int], num_exits: int | None = None) -> tuple[int, ...]:

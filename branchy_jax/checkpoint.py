@@ -42,8 +42,7 @@ def locked(directory: Path | str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             process = path.read_text().strip() or '?'
-            message = f'directory: {directory} is in use by process {process}; wait, or choose another'
-            raise ValueError(message) from error
+            raise ValueError(f'directory: {directory} is in use by process {process}; wait, or give another') from error
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         yield
@@ -139,12 +138,9 @@ def _arrays(state: State) -> dict[str, jax.Array]:
 def _manager(directory: Path | str):  # noqa: ANN202 - orbax is imported on use
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
-    return ocp.CheckpointManager(
-        Path(directory).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
-    )
+    rules = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True)
+    handler = ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(Path(directory).absolute(), options=rules, item_handlers=handler)
 
 
 def save_weights(path: Path | str, variables: Variables, metadata: dict[str, str] | None = None) -> None:

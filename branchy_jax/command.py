@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='branchy-jax', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog='branchy-jax', description=__doc__, formatter_class=as_written)
     parser.add_argument('--version', action='version', version=f'branchy-jax {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='train | report | plan | export')
 
@@ -53,19 +52,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(_train)
     add('network', help=f'one of {", ".join(name for name in models.names() if name.startswith("b-"))}')
-    add(
-        '--dataset', default='mnist5k', help='mnist5k, any TFDS image classification, or an .npz (default: %(default)s)'
-    )
+    add('--dataset', default='mnist5k', help='mnist5k, an image data set of TFDS, or an .npz (default: %(default)s)')
     add('--to', type=Path, required=True, help='folder to save to; a killed run resumes from it')
     add('--epochs', type=float, default=5, help='of training (default: %(default)s)')
     add('--batch_size', type=int, default=64, help='examples in a step (default: %(default)s)')
-    add(
-        '--exit_weights',
-        type=_numbers,
-        nargs='+',
-        default=[],
-        help='one for each exit, such as 1,0.3 (default: 1 each)',
-    )
+    add('--exit_weights', type=_numbers, nargs='+', default=[], help='one an exit, such as 1,0.3 (default: 1 each)')
     add('--learning_rate', type=float, default=1e-3, help='of Adam (default: %(default)s)')
     add('--seed', type=int, default=0, help='of everything random (default: %(default)s)')
     trained = argparse.ArgumentParser(add_help=False)
@@ -114,10 +105,8 @@ def _numbers(text: str) -> list[float]:
 
 
 def _print_metrics(steps: int, step: int, scalars: Mapping[str, float]) -> None:
-    print(
-        f'step {step}, epoch {step / steps:g}: {", ".join(f"{name} {value:.4f}" for name, value in scalars.items())}',
-        file=sys.stderr,
-    )
+    values = ', '.join(f'{name} {value:.4f}' for name, value in scalars.items())
+    print(f'step {step}, epoch {step / steps:g}: {values}', file=sys.stderr)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,10 @@ def flatten(closed: jax_core.ClosedJaxpr) -> Program:
             return [v if isinstance(v, jax_core.Literal) else env[v] for v in values]
 
         for equation in inner.jaxpr.eqns:
-            inputs, body = read(equation.invars), _call_body(equation)
+            inputs = read(equation.invars)
             here = '/'.join(filter(None, [place, str(equation.source_info.name_stack)]))
-            if body is not None:
-                outputs = visit(body, inputs, here)
+            if equation.primitive.name in _CALLS:
+                outputs = visit(bodies(equation)[0], inputs, here)
             else:
                 outputs = [jax_core.Var(v.aval) for v in equation.outvars]
                 equations.append(equation.replace(invars=inputs, outvars=outputs))
@@ -78,11 +78,19 @@ def flatten(closed: jax_core.ClosedJaxpr) -> Program:
 _CALLS = ('jit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'checkpoint', 'remat2')
 
 
-def _call_body(equation: Equation) -> jax_core.ClosedJaxpr | None:
-    if equation.primitive.name not in _CALLS:
-        return None
-    body = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
-    return jax_core.ClosedJaxpr(body, ()) if isinstance(body, jax_core.Jaxpr) else body
+def bodies(equation: Equation) -> list[jax_core.ClosedJaxpr]:
+    """Returns the jaxprs of a call, loop or conditional; the condition of a loop only says when all rows are done."""
+    held = [equation.params[key] for key in ('jaxpr', 'body_jaxpr', 'call_jaxpr') if key in equation.params]
+    closed = [jax_core.ClosedJaxpr(body, body.constvars) if isinstance(body, jax_core.Jaxpr) else body for body in held]
+    return [*closed, *equation.params.get('branches', ())]
+
+
+def nested(equation: Equation) -> Iterator[Equation]:
+    """Yields the equations of an equation's bodies at any depth, then the equation itself."""
+    for body in bodies(equation):
+        for inner in body.eqns:
+            yield from nested(inner)
+    yield equation
 
 
 def bind(equation: Equation, inputs: Sequence[Any]) -> list[Any]:
@@ -134,8 +142,7 @@ def _count(equation: Equation) -> int:
         raise ValueError('model: holds a while_loop, whose trip count is unknown; count the MACs of its body instead')
     if name == 'cond':
         return max(count_macs(branch.eqns) for branch in params['branches'])
-    bodies = [value for value in params.values() if isinstance(value, (jax_core.Jaxpr, jax_core.ClosedJaxpr))]
-    macs = sum(count_macs(body.eqns) for body in bodies)
+    macs = sum(count_macs(body.eqns) for body in bodies(equation))
     return macs * params['length'] if name == 'scan' else macs
 
 

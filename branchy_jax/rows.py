@@ -4,6 +4,7 @@ The guarantee of every executor is f(x[rows]) = f(x)[rows] for every list of row
 symbolic batch size shows the batch in the shapes of its values; a table of primitives says which axes each one mixes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from branchy_jax.jaxprs import Equation, Program, Value
+from branchy_jax.jaxprs import Equation, Program, Value, bodies, nested
 from branchy_jax.types import Array
 
 
@@ -59,35 +60,30 @@ def check_rows(program: Program, numbers: Iterable[int], batch: Any) -> None:
             raise ValueError(
                 f'model: the rows of a batch influence one another at {program.where(number)}: {mixing} works along '
                 'the axis of the batch; every row must be computed from its own input alone (BatchNorm: use running '
-                'averages in evaluation)'
+                'averages in evaluation; attach(…, train=…) takes the name of a flag)'
             )
 
 
 def _mixing(equation: Equation, batch: Any, *, folded: bool = False) -> str:
-    """Returns the primitive with which an equation mixes rows, '' where it does not.
+    """Returns the primitive with which an equation, or one inside it, mixes rows, '' where none does.
 
     Args:
         equation: of the program or of a loop in it.
         batch: the size of the batch.
         folded: whether to look at axes into which the batch is folded too: these may hold one row several times.
     """
+    mixing = (inner.primitive.name for inner in nested(equation) if _mixes(inner, batch, folded))
+    return next(mixing, '')
+
+
+def _mixes(equation: Equation, batch: Any, folded: bool) -> bool:
     name = equation.primitive.name
-    bodies = _bodies(equation)
-    inside = next(filter(None, (_mixing(inner, batch, folded=folded) for body in bodies for inner in body.eqns)), '')
-    if inside:
-        return inside
     if name == 'scan' and _carries_from_row_to_row(equation, batch):
-        return name
+        return True
     arguments = zip(equation.invars, _MIXED_AXES.get(name, _named)(equation), strict=False)
     if any(set(axes) & set(axes_with(v, batch, folded=folded)) for v, axes in arguments):
-        return name
-    return '' if bodies or _has_rows(equation, batch) else name
-
-
-def _bodies(equation: Equation) -> list[Any]:
-    """Returns the jaxprs of a loop or conditional; the condition of a loop only says when all rows are done."""
-    bodies = [equation.params[key] for key in ('jaxpr', 'body_jaxpr', 'call_jaxpr') if key in equation.params]
-    return [*bodies, *equation.params.get('branches', ())]
+        return True
+    return not (bodies(equation) or _has_rows(equation, batch))
 
 
 def _has_rows(equation: Equation, batch: Any) -> bool:
@@ -140,12 +136,15 @@ def _folds(equation: Equation, batch: Any) -> list[tuple[str, int]]:
 
 
 def _is_undecided(equation: Equation, batch: Any) -> bool:
+    return _mixing(equation, batch, folded=True) != '' or any(_depends(inner, batch) for inner in nested(equation))
+
+
+def _depends(equation: Equation, batch: Any) -> bool:
+    """Whether an equation mixes rows or not depending on values."""
     name, params = equation.primitive.name, equation.params
-    if any(_is_undecided(inner, batch) for body in _bodies(equation) for inner in body.eqns):
-        return True
     if name == 'while' and any(_mixing(inner, batch) for inner in params['cond_jaxpr'].eqns):
         return True
-    if name in _UNDECIDED or _mixing(equation, batch, folded=True):
+    if name in _UNDECIDED:
         return True
     if name == 'iota':
         return params['dimension'] in axes_with(equation.outvars[0], batch, folded=True)
@@ -157,13 +156,14 @@ def _is_undecided(equation: Equation, batch: Any) -> bool:
     return any(axis in axes_with(equation.invars[0], batch, folded=True) for axis in indexed)
 
 
-def check_by_trial(logits_of: Callable[[Any], Sequence[Array]], inputs: Any, place: str) -> None:
+def check_by_trial(logits_of: Callable[[Any], Sequence[Array]], inputs: Any, place: str, tolerance: float) -> None:
     """Runs a network on 7 rows in other company: reversed, one row repeated, one row alone, NaN in another row.
 
     Args:
         logits_of: the network.
         inputs: arrays ``[B, …]``.
         place: of the equation that the program does not decide.
+        tolerance: part of the largest logit that rounding may change.
 
     Raises:
         ValueError: the logits of a row depend on the others.
@@ -177,7 +177,9 @@ def check_by_trial(logits_of: Callable[[Any], Sequence[Array]], inputs: Any, pla
         result = logits_of(jax.tree.map(lambda x, order=order: x[jnp.array(order)], given))
         for logits, alone in zip(result, expected, strict=True):
             seen = np.asarray(logits)[-len(answers) :]
-            if not np.allclose(seen, alone[answers], rtol=0, atol=0.03 * np.abs(alone).max() + 1e-6, equal_nan=True):
+            if not np.allclose(
+                seen, alone[answers], rtol=0, atol=tolerance * np.abs(alone).max() + 1e-6, equal_nan=True
+            ):
                 raise ValueError(
                     f'model: the rows of a batch influence one another, probably at {place}: among other rows the '
                     'logits of the same row are others; every row must be computed from its own input alone'
@@ -211,23 +213,24 @@ def _convolution(equation: Equation) -> Axes:
     return [numbers.lhs_spec if groups else numbers.lhs_spec[1:], numbers.rhs_spec]
 
 
+def _unequal(ours: Sequence[Any], theirs: Iterable[Any]) -> list[int]:
+    return [axis for axis, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+
+
 def _window(equation: Equation) -> Axes:
-    sizes = equation.params['window_dimensions']
-    return [[axis for axis, size in enumerate(sizes) if size != 1]]
+    return [_unequal(equation.params['window_dimensions'], itertools.repeat(1))]
 
 
 def _slice(equation: Equation) -> Axes:
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    return [[axis for axis, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]]
+    return [_unequal(equation.invars[0].aval.shape, equation.outvars[0].aval.shape)]
 
 
 def _update(equation: Equation) -> Axes:
-    whole, part = (v.aval.shape for v in equation.invars[:2])
-    return [[axis for axis, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]] * 2
+    return [_unequal(*(v.aval.shape for v in equation.invars[:2]))] * 2
 
 
 def _pad(equation: Equation) -> Axes:
-    return [[axis for axis, sizes in enumerate(equation.params['padding_config']) if any(sizes)]]
+    return [_unequal(equation.params['padding_config'], itertools.repeat((0, 0, 0)))]
 
 
 def _fft(equation: Equation) -> Axes:

@@ -154,15 +154,15 @@ def num_rows(tree: Any, argument: str = 'inputs') -> Any:
     if isinstance(tree, jax.Array) and tree.shape:  # most calls bring one array
         return tree.shape[0]
     expected = f'{argument}: expected arrays that all lead with B, got'
-    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-    if not leaves:
+    shapes = [(jax.tree_util.keystr(path), np.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)]
+    if not shapes:
         raise ValueError(f'{expected} none')
-    for path, leaf in leaves:
-        shape, first = getattr(leaf, 'shape', ()), getattr(leaves[0][1], 'shape', ())
+    place, first = shapes[0]
+    for path, shape in shapes:
         if not shape or shape[:1] != first[:1]:
-            raise ValueError(f'{expected} shape {shape} at {argument}{path} and {first} at {argument}{leaves[0][0]}')
+            raise ValueError(f'{expected} shape {shape} at {argument}{path} and {first} at {argument}{place}')
     check_byte_order(tree, argument)
-    return leaves[0][1].shape[0]
+    return first[0]
 
 
 def check_byte_order(tree: Any, argument: str = 'inputs') -> None:
@@ -217,9 +217,7 @@ def check_labels(labels: Array, num_classes: int, ignore_label: int | None = Non
         return
     values = np.asarray(labels)  # jnp would trace even concrete labels inside jit
     values = values if ignore_label is None else values[values != ignore_label]
-    if not values.size:
-        return
-    lowest, highest = int(values.min()), int(values.max())
-    if lowest < 0 or highest >= num_classes:
+    if values.size and not 0 <= values.min() <= values.max() < num_classes:
+        got = f'got {values.min()} to {values.max()}'
         advice = 'count classes from 0, and give the network as many as there are'
-        raise ValueError(f'labels: expected classes in [0, {num_classes}), got {lowest} to {highest}; {advice}')
+        raise ValueError(f'labels: expected classes in [0, {num_classes}), {got}; {advice}')

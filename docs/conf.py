@@ -41,7 +41,8 @@ pygments_style = 'friendly'
 
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
-nb_execution_mode = 'off'  # build.sh --execute turns it on
+nb_execution_mode = 'cache'  # pages whose code has not changed show stored outputs
+nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_in_temp = True
 nb_merge_streams = True  # what is printed epoch by epoch stays together

@@ -1,23 +1,28 @@
-"""How fast is a network with exits? As it is served best, in turns with its baseline on this machine.
+"""How fast is a network with exits? Times plans of it and of its baseline, in turns, on this machine.
 
     python -m experiments.benchmark --network=b-resnet110 --workdir=runs/benchmark_resnet110
 
-Over batch sizes and forced exit shares, with random weights: time does not depend on them. 2 minutes for B-LeNet at
-batch 1, 45 for B-ResNet-110. Writes ``benchmark.json`` (a row per cell), ``benchmark.md`` and ``gain.png``; times
-are milliseconds an image, ratios are medians over interleaved passes.
+Measures several batch sizes and forced exit shares, with random weights, since time does not depend on weights. Takes 2
+minutes for B-LeNet at batch 1, 45 for B-ResNet-110. Writes ``benchmark.json`` (a row per cell), ``benchmark.md`` and
+``gain.png``; times are milliseconds an image, ratios are medians over interleaved passes.
 
     python -m experiments.benchmark --run=runs/lenet_mnist --batches=1,256     # its operating points: batches.json
     python -m experiments.benchmark --run=runs/lenet_mnist --energy            # joules an image: energy.json
     python -m experiments.benchmark --run=runs/alexnet_cifar10 --cache=5       # Figure 6, by valgrind: cache.json
 
-measure a finished run of the main job, or a stored report whose weights ship with the package, in its own folder. And
+measure a finished run of the main job, or a stored report whose weights are in the package, and write into its folder.
+Further options time training steps, compare with another checkout of this repository, and measure forms:
 
     python -m experiments.benchmark --training --workdir=runs/benchmark_training    # a step, by two settings of a CPU
-    python -m experiments.benchmark --network=b-resnet110 --planning --workdir=DIR  # where the time of `plan` goes
+    python -m experiments.benchmark --network=b-lenet --other=OLD --workdir=DIR     # time of this plan ÷ that of OLD's
+    python -m experiments.benchmark --forms --workdir=DIR           # gains of banded products and of compiler options
+
+The last two use published weights and test images.
 """
 
 import argparse
-import os
+import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,46 +34,56 @@ from branchy_jax.report import write_json, write_text
 from experiments.pages.pictures import gain_against_batch
 from experiments.run.networks import count_exits
 from experiments.run.report import Row, provenance, table
-from experiments.study import flags, on_a_run, speed
-from experiments.study.cells import force, images_needed, measure, plan_by_the_clock, random_networks
+from experiments.study import checkouts, flags, on_a_run, speed
+from experiments.study.cells import force, images_needed, measure, random_networks
 from experiments.study.finished import read_run
 
-_SHARES_BY_EXITS = {2: ['94/6', '70/30', '0/100', '100/0'], 3: ['100/0/0', '70/20/10', '40/30/30', '0/0/100']}
+_SHARES_BY_EXITS = {2: '94/6,70/30,0/100,100/0', 3: '100/0/0,70/20/10,40/30/30,0/0/100'}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what the flags ask for."""
+    """Makes the measurement that the flags choose."""
     parser = flags.parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--network', help='A branchy network: b-lenet, b-alexnet, b-resnet110.')
     what.add_argument('--run', type=Path, help='Folder of a finished main job, or a stored report.')
     what.add_argument('--training', action='store_true', help='Times training steps instead of executors.')
+    what.add_argument('--forms', action='store_true', help='Times published networks in each form for a CPU.')
     parser.add_argument('--workdir', type=Path, help='Folder for the results.')
     parser.add_argument('--batches', type=flags.positives, help='Batch sizes, such as 1,32,256.')
-    parser.add_argument('--shares', help='Exit shares in percent, such as 70/20/10,100/0/0.')
-    parser.add_argument('--passes', type=flags.positive, default=20, help='Interleaved pairs.')
-    parser.add_argument('--planning', action='store_true', help='Times `plan` and the warm-up.')
-    parser.add_argument('--energy', action='store_true', help='With --run: joules, where the device has a meter.')
-    parser.add_argument('--cache', type=flags.positive, help='With --run: cache misses at so many settings.')
-    parser.add_argument('--images', type=flags.positive, help='With --run: test images in a pass.')
-    parser.add_argument('--seconds', type=float, default=10.0, help='With --energy: to run each for, at least.')
+    parser.add_argument('--shares', type=flags.shares, help='Exit shares in percent, such as 70/20/10,100/0/0.')
+    parser.add_argument('--passes', type=flags.positive, default=20, help='Interleaved passes.')
+    parser.add_argument('--other', type=Path, help='Another checkout, to compare plans with.')
+    parser.add_argument('--energy', action='store_true', help='With --run: measures joules, if there is a meter.')
+    parser.add_argument('--cache', type=flags.positive, help='With --run: settings to count cache misses at.')
+    parser.add_argument('--images', type=flags.positive, help='With --run or --other: test images in a pass.')
+    parser.add_argument('--seconds', type=float, default=10.0, help='With --energy: shortest time of each.')
     parser.add_argument('--rounds', type=flags.positive, default=3, help='With --training: processes of each setting.')
     options = parser.parse_args(arguments)
     if options.run is not None:
         _measure_a_run(options)
     elif options.workdir is None:
         parser.error('--workdir: give the folder for the results')
-    elif options.training:
-        _write(options.workdir, 'training', speed.training_steps(rounds=options.rounds))
-    else:
+    elif options.network is not None and options.other is None:
         _measure_a_network(options)
+    else:
+        print(page(_write(options.workdir, *_compare(options))))
+
+
+def _compare(options: argparse.Namespace) -> tuple[str, list[Row]]:
+    """Compares training steps, checkouts or forms of networks; returns the name of the record and its rows."""
+    if options.training:
+        return 'training', speed.training_steps(rounds=options.rounds)
+    sizes, passes = options.batches or [1, 256], options.passes
+    if options.forms:
+        cells = itertools.product(checkouts.DATASETS, sizes)
+        return 'forms', [row for cell in cells for row in speed.forms(*cell, passes=passes)]
+    compare = functools.partial(checkouts.compare, options.other, options.network)
+    return 'checkouts', [compare(batch, images=options.images or 512, passes=passes) for batch in sizes]
 
 
 def _measure_a_run(options: argparse.Namespace) -> None:
     batches = options.batches or [1]
-    if on_a_run.INSIDE in os.environ:
-        on_a_run.run_under_valgrind(read_run(options.run), images=options.images, settings=options.cache)
-        return
     if options.cache:
         rows = on_a_run.cache(options.run, images=options.images or 8, settings=options.cache)
     elif options.energy:
@@ -82,35 +97,18 @@ def _measure_a_run(options: argparse.Namespace) -> None:
 
 
 def _measure_a_network(options: argparse.Namespace) -> None:
-    """Times a network at every batch size, writing what is known after each; or times planning."""
+    """Times a network at every batch size, and writes the rows after each."""
     batches = options.batches or ([1, 32, 256] if jax.default_backend() == 'cpu' else [1, 32, 256, 2048, 10000])
     shape = (max(map(images_needed, batches)), *bj.models.create(options.network).image_shape)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     networks, rows = random_networks(options.network, images), []
-    shares = _shares(options.shares, count_exits(networks.model, networks.inputs))
-    if options.planning:
-        policies = force(networks, images, dict(list(shares.items())[:2]))
-        _write(options.workdir, 'planning', plan_by_the_clock(networks, images, policies), network=options.network)
-        return
+    shares = options.shares or flags.shares(_SHARES_BY_EXITS[count_exits(networks.model, networks.inputs)])
     for batch in batches:
         own = images[: images_needed(batch)]
         rows += measure(networks, own, force(networks, own, shares), batch, passes=options.passes)
         record = _write(options.workdir, 'benchmark', rows, network=options.network)
         gain_against_batch(options.workdir / 'gain.png', rows, title=f'{options.network}, {record["device"]}')
         print(table(rows[-len(shares) :], *_CLOCKS), flush=True)
-
-
-def _shares(given: str | None, num_exits: int) -> dict[str, list[float]]:
-    every = {}
-    for text in given.split(',') if given else _SHARES_BY_EXITS[num_exits]:
-        try:
-            shares = [float(share) / 100 for share in text.split('/')]
-        except ValueError:
-            shares = []
-        if len(shares) != num_exits or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-            raise ValueError(f'shares: got {text!r}; give {num_exits} percentages that sum to 100, such as 70/20/10')
-        every[text] = shares
-    return every
 
 
 def _write(workdir: Path, name: str, rows: Sequence[Row], **more: str) -> Row:
@@ -122,12 +120,14 @@ def _write(workdir: Path, name: str, rows: Sequence[Row], **more: str) -> Row:
 
 
 def page(record: Row) -> str:
-    """Lays out the record of executors, of training steps or of planning in Markdown: the rows say which it is."""
+    """Lays out the record in Markdown; its rows say what was measured."""
     rows = record['rows']
     if 'exit_fractions' in rows[0]:
         title, parts = f'Benchmark of {record["network"]}', [table(rows, *_CLOCKS), _LEGEND]
-    elif 'what' in rows[0]:
-        title, parts = f'How long planning takes for {record["network"]}', [table(rows, 'what', 'seconds')]
+    elif 'form' in rows[0]:
+        title, parts = 'Forms of networks for a CPU', [table(rows, *_FORMS), 'Gain: time without ÷ time with the form.']
+    elif 'executors' in rows[0]:
+        title, parts = 'Two checkouts', [table(rows, *_CHECKOUTS), 'Ratio: time of this checkout ÷ time of the other.']
     else:
         title, parts = 'A training step on a CPU', [table(rows, *_STEPS)]
     return '\n\n'.join([f'# {title}', f'`{record["command"]}`', f'{record["device"]}.', *parts]) + '\n'
@@ -137,6 +137,8 @@ _CLOCKS = (
     *('batch', 'operating_point', 'exit_fractions', 'executor', 'latency_ms', 'gain', 'gain_plain', 'mac_limit'),
     *('time_limit_ms', 'realised'),
 )
+_FORMS = ('network', 'batch', 'cores', 'executor', 'form', 'ms', 'gain')
+_CHECKOUTS = ('network', 'batch', 'ms', 'ratio', 'executors')
 _STEPS = ('network', 'settings', 'devices', 'batch_size', 'ms', 'times_faster', 'peak_gb')
 _LEGEND = """\
 - The operating point is the share that is forced to leave at each exit. Times are milliseconds an image.

@@ -1,11 +1,11 @@
-"""Do the paper's claims hold? Each is trained from several seeds and answered with an interval; the answer may be no.
+"""Do the paper's claims hold? Trains each variant from several seeds, and answers with an interval; it may be no.
 
     python -m experiments.claims --workdir=runs/claims --network=b-lenet --dataset=mnist5k
 
 Does joint training regularise, does it help to start from the baseline, do larger weights on early exits help, how deep
 should a branch be (Figure 5), and where should it leave? Half an hour for B-LeNet on 2 cores, hours for B-AlexNet.
-Writes ``claims_NETWORK.json``, a row per variant and seed, and ``claims_NETWORK.md`` after every trained variant: a run
-that was stopped goes on where it was. Variants of a seed share initial weights and the order of the data, so that
+Writes ``claims_NETWORK.json``, a row per variant and seed, and ``claims_NETWORK.md`` after every trained variant: the
+same command resumes a run that was stopped. Variants of a seed share initial weights and the order of the data, so that
 differences are paired; baselines are trained on their own.
 
     python -m experiments.claims --gradients --workdir=runs/claims --network=b-plain30 --dataset=cifar10
@@ -17,7 +17,7 @@ same batches, and sum the losses of all of their exits.
 
     python -m experiments.claims --workdir=runs/claims --random_networks=2000
 
-Are the parts of a network the whole? Random networks are cut at random places, in half a second each.
+Do the parts of a network compute the whole? Random networks are cut at random places, about four a second.
 """
 
 import argparse
@@ -41,21 +41,21 @@ from experiments.study.variants import with_branch
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains all variants, judges and writes."""
+    """Trains all variants, answers the claims and writes the record."""
     parser = flags.parser(__doc__)
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
     parser.add_argument('--network', default='b-lenet', help='A branchy one, such as b-lenet, b-alexnet, b-resnet20.')
     parser.add_argument('--dataset', default='mnist5k', help='mnist5k, a TFDS name or an .npz.')
     parser.add_argument('--seeds', type=flags.positive, default=5, help='Trainings of each variant.')
-    parser.add_argument('--epochs', type=flags.positive, default=15, help='Of each training.')
+    parser.add_argument('--epochs', type=flags.positive, default=15, help='Epochs of each training.')
     parser.add_argument('--batch_size', type=flags.positive, default=64, help='Examples in a step.')
-    parser.add_argument('--learning_rate', type=float, default=3e-3, help='Peak.')
-    parser.add_argument('--weight_decay', type=float, default=0.0, help='Of AdamW.')
-    parser.add_argument('--augment', action='store_true', help='Shifts and, but for digits, mirroring; not the paper.')
-    parser.add_argument('--cpu_devices', type=flags.positive, default=1, help='That a CPU makes to share each step.')
-    parser.add_argument('--gradients', action='store_true', help='Measure the gradient of each layer instead.')
-    parser.add_argument('--steps', type=flags.positive, default=20, help='With --gradients: before the second reading.')
-    parser.add_argument('--random_networks', type=flags.positive, help='Cut so many at random places instead.')
+    parser.add_argument('--learning_rate', type=float, default=3e-3, help='Peak of the learning rate.')
+    parser.add_argument('--weight_decay', type=float, default=0.0, help='Weight decay of AdamW.')
+    parser.add_argument('--augment', action='store_true', help='Shifts images, and mirrors all but digits.')
+    parser.add_argument('--cpu_devices', type=flags.positive, default=1, help='Devices of a CPU that share a step.')
+    parser.add_argument('--gradients', action='store_true', help='Measures the gradient of each layer instead.')
+    parser.add_argument('--steps', type=flags.positive, default=20, help='With --gradients: between measurements.')
+    parser.add_argument('--random_networks', type=flags.positive, help='Random networks to cut instead.')
     options = parser.parse_args(arguments)
     if options.random_networks:
         print(random_networks.check_many(options.random_networks))
@@ -84,7 +84,7 @@ def settings(options: argparse.Namespace) -> ConfigDict:
 
 
 def run(trainer: Trainer, workdir: Path, *, seeds: int) -> str:
-    """Trains every variant that the record lacks, judges, and writes after each; returns the page.
+    """Trains every variant that the record lacks; answers and writes after each; returns the page.
 
     Args:
         trainer: the recipe and the data of all variants.
@@ -116,11 +116,11 @@ def run(trainer: Trainer, workdir: Path, *, seeds: int) -> str:
 
 
 Variant = Callable[[str, int], tuple[Variables, Row]]
-"""Trains under a name from a seed; returns the variables and what the exits reach."""
+"""Trains under a name from a seed; returns the variables and the accuracies of the exits."""
 
 
 def variants(trainer: Trainer) -> dict[str, Variant]:
-    """Returns what trains each variant, by name."""
+    """Returns the functions that train the variants, by name."""
     config, options = trainer.config, {**trainer.options}
     if config.network == 'b-lenet':  # the same network in the form in which a CPU trains it fastest
         options['convolution'] = bj.models.banded_convolution
@@ -161,7 +161,7 @@ def variants(trainer: Trainer) -> dict[str, Variant]:
 
 
 def _accuracy(trainer: Trainer, model: Any, variables: Variables) -> Row:
-    """Returns the accuracy of every exit on training images, not augmented, and on test images."""
+    """Returns the accuracy of every exit on training images, without augmentation, and on test images."""
     dataset = trainer.dataset
     look = functools.partial(bj.inference.exit_table, model, variables, preprocess=dataset.normalization)
     parts = {'train_accuracy': dataset.train, 'test_accuracy': dataset.test}
@@ -169,7 +169,7 @@ def _accuracy(trainer: Trainer, model: Any, variables: Variables) -> Row:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """Lays out a record in Markdown: verdicts first, then the figures they rest on."""
+    """Lays out a record in Markdown: verdicts first, then their figures."""
     ours = record['settings']
     rows, cells = record['rows'], []
     for name in dict.fromkeys(row['variant'] for row in rows):

@@ -1,17 +1,17 @@
-"""How far can the confidence of trained exits be trusted, and what does it buy? One report of a finished run.
+"""Can the confidence of trained exits be trusted, and how much does it save? Reports on a finished run.
 
     python -m experiments.confidence --workdir=runs/lenet_mnist
 
-Guarantees, calibration and criteria, in some minutes on 2 cores. Takes the networks that the main job left in the
-folder, or those that ship with the package, and writes ``confidence.json`` (rows by section), ``confidence.md`` and
-``reliability.png`` there. What is fitted or chosen comes from the validation data; test data report, and serve as the
-population from which the simulation of the guarantees draws.
+Examines guarantees, calibration and criteria, in some minutes on 2 cores. Reads the networks of the main job from the
+folder, or those of the package, and writes ``confidence.json`` (rows by section), ``confidence.md`` and
+``reliability.png`` there. Validation data fit and choose; test data report, and are the population from which the
+simulation of the guarantees draws.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--workdir', type=Path, required=True, help='Folder of a finished main job, or a stored report.'
     )
-    parser.add_argument('--splits', type=flags.positive, default=1000, help='Calibration sets to draw.')
+    parser.add_argument('--splits', type=flags.positive, default=1000, help='Number of calibration sets.')
     parser.add_argument('--calibration_size', type=flags.positive, default=2000, help='Inputs in a calibration set.')
     options = parser.parse_args(arguments)
     run(read_run(options.workdir), splits=options.splits, size=options.calibration_size)
@@ -50,15 +50,11 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> Row:
     """
     networks, dataset, workdir = finished.networks, finished.dataset(), finished.workdir
     costs = bj.costs.count_macs(networks.model, inputs=networks.inputs)
-
-    def cached(images: Any, labels: Any) -> Cached:
-        outputs = bj.inference.exit_outputs(
-            networks.model, networks.variables, images, preprocess=networks.normalization
-        )
-        return Cached(outputs.logits, labels, costs)
-
-    validation = cached(dataset.validation.image, dataset.validation.label)
-    test = cached(dataset.test.image, dataset.test.label)
+    look = functools.partial(
+        bj.inference.exit_outputs, networks.model, networks.variables, preprocess=networks.normalization
+    )
+    parts = (dataset.validation, dataset.test)
+    validation, test = (Cached(look(part.image).logits, part.label, costs) for part in parts)
     title = f'{networks.name} on {finished.config.dataset}'
     fitting, choosing = validation.halves()  # what is fitted on one half is screened on the other
     calibration, temperatures = calibrations(fitting, test, workdir / 'reliability.png', title)
@@ -70,16 +66,10 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> Row:
         path = validation.table().replace(statistics=statistics).screen().path()
         losses = bj.thresholds.losses_against_full(test.logits, test_labels)
         guarantees += simulate(loss, Population(path, test.table(split='test'), losses, size=size, splits=splits))
-    inputs = {'validation': len(validation.labels), 'test': len(test.labels), 'calibration': size, 'splits': splits}
-    record = {
-        'network': networks.name,
-        'dataset': finished.config.dataset,
-        **provenance('confidence'),
-        'inputs': inputs,
-        'guarantees': guarantees,
-        'calibration': calibration,
-        'criteria': compare_criteria(criteria, choosing, test),
-    }
+    sizes = {'validation': len(validation.labels), 'test': len(test.labels), 'calibration': size, 'splits': splits}
+    record = {'network': networks.name, 'dataset': finished.config.dataset, **provenance('confidence'), 'inputs': sizes}
+    record |= {'guarantees': guarantees, 'calibration': calibration}
+    record['criteria'] = compare_criteria(criteria, choosing, test)
     bj.report.write_json(workdir / 'confidence.json', record)
     bj.report.write_text(workdir / 'confidence.md', page(record))
     return record
@@ -87,7 +77,7 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """What trained exits answered on a part of the data, computed once.
+    """The logits of trained exits on a part of the data, computed once.
 
     Attributes:
         logits: ``[N, B, K]`` as the heads gave them.
@@ -99,14 +89,13 @@ class Cached:
     labels: np.ndarray
     costs: bj.costs.StageCosts
 
-    def halves(self) -> 'tuple[Cached, Cached]':
-        """Splits it at random."""
+    def halves(self) -> 'tuple[Cached, ...]':
+        """Splits the part at random into two."""
         rows = np.array_split(np.random.default_rng(0).permutation(len(self.labels)), 2)
-        first, second = (Cached(self.logits[:, part], self.labels[part], self.costs) for part in rows)
-        return first, second
+        return tuple(Cached(self.logits[:, part], self.labels[part], self.costs) for part in rows)
 
     def table(self, criterion: Criterion = bj.criteria.entropy, *, split: str = 'validation') -> ExitTable:
-        """Replays a criterion over it."""
+        """Returns the table of a criterion on the part."""
         return ExitTable.from_logits(self.logits, self.labels, self.costs, criterion=criterion, split=split)
 
 
@@ -133,7 +122,7 @@ def calibrations(fitting: Cached, test: Cached, picture: Path, title: str) -> tu
 
 
 def all_criteria(fitting: Cached, temperatures: np.ndarray) -> list[Criterion]:
-    """Returns every criterion, entropy first; those that learn are fitted on validation data."""
+    """Returns every criterion, entropy first; fits those that learn on validation data."""
     return [
         bj.criteria.entropy,
         bj.criteria.max_probability,
@@ -147,7 +136,7 @@ def all_criteria(fitting: Cached, temperatures: np.ndarray) -> list[Criterion]:
 
 
 def compare_criteria(criteria: Sequence[Criterion], choosing: Cached, test: Cached) -> list[Row]:
-    """Compares what criteria cost, by two measures.
+    """Compares the costs of criteria by two measures.
 
     ``cost``: of the cheapest setting that on validation data gives up no more than asked against the last exit, with
     its accuracy on test data. ``equal_to_entropy``: read off the test curve of the validation frontier at the accuracy
@@ -179,17 +168,17 @@ _CRITERIA = ('criterion', 'given_up', 'cost', 'accuracy_change', 'equal_to_entro
 
 
 def page(record: Row) -> str:
-    """Lays out the record in Markdown, with the picture that lies beside it."""
+    """Lays out the record in Markdown, with the picture of the same folder."""
     inputs = record['inputs']
     return f"""# Confidence of {record['network']} on {record['dataset']}
 
-`{record['command']}`, {record['device']}. Fitted and chosen on {inputs['validation']:,} validation images, reported on
-{inputs['test']:,} test images. Costs are multiply-accumulates of an image.
+`{record['command']}`, {record['device']}. Parameters and thresholds come from {inputs['validation']:,} validation
+images, figures from {inputs['test']:,} test images. Costs are multiply-accumulates of an image.
 
 ## Guarantees
 
-{inputs['splits']:,} calibration sets of {inputs['calibration']:,} drawn from the test outputs with replacement; a
-guarantee is broken when the risk of the whole population is above ε. The share broken may be δ, and two standard errors
+{inputs['splits']:,} calibration sets of {inputs['calibration']:,} were drawn from the test outputs with replacement. A
+guarantee is broken if the risk of the whole population is above ε. The share broken may be δ, and two standard errors
 more by chance.
 
 {table(record['guarantees'], *_GUARANTEES)}
@@ -202,9 +191,9 @@ more by chance.
 
 ## Criteria
 
-What is learned was fitted on one half of the validation data; thresholds were chosen on the other: the cheapest that
-give up no more than so much accuracy against the last exit, their cost and change of accuracy on test data; then the
-cost at equal test accuracy ÷ entropy's. A dash: not reached.
+Criteria that learn were fitted on one half of the validation data. On the other half the cheapest thresholds were
+chosen that give up at most the stated accuracy against the last exit. The table shows their cost and change of accuracy
+on test data, then the cost at equal test accuracy ÷ that of entropy. A dash means that no setting reached it.
 
 {table(record['criteria'], *_CRITERIA)}
 """

@@ -1,4 +1,4 @@
-"""Do exported networks answer elsewhere as they do here? In fresh environments without this library.
+"""Do exported networks give the same answers without this library? Runs them in new environments.
 
     TFDS_DATA_DIR=DIR python -m experiments.exported --workdir=runs/exported            by jax, numpy and flatbuffers
     TFDS_DATA_DIR=DIR python -m experiments.exported --workdir=runs/onnx --onnx         by onnxruntime and numpy
@@ -29,9 +29,10 @@ import numpy as np
 
 import branchy_jax as bj
 from branchy_jax.models import Pretrained
-from experiments import run_exported, run_without_jax
+from experiments import run_exported
 from experiments.run.report import Row, provenance, table
 from experiments.study import flags
+from experiments.study.cells import table_of
 from experiments.study.finished import publish, read_run
 
 NETWORKS = {'b-lenet': 'mnist', 'b-alexnet': 'cifar10', 'b-resnet110': 'cifar10', 'b-vit': 'mnist'}
@@ -50,13 +51,15 @@ _TIE = 1e-4  # relative distance from a threshold below which rounding may decid
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exports, runs in a fresh environment, compares, writes the report."""
     parser = flags.parser(__doc__)
-    parser.add_argument('--workdir', type=Path, required=True, help='For the exports, the environment and the report.')
+    parser.add_argument('--workdir', type=Path, required=True, help='Folder for exports and report.')
     what = parser.add_mutually_exclusive_group()
-    what.add_argument('--onnx', action='store_const', dest='runtime', const='onnx', default='jax', help='ONNX files.')
-    what.add_argument('--iree', action='store_const', dest='runtime', const='iree', help='StableHLO text.')
+    what.add_argument(
+        '--onnx', action='store_const', dest='runtime', const='onnx', default='jax', help='Runs ONNX files.'
+    )
+    what.add_argument('--iree', action='store_const', dest='runtime', const='iree', help='Runs StableHLO text.')
     what.add_argument('--publish', type=Path, help='A finished run, to write as published weights.')
-    parser.add_argument('--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS), help='Some of them.')
-    parser.add_argument('--images', type=flags.positive, default=1000, help='Test images.')
+    parser.add_argument('--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS), help='Networks to export.')
+    parser.add_argument('--images', type=flags.positive, default=1000, help='Number of test images.')
     options = parser.parse_args(arguments)
     workdir = options.workdir.resolve()
     if options.publish is not None:
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = np.asarray(bj.data.load_dataset(NETWORKS[name]).test.image[: options.images])
         weights = _write_answers(_weights(name), images, workdir / name)
         shared = {'runtime': options.runtime, 'network': name, **provenance('exported'), 'images': len(images)}
-        rows += [{**shared, **row} for row in RUN[options.runtime](weights, workdir / name, python)]
+        rows += [{**shared, **row} for row in run(options.runtime, weights, workdir / name, python)]
         print(table(rows, *_COLUMNS), flush=True)
     made = subprocess.run([python, '-m', 'pip', 'list', '--format=freeze'], check=True, capture_output=True, text=True)
     record = {'environment': sorted(made.stdout.split()), 'rows': rows}
@@ -98,34 +101,33 @@ def _fresh_environment(place: Path, needed: Sequence[str]) -> Path:
     return python
 
 
-def run_files(weights: Pretrained, workdir: Path, python: Path) -> list[Row]:
-    """Writes a network as ONNX files, for one image and for batches; runs them there with onnxruntime and numpy."""
-    rows = []
-    for program, batch in (('file', False), ('file for batches', True)):
-        path = workdir / f'{program}.onnx'
-        _export(functools.partial(bj.export.save_onnx, batch=batch), path, weights)
-        rows.append({'program': program, **json.loads(_in(python, run_without_jax.__file__, path, workdir))})
-    return rows
+PROGRAMS = {'jax': ('staged', 'batch', 'parts'), 'onnx': ('file', 'file for batches'), 'iree': ('staged', 'batch')}
+"""What each runtime runs: programs of a folder, or ONNX files."""
 
 
-def run_folder(weights: Pretrained, workdir: Path, python: Path, *, script: Any) -> list[Row]:
-    """Writes a network as a folder of programs, and runs each there by a script for jax or for IREE."""
+def run(runtime: str, weights: Pretrained, workdir: Path, python: Path) -> list[Row]:
+    """Writes a network below a folder, and runs each of its programs in the other environment."""
     folder, rows = workdir / 'folder', []
-    shutil.rmtree(folder, ignore_errors=True)
-    _export(bj.export.save, folder, weights)
-    for program in script.PROGRAMS:
-        printed = _in(python, script.__file__, folder, workdir, f'--program={program}')
-        row = json.loads(printed) if script is run_without_jax else {'differ': 0}
-        rows.append({'program': program, **row})
+    if runtime != 'onnx':
+        shutil.rmtree(folder, ignore_errors=True)
+        _export(bj.export.save, folder, weights)
+    for program in PROGRAMS[runtime]:
+        subject, more = folder, [f'--program={program}', *(['--iree'] if runtime == 'iree' else [])]
+        if runtime == 'onnx':
+            subject, more = workdir / f'{program}.onnx', []
+            _export(functools.partial(bj.export.save_onnx, batch=program != 'file'), subject, weights)
+        arguments = [f'--images={workdir}/images.npy', f'--expect={workdir}/answers.npz', *more]
+        ran = subprocess.run(
+            [python, run_exported.__file__, subject, *arguments],
+            cwd=workdir,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode:
+            raise SystemExit(f'{subject}: {ran.stdout}{ran.stderr}')
+        rows.append({'program': program, **json.loads(ran.stdout)})
     return rows
-
-
-RUN = {
-    'jax': functools.partial(run_folder, script=run_exported),
-    'onnx': run_files,
-    'iree': functools.partial(run_folder, script=run_without_jax),
-}
-"""What writes a network below a folder and runs it in another environment, by its runtime."""
 
 
 def _export(save: Callable[..., Any], path: Path, weights: Pretrained) -> None:
@@ -134,28 +136,17 @@ def _export(save: Callable[..., Any], path: Path, weights: Pretrained) -> None:
 
 
 def _write_answers(weights: Pretrained, images: np.ndarray, workdir: Path) -> Pretrained:
-    """Writes images and the answers of `dense`, ties marked; returns the weights with the thresholds of the answers."""
+    """Writes images and the answers of `dense`, with marked ties; returns the weights with the thresholds used."""
     inputs = weights.normalize(images)
     uncertainty = bj.inference.exit_outputs(weights.model, weights.variables, inputs).uncertainty
-    goes_on, thresholds, tie = np.ones(len(images), bool), np.zeros(len(uncertainty) - 1, np.float32), False
-    for n in range(len(thresholds)):
-        thresholds[n] = np.quantile(uncertainty[n][goes_on], 1 / (len(uncertainty) - n))
-        tie |= np.abs(uncertainty[n] - thresholds[n]) <= _TIE * thresholds[n]
-        goes_on &= uncertainty[n] >= thresholds[n]
+    exits = len(uncertainty)
+    thresholds = np.asarray(table_of(uncertainty).for_shares(np.full(exits, 1 / exits)).thresholds)
+    tie = (np.abs(uncertainty[:-1].T - thresholds) <= _TIE * thresholds).any(axis=1)
     answer = bj.inference.dense(weights.model)(weights.variables, inputs, thresholds)
     workdir.mkdir(parents=True, exist_ok=True)
     np.save(workdir / 'images.npy', images)
     np.savez(workdir / 'answers.npz', label=answer.label, exit_index=answer.exit_index, tie=tie)
     return weights.replace(operating_points=(bj.ExitPolicy(bj.criteria.entropy, thresholds),))
-
-
-def _in(python: Path, script: str, subject: Path, workdir: Path, *more: str) -> str:
-    """Runs a script on a subject with the images and answers of a folder; returns what it prints."""
-    arguments = [python, script, subject, f'--images={workdir}/images.npy', f'--expect={workdir}/answers.npz', *more]
-    ran = subprocess.run(arguments, cwd=workdir, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise SystemExit(f'{subject}: {ran.stdout}{ran.stderr}')
-    return ran.stdout
 
 
 _COLUMNS = ('network', 'program', 'images', 'differ', 'ties', 'differ_at_ties', 'shares', 'exits_in_64', 'exits_asked')
@@ -174,9 +165,9 @@ In an environment of {', '.join(record['environment'])}.
 
 `differ` counts images whose label or exit is not that of `dense`; images whose uncertainty is within 1e-4 of a
 threshold, relatively, are ties, and count apart. A file for batches runs in batches of 1, 7, 64 and 256: the largest
-count. `exits in 64`: at how many exits images leave, in the batch of 64 where these are fewest. Of an ONNX file, which
-has an `If` for each side exit, `exits asked` is up to which exit any node ran for the images of each exit, by ONNX
-Runtime's profile: 1, 2, … means that nothing ran for nothing. A dash: not counted.
+count. `exits in 64`: at how many exits images leave, in the batch of 64 where these are fewest. An ONNX file has an
+`If` for each side exit; `exits asked` is the last exit of which a node ran for the images of each exit, by ONNX
+Runtime's profile: 0, 1, … means that no skipped stage ran. A dash: not counted.
 
 {table(rows, *_COLUMNS)}
 """

@@ -1,10 +1,10 @@
-"""Is the paper reproduced? Every table and figure of it from stored rows, ours beside the paper's.
+"""Is the paper reproduced? Makes each of its tables and figures from stored rows, ours beside the paper's.
 
     python -m experiments.figures --workdir=runs/figures --runs=runs
 
 Reads the folders that the other commands left below ``--runs`` (``report.json``, ``batches.json``, ``energy.json``,
-``cache.json``, ``claims_*.json``, ``gradients_*.json``), writes pictures and ``figures.md``, in seconds. What was not
-run says so.
+``cache.json``, ``claims_*.json``, ``gradients_*.json``), and writes pictures and ``figures.md``, in seconds. Both say
+what was not run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ Folders = Mapping[str, Row]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Remakes everything."""
+    """Makes all tables and pictures."""
     parser = flags.parser(__doc__)
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the pictures and figures.md.')
     parser.add_argument('--runs', type=Path, default=Path('runs'), help='Folder with the folders of runs.')
@@ -113,7 +113,7 @@ def _rows_of(name: str, report: Row) -> list[Row]:
 
 
 def energy(folders: Folders) -> str:
-    """Lays out joules per image; where nothing was measured, it says why."""
+    """Lays out joules per image, or says why none were measured."""
     columns = ('network', 'operating_point', 'run', 'batch', 'joules', 'joules_with_idle', 'idle_watts', 'watts')
     measured = {name: report['energy'] for name, report in folders.items() if 'energy' in report}
     notes = [f'- {name}, {record["device"]}: {record["note"]}' for name, record in measured.items()]
@@ -122,7 +122,7 @@ def energy(folders: Folders) -> str:
 
 
 def _stands_for(network: str, folders: Folders) -> tuple[str, Row, str]:
-    """Returns the run that stands for a network, its report, and a note on device and data; or that none was run."""
+    """Returns the run that represents a network, its report, and a note on device and data; or that there was none."""
     for name in PLACES[network]:
         if name in folders:
             report = folders[name]
@@ -205,8 +205,8 @@ def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
         title='Figure 5: how deep the first branch should be',
         note='; '.join(notes),
     )
-    found = table(rows, 'convolutions', *names, 'B-AlexNet (paper)')
-    return f'## Figure 5\n\nLast exit, test accuracy %. {"; ".join(notes)}.\n\n{found}\n\n![](figure5.png)'
+    accuracy = table(rows, 'convolutions', *names, 'B-AlexNet (paper)')
+    return f'## Figure 5\n\nLast exit, test accuracy %. {"; ".join(notes)}.\n\n{accuracy}\n\n![](figure5.png)'
 
 
 def figure_6(folders: Folders, workdir: Path) -> str:

@@ -2,9 +2,9 @@
 
     python -m experiments.main --config=experiments/configs/lenet_mnist5k.py --workdir=runs/lenet_mnist5k
 
-It answers what exits give a network: accuracy, share that leaves at each exit, and measured speed beside the same trunk
-without branches. Minutes on 2 cores for LeNet, two hours for ResNet-110; the header of each config says what to expect.
-The folder then holds ``report.json``, ``report.md``, ``tradeoff.png`` and the weights of both networks.
+It reports what exits give a network: accuracy, the share that leaves at each exit, and measured speed beside the same
+trunk without branches. Minutes on 2 cores for LeNet, two hours for ResNet-110; the header of each config says what to
+expect. The folder then holds ``report.json``, ``report.md``, ``tradeoff.png`` and the weights of both networks.
 
 The same command resumes a run that was interrupted. Flags set the number of devices, which may differ between starts;
 configs do not change:
@@ -111,17 +111,11 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
     )
 
     # Report.
-    record = {
-        'dataset': config.dataset,
-        'task': config.task,
-        **report.provenance('main'),
-        'num_classes': dataset.num_classes,
-        'image_shape': list(dataset.image_shape),
-        'criterion': screened.criterion.name,
-        'criteria_tried': tried,
-        'paper': report.paper('Table I', branchy=config.network),
-        **assemble(config, screened, points, branchy, baseline, clocks),
-    }
+    record = {'dataset': config.dataset, 'task': config.task, **report.provenance('main')}
+    record |= {'num_classes': dataset.num_classes, 'image_shape': list(dataset.image_shape)}
+    record |= {'criterion': screened.criterion.name, 'criteria_tried': tried}
+    record['paper'] = report.paper('Table I', branchy=config.network)
+    record |= assemble(config, screened, points, branchy, baseline, clocks)
     setup.save_weights(workdir, config, both)
     report.write(workdir, record, config)
     return record
@@ -130,7 +124,7 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
 def choose(
     config: ConfigDict, task: Task, validation: bj.Batch, both: Networks, look: Callable[..., ExitTable]
 ) -> tuple[Screen, dict[str, bj.OperatingPoint], list[dict[str, Any]]]:
-    """Screens the thresholds of each criterion on validation data; picks the table's setting and others worth showing.
+    """Screens the thresholds of each criterion on validation data; picks the table's setting and other useful ones.
 
     With ``choose = 'accuracy'``: the cheapest that is at most one standard error (or as many as the settings say)
     below the best setting (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3), and reaches the
@@ -195,23 +189,13 @@ def assemble(
     costs, metric = branchy.costs, TASKS[config.task].metric
     alone = [table.anytime().accuracy.tolist() for table in (baseline, branchy)]
     chosen = {name: _point(point, branchy, clocks, name, metric) for name, point in points.items()}
-    rows = [
-        {
-            'network': config.network[2:],
-            f'exit_{metric}': alone[0],
-            'thresholds': [],
-            'exit_fractions': [1.0],
-            f'test_{metric}': alone[0][-1],
-            **clocks['baseline'],
-            'macs': float(costs.trunk),
-            'mac_gain': 1.0,
-        },
-        {'network': config.network, f'exit_{metric}': alone[1], **chosen[TABLE]},
-    ]
+    first = {'network': config.network[2:], f'exit_{metric}': alone[0], 'thresholds': [], 'exit_fractions': [1.0]}
+    first |= {f'test_{metric}': alone[0][-1], **clocks['baseline'], 'macs': float(costs.trunk), 'mac_gain': 1.0}
+    second = {'network': config.network, f'exit_{metric}': alone[1], **chosen[TABLE]}
     frontier, knee = screened.frontier(), screened.knee().thresholds.tolist()
     latencies = np.array(clocks['exit_latency_ms'])  # of images that leave at each exit
     return {
-        'rows': rows,
+        'rows': [first, second],
         'operating_points': [{'name': name, **row} for name, row in chosen.items()],
         'frontier': [
             {
@@ -242,7 +226,7 @@ def _rows(screen: Screen, metric: str) -> list[dict[str, Any]]:
 def _point(
     chosen: bj.OperatingPoint, table: ExitTable, clocks: dict[str, Any], name: str, metric: str
 ) -> dict[str, Any]:
-    """Returns the row of an operating point; by the paper's protocol neither side heads nor their softmax is timed."""
+    """Returns the row of an operating point; the paper's protocol times neither side heads nor their softmax."""
     (row,) = _rows(table.evaluate(chosen), metric)
     reaching = 1 - np.append(0, np.cumsum(row['exit_fractions'])[:-1])
     trunk = np.array(clocks['trunk_only_ms'])
@@ -259,7 +243,7 @@ def _point(
 
 
 def _first_and_last(table: ExitTable, metric: str) -> list[dict[str, float]]:
-    """Returns the metric against the share that leaves first, the exits between never asked (the paper's Figure 4)."""
+    """Returns the metric against the share of the first exit, without the exits between (the paper's Figure 4)."""
     first = np.sort(np.asarray(table.uncertainty)[0])
     places = np.linspace(0, len(first), _FIGURE_4_POINTS).round().astype(int)
     settings = np.full((len(places), table.num_exits - 1), -np.inf)
@@ -272,7 +256,7 @@ def _first_and_last(table: ExitTable, metric: str) -> list[dict[str, float]]:
 
 
 def main(arguments: list[str]) -> None:
-    """Hands the parsed flags to the job."""
+    """Runs the job with the parsed flags."""
     if len(arguments) > 1:
         raise app.UsageError(f'Unexpected arguments: {" ".join(arguments[1:])}')
     logging.set_verbosity(logging.WARNING)  # orbax would log a dozen lines a checkpoint over the progress bar

@@ -1,10 +1,14 @@
-"""Runs a network that `branchy_jax.export.save` wrote, with jax and numpy only: copy this file to where it is to run.
+"""Runs what `branchy_jax.export` wrote, without this library: copy this file to where it is to run.
 
-    python run_exported.py FOLDER --images=images.npy [--program=staged] [--expect=answers.npz] [--output=found.npz]
+    python run_exported.py FOLDER --images=images.npy [--program=staged] [--iree] [--expect=answers.npz]
+    python run_exported.py FILE.onnx --images=images.npy [--expect=answers.npz]
 
-`images.npy` holds stored pixels, uint8 ``[M, H, W, C]``. The program is ``staged`` (image by image), ``batch``, or
-``parts``: every stage and head alone, as if each ran in another place. `answers.npz` holds ``label`` and ``exit_index``
-to compare with.
+A folder needs numpy, jax and flatbuffers, or with ``--iree`` numpy, iree-base-compiler and iree-base-runtime; a file
+numpy and onnxruntime. `images.npy` holds stored pixels ``[M, H, W, C]``, or what the network takes where the export has
+no normalisation. The program is ``staged`` (image by image), ``batch``, or ``parts`` (every stage and head alone; not
+by IREE). A file for batches runs in batches of 1, 7, 64 and 256, any other file on one image at a time. `answers.npz`
+holds ``label`` and ``exit_index`` to compare with, and ``tie``: images whose uncertainty lies so close to a threshold
+that rounding decides. Prints one line of JSON; ``--output=found.npz`` writes the answers.
 
 Nothing is read before its checksum is verified, and nothing is executed but StableHLO: no custom calls, no host
 callbacks. Checksums detect damage, not malice: they are as trustworthy as the source of the folder.
@@ -14,15 +18,19 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2  # 1 counted stages and exits from 1
+BATCHES = (1, 7, 64, 256)
+Answers = dict[str, np.ndarray]
 # What JAX itself writes for programs that take any number of images: a check of shapes, at compile time.
 _HARMLESS_CALLS = {'shape_assertion', 'Sharding'}
 
@@ -50,48 +58,32 @@ class Network:
         return (images / np.float32(255) - mean) / deviation
 
 
-def load(folder: Path | str, names: list[str] | None = None) -> Network:
+def load(folder: Path | str, names: list[str] | None = None, *, iree: bool = False) -> Network:
     """Verifies and reads programs of a folder.
 
     Args:
         folder: that `branchy_jax.export.save` wrote.
         names: of the programs; all by default.
+        iree: whether IREE compiles their text for this processor, where stages and heads take one image; or jax runs
+            their modules.
 
     Raises:
         ValueError: a file is missing, damaged, altered or too new for this reader or this jax, or would run something
             else than StableHLO.
     """
-    import jax
-
-    def compile_program(folder: Path, name: str, part: dict[str, Any], weights: dict[str, Any]) -> Callable[..., Any]:
-        return _program(folder, name, part, jax.device_put(weights))
-
-    return read(Path(folder), names, check=_check_jax, compile_program=compile_program)
-
-
-def read(
-    folder: Path, names: list[str] | None, *, check: Callable[..., None], compile_program: Callable[..., Any]
-) -> Network:
-    """Verifies and reads programs of a folder, for whatever compiles them.
-
-    Args:
-        folder: that `branchy_jax.export.save` wrote.
-        names: of the programs; all by default.
-        check: ``(folder, manifest)``; raises where these programs cannot run.
-        compile_program: ``(folder, name, entry in the manifest, weights)`` to a function of arrays.
-    """
+    folder = Path(folder)
     manifest = _read_manifest(folder)
-    check(folder, manifest)
-    found = names or list(manifest['programs'])
-    unknown = [name for name in found if name not in manifest['programs']]
+    if not iree:
+        _check_jax(folder, manifest)
+    chosen = names or list(manifest['programs'])
+    unknown = [name for name in chosen if name not in manifest['programs']]
     if unknown:
         raise ValueError(f'names: {folder} has no {unknown[0]!r}; choose from {", ".join(manifest["programs"])}')
-    weights = _read_weights(folder, manifest['weights'])
-    programs = {}
-    for name in found:
+    weights, programs = _read_weights(folder, manifest['weights']), {}
+    for name in chosen:
         part = manifest['programs'][name]
         own = {key: weights[key] for key in part['weights']}
-        programs[name] = compile_program(folder, name, part, own)
+        programs[name] = (_by_iree if iree else _by_jax)(folder, name, part, own)
     return Network(manifest, programs, np.array([float(value) for value in manifest['thresholds']], np.float32))
 
 
@@ -130,7 +122,7 @@ def _check_jax(folder: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(f'folder: {folder} was lowered for {", ".join(manifest["platforms"])}, not for {platform}')
 
 
-def read_file(folder: Path, part: dict[str, Any]) -> bytes:
+def _read_file(folder: Path, part: dict[str, Any]) -> bytes:
     """Returns the content of a file of the folder once its checksum is verified."""
     if not re.fullmatch(r'\w[\w.-]*', part['file']):
         raise ValueError(f'folder: {part["file"]!r} is no name of a file within {folder}')
@@ -150,36 +142,66 @@ def _read_weights(folder: Path, part: dict[str, Any] | None) -> dict[str, np.nda
     """Reads a safetensors file: the length of a header, the header as JSON, then the arrays."""
     if part is None:
         return {}
-    content = read_file(folder, part)
+    content = _read_file(folder, part)
     (length,) = struct.unpack('<Q', content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     # That of halves is known by name once jax is there.
     dtypes = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16', 'I32': 'int32', 'BOOL': 'bool'}
-    found = {}
+    arrays = {}
     for name, spec in header.items():
         if name != '__metadata__':
             start, end = spec['data_offsets']
-            found[name] = np.frombuffer(data[start:end], np.dtype(dtypes[spec['dtype']])).reshape(spec['shape'])
-    return found
+            arrays[name] = np.frombuffer(data[start:end], np.dtype(dtypes[spec['dtype']])).reshape(spec['shape'])
+    return arrays
 
 
-def _program(folder: Path, name: str, part: dict[str, Any], own: dict[str, Any]) -> Callable[..., Any]:
+def _by_jax(folder: Path, name: str, part: dict[str, Any], weights: Answers) -> Callable[..., Any]:
     import jax
     import jax.export
 
-    exported = jax.export.deserialize(bytearray(read_file(folder, part)))
+    exported = jax.export.deserialize(bytearray(_read_file(folder, part)))
     called = re.findall(r'custom_call\s*@"?(\w+)|call_target_name\s*=\s*"(\w+)', exported.mlir_module())
     more = {target for targets in called for target in targets if target} - _HARMLESS_CALLS
     more |= {str(effect) for effect in (*exported.ordered_effects, *exported.unordered_effects)}
     if more:
         raise ValueError(f'folder: {name} of {folder} asks for more than StableHLO: {", ".join(sorted(more))}')
-    names = [output['name'] for output in part['outputs']]
+    own, names = jax.device_put(weights), [output['name'] for output in part['outputs']]
 
     @jax.jit
     def run(own: dict[str, jax.Array], *inputs: jax.Array) -> dict[str, jax.Array]:
         return dict(zip(names, exported.call(own, *inputs), strict=True))
 
     return lambda *inputs: run(own, *inputs)
+
+
+def _by_iree(folder: Path, name: str, part: dict[str, Any], own: Answers) -> Callable[..., Any]:
+    if part.get('text') is None:
+        raise ValueError(f'folder: {name} of {folder} has no text; export the network again with this branchy_jax')
+    text = _read_file(folder, part['text'])
+    if b'custom_call' in text:
+        raise ValueError(f'folder: {name} of {folder} asks for more than StableHLO: it holds a custom call')
+    main, names = compile_text(text), [output['name'] for output in part['outputs']]
+    weights = [own[key] for key in part['weights']]
+
+    def run(*inputs: np.ndarray) -> Answers:
+        made = main(*weights, *inputs)
+        arrays = [made] if len(names) == 1 else made  # a single result comes back bare
+        return dict(zip(names, map(np.asarray, arrays), strict=True))
+
+    return run
+
+
+def compile_text(text: bytes) -> Callable[..., Any]:
+    """Compiles the text of a module for one thread of this processor, and returns its function."""
+    import iree.compiler
+    import iree.runtime
+
+    content = iree.compiler.compile_str(
+        text, input_type='stablehlo', target_backends=['llvm-cpu'], extra_args=['--iree-llvmcpu-target-cpu=host']
+    )
+    context = iree.runtime.SystemContext(config=iree.runtime.Config('local-sync'))
+    context.add_vm_module(iree.runtime.VmModule.copy_buffer(context.instance, content))
+    return context.modules.network['main']
 
 
 def run_staged(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -199,12 +221,12 @@ def run_batch(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def run_parts(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Answers normalised images stage by stage: what goes from line to line is what places would send each other."""
+    """Answers normalised images stage by stage, as several machines would, each with some stages."""
     exits, waiting = len(network.manifest['exits']), np.arange(len(images))
-    hidden, carry, found = (images,), (), {}
+    hidden, carry, result = (images,), (), {}
     for n in range(exits):
-        hidden = tuple(network.programs[f'stage {n + 1}'](*hidden).values())
-        answers = network.programs[f'exit {n + 1}'](*hidden, *carry)
+        hidden = tuple(network.programs[f'stage {n}'](*hidden).values())
+        answers = network.programs[f'exit {n}'](*hidden, *carry)
         answer = {name: np.asarray(values) for name, values in answers.items()}
         carry = tuple(values for name, values in answer.items() if name.startswith('carry'))
         last = n == exits - 1
@@ -212,42 +234,92 @@ def run_parts(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
         answer['exit_index'] = np.full(len(waiting), n, np.int32)
         for name in ('label', 'exit_index', 'logits', 'uncertainty'):
             values = answer[name]
-            every = found.setdefault(name, np.empty((len(images), *values.shape[1:]), values.dtype))
+            every = result.setdefault(name, np.empty((len(images), *values.shape[1:]), values.dtype))
             every[waiting[leaves]] = values[leaves]
         if leaves.all():
             break
         waiting = waiting[~leaves]
         hidden, carry = (tuple(np.asarray(leaf)[~leaves] for leaf in tree) for tree in (hidden, carry))
-    return found
+    return result
 
 
 PROGRAMS = {'staged': run_staged, 'batch': run_batch, 'parts': run_parts}
 
 
+def open_file(path: Path, **settings: object) -> Any:
+    """Opens an ONNX file for one core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    for name, value in settings.items():
+        setattr(options, name, value)
+    return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+
+
+def run_file(session: Any, images: np.ndarray, size: int) -> Answers:
+    """Answers images in batches of a size; the last batch is smaller."""
+    names = [output.name for output in session.get_outputs()]
+    calls = [images[start : start + size] for start in range(0, len(images), size)]
+    answers = [session.run(names, {'image': call}) for call in calls]
+    return {name: np.concatenate(values) for name, values in zip(names, zip(*answers, strict=True), strict=True)}
+
+
+def exits_asked(path: Path, images: np.ndarray) -> int:
+    """Returns the last exit of which a node ran for a batch, by the names of nodes in ONNX Runtime's profile."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_file(path, enable_profiling=True, profile_file_prefix=os.path.join(folder, 'profile'))
+        session.run(None, {'image': images})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [re.match(r'(?:stage|exit|criterion)_(\d+)/', event['name']) for event in events if event['cat'] == 'Node']
+    return max(int(match[1]) for match in ran if match)
+
+
+def compare(answers: Answers, expected: Answers) -> dict[str, int]:
+    """Counts images whose label or exit differs, separately at ties."""
+    same = (answers['label'] == expected['label']) & (answers['exit_index'] == expected['exit_index'])
+    tie = expected.get('tie', np.zeros(len(same), bool))
+    return {'differ': int((~same & ~tie).sum()), 'differ_at_ties': int((~same & tie).sum()), 'ties': int(tie.sum())}
+
+
 def main() -> None:
     """Parses the command line, runs, compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('folder', type=Path)
-    parser.add_argument('--images', type=Path, required=True, help='uint8 [M, H, W, C], .npy')
-    parser.add_argument('--program', choices=PROGRAMS, default='staged')
-    parser.add_argument('--expect', type=Path, help='.npz with label and exit_index')
+    parser.add_argument('export', type=Path, help='a folder, or a file that ends in .onnx')
+    parser.add_argument('--images', type=Path, required=True, help='[M, H, W, C], .npy')
+    parser.add_argument('--program', choices=PROGRAMS, default='staged', help='of a folder')
+    parser.add_argument('--iree', action='store_true', help='runs the text of a folder by IREE instead of jax')
+    parser.add_argument('--expect', type=Path, help='.npz with label, exit_index and tie')
     parser.add_argument('--output', type=Path, help='.npz to write the answers to')
     options = parser.parse_args()
-    names = [options.program] if options.program != 'parts' else None
-    network = load(options.folder, names)
-    images = network.normalize(np.load(options.images, allow_pickle=False))
-    found = PROGRAMS[options.program](network, images)
-    exits = np.bincount(found['exit_index'], minlength=len(network.manifest['exits'])) / len(images)
-    print(f'{options.program}: {len(images)} images, shares of the exits {exits.round(4).tolist()}')
+    if options.iree and options.program == 'parts':
+        parser.error('--program=parts: the text of stages and heads takes one image; run parts without --iree')
+    images = np.load(options.images, allow_pickle=False)
+    is_file, batches = options.export.suffix == '.onnx', BATCHES
+    if is_file:
+        session = open_file(options.export)
+        if session.get_inputs()[0].shape[0] == 1:  # a file for batches has a name in place of that number
+            batches = (1,)
+        runs = [run_file(session, images, size) for size in batches]
+    else:
+        names = [options.program] if options.program != 'parts' else None
+        network = load(options.export, names, iree=options.iree)
+        runs = [PROGRAMS[options.program](network, network.normalize(images))]
+    exits = runs[0]['exit_index']
+    result: dict[str, Any] = {'images': len(images), 'shares': (np.bincount(exits) / len(images)).tolist()}
+    result['exits_in_64'] = min(len(set(part.tolist())) for part in np.split(exits, range(64, len(exits), 64)))
+    if is_file:
+        groups = [images[exits == n][: 1 if batches == (1,) else None] for n in np.unique(exits)]
+        result['exits_asked'] = [exits_asked(options.export, group) for group in groups]
     if options.output is not None:
-        np.savez(options.output, **found)
+        np.savez(options.output, **runs[0])
     if options.expect is not None:
         with np.load(options.expect, allow_pickle=False) as expected:
-            for name in ('label', 'exit_index'):
-                wrong = int((found[name] != expected[name]).sum())
-                print(f'{name}: {wrong} of {found[name].size} differ')
-                if wrong:
-                    raise SystemExit(1)
+            counts = [compare(answers, dict(expected)) for answers in runs]
+        result |= {name: max(count[name] for count in counts) for name in counts[0]}
+    print(json.dumps(result))
+    if result.get('differ') or result.get('exits_asked', []) > np.unique(exits).tolist():
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':

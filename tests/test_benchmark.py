@@ -5,7 +5,7 @@ import pytest
 
 import branchy_jax as bj
 from experiments import benchmark
-from experiments.study import cells, speed
+from experiments.study import cells, checkouts, speed
 
 
 @pytest.fixture(scope='module')
@@ -36,29 +36,53 @@ def test_images_leave_in_the_shares_asked_for(lenet, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_planning_is_timed_step_by_step(lenet):
-    networks, images = lenet
-    policies = cells.force(networks, images, {'a': [0.5, 0.5], 'b': [0.0, 1.0]})
-    rows = cells.plan_by_the_clock(networks, images, policies)
-    assert [row['what'] for row in rows] == ['the first plan', 'a plan at other thresholds', 'its warm-up']
-    assert all(row['seconds'] >= 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_training_steps_are_timed_in_a_process_of_their_own():
+def test_training_steps_are_timed_in_a_process_of_their_own(monkeypatch):
+    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
     training = {'settings': 'one', 'devices': 1, 'network': 'b-lenet', 'batch_size': 4, 'steps': 2}
     (row,) = speed.training_steps(rounds=1, trainings=[training])
     assert row['times_faster'] == 1
     assert row['low'] <= row['ms'] <= row['high']
 
 
+@pytest.mark.slow
+def test_forms_are_timed_beside_the_form_that_lacks_them(monkeypatch):
+    monkeypatch.setattr(bj.data, 'load_dataset', lambda name, load=bj.data.load_dataset: load('mnist5k'))
+    rows = speed.forms('b-lenet', 4, passes=3)
+    assert [(row['executor'], row['form']) for row in rows] == [
+        ('sequential', form) for form in ('banded', 'ALL_CORES', 'ONE_CORE')
+    ]
+    assert all(0 < row['gain_low'] <= row['gain'] <= row['gain_high'] for row in rows)
+    assert '| b-lenet |' in ' '.join(benchmark.page({'command': '', 'device': '', 'rows': rows}).split())
+
+
+WORKER = """
+import os, sys
+print('a plan', flush=True)
+for _ in sys.stdin:
+    print(2.0 if os.getcwd() == os.environ['PYTHONPATH'] == {other!r} else 1.0, flush=True)
+"""
+
+
+def test_checkouts_take_turns(tmp_path, monkeypatch):
+    (tmp_path / 'branchy_jax').mkdir()
+    (tmp_path / 'worker.py').write_text(WORKER.format(other=str(tmp_path)))
+    monkeypatch.setattr(checkouts, '__file__', str(tmp_path / 'worker.py'))
+    row = checkouts.compare(tmp_path, 'b-lenet', 2, images=4, passes=7)
+    assert (row['ratio'], row['ratio_low'], row['ratio_high']) == (0.5, 0.5, 0.5)
+    assert (row['ms'], row['executors']) == ([250.0, 500.0], ['a plan', 'a plan'])
+    (tmp_path / 'worker.py').write_text('raise SystemExit("no weights")')
+    with pytest.raises(ValueError, match='other: .* could not plan b-lenet'):
+        checkouts.compare(tmp_path, 'b-lenet', 2, images=4, passes=1)
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
         ('--network=b-lenet --workdir=x --shares=70/20', 'shares: got'),
-        ('--network=b-lenet --workdir=x --shares=a/b', 'shares: got'),
+        ('--network=b-lenet --workdir=x --shares=a/b', 'shares: invalid'),
         ('--network=b-lenet --workdir=x --batches=0', 'batches: got'),
         ('--network=b-lenet', '--workdir: give the folder'),
+        ('--network=b-lenet --workdir=x --other=nowhere', 'other: got nowhere'),
     ],
 )
 def test_benchmark_refuses_impossible_settings(tmp_path, monkeypatch, capsys, flags, message):

@@ -94,6 +94,13 @@ def test_functions_of_logits_are_criteria():
     assert as_criterion(largest) == as_criterion(largest) != as_criterion(largest, name='other')
 
 
+def test_a_criterion_decides_as_the_one_that_it_is_built_on():
+    least = as_criterion(entropy, decide=lambda logits: logits.argmin(-1))
+    of_parts = (criteria.ensemble(criterion=least), criteria.with_temperatures([1.0], least))
+    for criterion in (least, *of_parts, criteria.pixelwise([0.5], least)):
+        assert criterion.decide(jnp.array([[1.0, 2.0, 0.0]])).tolist() == [2]
+
+
 def test_patience_counts_agreements_in_a_row():
     labels = np.array([[0, 1, 2], [0, 1, 1], [0, 2, 1], [1, 2, 1]])  # four exits, three inputs
     expected = [[0, 0, 0], [-1, -1, 0], [-2, 0, -1], [0, -1, -2]]

@@ -14,7 +14,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import thresholds_between
+from conftest import Function, random_variables, thresholds_between
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from test_inference import check_same
@@ -24,7 +24,7 @@ from branchy_jax.criteria.policy import as_policy, decode_policy
 from branchy_jax.export import folder as folder_module
 from branchy_jax.export import programs as programs_module
 from branchy_jax.export import save
-from experiments import run_exported, run_without_jax
+from experiments import run_exported
 
 SCALE = bj.Normalization(mean=jnp.float32([0.5]), deviation=jnp.float32([0.25]))
 
@@ -66,18 +66,17 @@ def test_every_program_is_dense(network, thresholds, expected, form, request):
     np.testing.assert_array_equal(loaded.thresholds, thresholds)
 
 
-class Convolution(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return (nn.Dense(3)(nn.Conv(2, (3, 3))(x).reshape(x.shape[0], -1)),)
+CONVOLUTION = Function(lambda x: (nn.Dense(3)(nn.Conv(2, (3, 3))(x).reshape(x.shape[0], -1)),))
+ASKS_FOR_THE_BATCH = Function(lambda x: (nn.Dense(3)(x.reshape(int(x.shape[0]), -1)),) * 3)
+INVERSE = Function(lambda x: (jnp.linalg.inv(x[..., 0]).sum(1),))  # for which StableHLO has no operation
 
 
 def test_one_module_holds_all_platforms_and_the_forms_that_suit_each(exported, tmp_path):
     module = jax.export.deserialize(bytearray((exported[0] / 'staged.stablehlo').read_bytes()))
     assert module.platforms == ('cpu', 'cuda', 'tpu')
-    model, images = Convolution(), jnp.ones((1, 4, 4, 1))
-    variables = model.init(jax.random.key(0), images)
-    save(tmp_path / 'both', model, variables, [], inputs=images, platforms=['cpu', 'cuda'])
+    images = jnp.ones((1, 4, 4, 1))
+    variables = random_variables(CONVOLUTION, images)
+    save(tmp_path / 'both', CONVOLUTION, variables, [], inputs=images, platforms=['cpu', 'cuda'])
     module = jax.export.deserialize(bytearray((tmp_path / 'both' / 'staged.stablehlo').read_bytes()))
     assert 'stablehlo.convolution' in module.mlir_module()
     inputs = jax.ShapeDtypeStruct((4, 4, 1), jnp.float32), jax.ShapeDtypeStruct((0,), jnp.float32)
@@ -89,20 +88,20 @@ def test_manifest_describes_the_folder(exported, beside, thresholds):
     assert manifest == json.loads((folder / 'manifest.json').read_text())
     assert manifest['thresholds'] == pytest.approx(thresholds.tolist())
     assert decode_policy(manifest['policy']) == as_policy(thresholds)
-    assert (manifest['exits'], manifest['criterion'], manifest['format']) == (['a', 'b', 'c'], 'entropy', 1)
+    assert (manifest['exits'], manifest['criterion'], manifest['format']) == (['a', 'b', 'c'], 'entropy', 2)
     assert (manifest['input']['shape'], manifest['input']['normalization']['mean']) == ([4, 4, 1], [0.5])
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1)).astype(np.uint8)
     loaded = run_exported.Network(manifest, {}, thresholds)
     np.testing.assert_allclose(loaded.normalize(pixels), SCALE(pixels), rtol=1e-6, atol=1e-6)
     # 4 × 4 pixels, then 8 hidden values, 4 bytes each.
     assert [cut['bytes_per_image'] for cut in manifest['cuts']] == [64, 32, 32]
-    parts = [f'{kind} {n}' for n in (1, 2, 3) for kind in ('stage', 'exit')]
+    parts = [f'{kind} {n}' for n in range(3) for kind in ('stage', 'exit')]
     assert list(manifest['programs']) == ['staged', 'batch', *parts]
     described = [file for part in manifest['programs'].values() for file in (part, part['text'])]
     assert {path.name for path in folder.iterdir()} == {'manifest.json', *(file['file'] for file in described)}
-    stage = manifest['programs']['stage 2']
+    stage = manifest['programs']['stage 1']
     assert stage['inputs'] == [{'name': 'hidden', 'shape': ['batch', 8], 'dtype': 'float32'}]
-    assert beside[1]['programs']['exit 1']['weights'] == ['head1/bias', 'head1/kernel']
+    assert beside[1]['programs']['exit 0']['weights'] == ['head1/bias', 'head1/kernel']
 
 
 def operations(block):
@@ -132,16 +131,9 @@ def test_every_text_is_plain_stablehlo_for_one_platform(form, request):
         assert names.count('stablehlo.case') == 2 or name != 'staged'
 
 
-class Inverse(nn.Module):
-    """Computes what StableHLO has no operation for."""
-
-    def __call__(self, x):
-        return (jnp.linalg.inv(x[..., 0]).sum(1),)
-
-
 def test_what_is_more_than_stablehlo_has_no_text(tmp_path):
-    model, images = Inverse(), jax.ShapeDtypeStruct((2, 3, 3, 1), jnp.float32)
-    manifest = save(tmp_path / 'new', model, {}, [], inputs=images, platforms=['cpu'])
+    images = jax.ShapeDtypeStruct((2, 3, 3, 1), jnp.float32)
+    manifest = save(tmp_path / 'new', INVERSE, {}, [], inputs=images, platforms=['cpu'])
     assert manifest['programs']['staged']['text'] is None
 
 
@@ -203,11 +195,11 @@ def call_back(folder):
     ('damage', 'message'),
     [
         (lambda f: alter(f, 'batch.stablehlo', lambda x: x[:-100]), 'batch.stablehlo has .* truncated or altered'),
-        (lambda f: alter(f, 'stage_2.stablehlo', lambda x: bytes([x[0] ^ 1]) + x[1:]), 'stage_2.stablehlo was altered'),
+        (lambda f: alter(f, 'stage_1.stablehlo', lambda x: bytes([x[0] ^ 1]) + x[1:]), 'stage_1.stablehlo was altered'),
         (lambda f: alter(f, 'manifest.json', lambda x: x.replace(b'"a"', b'"z"')), 'manifest.json was altered'),
         (lambda f: alter(f, 'manifest.json', lambda x: x[:9]), 'missing, truncated or no manifest'),
         (lambda f: (f / 'exit_1.stablehlo').unlink(), 'exit_1.stablehlo is missing'),
-        (lambda f: change(f, format=2), 'is of format 2, this reader knows 1'),
+        (lambda f: change(f, format=1), 'is of format 1, this reader knows 2'),
         (lambda f: change(f, versions={'jax': '9', 'calling_convention': 999}), 'convention 999 is too new'),
         (lambda f: change(f, platforms=['tpu']), 'was lowered for tpu, not for cpu'),
         (lambda f: change(f, lambda p: p['staged'].update(file='../x')), 'no name of a file within'),
@@ -223,15 +215,15 @@ def test_an_altered_folder_is_refused(exported, tmp_path, damage, message):
 
 def test_altered_texts_and_weights_are_refused_before_anything_is_compiled(beside, tmp_path):
     folder = Path(shutil.copytree(beside[0], tmp_path / 'copy'))
-    with pytest.raises(ValueError, match="names: .* has no 'staged 2'; choose from staged, batch, stage 1"):
-        run_without_jax.load(folder, ['staged 2'])
+    with pytest.raises(ValueError, match="names: .* has no 'staged 2'; choose from staged, batch, stage 0"):
+        run_exported.load(folder, ['staged 2'], iree=True)
     alter(folder, 'staged.mlir', lambda x: bytes([x[0] ^ 1]) + x[1:])
     with pytest.raises(ValueError, match='staged.mlir was altered'):
-        run_without_jax.load(folder, ['staged'])
+        run_exported.load(folder, ['staged'], iree=True)
     alter(folder, 'weights.safetensors', lambda content: content[:-4] + b'\0\0\0\1')
-    for reader in (run_exported, run_without_jax):
+    for iree in (False, True):
         with pytest.raises(ValueError, match='weights.safetensors was altered'):
-            reader.load(folder, ['staged'])
+            run_exported.load(folder, ['staged'], iree=iree)
 
 
 def imported(nodes):
@@ -241,11 +233,10 @@ def imported(nodes):
     return {module.split('.')[0] for module in modules} - set(sys.stdlib_module_names)
 
 
-def test_readers_need_few_packages():
-    exported, iree = (ast.parse(Path(reader.__file__).read_text()) for reader in (run_exported, run_without_jax))
-    assert imported(ast.walk(exported)) == {'jax', 'numpy'}
-    assert imported(exported.body) == {'numpy'}  # the other reader imports this one
-    assert imported(ast.walk(iree)) == {'numpy', 'iree', 'onnxruntime', 'experiments', 'run_exported'}
+def test_the_reader_needs_few_packages():
+    reader = ast.parse(Path(run_exported.__file__).read_text())
+    assert imported(reader.body) == {'numpy'}  # the others only where they run
+    assert imported(ast.walk(reader)) == {'numpy', 'jax', 'iree', 'onnxruntime'}
 
 
 def test_reader_reports_differences(exported, tmp_path, monkeypatch, capsys):
@@ -261,8 +252,8 @@ def test_reader_reports_differences(exported, tmp_path, monkeypatch, capsys):
     np.savez(answers, **wrong)
     with pytest.raises(SystemExit):
         run_exported.main()
-    assert 'exit_index: 0 of 2 differ\n' in (out := capsys.readouterr().out)
-    assert 'exit_index: 1 of 2 differ\n' in out
+    first, *compared = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first['images'], [result['differ'] for result in compared]) == (2, [0, 1])
 
 
 def test_failed_export_leaves_nothing(network, tmp_path, monkeypatch):
@@ -275,12 +266,6 @@ def test_failed_export_leaves_nothing(network, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-class AsksForTheBatch(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return (nn.Dense(3)(x.reshape(int(x.shape[0]), -1)),) * 3
-
-
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
@@ -290,12 +275,12 @@ class AsksForTheBatch(nn.Module):
         ({'batch_size': 0}, 'batch_size: got 0'),
         ({'chunk_size': 0}, 'chunk_size: got 0'),
         ({'folder': '.'}, 'folder: .* exists'),
-        ({'model': AsksForTheBatch()}, 'model: runs at the batch size of the example alone'),
+        ({'model': ASKS_FOR_THE_BATCH}, 'model: runs at the batch size of the example alone'),
     ],
 )
 def test_impossible_settings_are_refused(network, tmp_path, options, message):
     images, model = network[2], options.get('model', network[0])
-    variables = model.init(jax.random.key(0), images)
+    variables = random_variables(model, images)
     given = {'model': model, 'variables': variables, 'policy': [0.0, 0.0], 'inputs': images, **options}
     with pytest.raises(ValueError, match=message):
         save(**given | {'folder': tmp_path / given.get('folder', 'new')})

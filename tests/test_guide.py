@@ -135,12 +135,3 @@ def test_every_page_is_in_a_toctree_once_and_every_stored_report_is_shown():
         }
     assert sorted(listed) == sorted(PAGES)
     assert set((ROOT / 'experiments' / 'results').glob('*/*.md')) <= shown
-
-
-def test_tutorials_are_five_notebooks_that_end_with_a_picture():
-    """`docs/tutorials/run.sh` runs them; a cell of another kind would not run."""
-    tutorials = [text for text in PAGES.values() if text.startswith('---\n')]
-    assert len(tutorials) == 5
-    for text in tutorials:
-        assert {match[2] for match in FENCE.finditer(text)} <= {'{code-cell}', 'bash', 'text', '{note}'}
-        assert re.search(r'bj\.plots\.|plt\.|axes\.', [cell for _, cell in blocks(text, 'code-cell')][-1])

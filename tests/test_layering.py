@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    *('types', 'checkpoint', 'measure', 'sharding', 'jaxprs', 'rows', 'calling', 'program', 'costs', 'criteria'),
+    *(
+        'types',
+        'checkpoint',
+        'measure',
+        'sharding',
+        'jaxprs',
+        'rows',
+        'modes',
+        'calling',
+        'program',
+        'costs',
+        'criteria',
+    ),
     *('models', 'losses', 'training', 'thresholds', 'translate', 'inference', 'export', 'data', 'plots', 'report'),
     'command',
 )
@@ -65,14 +77,3 @@ def test_every_module_has_its_place():
     assert {subject(path) for path in FILES} - {'__init__'} == set(ORDER)
     listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
     assert {name.split('/')[0] for name in listed.stdout.splitlines()} <= AT_ROOT
-
-
-def test_experiments_are_commands_and_packages():
-    """At most 16 files side by side; a file of a package imports no command."""
-    commands = [path for path in (ROOT / 'experiments').iterdir() if path.is_file() and path.name != '__init__.py']
-    assert len(commands) <= 16
-    names = {path.stem for path in commands if path.suffix == '.py'}
-    for path in (ROOT / 'experiments').rglob('*/*.py'):
-        for module, _ in imports(ast.parse(path.read_text())):
-            parts = module.split('.')
-            assert parts[0] != 'experiments' or len(parts) < 2 or parts[1] not in names, f'{path}: {module}'

@@ -161,9 +161,3 @@ def test_each_exit_of_the_encoder_decoder_reads_the_newest_level():
         [True, True, False],
         [True, True, True],
     ]
-
-
-def test_folding_pixels_is_exact(getkey):
-    x = jax.random.normal(getkey(), (2, 4, 6, 3))
-    folded = layers.space_to_depth(x, size=2)
-    np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))

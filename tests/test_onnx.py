@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Function, random_variables
 from jax import lax
 
 import branchy_jax as bj
@@ -41,15 +42,6 @@ class Layers(nn.Module):
         return first, second, nn.Dense(5)(x[:, 0])
 
 
-class Function(nn.Module):
-    """Exits without parameters."""
-
-    function: collections.abc.Callable
-
-    def __call__(self, x):
-        return self.function(x)
-
-
 def policy_of(model, variables, images, criterion):
     """Thresholds that let a third of the images leave at each exit."""
     _, uncertainty = bj.criteria.replay(criterion, jnp.stack(jax.jit(model.apply)(variables, images)))
@@ -62,7 +54,7 @@ def layers():
     """A network, its variables, stored pixels, and a policy."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 6, 4, 2)).astype(np.uint8)
     model = Layers()
-    variables = jax.jit(model.init)(jax.random.key(0), SCALE(pixels))
+    variables = random_variables(model, SCALE(pixels))
     return model, variables, pixels, policy_of(model, variables, SCALE(pixels), bj.criteria.entropy)
 
 
@@ -132,7 +124,7 @@ def rows(tmp_path_factory):
     shape = {'image_shape': (4, 4, 1), 'patch_size': 2, 'depth': 3, 'width': 8, 'num_heads': 2, 'exits_after': (1, 2)}
     model = bj.models.create('b-vit', num_classes=5, **shape)  # block 2 begins with the LayerNorm of exit 1
     images = np.asarray(jax.random.normal(jax.random.key(0), (64, 4, 4, 1)))
-    variables = jax.jit(model.init)(jax.random.key(1), images)
+    variables = random_variables(model, images)
     policy = policy_of(model, variables, images, bj.criteria.entropy)
     path = tmp_path_factory.mktemp('rows') / 'rows.onnx'
     save_onnx(path, model, variables, policy, inputs=images, batch=True)
@@ -198,7 +190,7 @@ def test_each_stage_lies_in_the_branch_of_the_exit_before_it(layers, saved):
     conditionals = [[n.name for n in graph.node if n.op_type == 'If'] for graph in graphs(file.graph)]
     assert [len(names) for names in conditionals if names] == [1, 1]
     per_graph = [exits_of(node.name for node in graph.node) for graph in graphs(file.graph)]
-    assert [exits for exits in per_graph if exits] == [{1}, {2}, {3}]
+    assert [exits for exits in per_graph if exits] == [{0}, {1}, {2}]
     names = [a.name for graph in graphs(file.graph) for a in graph.initializer]
     assert len(names) == len(set(names))
     metadata = {p.key: p.value for p in file.metadata_props}
@@ -216,7 +208,7 @@ def test_skipped_nodes_do_not_run(file, layers, saved, rows, tmp_path):
         profiled.run(None, {'image': some[:1] if file == 'one image' else some})
         with open(profiled.end_profiling()) as events:
             ran = [event['name'] for event in json.load(events) if event['cat'] == 'Node']
-        assert exits_of(ran) == set(range(1, n + 2))
+        assert exits_of(ran) == set(range(n + 1))
 
 
 def set_thresholds(path, changed, thresholds):
@@ -224,7 +216,7 @@ def set_thresholds(path, changed, thresholds):
     file = onnx.load(path)
     arrays = {array.name: array for array in file.graph.initializer}
     for n, threshold in enumerate(thresholds):
-        arrays[f'threshold_{n + 1}'].CopyFrom(onnx.numpy_helper.from_array(np.float32(threshold), f'threshold_{n + 1}'))
+        arrays[f'threshold_{n}'].CopyFrom(onnx.numpy_helper.from_array(np.float32(threshold), f'threshold_{n}'))
     onnx.save(file, changed)
 
 
@@ -275,6 +267,8 @@ FUNCTIONS = (
     lambda x: lax.dynamic_slice_in_dim(x, 3, 2, axis=2),
     lambda x: jnp.take(jnp.arange(3.0), x[..., 0].argmax(1), mode='clip'),
     lambda x: nn.Embed(7, 3)(x[..., 0, 0].argmax(1)),
+    lambda x: jnp.isnan(nn.Embed(3, 3)(x[..., 0, 0].argmax(1))),  # out of bounds: NaN
+    lambda x: jnp.isnan(jnp.take(x, jnp.array([0, 9]), 1)),
     lambda x: jax.nn.one_hot(x[..., 0].argmax(1), 5),
     lambda x: jnp.split(x, 2, axis=2)[1] * x.shape[0] / x.shape[0],
     lambda x: jnp.broadcast_to(jnp.arange(4.0), (x.shape[0], 4)) + x[..., 0, 0, :1],
@@ -322,7 +316,7 @@ def results():
     """A network, its variables, a policy by which some go on; images, the logits of both exits, and answers."""
     images = np.asarray(jax.random.normal(jax.random.key(0), (5, 5, 4, 2)))
     model = Results(FUNCTIONS)
-    variables = jax.jit(model.init)(jax.random.key(1), images)
+    variables = random_variables(model, images)
     logits = jax.jit(model.apply)(variables, images)
     first = bj.criteria.as_criterion(lambda z: z[..., 0], name='first')
     policy = bj.ExitPolicy(first, logits[0][:, :1].mean(0))
@@ -374,8 +368,7 @@ PRODUCT = bj.criteria.as_criterion(lambda z: jnp.cumprod(z, -1)[..., -1], name='
 @pytest.mark.parametrize(
     ('model', 'options', 'message'),
     [
-        (Small(Multiplied()), {}, "model: stage 1 computes 'cumprod'.*Small/layer"),
-        (Small(lambda x: jnp.take(x, jnp.array([0, 9]), 1)), {}, "'gather'.*out of bounds"),
+        (Small(Multiplied()), {}, "model: stage 0 computes 'cumprod'.*Small/layer"),
         (Small(), {'policy': bj.ExitPolicy(PRODUCT, jnp.zeros(0))}, "model: criterion 'product' computes 'cumprod'"),
         (Small(dtype=jnp.bfloat16), {}, 'bfloat16; build the network with dtype=float32'),
         (
@@ -411,15 +404,13 @@ def test_what_cannot_be_written_or_checked_leaves_no_file(tmp_path, monkeypatch)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('file', 'before')]
 
 
-class Chain(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(4, (3, 3))(nn.relu(nn.Conv(4, (3, 3))(x)))
-        return (nn.Dense(3)(nn.max_pool(x + 1, (2, 2), (2, 2)).mean((1, 2))),)
+def chain(x):
+    x = nn.Conv(4, (3, 3))(nn.relu(nn.Conv(4, (3, 3))(x)))
+    return (nn.Dense(3)(nn.max_pool(x + 1, (2, 2), (2, 2)).mean((1, 2))),)
 
 
 def test_a_chain_of_convolutions_is_transposed_once(tmp_path):
-    images = jnp.ones((1, 6, 6, 2))
-    save_onnx(tmp_path / 'chain.onnx', Chain(), Chain().init(jax.random.key(0), images), [], inputs=images)
+    images, model = jnp.ones((1, 6, 6, 2)), Function(chain)
+    save_onnx(tmp_path / 'chain.onnx', model, random_variables(model, images), [], inputs=images)
     counts = collections.Counter(node.op_type for node in onnx.load(tmp_path / 'chain.onnx').graph.node)
     assert (counts['Transpose'], counts['Conv'], counts['MatMul']) == (1, 2, 1)

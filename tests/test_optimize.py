@@ -11,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import equations, random_variables, thresholds_between
+from conftest import Function, equations, random_variables, thresholds_between
 
 import branchy_jax as bj
 from branchy_jax.inference import dense, optimize, staged
@@ -99,13 +99,9 @@ def test_own_network_keeps_its_logits(two, banded):
 
 
 def test_only_convolutions_with_few_channels_are_banded(getkey):
-    class Several(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Conv(16, (3, 3))(x), nn.Conv(16, (3, 3))(nn.Conv(17, (3, 3))(x))
-
+    several = Function(lambda x: (nn.Conv(16, (3, 3))(x), nn.Conv(16, (3, 3))(nn.Conv(17, (3, 3))(x))))
     images = jax.random.normal(getkey(), (2, 6, 11, 4))
-    emitted = primitives(*check_same(Several(), random_variables(Several(), images), images), images)
+    emitted = primitives(*check_same(several, random_variables(several, images), images), images)
     assert emitted['conv_general_dilated'] == 2  # 4 × 17 and 17 × 16; 4 × 16 is banded
 
 

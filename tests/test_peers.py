@@ -1,20 +1,20 @@
 """Peers do the same work on the same images, take turns in processes of their own, and the page says who did not."""
 
-import functools
+import contextlib
 import importlib.util
 import os
-import time
+from concurrent.futures import Future
 
 import fake_contenders as fake
 import jax
 import numpy as np
 import pytest
+from conftest import random_variables
 
 import branchy_jax as bj
-from experiments.peers import command, contenders, forcing, turns
+from experiments.peers import command, contenders, forcing, limit, turns
 from experiments.peers.forcing import Forced
-from experiments.peers.job import Job, Ready, fastest
-from experiments.peers.turns import Unavailable
+from experiments.peers.job import Job
 
 EXITS = [0, 0, 1, 0]
 LABELS = [3, 1, 9, 0]
@@ -44,9 +44,9 @@ def test_torch_networks_compute_what_ours_do(name):
     torch = pytest.importorskip('torch', reason="pip install '.[peers]'")
     from experiments.peers import torch_networks
 
-    model, variables = forcing.random_network(name)
-    variables = jax.tree_util.tree_map_with_path(_lively, variables)
+    model, _ = forcing.random_network(name)
     images = np.random.default_rng(0).standard_normal((6, *model.image_shape), np.float32)
+    variables = random_variables(model, images)
     outputs = bj.inference.exit_outputs(model, variables, images)
     network = torch_networks.create(name, variables)
     with torch.inference_mode():
@@ -56,12 +56,6 @@ def test_torch_networks_compute_what_ours_do(name):
             hidden = stage(hidden)
             np.testing.assert_allclose(head(hidden), ours, rtol=1e-3, atol=1e-3 * np.abs(ours).max())
         np.testing.assert_array_equal(network.labels()(tensor), outputs.logits[-1].argmax(-1))
-
-
-def _lively(path, leaf):
-    """Gives BatchNorms and biases other values than those they start with."""
-    change = np.random.default_rng(len(str(path))).uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
-    return leaf if path[-1].key == 'kernel' else leaf * change + (0.1 * change if path[-1].key != 'var' else 0)
 
 
 def test_masks_of_torch_stop_where_all_leave(lenet):
@@ -102,27 +96,22 @@ def test_everyone_takes_part_or_says_why_not(forced):
     assert plain['ratio_low'] <= plain['ratio'] <= plain['ratio_high']
     assert {row['contender']: row['absent'] for row in absent} == {
         'gone': "ModuleNotFoundError: No module named 'torch'",
-        'dies_at_start': "the process of 'dies_at_start' died",
-        'dies_later': "the process of 'dies_later' died in round 1",
+        'dies_at_start': 'its process died',
+        'dies_later': 'its process died in round 1',
     }
     assert (plain['network'], plain['batch'], plain['forced']) == ('b-fake', 2, [0.75, 0.25])
 
 
-class Here:
-    """A worker without a process: it answers, and every turn takes a second."""
+class Here(contextlib.nullcontext):
+    """An executor without a process; every turn takes a second."""
 
-    def __init__(self, name, contender):
-        self.contender = contender
+    def __init__(self, workers, mp_context):
+        super().__init__(self)
 
-    def open(self, job, *, seconds):
-        ready = self.contender(job)
-        return turns.Opened(*ready.answers(), ready.settings, 1)
-
-    def turn(self, passes):
-        return 1.0
-
-    def close(self):
-        pass
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(1.0 if function is turns.take_turn else function(*arguments))
+        return future
 
 
 @pytest.mark.parametrize(
@@ -133,27 +122,16 @@ class Here:
     ],
 )
 def test_other_work_is_refused(forced, monkeypatch, them, message):
-    monkeypatch.setattr(turns, 'Worker', Here)
+    monkeypatch.setattr(turns, 'ProcessPoolExecutor', Here)
     with pytest.raises(ValueError, match=message):
         measure(forced, **them)
 
 
 def test_only_the_plan_may_skip_a_head_and_without_it_there_is_no_cell(forced, monkeypatch):
-    monkeypatch.setattr(turns, 'Worker', Here)
+    monkeypatch.setattr(turns, 'ProcessPoolExecutor', Here)
     assert measure(forced, planned=fake.late)[0]['shares'] == [0.0, 1.0]
-
-    def gone(self, job, *, seconds):
-        raise Unavailable('no torch')
-
-    monkeypatch.setattr(Here, 'open', gone)
-    with pytest.raises(Unavailable, match='^planned: no torch'):
-        measure(forced, planned=fake.answering, plain=fake.without_exits)
-
-
-def test_the_fastest_settings_are_taken():
-    slow = Ready(lambda _: (time.sleep(0.02), None), [np.zeros(1)], 'settings')
-    quick = Ready(lambda _: (np.zeros(1), None), [np.zeros(1)], 'settings')
-    assert fastest({'slow': slow, 'quick': quick}).settings == 'quick, settings'
+    with pytest.raises(RuntimeError, match="^planned: ModuleNotFoundError: No module named 'torch'"):
+        measure(forced, planned=fake.missing, plain=fake.without_exits)
 
 
 @pytest.mark.filterwarnings('ignore:os.fork')  # by OpenVINO's telemetry
@@ -162,7 +140,11 @@ def test_bare_networks_and_exits_do_the_same_work_in_every_runtime(lenet, monkey
 
     def plan(model, variables, images, policy, **options):
         asked.append((len(policy), options))
-        run = functools.partial(bj.inference.dense(model), variables, policy=policy)
+
+        def run(images, *, as_numpy):
+            assert as_numpy
+            return jax.device_get(bj.inference.dense(model)(variables, images, policy))
+
         run.executor = 'dense'
         return run
 
@@ -184,32 +166,8 @@ def test_bare_networks_and_exits_do_the_same_work_in_every_runtime(lenet, monkey
 def timed(batch, contender, ms, ratio, **more):
     row = {'network': 'b-lenet', 'batch': batch, 'cores': 2, 'rounds': 20, 'forced': [0.9375, 0.0625]}
     row |= {'command': 'python -m experiments.peers', 'device': 'a CPU', 'packages': 'torch 2.14.1'}
-    clock = {
-        'ms': ms,
-        'ms_of_rounds': 7 * [ms],
-        'ratio': ratio,
-        'ratio_low': ratio - 0.1,
-        'ratio_high': ratio + 0.1,
-        'settings': 'its own',
-    }
-    return {**row, 'contender': contender, **clock, **more}
-
-
-def test_page_has_the_best_peer_of_each_cell_and_what_bare_networks_and_exits_contribute():
-    """Rows lie in any order; what is planned is no peer of itself."""
-    ours = [timed(1, 'planned', 0.05, 1.0), timed(1, 'planned, bare', 0.2, 4.0)]
-    peers = [timed(1, 'PyTorch', 0.2, 4.0), timed(1, 'PyTorch, bare', 0.3, 6.0), timed(1, 'OpenVINO, bare', 0.1, 2.0)]
-    alone = [timed(32, 'planned', 0.05, 1.0), timed(32, 'ONNX Runtime, bare', 1, 1, absent='No module')]
-    worse = [timed(256, 'planned', 0.2, 1.0), timed(256, 'PyTorch', 0.1, 0.5)]
-    page = command.page([*ours, *peers, *alone, *worse])
-    lines = [' '.join(line.split()) for line in page.splitlines()]
-    assert '| b-lenet | 1 | 2 | 0.05 | OpenVINO, bare | 0.1 | 2 [1.9, 2.1] |' in lines
-    assert '| b-lenet | 32 | 2 | 0.05 | – | – | – |' in lines
-    assert '| b-lenet | 1 | 2 | planned | 0.2 | 1 [1, 1] | 4 [4, 4] |' in lines
-    assert '| b-lenet | 1 | 2 | PyTorch | 0.3 | 1.5 [1.5, 1.5] | 1.5 [1.5, 1.5] |' in lines
-    assert '| b-lenet | 1 | 2 | OpenVINO | 0.1 | 0.5 [0.5, 0.5] | – |' in lines
-    assert 'over the 2 cells is 1.25.' in page
-    assert any('| ONNX Runtime, bare |' in line and 'No module' in line for line in lines)
+    row |= {'ms': ms, 'ms_of_rounds': 7 * [ms], 'ratio_low': ratio - 0.1, 'ratio_high': ratio + 0.1}
+    return {**row, 'contender': contender, 'ratio': ratio, 'settings': 'its own', **more}
 
 
 def test_command_adds_to_what_is_there(tmp_path, monkeypatch, lenet):
@@ -231,3 +189,22 @@ def test_command_adds_to_what_is_there(tmp_path, monkeypatch, lenet):
     assert cells == [(1, 4, 20), (cores, 1, 2), (cores, 4, 20)]
     with pytest.raises(SystemExit):
         command.main([f'--workdir={tmp_path}', '--networks=lenet'])
+
+
+def test_limit_is_of_the_stages_and_heads_of_the_file_in_its_engine(monkeypatch, lenet):
+    """With known times: 20 for all images without exits, 8 to the first exit, 24 to the last, 12 for the file."""
+    pytest.importorskip('onnxruntime', reason="pip install '.[onnx]'")
+    forced = forcing.force('b-lenet', *lenet, (0.75, 0.25), 8, cores=1)
+    found = {}
+
+    def timed_alone(runs, **_):
+        found.update({name: run() for name, run in runs.items()})
+        return {name: np.full(6, seconds) for name, seconds in {'file': 12.0, 'bare': 20, '0': 8, '1': 24}.items()}
+
+    monkeypatch.setattr(limit, 'interleaved_passes', timed_alone)
+    row = limit.measure(forced, rounds=6)
+    np.testing.assert_array_equal(found['file'][1], forced.exits)
+    for name, logits in {'bare': forced.logits[1:], '0': forced.logits[:1], '1': forced.logits}.items():
+        np.testing.assert_allclose(found[name], logits, atol=1e-4)
+    assert [row['gain'], row['time_limit'], row['realised']] == pytest.approx([20 / 12, 20 / 12, 1])
+    assert '| b-lenet | 8 | 1 | 75, 25 |' in ' '.join(limit.page([row | {'command': '', 'device': ''}]).split())

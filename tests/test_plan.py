@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_inference
+from conftest import Function, random_variables
 from hypothesis import given
 from hypothesis import strategies as st
 
 import branchy_jax as bj
 from branchy_jax.inference import dense, exit_outputs, plan, segment_times
-from branchy_jax.inference.planning import candidates, segments
+from branchy_jax.inference.planning import candidates
+from branchy_jax.inference.planning import times as planning_times
 from branchy_jax.inference.planning.candidates import Candidate, Progress, candidates_to_try, choose, try_candidates
-from branchy_jax.inference.planning.plan import _batches
 from branchy_jax.inference.planning.programs import Programs
 from branchy_jax.inference.planning.times import SegmentTimes, forecast
 
@@ -99,10 +100,6 @@ def test_times_are_interpolated_and_the_best_size_is_taken():
     np.testing.assert_allclose(few.per_image(2).stages, [2.0, 4.0])  # as long as eight
     joined = SegmentTimes.joined([few, times])
     assert (joined.batch_sizes.tolist(), joined.stages[:, 0].tolist()) == ([1, 4, 8], [2.0, 4.0, 4.0])
-    heavy = SegmentTimes(few.batch_sizes, 2 * few.stages, 2 * few.exits)
-    assert (few.heavy, heavy.heavy) == (False, True)
-    # A quarter of what eight need, 8 and 16, and two eighths of the rest.
-    np.testing.assert_allclose(heavy.per_image(2).stages * 2, [2 + 1.5, 4 + 3])
     best = times.best()
     np.testing.assert_allclose((best.stages, best.exits), ([1.0, 2.0], [1.0, 1.0]))
     assert bj.costs.expected_cost(best, [0.5, 0.5]) == 3.5
@@ -125,64 +122,58 @@ def thresholds(network):
 def plan_for(cores, monkeypatch):
     """Sets the number of cores to plan for; a CPU that has another number compiles the same."""
     monkeypatch.setattr(candidates, 'num_cores', lambda: cores)
-    monkeypatch.setattr(candidates, 'may_use_all_cores', lambda: cores > 1)
-    monkeypatch.setattr(candidates, 'may_use_one_core', lambda: True)
+    monkeypatch.setattr(candidates, 'usable_options', lambda: ['one core', *['all cores'] * (cores > 1)])
 
 
 def test_every_candidate_answers_as_dense_does(network, thresholds, monkeypatch):
     plan_for(2, monkeypatch)
     model, variables, images = network
     times, leaves = linear_times([0.1, 0.1, 0.1], [0.01, 0.01, 0.01], sizes=(1, 8, 24)), np.ones((2, 1), bool)
-    first, reserve = candidates_to_try(times, leaves, 24, may_skip=True)
     programs = Programs(model, variables, bj.calling.with_batch(images, 1), None)
     policy = bj.ExitPolicy(bj.criteria.entropy, jnp.asarray(thresholds))
-    expected = model.apply(variables, images)[-1]
-    np.testing.assert_allclose(programs.runner(first[0], policy, 24)(images)[0], expected, rtol=1e-5, atol=1e-6)
-    for candidate in [*first[1:], *reserve]:
+    for candidate in candidates_to_try(times, leaves, 24, may_skip=True):
         applied = np.where(np.isin([0, 1], candidate.exits), thresholds, -np.inf)
         check_same(programs.runner(candidate, policy, 24)(images), dense(model)(variables, images, applied))
 
 
 def settings_tried(times, confident, batch_size, **options):
-    first, reserve = candidates_to_try(times, confident, batch_size, **{'may_skip': True, **options})
-    return [
-        [(c.executor, c.on_host, c.workers, c.compiler_options) for c in several if c.executor != 'onnx']
-        for several in (first[1:], reserve)
-    ]
+    tried = candidates_to_try(times, confident, batch_size, **{'may_skip': True, **options})[1:]
+    return [(c.executor, c.on_host, c.workers, c.compiler_options) for c in tried if c.executor != 'onnx']
 
 
 LIGHT, HEAVY = linear_times([0.1, 10, 10], [0, 0, 0]), linear_times([10, 10, 10], [0, 0, 0])
 CONFIDENT = np.array([[True] * 7 + [False] * 3, [True] * 9 + [False]])
-WITHOUT_BRANCHES = ('dense', False, 1)
 
 
 @pytest.mark.parametrize('cores', [1, 2])
-def test_candidates_depend_on_batch_cores_and_weight(cores, monkeypatch):
+def test_candidates_depend_on_batch_and_cores(cores, monkeypatch):
+    """The most promising compiler options of every executor come before the others."""
     plan_for(cores, monkeypatch)
     several = ['all cores'] * (cores > 1)
-    shared = ('sequential', False, cores)
-    first, reserve = settings_tried(HEAVY, CONFIDENT, 16)
-    assert first == [(*shared, 'one core'), ('compacted', True, cores, [*several, ''][0])]
-    assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*several, '', '')]
-    first, _ = settings_tried(LIGHT, CONFIDENT & False, 16)
-    assert first[-1] == (*WITHOUT_BRANCHES, '')  # nearly as fast, by the forecast
-    first, reserve = settings_tried(LIGHT, CONFIDENT, 1)
-    alone = ['one core', *several, '']
-    assert first[:3] == [('sequential', False, 1, options) for options in alone][:3]
-    assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*alone, '')]
-    first, reserve = settings_tried(HEAVY, CONFIDENT, 16, may_skip=False)
-    assert len(first) == 2  # every exit is asked
-    first, _ = candidates_to_try(LIGHT, CONFIDENT, 16, may_skip=True)
-    in_onnx_runtime = [(c.exits, c.workers) for c in first if c.executor == 'onnx']
+    whole, dense = ('sequential', False, cores), ('dense', False, 1)
+    chunked = [('compacted', True, cores), ('compacted', False, 1)]
+    best = [*several, ''][0]
+    tried = settings_tried(HEAVY, CONFIDENT, 16)
+    assert tried[:4] == [(*whole, 'one core'), *((*each, best) for each in (*chunked, dense))]
+    plain = {each[:3] for each in tried[4:] if each[3] == ''}
+    assert plain == {whole, *([*chunked, dense] if several else [])}
+    alone, single = ['one core', *several, ''], ('sequential', False, 1)
+    tried = settings_tried(LIGHT, CONFIDENT, 1)
+    assert tried[:2] == [(*single, 'one core'), (*dense, 'one core')]
+    assert sorted(tried) == sorted((*each, options) for each in (single, dense) for options in alone)
+    first = candidates_to_try(LIGHT, CONFIDENT, 16, may_skip=True)
+    assert (first[0].name, first[0].exits, first[0].optimized) == ('baseline', (2,), False)
+    in_onnx_runtime = [(c.exits, c.workers) for c in first[1:] if c.executor == 'onnx']
     assert in_onnx_runtime == [(exits, workers) for exits in ((0, 1, 2), (2,)) for workers in range(1, cores + 1)]
-    assert reserve == [(*WITHOUT_BRANCHES, options) for options in (*several, '')]
+    every = candidates_to_try(LIGHT, CONFIDENT, 16, may_skip=False)[1:]
+    assert {candidate.exits for candidate in every} == {(0, 1, 2)}
 
 
 def test_workers_take_pieces_of_two_milliseconds_of_batches_that_take_longer(monkeypatch):
     plan_for(2, monkeypatch)
     pieces = []
     for ms in (0.01, 1.0, 100.0):
-        first, _ = candidates_to_try(linear_times([ms, 0, 0], [0, 0, 0]), np.ones((2, 10), bool), 64, may_skip=True)
+        first = candidates_to_try(linear_times([ms, 0, 0], [0, 0, 0]), np.ones((2, 10), bool), 64, may_skip=True)
         pieces += [(c.workers, c.chunk_sizes) for c in first if c.executor == 'sequential'][:1]
     assert pieces == [(1, ()), (2, (2,)), (2, (1,))]
 
@@ -202,6 +193,9 @@ def test_plan_is_dense_at_its_thresholds(network, thresholds, batch_size, option
         result = planned(images[:size])
         check_same(result, dense(model)(variables, images[:size], planned.thresholds))
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(result))
+        on_host = planned(images[:size], as_numpy=True)
+        check_same(on_host, result)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(on_host))
     table = str(planned).splitlines()
     assert table[0] == f'batches of {batch_size}'
     assert [line.startswith(f'> {planned.executor} ') for line in table].count(True) == 1
@@ -231,13 +225,10 @@ class Pair(nn.Module):
         return nn.Dense(3)(x), nn.Dense(3)(nn.relu(nn.Dense(8)(nn.Dropout(0.5)(x, deterministic=deterministic))))
 
 
-class AsksForTheBatch(nn.Module):
-    """A module that cannot be traced with a symbolic batch size."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Dense(8)(x if int(x.shape[0]) > 4 else x * 1))
-        return nn.Dense(3)(x), nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+def asks_for_the_batch(x):
+    """Cannot be traced with a symbolic batch size."""
+    x = nn.relu(nn.Dense(8)(x if int(x.shape[0]) > 4 else x * 1))
+    return nn.Dense(3)(x), nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
 
 
 class Plain(nn.Module):
@@ -250,7 +241,7 @@ class Plain(nn.Module):
 IMAGES = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
 OF_USERS = {
     'two inputs': (Pair(), {'pair': (IMAGES, np.arange(48).reshape(12, 4) % 5)}),
-    'fixed batch': (AsksForTheBatch(), IMAGES),
+    'fixed batch': (Function(asks_for_the_batch), IMAGES),
 }
 
 
@@ -286,19 +277,17 @@ def test_a_deleted_plan_frees_models_weights_and_programs():
     assert [reference() for reference in freed if reference() is not None] == []
 
 
-class Multiplies(nn.Module):
-    """Its first head has no ONNX form."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Dense(8)(x))
-        return jnp.cumprod(nn.Dense(3)(x), axis=-1), nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+def multiplies(x):
+    """The first head has no ONNX form."""
+    x = nn.relu(nn.Dense(8)(x))
+    return jnp.cumprod(nn.Dense(3)(x), axis=-1), nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
 
 
 def test_where_onnx_runtime_cannot_run_the_plan_is_of_xla_and_says_why(monkeypatch):
-    model, variables = Multiplies(), Multiplies().init(jax.random.key(0), IMAGES)
+    model = Function(multiplies)
+    variables = random_variables(model, IMAGES)
     options = ONE_CANDIDATE | {'skip_heads': False}
-    for missing, message in ((False, "model: exit 1 computes 'cumprod'"), (True, r"pip install '.\[onnx\]'")):
+    for missing, message in ((False, "model: exit 0 computes 'cumprod'"), (True, r"pip install '.\[onnx\]'")):
         if missing:
             monkeypatch.setitem(sys.modules, 'onnxruntime', None)
         planned = plan(model, variables, IMAGES, [0.5], **options | {'engine': None})
@@ -324,21 +313,17 @@ def test_impossible_settings_are_refused(network):
 
 
 def test_an_exit_that_saves_nothing_is_warned_of():
-    class LastLayerFirst(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.Dense(8)(nn.relu(nn.Dense(8)(x)))
-            return nn.Dense(64)(nn.relu(x)), nn.Dense(2)(x)
+    def last_layer_first(x):
+        x = nn.Dense(8)(nn.relu(nn.Dense(8)(x)))
+        return nn.Dense(64)(nn.relu(x)), nn.Dense(2)(x)
 
-    images = jnp.ones((4, 6))
-    model = LastLayerFirst()
+    images, model = jnp.ones((4, 6)), Function(last_layer_first)
     with pytest.warns(UserWarning, match='exit 0 costs 624 MACs'):
-        plan(model, model.init(jax.random.key(0), images), images, [0.0], **ONE_CANDIDATE)
+        plan(model, random_variables(model, images), images, [0.0], **ONE_CANDIDATE)
 
 
 def tried(name, low, median, high, *, exits=(0, 2), eliminated=False):
-    executor = 'baseline' if name == 'baseline' else 'dense'
-    return Candidate(name, executor, exits, measured_ms=1.0, ratio=(median, low, high), eliminated=eliminated)
+    return Candidate(name, 'dense', exits, measured_ms=1.0, ratio=(median, low, high), eliminated=eliminated)
 
 
 BASELINE = tried('baseline', 1, 1, 1, exits=(2,))
@@ -348,6 +333,7 @@ WITHOUT = tried('without', 0.9, 1.0, 1.1, exits=(2,))
 @pytest.mark.parametrize(
     ('candidates', 'chosen'),
     [
+        ([BASELINE, tried('a', 0.8, 0.95, 1.1), tried('without', 1.0, 1.1, 1.2, exits=(2,))], 'baseline'),
         ([WITHOUT, tried('a', 0.5, 0.6, 0.7), tried('b', 0.6, 0.7, 0.8)], 'a'),
         ([WITHOUT, tried('a', 0.8, 0.95, 1.1), tried('b', 0.97, 0.98, 0.99)], 'b'),  # a is not certain
         ([WITHOUT, tried('a', 0.8, 0.95, 1.1), tried('b', 1.2, 1.3, 1.4)], 'without'),
@@ -356,21 +342,13 @@ WITHOUT = tried('without', 0.9, 1.0, 1.1, exits=(2,))
     ],
 )
 def test_a_candidate_that_does_not_beat_the_baseline_for_certain_loses(candidates, chosen):
-    assert choose([BASELINE, *candidates], 3).name == chosen
-
-
-def test_batches_of_a_trial_hold_the_shares_of_all_images():
-    batches = _batches(np.arange(1000), np.arange(1000) < np.array([[700], [900]]), 32)
-    assert [len(batch) for batch in batches] == [32] * 4
-    drawn = np.concatenate(batches)
-    np.testing.assert_allclose([(drawn < 700).mean(), (drawn >= 900).mean()], [0.7, 0.1], atol=0.02)
+    assert choose(candidates).name == chosen
 
 
 def test_a_clear_trial_is_short_and_slow_candidates_are_eliminated():
     seconds, reports = {'baseline': 0.02, 'a': 0.0025, 'b': 0.04}, []
     results = try_candidates(
-        [Candidate(name, 'baseline' if name == 'baseline' else 'dense', (0, 2)) for name in seconds],
-        (),
+        [Candidate(name, 'dense', (0, 2)) for name in seconds],
         lambda candidate: lambda batch: time.sleep(seconds[candidate.name]),
         [None],
         passes=12,
@@ -383,7 +361,7 @@ def test_a_clear_trial_is_short_and_slow_candidates_are_eliminated():
 
 def test_plan_reports_its_steps_and_keeps_to_its_budget(network, thresholds, monkeypatch):
     """The budget is spent at once: one candidate is tried. Here its weights are arguments, as large ones are."""
-    monkeypatch.setattr(segments, '_MOST_EMBEDDED_BYTES_ON_CPU', 0)
+    monkeypatch.setattr(planning_times, '_MOST_EMBEDDED_BYTES_ON_CPU', 0)
     model, variables, images = network
     reports = []
     options = {'budget_seconds': 0.0, 'on_progress': lambda text, share: reports.append((text, share))}
@@ -401,7 +379,6 @@ def test_plan_reports_its_steps_and_keeps_to_its_budget(network, thresholds, mon
 @pytest.mark.parametrize('engine', ['xla', 'onnxruntime'])
 def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, thresholds, engine, compilations):
     model, variables, images = network
-    # Without a budget the clock of this run decides whether the reserve is tried.
     options = {'skip_heads': False, **ONE_CANDIDATE, 'engine': engine}
     first = plan(model, variables, images, thresholds, **options)
     before = compilations.count

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import thresholds_between
+from conftest import Function, random_variables, thresholds_between
 from jax import lax
 
 import branchy_jax as bj
@@ -216,6 +216,8 @@ INNOCENT = {
     'kernel for each row': lambda x: jax.vmap(lambda row: jnp.convolve(row[:, 0], row[0], mode='same'))(x),
     'matrix for each row': lambda x: jnp.linalg.inv(x @ x.transpose(0, 2, 1) + 9 * jnp.eye(3)[None]),
     'two views in one batch': lambda x: jnp.tanh(jnp.concatenate([x, -x])).reshape(2, x.shape[0], 3, 4)[0],
+    'edges of features': lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode='edge'),
+    'means of features': lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode='mean'),
     'tile': lambda x: jnp.concatenate([jnp.tile(jnp.ones((1, 1, 4)), (x.shape[0], 1, 1)), x], axis=1),
 }
 
@@ -230,15 +232,9 @@ def test_the_place_is_the_line_and_the_module():
     with pytest.raises(ValueError, match=r'at Around/.*, .*test_program.py:\d+: reduce_sum works along the axis'):
         stages(*around(jax.named_call(normalized_by_the_batch, name='normalize')), INPUTS)
 
-    class Norm(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.BatchNorm(False, name='norm')(x)
-            return nn.Dense(3)(x), nn.Dense(3)(nn.relu(x))
-
-    images = jnp.ones((4, 3))
+    norm, images = Function(lambda x: (nn.BatchNorm(False, name='norm')(x),)), jnp.ones((4, 3))
     with pytest.raises(ValueError, match='model: changes variables .*use_running_average=not train'):
-        bj.inference.dense(Norm())(Norm().init(jax.random.key(0), images), images, [0.0])
+        bj.inference.dense(norm)(random_variables(norm, images), images, [])
 
 
 @pytest.mark.parametrize('function', INNOCENT.values(), ids=INNOCENT)
@@ -265,7 +261,7 @@ BY_TRIAL = {
 @pytest.mark.parametrize('name', BY_TRIAL)
 def test_what_the_program_does_not_tell_is_tried(name):
     model = Around(BY_TRIAL[name])
-    variables = model.init(jax.random.key(1), INPUTS)
+    variables = random_variables(model, INPUTS)
     if name == 'no fault':
         assert bj.inference.exit_outputs(model, variables, INPUTS).uncertainty.shape == (2, 5)
         return
@@ -275,10 +271,22 @@ def test_what_the_program_does_not_tell_is_tried(name):
         bj.inference.exit_outputs(model, variables, INPUTS)
 
 
-def test_attach_tries_rows_too():
-    network = nn.Sequential([nn.Dense(4), lambda x: x + jnp.arange(x.shape[0])[:, None], nn.Dense(3)])
+class Numbered(nn.Module):
+    """A position of each row, which starts at 0."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x + self.param('positions', nn.initializers.zeros, (16, 4))[jnp.arange(x.shape[0])]
+
+
+def until_none_is_large(x):
+    return lax.while_loop(lambda z: (jnp.abs(z) > 1).any(), lambda z: z / 2, 3 * x)
+
+
+@pytest.mark.parametrize('layer', [lambda x: x + jnp.arange(x.shape[0])[:, None], Numbered(), until_none_is_large])
+def test_attach_tries_rows_too(layer):
     with pytest.raises(ValueError, match='rows of a batch influence one another, probably at'):
-        bj.models.attach(network, ['layers_0'], inputs=INPUTS[:, 0])
+        bj.models.attach(nn.Sequential([nn.Dense(4), layer, nn.Dense(3)]), ['layers_0'], inputs=INPUTS[:, 0])
 
 
 def asks_for_the_number(x):
@@ -299,15 +307,6 @@ def test_a_module_that_asks_for_the_number_of_rows(getkey):
         bj.inference.compacted(model, chunk_size=2)(variables, inputs, policy)
 
 
-class Returns(nn.Module):
-    """A module that returns what a function makes of its inputs."""
-
-    function: object
-
-    def __call__(self, x):
-        return self.function(x)
-
-
 @pytest.mark.parametrize(
     ('function', 'message'),
     [
@@ -320,4 +319,4 @@ class Returns(nn.Module):
 )
 def test_what_is_no_logits_is_refused(function, message):
     with pytest.raises(ValueError, match=message):
-        stages(Returns(function), {}, jnp.ones((2, 4)))
+        stages(Function(function), {}, jnp.ones((2, 4)))

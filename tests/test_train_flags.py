@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.nnx import bridge
 
 import branchy_jax as bj
 from branchy_jax import calling
 from branchy_jax.models import attach, from_nnx
 
-TRAINS = ('train', 'training', 'is_train', 'is_training')
+TRAINS = ('train', 'training', 'is_train', 'is_training', 'enable_dropout')
 RESTS = ('deterministic', 'inference', 'use_running_average', 'is_eval')
 IMAGES = np.random.default_rng(0).normal(3, 1, (8, 5)).astype(np.float32)
 
@@ -104,6 +105,7 @@ FORMS = {
     'partial in a dictionary': lambda: Made({'make': functools.partial(Held, training=True)}),
     'wrappers': lambda: nn.Sequential([nn.WeightNorm(nn.Dense(4)), Wrapper(BY_NAME['deterministic']())]),
     'spectral': lambda: nn.Sequential([IsTraining(), nn.SpectralNorm(nn.Dense(4))]),
+    'bridge': lambda: nn.Sequential([IsTraining(), bridge.to_linen(nnx.Linear, 4, 4)]),
     'remat': lambda: nn.remat(Positional, static_argnums=(2,))(),
     'remat, attribute': lambda: nn.remat(Held)(),
     'jit': lambda: nn.jit(Positional, static_argnums=(2,))(),
@@ -162,7 +164,8 @@ def test_layers_frozen_by_hand_stay_so():
     for model in (attach(nn.Sequential(frozen), [], inputs=IMAGES), nn.Sequential(frozen)):
         variables = calling.init(model, jax.random.key(1), IMAGES)
         options = {'rngs': {'dropout': jax.random.key(0)}, 'mutable': ['batch_stats']}
-        logits, _ = calling.apply(model, variables, IMAGES, train=True, **options)
+        with pytest.warns(UserWarning, match="Dropout 'layers_2' drops nothing in training"):
+            logits, _ = calling.apply(model, variables, IMAGES, train=True, **options)
         np.testing.assert_array_equal(logits[0], calling.apply(model, variables, IMAGES)[0])
 
 
@@ -179,9 +182,26 @@ def test_a_module_held_twice_stays_one_module():
     assert set(calling.init(Tied(layer, layer), jax.random.key(0), IMAGES[:, :4])['params']) == {'first'}
 
 
-def test_a_flag_of_another_name_is_reported():
-    for model in (Odd(), attach(Odd(), [], inputs=IMAGES)):
-        state = bj.training.create_train_state(model, model.init(jax.random.key(0), IMAGES), optax.sgd(0.1))
-        batch = bj.Batch(IMAGES, jnp.zeros(8, jnp.int32))
-        with pytest.warns(UserWarning, match='no argument or attribute with one of the recognised names'):
-            bj.training.train_step(state, batch, jnp.ones(1), jax.random.key(1))
+class OddNnx(nnx.Module):
+    """A flag of another name in a call."""
+
+    def __init__(self, rngs):
+        self.norm, self.dropout = nnx.BatchNorm(5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, learn=False):
+        return self.dropout(self.norm(x, use_running_average=not learn), deterministic=not learn)
+
+
+@pytest.mark.parametrize(
+    'build', [Odd, lambda: attach(Odd(), [], inputs=IMAGES), lambda: from_nnx(OddNnx(nnx.Rngs(0)))]
+)
+def test_a_flag_of_another_name_is_reported(build):
+    model = build()
+    state = bj.training.create_train_state(model, model.init(jax.random.key(0), IMAGES), optax.sgd(0.1))
+    batch = bj.Batch(IMAGES, jnp.zeros(8, jnp.int32))
+    advice = r'.*recognised by the names train, .*attach\(…, train='
+    with (
+        pytest.warns(UserWarning, match="does not change the statistics of 'norm'" + advice),
+        pytest.warns(UserWarning, match="Dropout 'dropout' drops nothing in training" + advice),
+    ):
+        bj.training.train_step(state, batch, jnp.ones(1), jax.random.key(1))

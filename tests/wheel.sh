@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds wheel and sdist, checks them, and runs the README's first example from the wheel in empty environments of every
-# Python × jax that is here and goes together. Prints a table; fails if any example did. Minutes, and some GB of disk.
+# Python × jax that is here and goes together. Prints a table; fails if any example did. Needs two minutes for each
+# pair, and some GB of disk. Usage: bash tests/wheel.sh [PYTHON …], by default 3.11 3.12 3.13
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -36,7 +37,8 @@ run_example() { # python version, jax minor
 }
 
 failed=0
-for python in 3.11 3.12 3.13; do
+[ $# -gt 0 ] || set -- 3.11 3.12 3.13
+for python in "$@"; do
     path=$(command -v "python$python" && "python$python" -c '' 2> /dev/null || ls "$HOME"/.pyenv/versions/"$python".*/bin/python 2> /dev/null | tail -1)
     path=$(echo "$path" | tail -1)
     for jax in 0.10 0.11 0.12; do

@@ -73,8 +73,9 @@ class Criterion(ByValue):
         raise NotImplementedError
 
     def decide(self, logits: Array) -> Array:
-        """Returns the label of an answer's logits: `most_likely_class`, unless the task is another."""
-        return most_likely_class(logits)
+        """Returns the label of an answer's logits, as the attribute ``criterion`` decides; else their argmax."""
+        inner = getattr(self, 'criterion', None)
+        return inner.decide(logits) if isinstance(inner, Criterion) else most_likely_class(logits)
 
 
 def mean_over_pixels(values: Array) -> Array:
@@ -301,9 +302,6 @@ class _Ensemble(Criterion, struct.PyTreeNode, eq=False, repr=False):
         answer = total - jnp.log(n + 1.0) if arithmetic else jax.nn.log_softmax(total / (n + 1))
         return answer, self.criterion.uncertainty(answer), total
 
-    def decide(self, logits: Array) -> Array:
-        return self.criterion.decide(logits)
-
 
 def ensemble(kind: str = 'arithmetic', criterion: Any = entropy) -> Criterion:
     r"""Builds the criterion whose answer at each exit is the mean of all exits so far.
@@ -343,9 +341,6 @@ class _Calibrated(Criterion, struct.PyTreeNode, eq=False, repr=False):
 
     def __call__(self, logits: Array, carry: Carry, n: int) -> tuple[Array, Array, Carry]:
         return self.criterion(logits / self.temperatures[n], carry, n)
-
-    def decide(self, logits: Array) -> Array:
-        return self.criterion.decide(logits)
 
 
 def with_temperatures(temperatures: Any, criterion: Any = entropy) -> Criterion:

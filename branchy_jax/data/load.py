@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from branchy_jax.checkpoint import write_atomically
-from branchy_jax.data.canvases import digit_canvases
-from branchy_jax.data.dataset import Dataset, check_alike, checked, fit_normalization, split_rows
-from branchy_jax.data.tfds import OnDisk, find_builder, open_split, read_classes
+from branchy_jax.data.dataset import Dataset, check_alike, checked, digit_canvases, fit_normalization, split_rows
+from branchy_jax.data.tfds import OnDisk, find_builder, read_classes
 from branchy_jax.types import Batch, Normalization
 
 _ARRAYS = ('x_train', 'y_train', 'x_test', 'y_test')
@@ -115,10 +114,15 @@ def load_dataset(
     key = hashlib.sha256(f'{builder.data_dir} {keys} {image_size}'.encode()).hexdigest()[:12]
     file = f'{builder.name}-{key}'  # no other data set, version, label or size has this name
     classes = _cached(f'{file}-classes', lambda: read_classes(builder, keys))
-    whole, tested = (open_split(builder, part, keys, int(classes['first']), image_size) for part in ('train', 'test'))
+
+    def examples(part: str) -> OnDisk:
+        rows = builder.as_data_source(split=part)
+        title, first = f'{builder.info.full_name}, {part}', int(classes['first'])
+        return OnDisk(title, rows, keys, first, image_size, np.arange(len(rows)), workers, prefetch)
+
+    whole, tested = examples('train'), examples('test')
     if in_memory:
         return _in_memory(name, _cached(file, lambda: _arrays(whole.read_all(), tested.read_all())), split)
-    whole = dataclasses.replace(whole, workers=workers, prefetch=prefetch)
     return _on_disk(name, whole, tested, classes, split, file)
 
 
@@ -126,8 +130,7 @@ def _on_disk(name: str, whole: OnDisk, tested: OnDisk, classes: Arrays, split: A
     train, held_out = (dataclasses.replace(whole, rows=rows) for rows in split(classes['train']))
     validation, test = held_out.read_all(), tested.read_all()
     check_alike(validation, test, name)
-    options = '-'.join(map(str, split.keywords.values()))
-    file = f'{file}-normalization-{options}'
+    file = f'{file}-normalization-{"-".join(map(str, split.keywords.values()))}'
     stored = _cached(file, lambda: vars(fit_normalization(block.image for block in train.blocks())))
     normalization = Normalization(**jax.tree.map(jnp.asarray, stored))
     return Dataset(name, train, validation, test, int(classes['number']), normalization)

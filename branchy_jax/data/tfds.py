@@ -63,9 +63,9 @@ class OnDisk:
         """
         examples = self.source.__getitems__(self.rows[np.asarray(rows)].tolist())
         images, labels = zip(*map(self._decoded, examples), strict=True)
-        sizes = {image.shape[:2] for image in images} | {label.shape for label in labels if label.ndim}
-        if sizes != {self.image_shape[:2]}:
-            sizes.add(self.image_shape[:2])
+        sizes = {self.image_shape[:2], *(image.shape[:2] for image in images)}
+        sizes |= {label.shape for label in labels if label.ndim}
+        if len(sizes) > 1:
             raise ValueError(f'image_size: images of {self.name} differ in size: {sizes}; give one size for all')
         return Batch(np.stack(images), np.stack(labels))
 
@@ -184,14 +184,6 @@ def read_classes(builder: Any, keys: tuple[str, str]) -> dict[str, np.ndarray]:
     first = lowest if masks else 0
     classes = np.zeros(len(ranges['train']), np.int32) if masks else ranges['train'][:, 0]
     return {'train': classes, 'first': np.array(first), 'number': np.array(highest - first + 1)}
-
-
-def open_split(
-    builder: Any, split: str, keys: tuple[str, str], first_class: int, image_size: tuple[int, int] | None
-) -> OnDisk:
-    """Returns all examples of a split."""
-    source, name = builder.as_data_source(split=split), f'{builder.info.full_name}, {split}'
-    return OnDisk(name, source, keys, first_class, image_size, np.arange(len(source)))
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int] | None, *, smooth: bool = False) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The folder that a network is exported to: one file per program, and a manifest with the checksums of all of them."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,12 +19,11 @@ from branchy_jax.criteria.policy import as_policy, encode_policy
 from branchy_jax.export.programs import PLATFORMS, Network, Program, plain_text, rewrite
 from branchy_jax.inference.compacted import compacted
 from branchy_jax.inference.onnx_program import described
-from branchy_jax.inference.planning.file import versions
+from branchy_jax.inference.planning.plan import versions
 from branchy_jax.inference.staged import staged
-from branchy_jax.inference.steps import check_chunk_sizes, chunk_size_of_each
-from branchy_jax.types import ExitPolicy, Normalization, Variables
+from branchy_jax.types import Normalization, Variables
 
-_FORMAT = 1  # of the folder; a reader refuses a newer one
+_FORMAT = 2  # of the folder; a reader refuses every other one
 _MANIFEST, _WEIGHTS = 'manifest.json', 'weights.safetensors'
 
 
@@ -46,10 +46,10 @@ def save(
 
     - ``staged``: one image, with N − 1 conditionals, so that later stages run only if needed;
     - ``batch``: a batch of fixed size, whose later stages run on the remaining rows only;
-    - ``stage 1``, ``exit 1``, …: every stage and head alone, for any number of images, to run on different machines;
+    - ``stage 0``, ``exit 0``, …: every stage and head alone, for any number of images, to run on different machines;
     - beside each of them an ``.mlir``, the same program as text for compilers other than XLA: plain StableHLO in the
-      portable form, for one platform, stages and heads for one image. ``experiments/run_without_jax.py`` runs it with
-      IREE, without jax;
+      portable form, for one platform, stages and heads for one image. ``experiments/run_exported.py --iree`` runs
+      it with IREE, without jax;
     - ``manifest.json``: input, normalisation, policy, exits, the bytes per image that each stage receives, versions,
       and the SHA-256 of every file and of the manifest itself.
 
@@ -85,16 +85,16 @@ def save(
         >>> manifest = save(folder, weights.model, weights.variables, weights.operating_points[0],
         ...                 inputs=weights.inputs, normalization=weights.normalization, platforms=['cpu'])
         >>> manifest['cuts'][1]
-        {'after': 'exit 1', 'bytes_per_image': 3136}
+        {'after': 'exit 0', 'bytes_per_image': 3136}
     """
     folder = Path(folder)
     stages = program.stages(model, variables, inputs)
     policy = as_policy(policy, stages.num_exits)
-    names = [f'exit {n + 1}' for n in range(stages.num_exits)] if exit_names is None else list(exit_names)
+    names = [f'exit {n}' for n in range(stages.num_exits)] if exit_names is None else list(exit_names)
     _check(folder, stages.num_exits, names, platforms, batch_size)
     if chunk_size is None:
         chunk_size = [batch_size] + [max(1, batch_size // 4)] * (stages.num_exits - 1)
-    chunk_sizes = chunk_size_of_each(check_chunk_sizes(chunk_size), stages.num_exits)
+    chunk_sizes = compacted(model, chunk_size=chunk_size).network.chunk_sizes(stages.num_exits)
     network = rewrite(model, variables, policy.criterion, inputs, platforms)
     parts, cuts = network.parts()
     programs = [*_whole(network, batch_size, chunk_sizes), *parts]
@@ -109,10 +109,12 @@ def save(
         'exits': names,
         # JSON has no infinity: thresholds that are not finite become text.
         'thresholds': [str(x) if math.isinf(x) else x for x in np.asarray(policy.thresholds).tolist()],
-        'policy': _policy(policy),
+        'policy': None,
         'cuts': cuts,
         'weights': None,
     }
+    with contextlib.suppress(ValueError):  # a criterion of the user's own is not stored
+        manifest['policy'] = encode_policy(policy)
 
     def write(temporary: Path) -> None:
         temporary.mkdir()
@@ -187,14 +189,6 @@ def _described(path: Path) -> dict[str, Any]:
 def _array(name: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
     sizes = [size if isinstance(size, int) else 'batch' for size in shape]
     return {'name': name, 'shape': sizes, 'dtype': str(dtype)}
-
-
-def _policy(policy: ExitPolicy) -> dict[str, Any] | None:
-    """Returns a policy as `branchy_jax.criteria.save_policy` stores it; ``None`` for a criterion of the user's own."""
-    try:
-        return encode_policy(policy)
-    except ValueError:
-        return None
 
 
 def _input(inputs: Any) -> dict[str, Any]:

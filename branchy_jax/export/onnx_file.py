@@ -24,7 +24,7 @@ def save_onnx(
     The file takes ``image`` ``[1, H, W, C]``, a batch of one, and returns ``label`` ``[1]``, ``exit_index`` ``[1]``,
     ``logits`` ``[1, K]`` and ``uncertainty`` ``[1]``. Each stage after the first lies in the else branch of an ``If``
     on the exit before it, so that the stage does not run for an image that has left. Thresholds are the scalar
-    initialisers ``threshold_1``, ``threshold_2``, …, which can be changed in the file without another export. All
+    initialisers ``threshold_0``, ``threshold_1``, …, which can be changed in the file without another export. All
     floats are float32. The file's metadata holds the criterion, the thresholds and the normalisation.
 
     The network is rewritten as `branchy_jax.inference.optimize` does, in forms that suit every platform, and then
@@ -43,7 +43,7 @@ def save_onnx(
             are gathered, and the next stage runs on those alone inside an ``If``, which is skipped when no row goes on.
             A NaN among the thresholds of the file means never, since ONNX has no assertion.
         every_exit: whether the file takes ``image`` ``[B, H, W, C]`` for any B instead, has no conditionals and no
-            thresholds, and returns the logits of every exit, ``logits_1`` ``[B, K]``, ``logits_2``, ….
+            thresholds, and returns the logits of every exit, ``logits_0`` ``[B, K]``, ``logits_1``, ….
 
     Raises:
         ValueError: an argument does not fit the network; the path is a folder or cannot be written; the network
@@ -58,8 +58,8 @@ def save_onnx(
         >>> save_onnx(path, weights.model, weights.variables, weights.operating_points[0], inputs=weights.inputs,
         ...           normalization=weights.normalization)
         >>> file = onnx.load(path)
-        >>> [array] = [array for array in file.graph.initializer if array.name == 'threshold_1']
-        >>> array.CopyFrom(onnx.numpy_helper.from_array(np.float32(0.5), 'threshold_1'))
+        >>> [array] = [array for array in file.graph.initializer if array.name == 'threshold_0']
+        >>> array.CopyFrom(onnx.numpy_helper.from_array(np.float32(0.5), 'threshold_0'))
         >>> onnx.save(file, path)
     """
     path = Path(path)

@@ -16,7 +16,7 @@ from jax.interpreters import mlir
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
 from branchy_jax.inference.onnx_program import ANSWER
-from branchy_jax.inference.rewriting.optimize import optimize
+from branchy_jax.inference.optimize import optimize
 from branchy_jax.inference.steps import arrays_of
 from branchy_jax.jaxprs import variables_of
 from branchy_jax.types import Array, ExitPolicy, Variables
@@ -39,7 +39,7 @@ class Program:
     """One exported function.
 
     Attributes:
-        name: ``'staged'``, ``'batch'``, ``'stage 1'``, ``'exit 1'``, ….
+        name: ``'staged'``, ``'batch'``, ``'stage 0'``, ``'exit 0'``, ….
         function: ``(weights, *inputs) → outputs``, a tuple of arrays.
         portable: the same in forms that suit every platform.
         weights: the weights that the function reads.
@@ -114,14 +114,17 @@ class Network:
 
         Returns:
             The programs; and for the inputs and each early exit, the bytes per image that the next stage receives.
+
+        Raises:
+            ValueError: a network that runs at the batch size of the example alone.
         """
         hidden, carry = calling.with_batch(self.inputs, program.BATCH), None
         programs, cuts = [], [_cut_after('input', hidden)]
         for n in range(self.stages.num_exits):
             run_stage, run_exit = functools.partial(self._run_stage, n), functools.partial(self._run_exit, n)
-            stage, result = self._part(f'stage {n + 1}', run_stage, {'hidden': hidden})
+            stage, result = self._part(f'stage {n}', run_stage, {'hidden': hidden})
             hidden = result['hidden']
-            head, result = self._part(f'exit {n + 1}', run_exit, {'hidden': hidden, 'carry': carry})
+            head, result = self._part(f'exit {n}', run_exit, {'hidden': hidden, 'carry': carry})
             carry = result['carry']
             programs += [stage, head]
             cuts.append(_cut_after(head.name, (hidden, carry)))
@@ -165,15 +168,10 @@ def rewrite(model: Any, variables: Variables, criterion: Criterion, inputs: Any,
         criterion: of the policy.
         inputs: an example, or its shapes.
         platforms: some of `PLATFORMS`.
-
-    Raises:
-        ValueError: a network that runs at the batch size of the example alone.
     """
     inputs = calling.with_batch(inputs, 1)
     portable = optimize(model, variables, inputs=inputs, banded=False)
     stages = program.stages(*portable, inputs)
-    if stages.fixed_because:
-        raise stages.refusal()
     weights, on_cpu = portable[1]['params'], None
     if sum(leaf.nbytes for leaf in weights.values()) <= _MOST_EMBEDDED_BYTES:
         weights = {}

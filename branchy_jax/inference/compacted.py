@@ -10,23 +10,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from branchy_jax import calling
 from branchy_jax.criteria.policy import as_policy
-from branchy_jax.inference.pipeline import Pipeline, Steps
-from branchy_jax.inference.steps import (
-    Exits,
-    Network,
-    Step,
-    are_traced,
-    at_rows,
-    check_chunk_sizes,
-    chunk_size_of_each,
-    network,
-    run,
-    run_batch,
-    select_rows,
-    take_step,
-)
+from branchy_jax.inference.host import drive, host_steps
+from branchy_jax.inference.steps import Network, Step, are_traced, at_rows, network, run_batch, select_rows, take_step
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows, static
 
 Combine = Callable[[Any, Any], Any]
@@ -41,13 +27,11 @@ class Compacted:
 
     Attributes:
         network: a model and its exits.
-        chunk_size: rows that a stage takes at once; one number, or one for each exit asked.
         on_host: whether the host gathers rows and starts every chunk.
         workers: chunks that the host runs at the same time.
     """
 
     network: Network = static()
-    chunk_size: int | tuple[int, ...] = static()
     on_host: bool = static()
     workers: int = static()
 
@@ -62,7 +46,7 @@ class Compacted:
         # Cutting the program anew would take longer than a small batch; steps check the policy when they are traced.
         count = np.size(policy.thresholds) + 1 if self.network.exits is None else len(self.network.exits)
         steps = host_steps(self.network, variables, images, count)
-        return drive(steps, images, policy, chunk_size_of_each(self.chunk_size, count), workers=self.workers)
+        return drive(steps, images, policy, self.network.chunk_sizes(count), workers=self.workers)
 
     def program(self, variables: Variables, images: Any, policy: ExitPolicy, count: Any = None) -> ExitPrediction:
         """Answers the first ``count`` rows of a batch, by default all, in loops over chunks; to be traced."""
@@ -80,7 +64,7 @@ def compacted(
     model: Any,
     *,
     chunk_size: int | Sequence[int],
-    exits: Exits = None,
+    exits: Sequence[int] | None = None,
     on_host: bool | None = None,
     workers: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
@@ -125,55 +109,7 @@ def compacted(
     on_host = jax.default_backend() == 'cpu' if on_host is None else on_host
     if workers < 1 or (workers > 1 and not on_host):
         raise ValueError(f'workers: got {workers} with on_host={on_host}; give at least 1, more only with on_host=True')
-    return Compacted(network(model, exits, compiler_options), check_chunk_sizes(chunk_size), on_host, workers)
-
-
-@struct.dataclass
-class HostStep:
-    """One step that the host starts.
-
-    Attributes:
-        network: a model and its exits.
-        n: counts the exits asked.
-        inputs: shapes of the model's inputs.
-    """
-
-    network: Network = static()
-    n: int = static()
-    inputs: Any = static()
-
-    def program(self, variables: Variables, hidden: Any, carry: Any, policy: ExitPolicy) -> Step:
-        """Runs the step; to be traced."""
-        stages = self.network.stages(variables, self.inputs)
-        return take_step(stages.at(variables, num_rows(hidden)), self.n, hidden, carry, policy)
-
-
-def host_steps(network: Network, variables: Variables, inputs: Any, count: int) -> Steps:
-    """Returns the steps that the host starts, ``(hidden, carry, policy) → Step``, the same ones for all chunk sizes.
-
-    Args:
-        network: a model and its exits.
-        variables: of the model.
-        inputs: an example.
-        count: how many exits are asked.
-    """
-    example = calling.with_batch(inputs, 2)
-    return [functools.partial(run, HostStep(network, n, example), variables) for n in range(count)]
-
-
-def drive(
-    steps: Steps, images: Any, policy: ExitPolicy, chunk_sizes: Sequence[int], *, workers: int, count: int | None = None
-) -> ExitPrediction:
-    """Answers the first ``count`` rows of a batch, by default all, with chunks that the host starts."""
-    length = num_rows(images)
-    present = length if count is None else int(count)
-    pipeline = Pipeline(steps, lambda: policy, [min(size, length) for size in chunk_sizes], workers=workers)
-    pipeline.add(np.arange(present), at_rows(jax.tree.map(np.asarray, images), slice(present)))
-    parts = list(pipeline.run(flush=True))
-    order = np.argsort(np.concatenate([part.ids for part in parts]))
-    predictions = [part.prediction for part in parts]
-    # jnp.asarray would compile at every new shape.
-    return jax.tree.map(lambda *leaves: jax.device_put(np.concatenate(leaves)[order]), *predictions)
+    return Compacted(network(model, exits, compiler_options, chunk_size), on_host, workers)
 
 
 def answer_in_chunks(
@@ -182,7 +118,7 @@ def answer_in_chunks(
     """Answers the waiting rows, every stage in a loop over chunks; to be traced. Other rows' values are unspecified.
 
     Args:
-        executor: with ``network`` and ``chunk_size``.
+        executor: with a ``network``.
         variables: of the model.
         inputs: ``[M, …]``.
         policy: when a row leaves.
@@ -191,7 +127,7 @@ def answer_in_chunks(
     """
     stages = executor.network.stages(variables, inputs)
     hidden, carry, passed = inputs, None, []
-    for n, most in enumerate(chunk_size_of_each(executor.chunk_size, len(stages.exits))):
+    for n, most in enumerate(executor.network.chunk_sizes(len(stages.exits))):
         length, count = len(waiting), waiting.sum()
         size = min(most, length)
         rows = jnp.arange(length) if n == 0 else jnp.argsort(~waiting, stable=True)

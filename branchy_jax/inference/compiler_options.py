@@ -37,14 +37,10 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def may_use_all_cores() -> bool:
-    """Tells whether `ALL_CORES` may help: on a CPU of several cores, with a jaxlib that knows these options."""
-    return jax.default_backend() == 'cpu' and num_cores() > 1 and _are_known('all cores')
-
-
-def may_use_one_core() -> bool:
-    """Tells whether `ONE_CORE` may help: on a CPU, with a jaxlib that knows these options."""
-    return jax.default_backend() == 'cpu' and _are_known('one core')
+def usable_options() -> list[str]:
+    """Returns the names of the options that may help: on a CPU, those that jaxlib knows, `ALL_CORES` on several."""
+    names = ['one core', *(['all cores'] if num_cores() > 1 else [])]
+    return [name for name in names if jax.default_backend() == 'cpu' and _are_known(name)]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import numpy as np
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
 from branchy_jax.criteria.policy import as_policy
-from branchy_jax.inference.rewriting.optimize import optimize
+from branchy_jax.inference.optimize import optimize
 from branchy_jax.inference.staged import sequential
 from branchy_jax.inference.steps import Step, arrays_of, take_step
 from branchy_jax.jaxprs import Program
@@ -59,11 +59,11 @@ def onnx_program(
         metadata['normalization'] = json.dumps(described(normalization))
     try:
         if every_exit:
-            names = [f'logits_{n + 1}' for n in range(stages.num_exits)]
+            names = [f'logits_{n}' for n in range(stages.num_exits)]
             results = translate(graph, functools.partial(calling.apply, *network), images)
         else:
             names, values = list(ANSWER), np.asarray(policy.thresholds, np.float32)
-            initial = {f'threshold_{n + 1}': np.array(value) for n, value in enumerate(values)}
+            initial = {f'threshold_{n}': np.array(value) for n, value in enumerate(values)}
             graph.arrays.update(initial)
             thresholds = [computed(name, (), np.float32) for name in initial]
             metadata['criterion'] = policy.criterion.name

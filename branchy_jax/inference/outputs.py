@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from branchy_jax import calling, program
 from branchy_jax.costs import warn_if_nothing_is_saved
 from branchy_jax.criteria import Criterion, as_criterion, entropy, replay
-from branchy_jax.inference.steps import at_rows, kind_of
+from branchy_jax.inference.steps import Network, at_rows, kind_of, network, run
 from branchy_jax.sharding import replicate, replicated, shard
 from branchy_jax.thresholds import ExitTable, accuracy_statistics, iou_statistics
 from branchy_jax.thresholds.statistics import Metric, Statistics, mean_of_statistic
@@ -184,14 +184,14 @@ class _Outputs:
     Attributes:
         criterion: how unsure an exit is.
         preprocess: images to inputs.
-        model: the model, without weights.
+        network: the model.
         mesh: the devices that share every batch.
         statistics: ``(answer logits, labels)`` to arrays ``[N, B, …]``.
     """
 
     criterion: Criterion
     preprocess: Callable[[Any], Any]
-    model: Any = static()
+    network: Network = static()
     mesh: Mesh | None = static()
     statistics: Callable[[Array, Array], Any] = static()
 
@@ -199,21 +199,18 @@ class _Outputs:
         """Returns the shapes of the model's inputs for such images, of batch size 1."""
         return jax.eval_shape(self.preprocess, calling.with_batch(images, 1))
 
+    def program(self, variables: Variables, batch: Batch) -> tuple[Any, Array]:
+        """Computes statistics and uncertainties of a batch; to be traced."""
+        inputs, model = self.preprocess(batch.image), self.network.model
+        program.stages(model, variables, inputs)  # refuses rows that influence one another
+        logits, uncertainty = replay(self.criterion, jnp.stack(calling.apply(model, variables, inputs)))
+        result = self.statistics(logits, batch.label), uncertainty
+        return result if self.mesh is None else jax.lax.with_sharding_constraint(result, replicated(self.mesh))
+
 
 def _outputs_of(model: Any, statistics: Any, criterion: Any, preprocess: Any, mesh: Mesh | None) -> _Outputs:
     """Makes what outputs are computed from a value that `jax.jit` takes."""
-    return _Outputs(as_criterion(criterion), _as_pytree(preprocess), calling.without_weights(model), mesh, statistics)
-
-
-@jax.jit
-def _run(outputs_of: _Outputs, variables: Variables, batch: Batch) -> tuple[Any, Array]:
-    inputs = outputs_of.preprocess(batch.image)
-    program.stages(outputs_of.model, variables, inputs)  # refuses rows that influence one another
-    logits, uncertainty = replay(outputs_of.criterion, jnp.stack(calling.apply(outputs_of.model, variables, inputs)))
-    result = outputs_of.statistics(logits, batch.label), uncertainty
-    if outputs_of.mesh is None:
-        return result
-    return jax.lax.with_sharding_constraint(result, replicated(outputs_of.mesh))
+    return _Outputs(as_criterion(criterion), _as_pytree(preprocess), network(model, None, None), mesh, statistics)
 
 
 _AS_THEY_ARE = jax.tree_util.Partial(lambda images: images)
@@ -264,8 +261,8 @@ def _in_batches(
         if not results and mesh is None:
             few = at_rows(batch.image, slice(7))
             prepared = functools.partial(outputs_of.preprocess, few)
-            program.check_rows_by_trial(outputs_of.model, variables, outputs_of.shapes(few), prepared)
-        result = _run(outputs_of, variables, batch if mesh is None else shard(mesh, batch))
+            program.check_rows_by_trial(outputs_of.network.model, variables, outputs_of.shapes(few), prepared)
+        result = run(outputs_of, variables, batch if mesh is None else shard(mesh, batch))
         results.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:, :count], result))
         done += count
         if on_progress is not None:

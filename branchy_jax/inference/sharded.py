@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from branchy_jax.inference.compacted import Combine, answer_in_chunks
-from branchy_jax.inference.steps import Network, are_traced, at_rows, check_chunk_sizes, network, run_batch, select_rows
+from branchy_jax.inference.steps import Network, are_traced, at_rows, network, run_batch, select_rows
 from branchy_jax.sharding import AXIS, shard
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows, static
 
@@ -49,12 +49,10 @@ class Sharded:
     Attributes:
         network: a model and its exits.
         mesh: the devices.
-        chunk_size: rows that a stage takes at once on one device.
     """
 
     network: Network = static()
     mesh: Mesh = static()
-    chunk_size: int | tuple[int, ...] = static()
 
     def __call__(self, variables: Variables, images: Any, policy: Any) -> ExitPrediction:
         """Answers ``images [B, H, W, C]``, as `dense` would."""
@@ -133,7 +131,7 @@ def sharded(model: Any, *, mesh: Mesh, chunk_size: int | Sequence[int], exits: S
         >>> run.balance(variables, images, [float('-inf')]).dispatched.tolist()
         [[5], [5]]
     """
-    return Sharded(network(model, exits, None), mesh, check_chunk_sizes(chunk_size))
+    return Sharded(network(model, exits, None, chunk_size), mesh)
 
 
 def spread(images: Array, mesh: Mesh) -> Array:

@@ -22,17 +22,19 @@ Options = tuple[tuple[str, Any], ...]
 
 @struct.dataclass
 class Network:
-    """A model and the exits that an executor asks.
+    """A model and how an executor runs it.
 
     Attributes:
         model: the model, without weights.
-        exits: ascending, the last among them; ``None`` asks all.
+        exits: to ask, ascending, the last among them; ``None`` asks all.
         compiler_options: for `jax.jit`.
+        chunk_size: rows that a stage takes at once, where an executor gathers rows.
     """
 
     model: Any = static()
     exits: tuple[int, ...] | None = static()
     compiler_options: Options = static()
+    chunk_size: int | tuple[int, ...] = static()
 
     def stages(self, variables: Variables, inputs: Any) -> program.Stages:
         """Returns the stages of the exits asked, for an executor that gathers rows.
@@ -49,16 +51,30 @@ class Network:
         """Returns the stages of the exits asked at the batch size of the inputs."""
         return program.stages(self.model, variables, inputs, exits=self.exits).at(variables, num_rows(inputs))
 
+    def chunk_sizes(self, count: int) -> tuple[int, ...]:
+        """Returns one chunk size for each of ``count`` exits asked; raises ValueError for another number of them."""
+        sizes = self.chunk_size if isinstance(self.chunk_size, tuple) else (self.chunk_size,) * count
+        if len(sizes) != count:
+            several = f'{count} of them, one for each exit asked'
+            raise ValueError(f'chunk_size: got {self.chunk_size}; give one integer, or {several}')
+        return tuple(map(int, sizes))
 
-def network(model: Any, exits: Exits, compiler_options: Mapping[str, Any] | None) -> Network:
+
+def network(
+    model: Any, exits: Exits, compiler_options: Mapping[str, Any] | None, chunk_size: int | Sequence[int] = 1
+) -> Network:
     """Checks what an executor is built from.
 
     Raises:
-        ValueError: not a model, or exits that are not ascending numbers.
+        ValueError: not a model, exits that are not ascending numbers, or chunk sizes that are not positive integers.
     """
     calling.check_model(model)
     chosen = None if exits is None else calling.check_exits('exits', exits)
-    return Network(calling.without_weights(model), chosen, tuple(sorted((compiler_options or {}).items())))
+    sizes: Any = tuple(chunk_size) if isinstance(chunk_size, (list, tuple)) else chunk_size
+    each = sizes if isinstance(sizes, tuple) else (sizes,)
+    if not each or any(not isinstance(size, (int, np.integer)) or size < 1 for size in each):
+        raise ValueError(f'chunk_size: got {chunk_size!r}; give one positive integer, or one for each exit asked')
+    return Network(calling.without_weights(model), chosen, tuple(sorted((compiler_options or {}).items())), sizes)
 
 
 def arrays_of(prediction: ExitPrediction) -> tuple[Array, ...]:
@@ -102,27 +118,6 @@ def run_batch(executor: Any, variables: Variables, inputs: Any, policy: Any, *ot
     return jax.tree.map(lambda spec: jnp.zeros((0, *spec.shape[1:]), spec.dtype), answer)
 
 
-def check_chunk_sizes(chunk_size: int | Sequence[int]) -> int | tuple[int, ...]:
-    """Returns chunk sizes as an integer or a tuple.
-
-    Raises:
-        ValueError: not positive integers.
-    """
-    several = isinstance(chunk_size, (list, tuple))
-    sizes: Any = chunk_size if several else [chunk_size]
-    if not sizes or any(not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
-        raise ValueError(f'chunk_size: got {chunk_size!r}; give one positive integer, or one for each exit asked')
-    return tuple(map(int, sizes)) if several else int(sizes[0])
-
-
-def chunk_size_of_each(chunk_size: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Returns one chunk size for each of ``count`` exits asked; raises ValueError for another number of them."""
-    sizes = chunk_size if isinstance(chunk_size, tuple) else (chunk_size,) * count
-    if len(sizes) != count:
-        raise ValueError(f'chunk_size: got {chunk_size}; give one integer, or {count} of them, one for each exit asked')
-    return sizes
-
-
 @struct.dataclass
 class Step:
     """Where a batch stands after an exit.
@@ -156,11 +151,11 @@ def take_step(stages: program.Cut, n: int, hidden: Any, carry: Any, policy: Exit
     check_policy(policy, stages.num_exits)
     exit_number, criterion = stages.exits[n], policy.criterion
     # Profiles and ONNX files show these names.
-    with jax.named_scope(f'stage_{exit_number + 1}'):
+    with jax.named_scope(f'stage_{exit_number}'):
         hidden = stages.run_stage(n, hidden)
-    with jax.named_scope(f'exit_{exit_number + 1}'):
+    with jax.named_scope(f'exit_{exit_number}'):
         logits = stages.run_exit(n, hidden)
-    with jax.named_scope(f'criterion_{exit_number + 1}'):
+    with jax.named_scope(f'criterion_{exit_number}'):
         answer, uncertainty, carry = criterion(logits, carry, exit_number)
     if len(stages.exits) < stages.num_exits and jax.tree.leaves(carry):
         raise ValueError(

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import bridge
 
-from branchy_jax import calling, program
+from branchy_jax import calling, modes, program
 from branchy_jax.jaxprs import Program, Value, flatten, variables_of
 from branchy_jax.models.capture import LinenNetwork, NnxNetwork, Values, from_nnx
 from branchy_jax.types import Array, Variables
@@ -62,13 +63,25 @@ class Attached(calling.Model):
     inputs: Any
     axes: Axes
 
+    def __repr__(self) -> str:
+        return f'Attached({self.network!r}, exits at {", ".join(repr(place) for place, _ in self.heads)})'
+
     def _init(self, key: Any, inputs: Any) -> Variables:
         calling.check_inputs(inputs, self.inputs)
         keys = jax.random.split(key, len(self.heads) + 1)
         variables = self.network.init(keys[0], inputs)
-        values, _ = self.network.run(variables, inputs, calling.Mode())
+        return self.with_heads(variables, keys[1:], self.network.run(variables, inputs, calling.Mode())[0])
+
+    def with_heads(self, variables: Variables, keys: Array, values: Values) -> Variables:
+        """Returns the network's variables with those of fresh heads.
+
+        Args:
+            variables: of the network.
+            keys: a PRNG key for each head.
+            values: what the network computes at the places of the heads.
+        """
         collections = {collection: dict(leaves) for collection, leaves in variables.items()}
-        for (place, head), head_key in zip(self.heads, keys[1:], strict=True):
+        for (place, head), head_key in zip(self.heads, keys, strict=True):
             own = calling.init(head, head_key, (self._read(place, values),)) if isinstance(head, nn.Module) else {}
             for collection, leaves in own.items():
                 collections.setdefault(collection, {})[_head_name(place)] = leaves
@@ -123,7 +136,7 @@ def attach(
     exits: Mapping[str, Any] | Sequence[str],
     *,
     inputs: Any,
-    train: calling.Flags | None = None,
+    train: modes.Flags | None = None,
 ) -> Attached:
     """Puts exits on a network that is left as it is, its parameters under their own names.
 
@@ -131,9 +144,10 @@ def attach(
 
     Args:
         network: a Flax Linen module, or an NNX module with its weights. A flag that tells it whether it trains is
-            recognised by name (``train``, ``training``, ``is_train``, ``is_training``, ``deterministic``,
-            ``inference``, ``use_running_average``, ``eval``, ``is_eval``, ``evaluate``, ``is_evaluating``), in the
-            signature of its call, as an attribute or in a configuration that is an attribute.
+            recognised by name (``train``, ``training``, ``is_train``, ``is_training``, ``enable_dropout``,
+            ``deterministic``, ``inference``, ``use_running_average``, ``eval``, ``is_eval``, ``evaluate``,
+            ``is_evaluating``), in the signature of its call, as an attribute or in a configuration that is an
+            attribute.
         exits: paths of submodules, such as ``'encoder/layer_3'``, each with its head: a Linen module or a function that
             reads what the submodule returns, the batch first; ``None``, or paths alone, for a mean over all positions
             and a dense layer (for a dense prediction, a dense layer at every position, resized). The path ``''`` is the
@@ -162,11 +176,8 @@ def attach(
         >>> bj.inference.dense(model)(variables, jnp.ones((2, 4)), [-jnp.inf, -jnp.inf]).exit_index.tolist()
         [2, 2]
     """
-    if not isinstance(network, (nn.Module, nnx.Module)):
-        raise ValueError(f'network: got {type(network).__name__}; give a Flax Linen or NNX module')
-    if isinstance(exits, str):
-        raise ValueError(f'exits: got {exits!r}; give a list of places')
-    flags = calling.flags_with(train)
+    _check_arguments(network, exits)
+    flags = modes.flags_with(train)
     whole = LinenNetwork(network, flags) if isinstance(network, nn.Module) else from_nnx(network)
     heads = dict(exits) if isinstance(exits, Mapping) else dict.fromkeys(exits)
     heads = {**heads, _RESULT: heads.pop(_RESULT, None)}
@@ -198,11 +209,25 @@ def attach(
     attached = Attached(whole, named, calling.with_batch(inputs, 1), axes)
     # Traced once with its heads, so that a fault shows now.
     try:
-        program.check_rows_by_trial(attached, jax.eval_shape(attached.init, jax.random.key(0), specs), specs)
+        keys = jax.random.split(jax.random.key(0), len(named))
+        fresh = jax.eval_shape(attached.with_heads, variables, keys, {place: passed[place] for place in heads})
+        program.check_rows_by_trial(attached, fresh, specs)
     except ValueError as error:
         order = ', '.join(repr(place) for place, _ in named)
         raise ValueError(f'{error} (exits, from exit 0 on: {order}; heads read the batch first)') from error
     return attached
+
+
+def _check_arguments(network: Any, exits: Any) -> None:
+    if not isinstance(network, (nn.Module, nnx.Module)):
+        raise ValueError(f'network: got {type(network).__name__}; give a Flax Linen or NNX module')
+    if isinstance(network, bridge.ToNNX):
+        raise ValueError(
+            'network: is a Linen module in flax.nnx.bridge.ToNNX, whose submodules are no places; give the Linen '
+            'module itself, network.to_nnx__module'
+        )
+    if isinstance(exits, str):
+        raise ValueError(f'exits: got {exits!r}; give a list of places')
 
 
 def _passed(

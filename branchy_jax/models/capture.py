@@ -15,7 +15,7 @@ from flax import nnx, traverse_util
 from flax.linen import transforms
 from flax.nnx import tracers
 
-from branchy_jax import calling
+from branchy_jax import calling, modes
 from branchy_jax.types import Array, Variables
 
 _COLLECTION, _CALLED, _OTHER = '<places>', '<called>', '<other method>'
@@ -39,8 +39,11 @@ class LinenNetwork:
     """
 
     module: nn.Module
-    flags: calling.Flags
+    flags: modes.Flags
     loops: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return type(self.module).__name__
 
     def init(self, key: jax.Array, inputs: Any) -> Variables:
         """Returns fresh variables."""
@@ -53,7 +56,7 @@ class LinenNetwork:
 
         def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module, method = context.module, context.method_name
-            path = '' if module.scope is None else '/'.join(module.path)
+            path = modes.path_of(module)
             # A module may call its own methods, and a rematerialised one calls itself once more inside.
             if not path or path in inside or method == 'setup' or not hasattr(type(module), method):
                 return call(*args, **kwargs)
@@ -129,8 +132,11 @@ class NnxNetwork(calling.Model):
     names: tuple[tuple[str, ...], ...]
     state: tuple[Any, ...] = dataclasses.field(compare=False, repr=False)
     streams: nnx.State = dataclasses.field(compare=False, repr=False)
-    flags: calling.Flags = dataclasses.field(default_factory=lambda: calling.MODE_FLAGS)
+    flags: modes.Flags = dataclasses.field(default_factory=lambda: modes.MODE_FLAGS)
     places: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f'NnxNetwork({len(self.names)} arrays)'
 
     def run(self, variables: Variables, inputs: Any, mode: calling.Mode) -> tuple[Values, Variables]:
         """Runs the network once, as `LinenNetwork.run` does."""
@@ -139,13 +145,13 @@ class NnxNetwork(calling.Model):
         parts = {'/'.join(map(str, path)): part for path, part in nnx.iter_modules(module)}
         for part in parts.values():
             for name, flag in self.flags.items():
-                if calling.is_flag(getattr(part, name, None), flag):
+                if modes.is_flag(getattr(part, name, None), flag):
                     setattr(part, name, flag[mode.train])
         called = getattr(module, 'to_nnx__module', module)
-        positional, named = calling.call_arguments(called, inputs, train=mode.train, flags=self.flags)
-        if 'rngs' in list(calling.parameters_of(called))[1 + len(positional) :] and named.get('rngs') is None:
+        positional, named = modes.call_arguments(called, inputs, train=mode.train, flags=self.flags)
+        if 'rngs' in list(modes.parameters_of(called))[1 + len(positional) :] and named.get('rngs') is None:
             named['rngs'] = nnx.Rngs(mode.rngs.get('dropout', 0))
-        with _kept(parts, self.places) as values:
+        with _kept(parts, self.places, train=mode.train) as values:
             try:
                 output = module(*positional, **named)
             except (TypeError, ValueError) as error:
@@ -238,7 +244,7 @@ def _collection(variable: Any) -> str:
 
 
 @contextlib.contextmanager
-def _kept(parts: Mapping[str, nnx.Module], copied: Iterable[str]) -> Iterator[Values]:
+def _kept(parts: Mapping[str, nnx.Module], copied: Iterable[str], *, train: bool) -> Iterator[Values]:
     """Keeps what the calls of modules return, by their paths.
 
     The classes of the modules are wrapped meanwhile, as `flax.nnx.capture` does, whose own variables break networks
@@ -247,6 +253,7 @@ def _kept(parts: Mapping[str, nnx.Module], copied: Iterable[str]) -> Iterator[Va
     Args:
         parts: the modules by path.
         copied: the paths of modules whose copies in Flax's transforms are to keep values too.
+        train: whether to warn of layers that drop nothing.
     """
     values: Values = {}
     places, outside = {id(part): place for place, part in parts.items()}, tracers.TraceState()
@@ -254,8 +261,10 @@ def _kept(parts: Mapping[str, nnx.Module], copied: Iterable[str]) -> Iterator[Va
     for part in holders.values():
         setattr(part, _ATTRIBUTE, _Place(()))
 
-    def keep(part: Any, value: Any) -> None:
+    def keep(part: Any, given: Any, value: Any) -> None:
         place = places.get(id(part))
+        if train:
+            modes.warn_if_idle(part, place or '', given, value)
         if place is not None and outside.is_valid():
             values[place] = (*values.get(place, ()), value)
         elif place is None and hasattr(part, _ATTRIBUTE):
@@ -281,12 +290,12 @@ def _owner(kind: type) -> type:
     return next(base for base in kind.__mro__ if '__call__' in vars(base))
 
 
-def _keeping(call: Any, keep: Callable[[Any, Any], None], kinds: Set[type]) -> Any:
+def _keeping(call: Any, keep: Callable[[Any, Any, Any], None], kinds: Set[type]) -> Any:
     @functools.wraps(call)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         value = call.__get__(self)(*args, **kwargs)
         if type(self) in kinds:  # else a subclass with a call of its own
-            keep(self, value)
+            keep(self, args, value)
         return value
 
     return wrapper

@@ -24,12 +24,6 @@ def check_images(images: Array, image_shape: tuple[int, int, int] | None) -> Non
     calling.check_array('images', images, image_shape or 'HWC', jnp.dtype('float32'))
 
 
-def check_placement(placement: str, known: tuple[str, ...]) -> None:
-    """Raises ValueError for an unknown placement of exits."""
-    if placement not in known:
-        raise ValueError(f'placement: got {placement!r}; choose from {", ".join(map(repr, known))}')
-
-
 he_normal = jax.nn.initializers.he_normal()
 
 

@@ -1,7 +1,9 @@
-"""Trained networks with the settings they run at: in the package, in a folder, or on the Hugging Face hub."""
+"""Networks by name: new ones, and trained ones from the package, a folder or the Hugging Face hub."""
 
+import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,54 @@ from flax import struct
 from branchy_jax import calling
 from branchy_jax.checkpoint import load_weights, save_weights, write_atomically
 from branchy_jax.criteria.policy import decode_policy, encode_policy
-from branchy_jax.models.registry import create
+from branchy_jax.models.paper import AlexNet, LeNet, ResNet
+from branchy_jax.models.select import without_branches
+from branchy_jax.models.unet import UNet
+from branchy_jax.models.vit import ViT
 from branchy_jax.types import Array, Normalization, OperatingPoint, Variables
 
+_NETWORKS: dict[str, Any] = {'lenet': LeNet, 'alexnet': AlexNet, 'resnet': ResNet, 'vit': ViT, 'unet': UNet}
 _FORMAT = '1'
 _FILE = 'model.safetensors'
 _WEIGHTS = Path(__file__).parent / 'weights'
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names that `create` knows; ``resnet110`` stands for any depth 6n + 2."""
+    trunks = ('lenet', 'alexnet', 'resnet110', 'vit', 'unet')
+    return (*(f'b-{name}' for name in trunks), *trunks)
+
+
+def create(name: str, **options: Any) -> Any:
+    """Builds a network by name: ``'b-lenet'`` is branchy, ``'lenet'`` its one-exit baseline.
+
+    Args:
+        name: one of `names`, or a ResNet of another depth, such as ``'b-resnet20'``.
+        **options: attributes of the network: `LeNet`, `AlexNet`, `ResNet`, `ViT` or `UNet`.
+
+    Returns:
+        A Linen module, or of a baseline what `without_branches` returns; two calls with the same arguments return equal
+        models.
+
+    Raises:
+        ValueError: unknown name or option; the message lists the choices.
+
+    Example:
+        >>> create('b-alexnet', placement='released').placement
+        'released'
+    """
+    match = re.fullmatch(r'(b-)?([a-z]+?)(\d+)?', name) if isinstance(name, str) else None
+    if match is None or match[2] not in _NETWORKS or (match[2] == 'resnet') != (match[3] is not None):
+        raise ValueError(f'name: unknown network {name!r}; choose from {", ".join(names())} (any 6n + 2 for 110)')
+    network = _NETWORKS[match[2]]
+    if match[3] is not None:
+        options = {'depth': int(match[3]), **options}
+    known = {field.name for field in dataclasses.fields(network)} - {'parent', 'name'}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f'options: {name!r} takes no {", ".join(unknown)}; choose from {", ".join(sorted(known))}')
+    model = network(**options)
+    return model if match[1] else without_branches(model)
 
 
 @struct.dataclass
@@ -84,9 +128,8 @@ def load_pretrained(network: Path | str, *, dataset: str | None = None, revision
     if (network, dataset) not in pretrained_names():
         known = ', '.join(f'{name!r} on {data!r}' for name, data in pretrained_names())
         sought = f'no folder {str(network)!r}' if dataset is None else f'no weights of {str(network)!r} on {dataset!r}'
-        raise ValueError(
-            f"network: {sought}; there are {known}, any folder that save_pretrained wrote, and 'owner/name' on the hub"
-        )
+        known += ", any folder that save_pretrained wrote, and 'owner/name' on the hub"
+        raise ValueError(f'network: {sought}; there are {known}')
     return read_pretrained(_WEIGHTS / f'{network}@{dataset}.safetensors')
 
 
@@ -97,23 +140,15 @@ def read_pretrained(path: Path | str) -> Pretrained:
         ValueError: not such a file, or written by a newer version.
     """
     stored, metadata = load_weights(path)
-    if metadata.get('format') != _FORMAT:
-        raise ValueError(
-            f'path: {path} holds published weights of format {metadata.get("format")!r}, this version reads {_FORMAT!r}'
-        )
+    if (version := metadata.get('format')) != _FORMAT:
+        raise ValueError(f'path: {path} holds weights of format {version!r}; this version reads {_FORMAT!r}')
     card, normalization = json.loads(metadata['card']), stored.pop('normalization')
-    points = tuple(
-        OperatingPoint(
-            decode_policy(point), point['accuracy'], point['split'], np.array(point['exit_fractions']), point['cost']
-        )
-        for point in card['operating_points']
-    )
     return Pretrained(
         model=create(card['network'], **_options(card['options'])),
         inputs=jax.ShapeDtypeStruct((1, *card['options']['image_shape']), jnp.float32),
         variables=jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), stored),  # may be stored in halves
-        normalization=Normalization(**{name: jnp.asarray(value) for name, value in normalization.items()}),
-        operating_points=points,
+        normalization=Normalization(**normalization),
+        operating_points=tuple(map(_decoded, card['operating_points'])),
         card=card,
     )
 
@@ -169,12 +204,9 @@ def save_pretrained(
     expected = jax.eval_shape(lambda key: calling.init(model, key, images), jax.random.key(0))
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
         raise ValueError(f'variables: are not those of {network!r} with {options}; give options as to create')
-    record = {
-        **card,
-        'network': network,
-        'options': {name: str(value) if name == 'dtype' else value for name, value in options.items()},
-        'operating_points': [_stored(point) for point in operating_points],
-    }
+    options = {name: str(value) if name == 'dtype' else value for name, value in options.items()}
+    points = [_encoded(point) for point in operating_points]
+    record = {**card, 'network': network, 'options': options, 'operating_points': points}
     metadata = {'format': _FORMAT, 'card': json.dumps(record, allow_nan=False)}
     stored = {**variables, 'normalization': {'mean': normalization.mean, 'deviation': normalization.deviation}}
     path = Path(folder)
@@ -183,14 +215,14 @@ def save_pretrained(
     write_atomically(path / 'README.md', lambda temporary: temporary.write_text(_readme(network, card)))
 
 
-def _stored(point: OperatingPoint) -> dict[str, Any]:
-    return {
-        **encode_policy(point.policy),
-        'accuracy': float(point.accuracy),
-        'split': point.split,
-        'exit_fractions': np.asarray(point.exit_fractions).tolist(),
-        'cost': float(point.cost),
-    }
+def _encoded(point: OperatingPoint) -> dict[str, Any]:
+    results = {'accuracy': float(point.accuracy), 'split': point.split, 'cost': float(point.cost)}
+    return {**encode_policy(point.policy), **results, 'exit_fractions': np.asarray(point.exit_fractions).tolist()}
+
+
+def _decoded(record: Mapping[str, Any]) -> OperatingPoint:
+    results = {name: record[name] for name in ('accuracy', 'split', 'cost')}
+    return OperatingPoint(decode_policy(record), exit_fractions=np.array(record['exit_fractions']), **results)
 
 
 def _readme(network: str, card: Mapping[str, Any]) -> str:
@@ -215,9 +247,8 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ValueError(
-            f"network: no folder {repository!r}; to look for it on the hub, pip install '.[hub]' in a clone"
-        ) from error
+        advice = "to look for it on the hub, pip install '.[hub]' in a clone"
+        raise ValueError(f'network: no folder {repository!r}; {advice}') from error
     info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
     stored = next((file for file in info.siblings or () if file.rfilename == _FILE), None)
     if stored is None or stored.lfs is None:

@@ -28,6 +28,9 @@ class SelectedExits(calling.Model):
     model: Any
     indices: tuple[int, ...] | None
 
+    def __repr__(self) -> str:
+        return f'SelectedExits({calling.name_of(self.model)}, {self.indices or "the last"})'
+
     def without_weights(self) -> 'SelectedExits':
         """Returns the model without arrays: executors keep this."""
         return dataclasses.replace(self, model=calling.without_weights(self.model))

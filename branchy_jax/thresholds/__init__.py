@@ -4,14 +4,11 @@ An `ExitTable` holds what is known of M inputs at N exits: uncertainty ``[N, M]`
 criterion and the name of the data. Every operating point chosen on a table carries its criterion and data name.
 """
 
-from branchy_jax.thresholds.control import Controller as Controller
-from branchy_jax.thresholds.control import Monitor as Monitor
-from branchy_jax.thresholds.guarantees import Guarantee as Guarantee
-from branchy_jax.thresholds.guarantees import conformal_risk_control as conformal_risk_control
-from branchy_jax.thresholds.guarantees import learn_then_test as learn_then_test
-from branchy_jax.thresholds.guarantees import losses_against_full as losses_against_full
-from branchy_jax.thresholds.screen import Screen as Screen
-from branchy_jax.thresholds.statistics import accuracy_statistics as accuracy_statistics
-from branchy_jax.thresholds.statistics import iou_statistics as iou_statistics
-from branchy_jax.thresholds.statistics import mean_iou as mean_iou
-from branchy_jax.thresholds.table import ExitTable as ExitTable
+from branchy_jax.thresholds.control import Controller, Monitor
+from branchy_jax.thresholds.guarantees import Guarantee, conformal_risk_control, learn_then_test, losses_against_full
+from branchy_jax.thresholds.screen import Screen
+from branchy_jax.thresholds.statistics import accuracy_statistics, iou_statistics, mean_iou
+from branchy_jax.thresholds.table import ExitTable
+
+__all__ = ['Controller', 'ExitTable', 'Guarantee', 'Monitor', 'Screen', 'accuracy_statistics', 'conformal_risk_control']
+__all__ += ['iou_statistics', 'learn_then_test', 'losses_against_full', 'mean_iou']

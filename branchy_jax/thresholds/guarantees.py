@@ -199,17 +199,14 @@ def betting(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> np.nda
     return np.exp(-np.maximum(0.0, wealth.max(axis=-1)))
 
 
+Paths = Array | Sequence[Array]
+"""One path of settings ``[G, N - 1]``, or several."""
+
 METHODS: dict[str, PValue] = {'binomial': binomial, 'hoeffding-bentkus': hoeffding_bentkus, 'betting': betting}
 
 
 def learn_then_test(
-    paths: Array | Sequence[Array],
-    table: ExitTable,
-    losses: Array,
-    *,
-    epsilon: float,
-    delta: float,
-    method: str = 'binomial',
+    paths: Paths, table: ExitTable, losses: Array, *, epsilon: float, delta: float, method: str = 'binomial'
 ) -> Guarantee:
     r"""Computes thresholds with :math:`P(R(T) \le \epsilon) \ge 1 - \delta`, where R is the expected loss.
 

@@ -197,12 +197,10 @@ class ExitTable(ByValue, struct.PyTreeNode, eq=False, kw_only=True):
         """
         uncertainty, statistics = checked_arrays(self)
         thresholds = checked_settings(self, settings, 'settings')
-        counts, sums = [], []
-        for setting in thresholds:
-            exits = answering_exits(uncertainty, setting)
-            counts.append(np.bincount(exits, minlength=self.num_exits))
-            sums.append(statistics[exits, np.arange(len(self))].sum(axis=0))
-        return self._screen_of(thresholds, np.array(sums), np.array(counts))
+        exits = [answering_exits(uncertainty, setting) for setting in thresholds]
+        sums = np.array([statistics[n, np.arange(len(self))].sum(axis=0) for n in exits])
+        counts = np.array([np.bincount(n, minlength=self.num_exits) for n in exits])
+        return self._screen_of(thresholds, sums, counts)
 
     def coordinate_descent(self, at_most: float, grid: ArrayLike | int = 100) -> OperatingPoint:
         """Searches greedily: one threshold at a time, the most accurate within the cost, until none changes.

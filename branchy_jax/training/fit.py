@@ -235,7 +235,7 @@ def _resumed(
 
 
 def _check_finite(state: TrainState, history: list[Metrics], epoch: int, step: int) -> None:
-    """Refuses losses, the last of which is that of ``step``, and parameters after it that are not finite."""
+    """Refuses losses and parameters that are not finite; the last loss and the parameters are those of ``step``."""
     bad = [n for n, part in enumerate(history, step - len(history) + 1) if not np.isfinite(part['loss'])]
     if bad or not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params)):
         what = 'loss: is NaN or infinite' if bad else 'state: has parameters that are NaN or infinite'

@@ -8,7 +8,7 @@ from flax import traverse_util
 from flax.core import meta
 
 from branchy_jax import program
-from branchy_jax.models.resnet import ResNet
+from branchy_jax.models.paper import ResNet
 from branchy_jax.types import Array, Variables
 
 

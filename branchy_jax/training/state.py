@@ -38,7 +38,7 @@ class TrainState(struct.PyTreeNode):
 
     def __repr__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        return f'TrainState(step={self.step}, {size:,} parameters, model={type(self.model).__name__})'
+        return f'TrainState(step={self.step}, {size:,} parameters, model={calling.name_of(self.model)})'
 
     @property
     def variables(self) -> Variables:

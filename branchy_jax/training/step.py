@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from branchy_jax import calling
+from branchy_jax import calling, modes
 from branchy_jax.losses import Loss, MetricsOf, accuracy_per_exit, cross_entropy_per_exit
 from branchy_jax.training.state import TrainState
 from branchy_jax.types import Array, Batch
@@ -140,12 +139,14 @@ def optimizer_update(
 
 
 def _check_statistics(state: TrainState, model_state: Any) -> None:
-    """Warns, when a step is traced, if the step changes no BatchNorm statistics."""
-    before, after = (jax.tree.leaves(tree.get('batch_stats', {})) for tree in (state.model_state, model_state))
-    if before and not state.frozen_trunk and all(map(operator.is_, before, after)):
+    """Warns, when a step is traced, of statistics of BatchNorm that the step does not change."""
+    before, after = (
+        jax.tree.leaves_with_path(tree.get('batch_stats', {})) for tree in (state.model_state, model_state)
+    )
+    same = [path for (path, old), (_, new) in zip(before, after, strict=True) if old is new]
+    if same and not state.frozen_trunk:
+        layers = dict.fromkeys(jax.tree_util.keystr(path[:-1], simple=True, separator='/') for path in same)
+        listed = ', '.join(map(repr, list(layers)[:3])) + (', …' if len(layers) > 3 else '')
         warnings.warn(
-            'model: this training step does not change its BatchNorm statistics. The module has no argument or '
-            f'attribute with one of the recognised names for training mode: {", ".join(calling.MODE_FLAGS)}. Rename '
-            'its flag, unless the statistics are meant to stay',
-            stacklevel=2,
+            f'model: this training step does not change the statistics of {listed}. {modes.UNLESS_MEANT}', stacklevel=2
         )

@@ -46,6 +46,9 @@ def _cast(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value
 
 
 def _where(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
+    chosen = inputs[0].array
+    if chosen is not None and chosen.all() and inputs[2].shape == tuple(spec.shape):
+        return inputs[2]
     return _elementwise('Where', graph, params, [inputs[0], inputs[2], inputs[1]], spec)
 
 
@@ -119,14 +122,14 @@ def _reverse(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Va
 
 
 def _gather(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Value:
-    """Takes windows at numbers along some axes. ONNX Runtime refuses computed numbers out of bounds."""
+    """Takes windows at numbers along some axes; numbers out of bounds are those of the nearest window."""
     x, indices = map(graph.full, inputs)
     numbers, sizes = params['dimension_numbers'], params['slice_sizes']
     axes, batching = numbers.start_index_map, numbers.operand_batching_dims
     rest = [axis for axis in range(len(sizes)) if axis not in (*axes, *batching)]
     if not all(is_size(x.shape[axis]) for axis in axes) or any(sizes[axis] != x.shape[axis] for axis in rest):
         raise ValueError('it gathers rows of the batch, or a part of an axis without a number')
-    starts = _within_bounds(graph, indices, [x.shape[axis] - sizes[axis] for axis in axes], params['mode'])
+    starts = _within_bounds(graph, indices, [x.shape[axis] - sizes[axis] for axis in axes])
     last = len(starts.shape) - 1
     if last == 0:
         first = graph.read(starts)
@@ -149,17 +152,12 @@ def _gather(graph: Graph, params: Params, inputs: list[Value], spec: Any) -> Val
     return computed(name, spec.shape, x.dtype, places)
 
 
-def _within_bounds(graph: Graph, indices: Value, most: Sequence[int], mode: Any) -> Value:
+def _within_bounds(graph: Graph, indices: Value, most: Sequence[int]) -> Value:
     """Returns numbers as int64, from 0 to the most of each axis."""
-    can_be_outside = mode == lax.GatherScatterMode.FILL_OR_DROP
     if indices.array is not None:
-        within = indices.array.astype(np.int64).clip(0, most)
-        if can_be_outside and (within != indices.array).any():
-            raise ValueError('it takes elements out of bounds')
-        return known(within)
+        return known(indices.array.astype(np.int64).clip(0, most))
     name = graph.cast(graph.read(indices), np.int64)
-    if not can_be_outside:
-        name = graph.node('Min', graph.node('Max', name, graph.integers([0])), graph.integers(most))
+    name = graph.node('Min', graph.node('Max', name, graph.integers([0])), graph.integers(most))
     return computed(name, indices.shape, np.int64)
 
 
@@ -323,6 +321,21 @@ def _dynamic_slice(x: Any, *starts: Any, slice_sizes: Sequence[Any]) -> Any:
     return lax.gather(x, jnp.stack([starts[axis] for axis in axes]), numbers, slice_sizes, mode='clip')
 
 
+def _gather_or_fill(
+    x: Any, indices: Any, *, dimension_numbers: Any, slice_sizes: Any, mode: Any, fill_value: Any, **params: Any
+) -> Any:
+    """Fills the windows that are out of bounds."""
+    most = [x.shape[axis] - slice_sizes[axis] for axis in dimension_numbers.start_index_map]
+    if mode != lax.GatherScatterMode.FILL_OR_DROP or not all(map(is_size, most)):
+        return None
+    indices = indices.astype(np.int32)
+    last = lax.expand_dims(np.array(most, np.int32), range(indices.ndim - 1))
+    inside = ((indices >= 0) & (indices <= last)).all(-1)
+    taken = lax.gather(x, indices, dimension_numbers, slice_sizes, mode='clip')
+    free = [axis for axis in range(taken.ndim) if axis not in dimension_numbers.offset_dims]
+    return jnp.where(lax.broadcast_in_dim(inside, taken.shape, free), taken, np.array(fill_value, x.dtype))
+
+
 def _scan(*inputs: Any, jaxpr: Any, length: int, num_consts: int, num_carry: int, reverse: bool, **_: Any) -> list[Any]:
     """Repeats the body of a loop."""
     if not is_size(length):
@@ -386,6 +399,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     'erfc': lambda x: 1 - lax.erf(x),
     'exp2': lambda x, **_: lax.pow(lax.full_like(x, 2), x),
     'expm1': lambda x, **_: jnp.tanh(x / 2) * (jnp.exp(x) + 1),  # has all digits of a small x
+    'gather': _gather_or_fill,
     'integer_pow': _integer_power,
     'iota': lambda *, dimension, shape, dtype, **_: lax.broadcast_in_dim(
         np.arange(shape[dimension], dtype=dtype), shape, (dimension,)

@@ -18,24 +18,10 @@ from experiments.configs import common
 def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = common.get_config()
-    config.dataset = 'cifar10'
-    config.crop_padding = 2
-    config.flip = True
-
-    config.network = 'b-alexnet'
-
-    config.regime = 'joint'  # as long as the baseline, and from as little
-    config.epochs_baseline = 24
-    config.epochs = 24
-    config.cpu_devices = 2
-    config.batch_size = 64
-    config.scan_epoch = False
-    config.optimizer = 'adamw'
-    config.learning_rate = 2e-3
-    config.schedule = 'linear'
-    config.warmup = 0.2
-    config.weight_decay = 5e-2
-    config.decay_kernels_only = True
-
-    config.exit_weights = (1.0, 1.0, 1.0)
+    config.update(dataset='cifar10', crop_padding=2, flip=True)
+    config.update(network='b-alexnet', exit_weights=(1.0, 1.0, 1.0))
+    config.update(regime='joint', epochs_baseline=24, epochs=24)  # as long as the baseline, and from as little
+    config.update(cpu_devices=2, batch_size=64, scan_epoch=False)
+    config.update(optimizer='adamw', learning_rate=2e-3, schedule='linear', warmup=0.2)
+    config.update(weight_decay=5e-2, decay_kernels_only=True)
     return config

@@ -1,4 +1,4 @@
-r"""B-AlexNet on CIFAR-10, its side exits taught by the last one.
+r"""B-AlexNet on CIFAR-10, with the last exit as the teacher of the side exits.
 
 Paper: BranchyNet (2016), Table I, AlexNet rows: 78.38 % and 79.19 %, 65.6 and 25.2 % leave at the side exits.
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \

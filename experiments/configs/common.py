@@ -1,10 +1,10 @@
-"""What the runs have in common: every field there is, and what it means."""
+"""Every setting of a run, its default and its meaning."""
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns the settings that a run starts from; ``network`` and ``dataset`` are still to be filled in."""
+    """Returns the default settings, without a ``network`` and a ``dataset``."""
     config = ConfigDict()
     config.seed = 0
 

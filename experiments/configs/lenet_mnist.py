@@ -15,16 +15,7 @@ from experiments.configs import common
 def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = common.get_config()
-    config.dataset = 'mnist'
-    config.crop_padding = 2
-
-    config.network = 'b-lenet'
-    config.banded = True
-
-    config.epochs_baseline = 40
-    config.epochs_start = 20
-    config.epochs = 20
-    config.learning_rate = 2e-3
-
-    config.exit_weights = (1.0, 0.3)
+    config.update(dataset='mnist', crop_padding=2)
+    config.update(network='b-lenet', banded=True, exit_weights=(1.0, 0.3))
+    config.update(epochs_baseline=40, epochs_start=20, epochs=20, learning_rate=2e-3)
     return config

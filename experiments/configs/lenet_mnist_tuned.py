@@ -15,12 +15,7 @@ from experiments.configs import lenet_mnist
 def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = lenet_mnist.get_config()
-    config.placement = 'tuned'
+    config.update(placement='tuned', exit_weights=(1.0, 1.0), distillation=0.5, standard_errors=0.0)
     # The branch shares no layer with the trunk: nothing is lost by leaving the trained baseline as it is.
-    config.regime = 'frozen'
-    config.epochs_start = 0
-    config.epochs = 40
-    config.exit_weights = (1.0, 1.0)
-    config.distillation = 0.5
-    config.standard_errors = 0.0
+    config.update(regime='frozen', epochs_start=0, epochs=40)
     return config

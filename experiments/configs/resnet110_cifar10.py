@@ -19,32 +19,12 @@ from experiments.configs import common
 def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = common.get_config()
-    config.dataset = 'cifar10'
-    config.crop_padding = 2
-    config.flip = True
-    config.image_sides = (16, 24, 32)
-
-    config.network = 'b-resnet110'
-
-    config.regime = 'joint'  # as long as the baseline, and from as little
-    config.shallow_depth = 20
-    config.epochs_baseline = 30
-    config.epochs = 30
-    config.epochs_grown = 0.25
-    config.batch_size_grown = 32
-    config.learning_rate_grown = 5e-3
-    config.cpu_devices = 2
-    config.batch_size = 64
-    config.scan_epoch = False
-    config.optimizer = 'sgd'
-    config.learning_rate = 0.12
-    config.schedule = 'linear'
-    config.warmup = 0.2
-    config.weight_decay = 5e-4
-    config.decay_kernels_only = True
-    config.label_smoothing = 0.1
-
-    config.exit_weights = (0.3, 0.3, 1.0)
-
+    config.update(dataset='cifar10', crop_padding=2, flip=True, image_sides=(16, 24, 32))
+    config.update(network='b-resnet110', exit_weights=(0.3, 0.3, 1.0), label_smoothing=0.1)
+    config.update(regime='joint', epochs_baseline=30, epochs=30)  # as long as the baseline, and from as little
+    config.update(shallow_depth=20, epochs_grown=0.25, batch_size_grown=32, learning_rate_grown=5e-3)
+    config.update(cpu_devices=2, batch_size=64, scan_epoch=False)
+    config.update(optimizer='sgd', learning_rate=0.12, schedule='linear', warmup=0.2)
+    config.update(weight_decay=5e-4, decay_kernels_only=True)
     config.latency_images = 200
     return config

@@ -26,27 +26,13 @@ def get_config(variant: str = '') -> ConfigDict:
         raise ValueError(f"variant: got {variant!r}; there is 'quick', or nothing after the file's name")
     quick = variant == 'quick'
     config = common.get_config()
-    config.task = 'segmentation'
-    config.dataset = 'digit_canvases'  # 'digit_canvases/mnist' has fifteen times as many
-
-    config.network = 'b-unet'
-    config.placement = ''
+    # 'digit_canvases/mnist' has fifteen times as many.
+    config.update(task='segmentation', dataset='digit_canvases', choose='baseline', tolerance=0.002)  # of mIoU
+    config.update(network='b-unet', placement='', exit_weights=(1.0, 1.0, 1.0))
     config.network_options = ConfigDict({'width': 16, 'head_width': 32})
-
-    config.epochs_baseline = 5 if quick else 45  # as many in all as the branchy network has
-    config.epochs_start = 0 if quick else 25
-    config.epochs = 4 if quick else 20
-    config.batch_size = 32
-    config.optimizer = 'adamw'
-    config.learning_rate = 3e-3
-    config.weight_decay = 1e-4
+    epochs = (5, 0, 4) if quick else (45, 25, 20)  # as many in all as the branchy network has
+    config.epochs_baseline, config.epochs_start, config.epochs = epochs
+    config.update(batch_size=32, optimizer='adamw', learning_rate=3e-3, weight_decay=1e-4)
     config.scan_epoch = False  # on a CPU, convolutions in a scanned loop are many times slower
-
-    config.exit_weights = (1.0, 1.0, 1.0)
-
-    config.choose = 'baseline'
-    config.tolerance = 0.002  # of mIoU
-
-    config.latency_batch = 32
-    config.latency_images = 256 if quick else 512
+    config.update(latency_batch=32, latency_images=256 if quick else 512)
     return config

@@ -15,23 +15,11 @@ from experiments.configs import common
 def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = common.get_config()
-    config.dataset = 'mnist'
-    config.crop_padding = 2
-
-    config.network = 'b-vit'
-    config.placement = ''
+    config.update(dataset='mnist', crop_padding=2)
+    config.update(network='b-vit', placement='', exit_weights=(1.0, 1.0, 1.0))
     config.network_options = ConfigDict({'patch_size': 7, 'depth': 6, 'width': 64, 'exits_after': (2, 4)})
-
-    config.epochs_baseline = 25  # as many in all as the branchy network has
-    config.epochs_start = 5
-    config.epochs = 20
-    config.batch_size = 128
-    config.optimizer = 'adamw'
-    config.learning_rate = 1.5e-3
-    config.weight_decay = 0.01
+    config.update(epochs_baseline=25, epochs_start=5, epochs=20)  # as many in all as the baseline has
+    config.update(batch_size=128, optimizer='adamw', learning_rate=1.5e-3, weight_decay=0.01)
     config.scan_epoch = False  # an epoch is a minute on a CPU: progress within it is worth a dispatch per step
-
-    config.exit_weights = (1.0, 1.0, 1.0)
-
     config.standard_errors = 0.0  # there is gain to spare: the most accurate setting
     return config

@@ -1,1 +1,1 @@
-"""What commands write for readers: pages, and pictures that only experiments make."""
+"""Pictures of the commands."""

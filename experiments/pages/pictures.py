@@ -1,4 +1,4 @@
-"""Pictures that only experiments make: against the paper, against the batch size, and over time."""
+"""Pictures of the commands: beside the paper, over the batch size, over the layers of a network."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ def against_paper(
     marked: Mapping[str, tuple[float, float]] | None = None,
     log_x: bool = False,
 ) -> None:
-    """Draws curves of ours and of a paper on one pair of axes.
+    """Draws our curves and those of a paper on one pair of axes.
 
     Args:
         path: the picture to write.
-        ours: points by series; none where nothing was run, which the picture then says.
+        ours: points by series; if there are none, the picture says so.
         paper: digitised points by series.
         x: what is on the horizontal axis.
         y: and on the vertical one.

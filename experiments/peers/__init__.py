@@ -1,1 +1,1 @@
-"""The same networks beside other runtimes: PyTorch, ONNX Runtime."""
+"""The same networks in other runtimes: PyTorch, ONNX Runtime, OpenVINO."""

@@ -1,16 +1,18 @@
-"""How fast is a planned network beside PyTorch, ONNX Runtime and OpenVINO? The same weights, images, exits, in turns.
+"""How fast is a planned network beside PyTorch, ONNX Runtime and OpenVINO? With the same weights, images and exits.
 
     python -m experiments.peers --workdir=runs/peers
     python -m experiments.peers --workdir=runs/peers --one_core --batches=1
+    python -m experiments.peers --workdir=runs/peers --limit --networks b-alexnet b-resnet110 --batches=256
 
 Needs ``pip install '.[peers]'`` in a clone: torch, onnx, onnxruntime, openvino, and a C++ compiler for `torch.compile`;
-what is missing is named on the page. On Linux the package index offers PyTorch for CUDA alone, which needs 3 GB of
-CUDA's libraries to be imported; they are not used. Half an hour on 2 cores. Weights are random and images leave at
-forced shares, the same images in every runtime, which is checked. From images in NumPy's memory to labels in NumPy's
-memory; each contender in a process of its own, in its best settings, in tight loops, taking turns.
+the page names what is missing. On Linux the package index has PyTorch for CUDA alone, which needs 3 GB of CUDA's
+libraries to be imported; they are not used. Takes half an hour on 2 cores. Weights are random, and the same images
+leave at the same exits in every runtime, which is checked. A time is from images in NumPy's memory to labels in NumPy's
+memory. Each contender runs in a process of its own with its best settings; contenders take turns in tight loops.
 
-Writes ``peers.json``, a row per contender, and ``peers.md``; networks, batch sizes and numbers of cores that are not
-asked for stay in them as they were.
+Writes ``peers.json``, a row per contender, and ``peers.md``. Rows of other networks, batch sizes and numbers of cores
+stay in these files. With ``--limit``, in a minute, ``limit.json`` and ``limit.md``: the gain of our file for batches in
+ONNX Runtime beside the limit that the times of its stages and heads there set.
 """
 
 import importlib.metadata
@@ -24,7 +26,7 @@ import numpy as np
 
 from branchy_jax.measure import paired_ratio
 from branchy_jax.report import read_json, write_json, write_text
-from experiments.peers import turns
+from experiments.peers import limit, turns
 from experiments.peers.contenders import CONTENDERS
 from experiments.peers.forcing import force, random_network
 from experiments.run.networks import count_exits, image_specs
@@ -37,15 +39,19 @@ _OURS, _BARE = 'planned', ', bare'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures cell by cell, writing what is known after each."""
+    """Measures cell by cell, and writes the rows after each."""
     parser = flags.parser(__doc__)
     parser.add_argument('--workdir', type=Path, required=True, help='Folder for the results.')
-    parser.add_argument('--networks', nargs='+', choices=_NETWORKS, default=_NETWORKS, help='With exits.')
+    parser.add_argument('--networks', nargs='+', choices=_NETWORKS, default=_NETWORKS, help='Networks with exits.')
     parser.add_argument('--batches', type=flags.positives, default=[1, 32, 256], help='Batch sizes: 1,32,256.')
     parser.add_argument('--rounds', type=flags.positive, default=20, help='Turns of every contender.')
-    parser.add_argument('--one_core', action='store_true', help='Keep everyone to one core: fastest for batch 1.')
+    parser.add_argument('--one_core', action='store_true', help='Uses one core: fastest for batch 1.')
+    parser.add_argument('--limit', action='store_true', help='Measures how much of its limit our own file realises.')
     options = parser.parse_args(arguments)
-    cores, path = 1 if options.one_core else os.cpu_count() or 1, options.workdir / 'peers.json'
+    cores = 1 if options.one_core else os.cpu_count() or 1
+    path, lay_out = options.workdir / 'peers.json', page
+    if options.limit:
+        path, lay_out = options.workdir / 'limit.json', limit.page
     for name in options.networks:
         model, variables = random_network(name)
         shares = USUAL_SHARES[count_exits(model, image_specs(model.image_shape))]
@@ -53,12 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f'{name}, batches of {batch}', flush=True)
             forced = force(name, model, variables, shares, batch, cores=cores)
             made_by = {**provenance('peers'), 'packages': _packages()}
-            measured = [{**row, **made_by} for row in turns.measure(forced, CONTENDERS, rounds=options.rounds)]
+            if options.limit:
+                found = [limit.measure(forced, rounds=options.rounds)]
+            else:
+                found = turns.measure(forced, CONTENDERS, rounds=options.rounds)
+            measured = [{**row, **made_by} for row in found]
             rows = read_json(path)['rows'] if path.exists() else []
             rows = sorted([*(row for row in rows if _cell(row) != _cell(measured[0])), *measured], key=_cell)
             write_json(path, {'unit': 'ms an image', 'rows': rows})
-            write_text(options.workdir / 'peers.md', page(rows))
-            print(table(measured, *_CONTENDERS), flush=True)
+            write_text(path.with_suffix('.md'), lay_out(rows))
+            print(lay_out(measured) if options.limit else table(measured, *_CONTENDERS), flush=True)
 
 
 def _cell(row: Row) -> tuple[str, int, int]:
@@ -76,7 +86,7 @@ _CONTENDERS = ('network', 'batch', 'cores', 'contender', 'settings', 'shares', '
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Lays out rows in Markdown: the best peer of each cell, what its parts contribute, then every contender."""
+    """Lays out rows in Markdown: the best peer of each cell, bare networks and gains by exits, then every contender."""
     best, parts = [], []
     for _, cell in itertools.groupby(sorted(rows, key=_cell), _cell):
         there = {row['contender']: row for row in cell if 'absent' not in row}
@@ -92,17 +102,17 @@ def page(rows: Sequence[Row]) -> str:
 
 {made_by}
 
-Random weights, forced exits, the same in every runtime, from images in host memory to labels there. Each contender has
-a process of its own and its best settings; tight loops, in turns. Times are milliseconds an image; ratios are medians
-over rounds with their 95 % interval. The ratio is to the time of what `bj.inference.plan` chose: above 1 the plan is
-faster. Its median over the {len(ratios)} cells is {median}.
+Every runtime has the same random weights and the same forced exits. A time is from images in host memory to labels in
+host memory, in milliseconds an image. Each contender has a process of its own and its best settings; contenders take
+turns in tight loops. The ratio is the time of a contender ÷ the time of the plan, the median over rounds with its 95 %
+interval: above 1 the plan is faster. The median of the best peers' ratios over the {len(ratios)} cells is {median}.
 
 {table(best, *_BEST)}
 
 ## Bare networks, and what exits add
 
-The bare ratio is the time of a runtime without exits ÷ that of what was planned without exits: above 1 the plan is
-faster. The gain by exits is the time without ÷ the time with exits in the same runtime.
+The bare ratio is the time of a runtime without exits ÷ the time of the plan without exits: above 1 the plan is faster.
+The gain by exits is the time without ÷ the time with exits in the same runtime.
 
 {table(parts, *_PARTS)}
 
@@ -115,7 +125,8 @@ faster. The gain by exits is the time without ÷ the time with exits in the same
 - ONNX Runtime, OpenVINO: the file that PyTorch exports of the network without exits.
 - bare: the network without exits.
 
-Shares are those achieved: without exits all leave at the last, and a plan that skips a head serves its images later.
+Shares are the measured ones. Without exits all images leave at the last exit. If a plan skips a head, its images leave
+at a later one.
 
 {table(rows, *_CONTENDERS)}
 """

@@ -37,8 +37,8 @@ def planned(job: Job, *, exits: bool = True, **options: Any) -> Ready:
     plan = bj.inference.plan(model, variables, job.images, policy, batch_size=job.batch, **options)
 
     def answer(images: np.ndarray) -> tuple[np.ndarray, Any]:
-        prediction = plan(images)
-        return np.asarray(prediction.label), np.asarray(prediction.exit_index) if exits else None
+        prediction = plan(images, as_numpy=True)
+        return prediction.label, prediction.exit_index if exits else None
 
     return Ready(answer, job.batches, str(plan.executor))
 
@@ -83,7 +83,7 @@ def in_torch(job: Job, *, exits: bool = True, compiled: bool = False) -> Ready:
 
 
 def _compiled(module: Any) -> Any:
-    """Compiles a module for the shapes it sees, or fails: it never runs operation by operation in silence."""
+    """Compiles a module for the shapes of its inputs, or fails: it never falls back to single operations."""
     import torch
     import torch._dynamo.config as settings
 
@@ -92,13 +92,18 @@ def _compiled(module: Any) -> Any:
 
 
 def in_onnxruntime(job: Job) -> Ready:
-    """Runs the network without exits in ONNX Runtime, which folds what it can."""
+    """Runs the network without exits in ONNX Runtime, with its own optimisations."""
+    session = session_of(_exported(job), job)
+    return Ready(lambda images: (session.run(None, {'image': images})[0], None), job.channels_first)
+
+
+def session_of(content: bytes, job: Job) -> Any:
+    """Opens a file in ONNX Runtime on the cores of a job."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = job.cores, 1
-    session = onnxruntime.InferenceSession(_exported(job), options, providers=['CPUExecutionProvider'])
-    return Ready(lambda images: (session.run(None, {'image': images})[0], None), job.channels_first)
+    return onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
 
 
 def in_openvino(job: Job) -> Ready:

@@ -1,8 +1,8 @@
-"""Images of which exactly the wanted share leaves at each exit, the same images for every runtime.
+"""Draws images that leave at the exits in given shares, the same images for every runtime.
 
-Weights are random: time does not depend on them. The logits of fresh heads hardly differ from image to image, so that
-rounding would decide who leaves; heads are therefore rescaled until they do, and images are drawn until none is so
-close to a threshold that another runtime's rounding could move it across.
+Weights are random, since time does not depend on them. The logits of new heads hardly differ between images, so
+rounding would decide which images leave. Heads are therefore rescaled, and images are drawn again until none is so
+close to a threshold that the rounding of another runtime could move it to the other side.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 import branchy_jax as bj
-from branchy_jax.costs import StageCosts
 from branchy_jax.types import Variables
 from experiments.peers.job import Job
 from experiments.study.cells import images_needed, random_variables, table_of
@@ -27,7 +26,7 @@ _POOL, _MOST_DRAWS = 128, 100
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Forced:
-    """A job, and what everyone has to answer.
+    """A job, and the right answers.
 
     Attributes:
         job: with thresholds.
@@ -40,7 +39,7 @@ class Forced:
     logits: np.ndarray
 
     def labels(self, exits: np.ndarray) -> np.ndarray:
-        """Returns what those exits answer ``[M]``."""
+        """Returns the labels ``[M]`` that those exits answer."""
         return self.logits[exits, np.arange(len(exits))].argmax(-1)
 
 
@@ -65,7 +64,7 @@ def random_network(name: str) -> tuple[Any, Variables]:
 
 
 def force(name: str, model: Any, variables: Variables, shares: Sequence[float], batch: int, *, cores: int) -> Forced:
-    """Draws images, and thresholds at which they leave in given shares, up to whole images.
+    """Draws images, and thresholds at which they leave in given shares, rounded to whole images.
 
     Args:
         name: of the network.
@@ -83,7 +82,7 @@ def force(name: str, model: Any, variables: Variables, shares: Sequence[float], 
         images = np.random.default_rng(seed).standard_normal(shape, np.float32)
         logits = _logits(model, variables, images)
         uncertainty, num_exits = np.asarray(bj.criteria.entropy.uncertainty_of(logits)), len(logits)
-        table = table_of(uncertainty, StageCosts(stages=np.ones(num_exits), exits=np.zeros(num_exits)))
+        table = table_of(uncertainty)
         policy = table.for_shares(shares)
         thresholds, exits = np.asarray(policy.thresholds), np.asarray(table.answering_exits(policy))
         asked = exits >= np.arange(num_exits - 1)[:, None]

@@ -1,4 +1,4 @@
-"""What every contender is given, and what it makes of it in its process: NumPy alone, whatever runtime is behind it."""
+"""The job of a contender, and its calls in its own process. This file needs NumPy alone."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ class Job:
         network: its name.
         variables: Flax's, as NumPy arrays.
         images: ``[M, H, W, C]`` float32, of all batches of a pass.
-        batch: images in a call, of which M is a multiple.
+        batch: images in a call; M is a multiple of it.
         thresholds: ``[N - 1]`` of the entropy.
-        cores: that everyone works with.
+        cores: that every contender uses.
     """
 
     network: str
@@ -48,16 +48,16 @@ class Job:
 
 
 Answer = Callable[[np.ndarray], tuple[np.ndarray, Any]]
-"""Maps a batch in host memory to labels ``[B]`` there, and to exits ``[B]`` in whatever form, or none."""
+"""Maps a batch in host memory to labels ``[B]`` in host memory, and to exits ``[B]`` in any form, or ``None``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ready:
-    """A contender that needs but be called.
+    """A contender that is ready to be called.
 
     Attributes:
         answer: answers a batch.
-        batches: in the layout that it likes them in.
+        batches: in the layout that the runtime prefers.
         settings: that it runs with.
         within: a context that passes run in.
     """
@@ -77,7 +77,7 @@ class Ready:
             return time.perf_counter() - start
 
     def passes_of(self, seconds: float) -> int:
-        """Returns how many passes last at least so long; the first, which may compile, is not counted."""
+        """Returns how many passes last at least that long, after one more pass, which may compile."""
         self.run(1)
         return max(1, math.ceil(seconds / self.run(1)))
 
@@ -119,7 +119,7 @@ class Opened:
 
 
 def open_contender(contender: Callable[[Job], Ready], job: Job, seconds: float) -> Opened | str:
-    """Makes a contender ready in this process for turns of so many seconds; returns why not where it cannot be."""
+    """Makes a contender ready in this process for turns of a given length, or returns the reason why it cannot."""
     global _ready
     if job.cores == 1 and hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

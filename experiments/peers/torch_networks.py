@@ -1,8 +1,8 @@
-"""B-LeNet, B-AlexNet and B-ResNet in PyTorch, small, on the weights of ours.
+"""B-LeNet, B-AlexNet and B-ResNet in PyTorch, with the weights of the Flax networks.
 
-Layers take their shapes from Flax variables and their names from there, so that what is written here is the order of
-the layers, strides and padding: those of `branchy_jax.models` at the placement ``'text'``. BatchNorm is folded into the
-convolution before it, as our planner folds ours.
+Layers take their shapes and names from Flax variables. This file states the order of the layers, their strides and
+their padding: those of `branchy_jax.models` at the placement ``'text'``. BatchNorm is folded into the convolution
+before it, as a plan does.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ class Network(nn.Module):
 def with_exits(
     network: Network, images: torch.Tensor, thresholds: Sequence[float], *, channels_last: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Answers a batch: each stage runs on the rows that are left, a head's mask says who leaves.
+    """Answers a batch: each stage runs on the rows that are left, and the mask of its head says which rows leave.
 
-    Where all leave or none does, as one image alone must, nothing is masked.
+    If all rows leave or none does, as with a single image, no mask is applied.
 
     Args:
         network: with N exits, its stages and heads compiled or not.
@@ -89,13 +89,13 @@ def create(name: str, variables: Any) -> Network:
 
 
 class _Layers:
-    """Makes layers of the Flax variables of that name."""
+    """Makes layers from the Flax variables of a name."""
 
     def __init__(self, variables: Any) -> None:
         self.parameters, self.statistics = variables['params'], variables.get('batch_stats', {})
 
     def block(self, name: str) -> '_Layers':
-        """Returns those of a module that holds others."""
+        """Returns the layers of a submodule."""
         return _Layers({'params': self.parameters[name], 'batch_stats': self.statistics[name]})
 
     def conv(self, name: str, *, stride: int = 1, padding: int = 0, norm: str = '') -> nn.Conv2d:
@@ -113,7 +113,7 @@ class _Layers:
         return layer
 
     def dense(self, name: str, *, channels: int | None = None) -> nn.Linear:
-        """Makes a dense layer; behind a flattened image of so many channels, which PyTorch flattens channels first."""
+        """Makes a dense layer; with ``channels`` it reads a flattened image, which PyTorch flattens channels first."""
         kernel = np.asarray(self.parameters[name]['kernel'])
         if channels is not None:
             kernel = kernel.reshape(-1, channels, kernel.shape[1]).transpose(1, 0, 2).reshape(kernel.shape)
@@ -157,7 +157,7 @@ def _alexnet(layers: _Layers) -> Network:
 
 
 class _LocalResponseNorm(nn.Module):
-    """What `branchy_jax.models.layers.local_response_normalization` computes.
+    """Computes what `branchy_jax.models.layers.local_response_normalization` does.
 
     `nn.LocalResponseNorm` divides its alpha by the size, and takes a general power.
     """

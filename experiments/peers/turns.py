@@ -1,4 +1,4 @@
-"""One cell: a network at a batch size. Each contender has a process; all are ready at once, and one works at a time."""
+"""Times one cell, a network at a batch size. Each contender has a process; they take turns, one at a time."""
 
 import contextlib
 import multiprocessing
@@ -21,49 +21,6 @@ _TURN_SECONDS = 0.2  # of a tight loop: long beside waking up, short beside what
 _SAME_LABELS = 0.98
 
 
-class Unavailable(Exception):
-    """A contender cannot take part, or cannot go on; the message says why."""
-
-
-class Worker:
-    """A contender in a process of its own.
-
-    Args:
-        name: of the contender.
-        contender: what makes itself ready there; a function that processes find by its name.
-    """
-
-    def __init__(self, name: str, contender: Contender) -> None:
-        self.name, self._contender = name, contender
-        self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn'))
-        self.close = self._process.shutdown
-
-    def open(self, job: Job, *, seconds: float) -> Opened:
-        """Makes the contender ready for turns of so many seconds.
-
-        Raises:
-            Unavailable: it cannot do the job.
-        """
-        opened = self._ask(open_contender, self._contender, job, seconds)
-        if isinstance(opened, str):
-            raise Unavailable(opened)
-        return opened
-
-    def turn(self, passes: int) -> float:
-        """Lets it work; returns the seconds of a pass, by a clock in the worker.
-
-        Raises:
-            Unavailable: its process died.
-        """
-        return self._ask(take_turn, passes)
-
-    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return self._process.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise Unavailable(f'the process of {self.name!r} died') from error
-
-
 def measure(
     forced: Forced, contenders: Mapping[str, Contender], *, rounds: int, seconds: float = _TURN_SECONDS
 ) -> list[Row]:
@@ -71,9 +28,9 @@ def measure(
 
     Args:
         forced: the job, and who leaves where.
-        contenders: by name; the first is the one that others are compared with. Those whose names start with its name
-            may skip a head, so that an image leaves later than it could.
-        rounds: how many turns everyone has.
+        contenders: by name; the others are compared with the first. Those whose names start with its name may skip a
+            head, so that an image leaves later than it could.
+        rounds: turns of every contender.
         seconds: that a turn lasts at least.
 
     Returns:
@@ -81,42 +38,40 @@ def measure(
         its 95 % interval; or why it is ``absent``.
 
     Raises:
-        ValueError: a contender answers otherwise than it should.
-        Unavailable: the first contender cannot take part.
+        ValueError: a contender has wrong exits or labels.
+        RuntimeError: the first contender cannot take part.
     """
     first, absent = next(iter(contenders)), {}
-    workers: dict[str, Worker] = {}
     passes: dict[str, int] = {}
     settings: dict[str, Row] = {}
     turns: dict[str, list[float]] = {}
 
     def leave_out(name: str, reason: str) -> None:
         if name == first:
-            raise Unavailable(f'{name}: {reason}')
+            raise RuntimeError(f'{name}: {reason}')
         print(f'  {name} is left out: {reason}', flush=True)
         absent[name] = reason
         turns.pop(name, None)
 
     with contextlib.ExitStack() as stack:
+        spawn = multiprocessing.get_context('spawn')
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in contenders}
         for name, contender in contenders.items():
-            workers[name] = Worker(name, contender)
-            stack.callback(workers[name].close)
-            try:
-                opened = workers[name].open(forced.job, seconds=seconds)
-            except Unavailable as error:
-                leave_out(name, str(error))
+            opened = _ask(processes[name], open_contender, contender, forced.job, seconds)
+            if isinstance(opened, str):
+                leave_out(name, opened)
                 continue
             settings[name] = _checked(name, opened, forced, may_skip=name.startswith(first))
             passes[name], turns[name] = opened.passes, []
             print(f'  {name} is ready: {opened.settings}', flush=True)
         for number in range(rounds):
             names = list(turns)
-            for place in range(len(names)):
-                name = names[(place + number) % len(names)]
-                try:
-                    turns[name].append(workers[name].turn(passes[name]))
-                except Unavailable as error:
-                    leave_out(name, f'{error} in round {number + 1}')
+            for name in (*names[number % len(names) :], *names[: number % len(names)]):
+                taken = _ask(processes[name], take_turn, passes[name])
+                if isinstance(taken, str):
+                    leave_out(name, f'{taken} in round {number + 1}')
+                else:
+                    turns[name].append(taken)
     job = forced.job
     cell = {'network': job.network, 'batch': job.batch, 'cores': job.cores, 'rounds': rounds}
     cell['forced'] = _shares(forced.exits, forced)
@@ -127,6 +82,14 @@ def measure(
     return [*rows, *({**cell, 'contender': name, 'absent': reason} for name, reason in absent.items())]
 
 
+def _ask(process: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a function returns in the process of a contender; in words, that the process died."""
+    try:
+        return process.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        return 'its process died'
+
+
 def _clock(taken: list[float], first: list[float], forced: Forced) -> Row:
     ms = np.array(taken) / len(forced.exits) * 1e3
     ratio = bj.measure.paired_ratio(np.array(taken), np.array(first))
@@ -135,7 +98,7 @@ def _clock(taken: list[float], first: list[float], forced: Forced) -> Row:
 
 
 def _checked(name: str, opened: Opened, forced: Forced, *, may_skip: bool) -> Row:
-    """Returns the settings of a contender and its shares; refuses one that does other work than it should."""
+    """Returns the settings of a contender and its shares; refuses a contender whose exits or labels are wrong."""
     exits = np.full_like(forced.exits, len(forced.logits) - 1) if opened.exits is None else opened.exits
     wrong = exits < forced.exits if may_skip else (exits != forced.exits) & (opened.exits is not None)
     if wrong.any():

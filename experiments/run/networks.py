@@ -1,4 +1,4 @@
-"""What a run works on: its settings, its data and task, and both networks, trained or read back."""
+"""The settings, data, task and networks of a run."""
 
 import dataclasses
 import functools
@@ -106,7 +106,7 @@ def _check_networks(config: ConfigDict) -> None:
 
 
 def load(config: ConfigDict) -> bj.data.Dataset:
-    """Loads what ``config.dataset`` names; `experiments.configs.common` says where from."""
+    """Loads the data set of a run; `experiments.configs.common` says from where."""
     packed = Path(os.environ.get('BRANCHY_JAX_PACKS', ''), f'{config.dataset}.npz')
     dataset = bj.data.load_dataset(
         str(packed) if packed.is_absolute() and packed.exists() else config.dataset,
@@ -133,7 +133,7 @@ def network_options(config: ConfigDict, num_classes: int, image_shape: Sequence[
 
 
 def image_specs(image_shape: Sequence[int]) -> jax.ShapeDtypeStruct:
-    """Returns the shape ``[1, H, W, C]`` of one float32 image, for whatever traces a network."""
+    """Returns the shape ``[1, H, W, C]`` of one float32 image, to trace a network."""
     return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
 
@@ -145,7 +145,7 @@ def count_exits(model: Any, inputs: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """A branchy network and its baseline, trained. It can be sent to another process, which makes the networks anew.
+    """A branchy network and its baseline, trained. It can be sent to another process, which creates the networks again.
 
     Attributes:
         name: of the branchy one.
@@ -187,7 +187,7 @@ class Networks:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Refuses to mix two runs in one folder; how the run is timed in the end may change.
+    """Refuses to mix two runs in one folder; the settings of the clock may change.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -207,7 +207,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 
 
 def save_weights(workdir: Path, config: ConfigDict, networks: Networks) -> None:
-    """Writes both networks into the run's folder, the normalisation with each."""
+    """Writes both networks into the run's folder, each with the normalisation."""
     normalization = {'mean': networks.normalization.mean, 'deviation': networks.normalization.deviation}
     for name, variables in ((networks.name, networks.variables), (networks.name[2:], networks.baseline_variables)):
         metadata = {'network': name, 'dataset': config.dataset, 'placement': config.placement}

@@ -1,7 +1,4 @@
-"""What a run leaves to read: its page and pictures, the rows of masks, the card of published weights.
-
-Also the table, the figures and the provenance that the other commands' pages share.
-"""
+"""The page and the picture of a run; and what the pages of all commands share: tables, provenance, the paper's rows."""
 
 import os
 import platform
@@ -25,7 +22,7 @@ JPEG_NOTE = 'This CIFAR-10 is a copy re-encoded as JPEG (quality 75).'
 
 
 def provenance(name: str) -> dict[str, str]:
-    """Returns the fields of a record that say which command made it, and on what.
+    """Returns the fields of a record that state its command and its device.
 
     Args:
         name: of the command, below ``experiments``.
@@ -42,7 +39,7 @@ def describe_device() -> str:
 
 
 def paper(figure: str, **where: Any) -> list[Row]:
-    """Returns the paper's rows of a figure or table, those with these values alone."""
+    """Returns the paper's rows of a figure or table that have the given values."""
     rows = bj.report.read_json(Path(__file__).with_name('paper.json'))['rows']
     return [row for row in rows if row['figure'] == figure and where.items() <= row.items()]
 

@@ -5,7 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ _SEGMENT_PASSES = 25
 def time_run(
     networks: Networks, planned_on: np.ndarray, images: np.ndarray, policies: Policies, *, batch: int, passes: int
 ) -> dict[str, Any]:
-    """Times both networks on the same images, every call waited for, the plain jitted baseline beside them.
+    """Times both networks and the plain jitted baseline on the same images; waits for every call.
 
     Both run as `branchy_jax.inference.plan` chooses on other images. At batch 1 on a CPU they run in a process of its
     own on one core, where each is fastest: waking another core costs as much as a small network.
@@ -50,23 +50,31 @@ def time_run(
         return process.submit(_time, *arguments, batch, passes).result()
 
 
+def one_core() -> contextlib.AbstractContextManager[ProcessPoolExecutor]:
+    """Makes `own_process` keep to one core, in the environment that the user has set."""
+    return own_process(json.loads(os.environ.get(STARTED, '{}')), keep_to_one_core)
+
+
 @contextlib.contextmanager
-def one_core() -> Iterator[ProcessPoolExecutor]:
-    """Yields an executor whose one process keeps to one core, in the environment that the user has set."""
-    ours, before = dict(os.environ), json.loads(os.environ.get(STARTED, '{}'))
-    for name in before:
-        del os.environ[name]
-    os.environ.update({name: value for name, value in before.items() if value is not None})
-    spawn = multiprocessing.get_context('spawn')
+def own_process(
+    environment: Mapping[str, str | None], initializer: Callable[[], None] | None = None
+) -> Iterator[ProcessPoolExecutor]:
+    """Yields an executor with one process that starts with these variables, and without those that are ``None``."""
+    ours, spawn = dict(os.environ), multiprocessing.get_context('spawn')
+    for name, value in environment.items():
+        os.environ[name] = value or ''
+        if value is None:
+            del os.environ[name]
     try:
-        with ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_to_one_core) as process:
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=initializer) as process:
             yield process
     finally:
+        os.environ.clear()
         os.environ.update(ours)
 
 
 def keep_to_one_core() -> None:
-    """Keeps this process to one core, where waking another would cost more than it does."""
+    """Keeps this process to one core: for a small network, to wake another core takes longer than to work alone."""
     # Before the first use of jax, which makes as many threads as it sees cores, and hands calls over to one of them.
     if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -122,6 +130,6 @@ def _forced(policy: bj.ExitPolicy) -> list[bj.ExitPolicy]:
 
 
 def on_device(images: np.ndarray, batch: int) -> list[jax.Array]:
-    """Returns images where calls take them from, in whole batches."""
+    """Returns images on the device, in whole batches."""
     parts = [images[end - batch : end] for end in range(batch, len(images) + 1, batch)]
     return jax.block_until_ready([jnp.asarray(part) for part in parts])

@@ -54,7 +54,7 @@ def start_again_on_cpu(devices: int) -> None:
 
 
 def settings_on_cpu(devices: int) -> dict[str, str]:
-    """Returns the environment variables of `start_again_on_cpu`; what the user has set stays as it is."""
+    """Returns the environment variables of `start_again_on_cpu`; variables that the user has set stay as they are."""
     flags, host_devices = os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count'
     if host_devices not in flags:
         flags = f'{flags} {host_devices}={devices}'.strip()
@@ -64,7 +64,7 @@ def settings_on_cpu(devices: int) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """What the trainings of a run have in common.
+    """The common settings of the trainings of a run.
 
     Attributes:
         config: settings of the run.
@@ -81,7 +81,7 @@ class Trainer:
     mesh: Mesh | None = None
 
     def build(self, **changed: Any) -> Any:
-        """Makes the branchy network, in the form in which a CPU trains it fastest; ``depth=`` changes a ResNet's."""
+        """Makes the branchy network in the form that a CPU trains fastest; ``depth=`` changes the depth of a ResNet."""
         options = {**self.options, **changed}
         if self.config.banded:
             options['convolution'] = bj.models.banded_convolution
@@ -158,7 +158,7 @@ class Trainer:
     def _grow(
         self, build: Build, variables: Variables, key: jax.Array, exit_weights: Any, name: str, epochs: float
     ) -> Variables:
-        """Trains a shallow network with the same exits, grows the whole one from it, and trains that a little."""
+        """Trains a shallow network with the same exits, grows the whole network from it, and trains it a little."""
         config, depth = self.config, self.config.shallow_depth
         small = functools.partial(build, depth=depth)
         start = self.init(small, jax.random.fold_in(key, 1))
@@ -184,7 +184,7 @@ class Trainer:
 
 
 def loss_of(config: ConfigDict, *, num_exits: int) -> Loss:
-    """Returns the loss of each exit: of labels, and where the settings ask for it of the last exit as a teacher."""
+    """Returns the loss of each exit: from labels, and if the settings say so with the last exit as a teacher."""
     supervised = functools.partial(bj.losses.cross_entropy_per_exit, label_smoothing=config.label_smoothing)
     share = config.distillation
     if not share or num_exits == 1:  # a single exit would be its own teacher: its loss would only shrink

@@ -1,1 +1,1 @@
-"""A small HTTP service around `branchy_jax.inference.stream`: what leaves early under load, live."""
+"""A small HTTP service around `branchy_jax.inference.stream`, with a page that shows which images leave early."""

@@ -1,4 +1,4 @@
-"""What does a service do when more images come than the network sustains? Over HTTP, with a page that shows it live.
+"""What does a service do if more images come than its network can answer? Serves one over HTTP, with a live page.
 
     python -m experiments.service.app --network=b-lenet@mnist --dataset=mnist5k --floor=0.98 --feed=50
 
@@ -6,10 +6,10 @@ Then open http://127.0.0.1:8000. ``--feed`` sends test images itself, as many a 
 
     python -m experiments.service.app --burst=runs/burst --network=b-alexnet@cifar10 --dataset=cifar10 --floor=0.78
 
-sends bursts instead, in half a minute after the network has compiled, and writes ``burst.json`` and ``burst.md``. The
-sustained load is measured first: images a second through the same stream at the path's end that leaves least. Then test
-images come at random moments, at half that load, at ``--times`` of it, and at half again. Test data only score;
-thresholds come from validation data.
+sends bursts instead, for half a minute after the network has compiled, and writes ``burst.json`` and ``burst.md``.
+First it measures the sustained load: images a second through the same stream with the thresholds at which fewest leave
+early. Then it sends test images at random moments: at half that load, at ``--times`` of it, and at half again.
+Thresholds come from validation data.
 
 - ``POST /classify``: one image as stored, its bytes in C order; answers with JSON. 400: not such an image; 503: too
   many wait already, send it again.
@@ -52,17 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until interrupted, or sends bursts."""
     parser = flags.parser(__doc__)
     parser.add_argument('--network', default='b-lenet@mnist', help='network@dataset, or a folder')
-    parser.add_argument('--dataset', default='mnist5k', help='whose validation data choose thresholds')
-    parser.add_argument('--floor', type=float, default=0.97, help='accuracy that thresholds never fall under')
-    parser.add_argument('--target_ms', type=float, default=20.0, help='waiting time to hold')
+    parser.add_argument('--dataset', default='mnist5k', help='for thresholds and test images')
+    parser.add_argument('--floor', type=float, default=0.97, help='lowest accuracy on validation data')
+    parser.add_argument('--target_ms', type=float, default=20.0, help='target of the waiting time')
     parser.add_argument('--capacity', type=int, default=256, help='images that may wait')
     parser.add_argument('--chunk_size', type=int, default=16, help='images that a stage takes at once')
     parser.add_argument('--deadline_ms', type=float, default=250.0, help='after which an answer counts as late')
     parser.add_argument('--port', type=int, default=8000, help='on 127.0.0.1')
-    parser.add_argument('--feed', type=float, default=0.0, help='test images a second that it sends itself')
-    parser.add_argument('--burst', type=Path, help='sends bursts instead; folder for the results')
-    parser.add_argument('--times', type=float, default=5.0, help='of the sustained load, in the burst')
-    parser.add_argument('--seconds', type=float, default=8.0, help='of each phase of a burst')
+    parser.add_argument('--feed', type=float, default=0.0, help='test images a second to send from this process')
+    parser.add_argument('--burst', type=Path, help='sends bursts instead; folder for results')
+    parser.add_argument('--times', type=float, default=5.0, help='burst ÷ sustained load')
+    parser.add_argument('--seconds', type=float, default=8.0, help='seconds of each phase')
     options = parser.parse_args(arguments)
     service, dataset = make_service(options)
     if options.burst is not None:
@@ -80,13 +80,9 @@ def _burst(service: Service, dataset: bj.data.Dataset, options: argparse.Namespa
         replies = send(port, dataset.test, loads, options.seconds)
         counts = service.stats()
     given = ('network', 'dataset', 'floor', 'target_ms', 'capacity', 'deadline_ms')
-    record = {
-        **provenance('service.app'),
-        **{name: getattr(options, name) for name in given},
-        'sustained': sustained,
-        **{name: counts[name] for name in ('taken', 'answered', 'failed')},
-        'rows': summary(replies, loads),
-    }
+    record = {**provenance('service.app'), **{name: getattr(options, name) for name in given}, 'sustained': sustained}
+    record |= {name: counts[name] for name in ('taken', 'answered', 'failed')}
+    record['rows'] = summary(replies, loads)
     bj.report.write_json(options.burst / 'burst.json', record)
     bj.report.write_text(options.burst / 'burst.md', burst_page(record))
     print(burst_page(record))
@@ -173,7 +169,7 @@ def _feed(service: Service, images: np.ndarray, rate: float) -> None:
 
 
 def sustained_load(service: Service, dataset: bj.data.Dataset) -> float:
-    """Returns images a second through the service's stream at the setting that leaves least."""
+    """Returns images a second through the service's stream with the thresholds at which fewest leave early."""
     weights = service.weights
     images = np.asarray(weights.normalize(dataset.validation.image[:_TO_SUSTAIN]))
     policy, rates = service.controller.replace(position=np.float32(1)).policy, []
@@ -186,7 +182,7 @@ def sustained_load(service: Service, dataset: bj.data.Dataset) -> float:
 
 
 def send(port: int, test: bj.Batch, loads: Sequence[float], seconds: float) -> list[Row]:
-    """Sends test images at random moments, phase by phase; what is refused is sent again until it is taken.
+    """Sends test images at random moments, phase by phase; sends a refused image again until it is accepted.
 
     Args:
         port: of the service, on the loopback.
@@ -203,9 +199,8 @@ def send(port: int, test: bj.Batch, loads: Sequence[float], seconds: float) -> l
             end = time.monotonic() + seconds
             while time.monotonic() < end:
                 row = int(generator.integers(len(test)))
-                replies.append(
-                    clients.submit(_classify, port, np.asarray(test.image[row]), int(test.label[row]), phase)
-                )
+                image, label = np.asarray(test.image[row]), int(test.label[row])
+                replies.append(clients.submit(_classify, port, image, label, phase))
                 time.sleep(generator.exponential(1 / load))
     return [reply.result() for reply in replies]
 
@@ -230,19 +225,10 @@ def summary(replies: Sequence[Row], loads: Sequence[float]) -> list[Row]:
         own = [reply for reply in replies if reply['phase'] == number]
         waited = np.array([reply['waited_ms'] for reply in own])
         exits = np.bincount([reply['exit'] for reply in own]) / len(own)
-        rows.append(
-            {
-                'phase': name,
-                'load': load,
-                'answered': len(own),
-                'refused': sum(reply['refused'] for reply in own),
-                'late': sum(not reply['in_time'] for reply in own),
-                'mean_ms': float(waited.mean()),
-                'p99_ms': float(np.quantile(waited, 0.99)),
-                'accuracy': float(np.mean([reply['right'] for reply in own])),
-                'exit_fractions': exits.tolist(),
-            }
-        )
+        row = {'phase': name, 'load': load, 'answered': len(own), 'refused': sum(reply['refused'] for reply in own)}
+        row |= {'late': sum(not reply['in_time'] for reply in own), 'mean_ms': float(waited.mean())}
+        row |= {'p99_ms': float(np.quantile(waited, 0.99)), 'accuracy': float(np.mean([r['right'] for r in own]))}
+        rows.append({**row, 'exit_fractions': exits.tolist()})
     return rows
 
 
@@ -250,19 +236,20 @@ _COLUMNS = ('phase', 'load', 'answered', 'refused', 'late', 'mean_ms', 'p99_ms',
 
 
 def burst_page(record: Row) -> str:
-    """Lays the record out in Markdown."""
+    """Lays out the record in Markdown."""
     return f"""# Bursts over HTTP: {record['network']}
 
 `{record['command']}`
 
-The load is in images a second; {record['sustained']:.0f} are sustained where images leave least. Waiting time to hold:
-{record['target_ms']:g} ms, from arrival to answer; floor of accuracy, on validation data: {100 * record['floor']:g} %;
-at most {record['capacity']} images wait for the network; late is after {record['deadline_ms']:g} ms.
+The load is in images a second; the network sustains {record['sustained']:.0f} with the thresholds at which fewest leave
+early. The target of the waiting time, from arrival to answer, is {record['target_ms']:g} ms; the floor of accuracy on
+validation data is {100 * record['floor']:g} %. At most {record['capacity']} images wait for the network. An answer is
+late after {record['deadline_ms']:g} ms.
 
 {table(record['rows'], *_COLUMNS)}
 
-The service took {record['taken']} images, answered {record['answered']}, failed {record['failed']}; every client got
-one answer for each image. Server and clients share the machine.
+The service accepted {record['taken']} images, answered {record['answered']} and failed {record['failed']}; every client
+received one answer for each image. Server and clients share the machine.
 """
 
 

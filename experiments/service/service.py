@@ -1,8 +1,9 @@
-"""Images in, answers out, from any thread: a bounded queue before a stream whose thresholds follow the waiting time.
+"""Answers images from any thread: a bounded queue, and a stream whose thresholds follow the waiting time.
 
 The more images wait, the earlier they leave, as far as a floor of accuracy on validation data allows (after Apparate:
-Dai et al., Apparate: Rethinking Early Exits to Tame Latency-Throughput Tensions in ML Serving, 2024). What does not fit
-into the queue is refused at once, and may be sent again: memory is bounded, and nothing that was taken is lost.
+Dai et al., Apparate: Rethinking Early Exits to Tame Latency-Throughput Tensions in ML Serving, 2024). An image that
+does not fit into the queue is refused at once, and may be sent again. So memory is bounded, and no accepted image is
+lost.
 """
 
 import collections
@@ -29,7 +30,7 @@ _RECENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What became of one image.
+    """The answer to one image.
 
     Attributes:
         number: of the image, in order of arrival.
@@ -47,7 +48,7 @@ class Answer:
 
 
 class Service:
-    """Answers images one by one while a thread of its own runs the network on whole chunks of them.
+    """Answers images one by one, while its thread runs the network on whole chunks of them.
 
     Args:
         weights: the network.
@@ -85,7 +86,7 @@ class Service:
         return tuple(self.weights.inputs.shape[1:])
 
     def start(self) -> 'Service':
-        """Compiles, and begins to answer."""
+        """Compiles the network and starts the thread."""
         nothing = np.zeros((1, *self.image_shape), np.uint8)
         # Never leaving, so that every stage compiles before the first image comes.
         never = self._policy.replace(thresholds=np.full(np.shape(self._policy.thresholds), -np.inf, np.float32))
@@ -122,13 +123,13 @@ class Service:
         return future
 
     def close(self) -> None:
-        """Answers what has been taken, and ends."""
+        """Answers the images that were accepted, and ends."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def stats(self) -> dict[str, Any]:
-        """Returns counts, what waits, and where the thresholds stand."""
+        """Returns counts, the length of the queue, and the thresholds."""
         return {
             **self.counts,
             'exits': list(self.exits),
@@ -156,8 +157,8 @@ class Service:
 
     def _serve(self) -> None:
         try:
-            for found in self.stream(self.weights.variables, self._supply(), lambda: self._policy):
-                waited = self._answer(found)
+            for answers in self.stream(self.weights.variables, self._supply(), lambda: self._policy):
+                waited = self._answer(answers)
                 observed = np.full(self._chunk_size, np.nan, np.float32)
                 observed[: len(waited)] = waited
                 self.controller, self._policy = self._update(self.controller, observed)
@@ -169,10 +170,10 @@ class Service:
             self.counts['failed'] += 1
             future.set_exception(RuntimeError(f'the service has ended: {self.failure}'))
 
-    def _answer(self, found: Any) -> list[float]:
+    def _answer(self, answers: Any) -> list[float]:
         now, waited = time.monotonic(), []
-        labels, exits = np.asarray(found.prediction.label), np.asarray(found.prediction.exit_index)
-        for number, label, leaves in zip(found.ids.tolist(), labels.tolist(), exits.tolist(), strict=True):
+        labels, exits = np.asarray(answers.prediction.label), np.asarray(answers.prediction.exit_index)
+        for number, label, leaves in zip(answers.ids.tolist(), labels.tolist(), exits.tolist(), strict=True):
             with self._lock:
                 future, arrived, image = self._pending.pop(number)
             waited.append(1e3 * (now - arrived))

@@ -1,6 +1,5 @@
-"""What the benchmark measures: networks at a batch size, with images that leave as they do or in forced shares."""
+"""Times of a network and its baseline at a batch size, under given policies or at forced exit shares."""
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +10,12 @@ import numpy as np
 import branchy_jax as bj
 from branchy_jax.costs import StageCosts
 from branchy_jax.thresholds import ExitTable
-from branchy_jax.thresholds.screen import answering_exits
 from branchy_jax.types import Variables
 from experiments.run.networks import Networks
 from experiments.run.timing import Policies, time_run
 
 USUAL_SHARES = {2: (0.94, 0.06), 3: (0.7, 0.2, 0.1)}
-"""Shares that leave at each exit where nothing else is asked for, about those of the paper, by the number of exits."""
+"""Default shares of the exits, about those of the paper, by the number of exits."""
 
 Row = dict[str, Any]
 _BATCH_1_IMAGES = 100
@@ -26,7 +24,7 @@ _KERNEL_SCALE = 0.3
 
 
 def random_variables(model: Any, images: np.ndarray) -> Variables:
-    """Makes variables without compiling an initialisation: time does not depend on them."""
+    """Makes random variables without compiling an initialisation, since time does not depend on them."""
     generator = np.random.default_rng(0)
 
     def leaf(path: Any, spec: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -50,29 +48,27 @@ def random_networks(name: str, images: np.ndarray) -> Networks:
 
 
 def images_needed(batch: int) -> int:
-    """Returns how many images a cell is measured on."""
+    """Returns the number of images that a cell is measured on."""
     return _BATCH_1_IMAGES if batch == 1 else batch
 
 
-def table_of(uncertainty: np.ndarray, costs: StageCosts) -> ExitTable:
-    """Returns a table to force shares by; it holds no statistics, since time does not depend on who is right."""
-    statistics = np.zeros((*uncertainty.shape, 1))
-    criterion = bj.criteria.entropy
-    return ExitTable(
-        uncertainty=uncertainty, statistics=statistics, costs=costs, criterion=criterion, split='random images'
-    )
+def table_of(uncertainty: np.ndarray) -> ExitTable:
+    """Returns a table to force shares by; it holds no statistics or costs, since shares depend on neither."""
+    exits = len(uncertainty)
+    costs, statistics = StageCosts(stages=np.ones(exits), exits=np.zeros(exits)), np.zeros((*uncertainty.shape, 1))
+    fields = {'costs': costs, 'statistics': statistics, 'criterion': bj.criteria.entropy, 'split': 'random images'}
+    return ExitTable(uncertainty=uncertainty, **fields)
 
 
 def force(networks: Networks, images: np.ndarray, shares: Mapping[str, Sequence[float]]) -> dict[str, bj.ExitPolicy]:
     """Returns policies under which these images leave in given shares, by name."""
-    costs = bj.costs.count_macs(networks.model, inputs=networks.inputs)
     outputs = bj.inference.exit_outputs(*networks.fast, images, batch_size=min(256, len(images)))
-    table = table_of(outputs.uncertainty, costs)
+    table = table_of(outputs.uncertainty)
     return {name: table.for_shares(own) for name, own in shares.items()}
 
 
 def measure(networks: Networks, images: np.ndarray, policies: Policies, batch: int, *, passes: int) -> list[Row]:
-    """Times both networks at a batch size, under each policy, beside what the clock could show at most.
+    """Times both networks at a batch size, under each policy, beside the limit of what exits can gain.
 
     Args:
         networks: both.
@@ -91,38 +87,13 @@ def measure(networks: Networks, images: np.ndarray, policies: Policies, batch: i
     sizes = sorted({1, min(64, len(images)), batch})
     times = bj.inference.segment_times(*networks.fast, images, batch_sizes=sizes, criterion=criterion).best()
     outputs = bj.inference.exit_outputs(*networks.fast, images, criterion=criterion, batch_size=min(256, len(images)))
+    table = table_of(outputs.uncertainty)
     costs, rows = bj.costs.count_macs(networks.model, inputs=networks.inputs), []
     for name, policy in policies.items():
-        exits = answering_exits(outputs.uncertainty, np.asarray(policy.thresholds))
-        fractions = np.bincount(exits, minlength=len(outputs.uncertainty)) / len(images)
+        fractions = np.bincount(table.answering_exits(policy.thresholds), minlength=table.num_exits) / len(images)
         clock, limit = clocks['points'][name], bj.costs.expected_cost(times, fractions)
         row = {'operating_point': name, 'thresholds': np.asarray(policy.thresholds).tolist()}
         row |= {'exit_fractions': fractions.tolist(), **clock, 'baseline_ms': clocks['baseline']['latency_ms']}
         row |= {'mac_limit': float(bj.costs.mac_limit(costs, fractions)), 'time_limit_ms': float(limit)}
         rows.append({**row, 'realised': float(limit) / clock['latency_ms']})
-    return rows
-
-
-def plan_by_the_clock(networks: Networks, images: np.ndarray, policies: Policies) -> list[Row]:
-    """Plans, plans at other thresholds, and warms that plan up, with nothing from a cache of compiled programs.
-
-    Args:
-        networks: the branchy one is planned for.
-        images: ``[M, H, W, C]`` normalised, all in one call.
-        policies: two.
-    """
-    jax.config.update('jax_enable_compilation_cache', False)
-    first, other = policies.values()
-    arguments, rows = (networks.model, networks.variables, images), []
-    start = time.perf_counter()
-
-    def note(what: str) -> None:
-        rows.append({'what': what, 'seconds': time.perf_counter() - start - sum(row['seconds'] for row in rows)})
-
-    planned = bj.inference.plan(*arguments, first)
-    note('the first plan')
-    again = bj.inference.plan(*arguments, other, earlier=planned)
-    note('a plan at other thresholds')
-    again.warm_up()
-    note('its warm-up')
     return rows

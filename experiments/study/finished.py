@@ -1,4 +1,4 @@
-"""A finished run, read back with its networks; and its network as published weights."""
+"""Reads a finished run with its networks, and writes its network as published weights."""
 
 import dataclasses
 import tempfile
@@ -19,7 +19,7 @@ from experiments.run.networks import TASKS, Networks, load, network_options
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What a run left behind.
+    """A finished run.
 
     Attributes:
         workdir: its folder.
@@ -35,7 +35,7 @@ class FinishedRun:
 
     @property
     def policies(self) -> dict[str, bj.ExitPolicy]:
-        """When an input leaves, by operating point, the table's first."""
+        """The policy of each operating point, the table's first."""
         return {row['name']: self.policy(row['thresholds']) for row in self.report['operating_points']}
 
     def policy(self, thresholds: Sequence[float]) -> bj.ExitPolicy:
@@ -44,7 +44,7 @@ class FinishedRun:
         return bj.ExitPolicy(by_name[self.report['criterion']], np.array(thresholds, np.float32))
 
     def dataset(self) -> bj.data.Dataset:
-        """Loads its data."""
+        """Loads the data set of the run."""
         return load(self.config)
 
 
@@ -71,10 +71,10 @@ def read_report(workdir: Path | str) -> dict[str, Any]:
 
 
 def read_run(workdir: Path | str) -> FinishedRun:
-    """Reads a run, or the stored report of one whose weights ship with the package.
+    """Reads a run, or a stored report whose weights are in the package.
 
-    The baseline's weights do not ship. There the branchy network's own stand for them, as good for a clock, which no
-    weight changes; nothing that reads a run evaluates its baseline anew.
+    The package has no weights of baselines. Those of the branchy network replace them: time does not depend on weights,
+    and no reader of a run evaluates its baseline again.
 
     Raises:
         ValueError: the folder holds no finished run, or neither its weights nor the package has them.
@@ -113,7 +113,7 @@ def _weights(path: Path) -> tuple[Variables, bj.Normalization]:
 
 
 def publish(finished: FinishedRun, into: Path) -> Path:
-    """Writes a classification's branchy network as published weights; returns the file.
+    """Writes the branchy network of a classification as published weights; returns the file.
 
     Args:
         finished: the run.
@@ -136,16 +136,9 @@ def publish(finished: FinishedRun, into: Path) -> Path:
         for row in rows.values()
     ]
     baseline, branchy = record['rows']
-    card = {
-        'dataset': record['dataset'],
-        'exit_accuracy': branchy['exit_accuracy'],
-        'baseline_accuracy': baseline['test_accuracy'],
-        'stage_macs': record['stage_macs'],
-        'exit_macs': record['exit_macs'],
-        'recipe': finished.config.to_dict(),
-        'trained_on': record['device'],
-        'licence': 'Apache-2.0',
-    }
+    card = {name: record[name] for name in ('dataset', 'stage_macs', 'exit_macs')}
+    card |= {'exit_accuracy': branchy['exit_accuracy'], 'baseline_accuracy': baseline['test_accuracy']}
+    card |= {'recipe': finished.config.to_dict(), 'trained_on': record['device'], 'licence': 'Apache-2.0'}
     path = into / f'{networks.name}@{record["dataset"]}.safetensors'
     variables = jax.tree.map(np.asarray, networks.variables)
     settings = {'normalization': networks.normalization, 'operating_points': points, 'options': networks.options}

@@ -4,14 +4,14 @@ import argparse
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Makes a command's parser: its docstring is the help. Commands that are imported together share nothing."""
+    """Makes a command's parser: its docstring is the help."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
 
 def positive(text: str) -> int:
-    """Reads a flag that counts something."""
+    """Reads a flag that holds a count."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'got {text!r}; give a positive integer')
     return int(text)
@@ -20,3 +20,8 @@ def positive(text: str) -> int:
 def positives(text: str) -> list[int]:
     """Reads a flag of several counts, such as ``1,32``."""
     return [positive(part) for part in text.split(',')]
+
+
+def shares(text: str) -> dict[str, list[float]]:
+    """Reads a flag of percentages that leave at each exit, such as ``94/6,70/30``."""
+    return {part: [float(share) / 100 for share in part.split('/')] for part in text.split(',')}

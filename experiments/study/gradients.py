@@ -39,17 +39,9 @@ def run(workdir: Path, network: str, dataset: bj.data.Dataset, *, seeds: int, st
         for seed in range(seeds)
         for after, gradients in zip((0, steps), _norms(own, layers, dataset, seed, steps, batch_size), strict=True)
     ]
-    record = {
-        'network': network,
-        'dataset': dataset.name,
-        'seeds': seeds,
-        'steps': steps,
-        'batch_size': batch_size,
-        **provenance('claims'),
-        'layers': layers,
-        'rows': rows,
-        'answers': [answer for after in (0, steps) for answer in _answers(rows, after)],
-    }
+    record = {'network': network, 'dataset': dataset.name, 'seeds': seeds, 'steps': steps, 'batch_size': batch_size}
+    record |= {**provenance('claims'), 'layers': layers, 'rows': rows}
+    record['answers'] = [*_answers(rows, 0), *_answers(rows, steps)]
     path = workdir / f'gradients_{network}.json'
     bj.report.write_json(path, record)
     bj.report.write_text(path.with_suffix('.md'), page(record))
@@ -87,13 +79,8 @@ def _norms(
 @jax.jit
 def _gradients(state: bj.training.TrainState, batch: bj.Batch, key: jax.Array) -> Any:
     def loss(params: Any) -> jax.Array:
-        logits, _ = state.model.apply(
-            {'params': params, **state.model_state},
-            batch.image,
-            train=True,
-            rngs={'dropout': key},
-            mutable=list(state.model_state),
-        )
+        variables, training = {'params': params, **state.model_state}, {'train': True, 'rngs': {'dropout': key}}
+        logits, _ = state.model.apply(variables, batch.image, mutable=list(state.model_state), **training)
         return bj.losses.cross_entropy_per_exit(logits, batch.label).sum()
 
     return jax.grad(loss)(state.params)
@@ -114,13 +101,10 @@ def _answers(rows: Sequence[Row], after: int) -> list[Row]:
     quarter, when = max(1, branchy.shape[1] // 4), f'After {after} steps' if after else 'At initialisation'
     first = plain[:, :quarter].mean(axis=1)
     early, decay = branchy[:, :quarter].mean(axis=1) - first, plain[:, -quarter:].mean(axis=1) - first
-    questions = {
-        f'{when}, do gradients fade towards the first layers without branches?': decay,
-        f'{when}, are the gradients of the first quarter larger with branches?': early,
-    }
+    settings = {'unit': 'powers of ten', 'claim': 'Vanishing gradients'}
     return [
-        judge(question, differences, unit='powers of ten', claim='Vanishing gradients')
-        for question, differences in questions.items()
+        judge(f'{when}, do gradients fade towards the first layers without branches?', decay, **settings),
+        judge(f'{when}, are the gradients of the first quarter larger with branches?', early, **settings),
     ]
 
 

@@ -1,4 +1,4 @@
-"""How often do the guarantees hold? Calibration sets drawn from a population of cached outputs, a thousand times."""
+"""Draws calibration sets from cached outputs, and counts how often a guarantee from such a set fails."""
 
 import itertools
 from typing import Any
@@ -12,8 +12,8 @@ from branchy_jax.thresholds.guarantees import METHODS, last_passed, losses_along
 class Population:
     """Inputs whose losses along a path are known, to draw calibration sets from.
 
-    The guarantee is about the distribution that calibration inputs come from: here that is the empirical one of these
-    inputs, so the risk to compare with is the mean over all of them, and draws are with replacement.
+    A guarantee is about the distribution of calibration inputs. Here this is the empirical distribution of the given
+    inputs: draws are with replacement, and the true risk is the mean over all inputs.
 
     Args:
         path: ``[G, N - 1]`` settings fixed on other data.
@@ -56,7 +56,7 @@ class Population:
         return np.array([last_passed(row) for row in passes.T])
 
     def outcome(self, stops: np.ndarray, epsilon: float) -> dict[str, float]:
-        """Returns how often the guarantee failed, and what was saved."""
+        """Returns how often the guarantee failed, and how much cost was saved."""
         return {
             'splits': len(stops),
             'broken': float((self.risk[stops] > epsilon).mean()),
@@ -69,7 +69,7 @@ _EPSILONS, _DELTAS = (0.005, 0.01, 0.02), (0.05, 0.1)
 
 
 def simulate(loss: str, population: Population) -> list[dict[str, Any]]:
-    """Runs every method on a population: with a guarantee, in expectation only, and without any.
+    """Runs every method on a population: with a guarantee, with one in expectation only, and with none.
 
     Args:
         loss: its name, for the rows.

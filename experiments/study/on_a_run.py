@@ -1,7 +1,8 @@
-"""Clocks, joules and cache misses of a finished run, as rows that lie in its folder."""
+"""Times, joules and cache misses of a finished run, written as rows into its folder."""
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ def _write(finished: FinishedRun, name: str, rows: Sequence[Row], **more: Any) -
 
 
 def batches(finished: FinishedRun, sizes: Sequence[int], *, images: int, passes: int) -> list[Row]:
-    """Times all operating points, each size after the other, and writes ``batches.json`` after each.
+    """Times all operating points, one batch size after the other, and writes ``batches.json`` after each.
 
     Args:
         finished: the run.
@@ -87,8 +88,8 @@ def energy(
 def cache(workdir: Path, *, images: int, settings: int) -> list[Row]:
     """Counts cache misses of a finished run, and writes ``cache.json``.
 
-    They come from valgrind's simulation of caches (callgrind), switched on only while images run: virtual machines
-    offer ``perf`` no counters. Run times are the run's own, measured without valgrind.
+    Valgrind's simulation of caches (callgrind) counts them, only while images run: virtual machines have no counters
+    for ``perf``. Times come from the run itself and were measured without valgrind.
 
     Args:
         workdir: folder of the run.
@@ -102,26 +103,22 @@ def cache(workdir: Path, *, images: int, settings: int) -> list[Row]:
         raise ValueError(NO_VALGRIND)
     with tempfile.TemporaryDirectory() as folder:
         ours = ['--tool=callgrind', '--cache-sim=yes', '--instr-atstart=no', '--fair-sched=yes']
-        again = ['experiments.benchmark', f'--run={workdir}', f'--cache={settings}', f'--images={images}']
+        program = (
+            f'from experiments.study import on_a_run; on_a_run.run_under_valgrind{(str(workdir), images, settings)}'
+        )
         done = subprocess.run(
-            ['valgrind', *ours, *CACHES, f'--callgrind-out-file={folder}/counts', sys.executable, '-m', *again],
-            env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0', INSIDE: folder},
+            ['valgrind', *ours, *CACHES, f'--callgrind-out-file={folder}/counts', sys.executable, '-c', program],
+            env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0'},
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode != 0:
             raise ValueError(f'valgrind: failed with {done.returncode}: {done.stderr[-500:]}')
-        rows = [
-            {**setting, **misses(Path(folder, f'counts.{n + 1}').read_text())}
-            for n, setting in enumerate(bj.report.read_json(Path(folder, 'settings.json'))['rows'])
-        ]
+        tried = json.loads(done.stdout.splitlines()[-1])
+        rows = [{**row, **misses(Path(folder, f'counts.{n}').read_text())} for n, row in enumerate(tried, 1)]
     simulated_by = f'valgrind callgrind, caches {" ".join(CACHES)}'
     return _write(read_run(workdir), 'cache', rows, simulated_by=simulated_by, images=images)
-
-
-INSIDE = 'BRANCHY_JAX_INSIDE_VALGRIND'
-"""The variable by which `cache` gives the folder of counts to the command that it runs under valgrind."""
 
 
 def misses(text: str) -> Row:
@@ -140,8 +137,9 @@ def misses(text: str) -> Row:
     }
 
 
-def run_under_valgrind(finished: FinishedRun, *, images: int, settings: int) -> None:
-    """Runs the baseline and settings of the frontier, counting only while images run."""
+def run_under_valgrind(workdir: str, images: int, settings: int) -> None:
+    """Runs the baseline and settings of the frontier, and counts only while images run; prints their rows."""
+    finished = read_run(workdir)
     networks, frontier = finished.networks, finished.report['frontier']
     chosen = np.unique(np.linspace(0, len(frontier) - 1, settings).round().astype(int))
     tried = [finished.report['rows'][0], *({**frontier[n], 'network': networks.name} for n in chosen)]
@@ -156,8 +154,7 @@ def run_under_valgrind(finished: FinishedRun, *, images: int, settings: int) -> 
         bj.measure.one_by_one(run, inputs)()
         _control('-i', 'off')
         _control('-d')
-    rows = [{name: row[name] for name in ('network', 'thresholds', 'latency_ms')} for row in tried]
-    bj.report.write_json(Path(os.environ[INSIDE], 'settings.json'), {'rows': rows})
+    print(json.dumps([{name: row[name] for name in ('network', 'thresholds', 'latency_ms')} for row in tried]))
 
 
 def _control(*arguments: str) -> None:

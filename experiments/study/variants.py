@@ -1,4 +1,4 @@
-"""The paper's trunks with a branch anywhere and of any depth, and a deep trunk without shortcuts."""
+"""The paper's trunks with one branch at any place and of any depth; and a deep trunk without shortcuts."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ _LARGEST_MAP = 8
 
 
 class Branch(nn.Module):
-    """So many 3 × 3 convolutions of 32 features, then pooling and a dense layer.
+    """A number of 3 × 3 convolutions of 32 features, then pooling and a dense layer.
 
     Attributes:
         before: what the trunk applies between the place of the branch and its next layer with weights.
@@ -46,7 +46,7 @@ class Branch(nn.Module):
 
 
 def with_branch(network: str, *, after: int, convolutions: int, **options: Any) -> Any:
-    """Builds a trunk with one branch: so many 3 × 3 convolutions of 32 features, then a dense layer.
+    """Builds a trunk with one `Branch`.
 
     Args:
         network: the one-exit network, such as ``'alexnet'``.
@@ -97,7 +97,7 @@ def _identity(x: Array) -> Array:
 
 
 class DeepPlain(nn.Module):
-    """A deep network without shortcuts or normalisation: strided once a third, with branches evenly between.
+    """A deep network without shortcuts or normalisation, with two strides and evenly spaced branches.
 
     Attributes:
         depth: convolutions.

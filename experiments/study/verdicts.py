@@ -1,4 +1,4 @@
-"""From figures per seed to verdicts in words, by confidence intervals; and what the paper's claims come down to."""
+"""Answers the paper's claims from figures per seed, by confidence intervals."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 
 def judge(question: str, differences: np.ndarray, *, unit: str, claim: str = '') -> Row:
-    """Answers a question by paired differences, one a seed, positive where the claim holds.
+    """Answers a question by paired differences, one for each seed, positive if the claim holds.
 
     Yes, if the whole interval is above 0; no, the opposite, if it is all below; otherwise these seeds do not show it.
 
@@ -46,7 +46,7 @@ def judge(question: str, differences: np.ndarray, *, unit: str, claim: str = '')
 
 
 def bullets(answers: Sequence[Row]) -> str:
-    """Lays out answers, one a line, below the claim that they belong to."""
+    """Lays out answers, one a line, below their claim."""
     lines = []
     for claim in dict.fromkeys(answer['claim'] for answer in answers):
         lines.append(f'\n**{claim}.**')
@@ -57,17 +57,17 @@ def bullets(answers: Sequence[Row]) -> str:
 
 
 def depth_name(depth: int) -> str:
-    """Names the variant whose branch, after the first layer, has so many convolutions."""
+    """Names the variant whose branch after the first layer has this number of convolutions."""
     return f'branch of {depth} convolutions'
 
 
 def position_name(position: int) -> str:
-    """Names the variant whose branch, of one convolution, leaves after so many layers."""
+    """Names the variant whose branch of one convolution leaves after this number of layers."""
     return depth_name(1) if position == 1 else f'branch after layer {position}'  # the same network
 
 
 def positions(network: str) -> tuple[int, ...]:
-    """Returns after how many layers the branches of a network's variants leave."""
+    """Returns the numbers of layers after which the branches of a network's variants leave."""
     trunk = network[2:]
     if trunk in _POSITIONS:
         return _POSITIONS[trunk]
@@ -76,12 +76,12 @@ def positions(network: str) -> tuple[int, ...]:
 
 
 def accuracies(rows: Sequence[Row], variant: str, part: str = 'test_accuracy') -> np.ndarray:
-    """Returns what the exits of a variant reach, ``[S, N]``, in percent."""
+    """Returns the accuracies of the exits of a variant, ``[S, N]``, in percent."""
     return 100 * np.array([row[part] for row in rows if row['variant'] == variant])
 
 
 def judge_all(rows: Sequence[Row], network: str) -> list[Row]:
-    """Answers every claim from the rows of its variants; a question that lacks a variant is left out."""
+    """Answers every claim from the rows of its variants; leaves out a question whose variant is missing."""
     there, answers = {row['variant'] for row in rows}, []
     for claim, question, what, names in _questions(network):
         if set(names) <= there:
@@ -93,7 +93,7 @@ def judge_all(rows: Sequence[Row], network: str) -> list[Row]:
 
 
 def _values(rows: Sequence[Row], variant: str, what: str) -> np.ndarray:
-    """Returns one figure a seed: of the ``'first'`` or ``'last'`` exit, or by how little the last one overfits."""
+    """Returns a figure for each seed: accuracy of the ``'first'`` or ``'last'`` exit, or test − training accuracy."""
     test = accuracies(rows, variant)
     if what == 'fit':
         return (test - accuracies(rows, variant, 'train_accuracy'))[:, -1]
@@ -101,7 +101,7 @@ def _values(rows: Sequence[Row], variant: str, what: str) -> np.ndarray:
 
 
 def _questions(network: str) -> list[tuple[str, str, str, Sequence[str]]]:
-    """Returns claims, questions, the figure, and its variants: the better one and another, or those along a slope."""
+    """Returns claims, questions, figures and variants: the better one and another one, or several along a slope."""
     base, joint, falling = 'baseline', 'joint', 'joint, first exit 1.0 to last 0.3'
     start, longer = 'joint, from the baseline', 'joint, twice as long'
     depths, places = [depth_name(depth) for depth in DEPTHS], [position_name(place) for place in positions(network)]

@@ -1,6 +1,8 @@
 """Candidates: executors with their settings. Forecasts propose them, and a trial eliminates all but the fastest."""
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,17 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from branchy_jax.inference.compiler_options import BY_NAME, may_use_all_cores, may_use_one_core, num_cores
+from branchy_jax.inference.compiler_options import BY_NAME, num_cores, usable_options
 from branchy_jax.inference.planning.times import Forecast, SegmentTimes, forecast
 from branchy_jax.measure import Ratio, interleaved_passes, one_by_one, paired_ratio
 
-# The second forecast is tried if it comes this close to the best, the network without branches if this close.
-_CLOSE = 1.15
-_NEARLY_AS_FAST = 1.25
 # Of a piece of a batch that one worker answers: long beside starting it, short beside the whole batch.
 _PIECE_MS = 2.0
 
-_EXECUTORS = ('baseline', 'dense', 'sequential', 'compacted', 'sharded', 'onnx')
+_EXECUTORS = ('dense', 'sequential', 'compacted', 'sharded', 'onnx')
 
 _FEW_PASSES = 3
 # With fewer paired passes the range of all ratios holds their median in less than 95 % of cases.
@@ -27,8 +26,12 @@ _FEWEST_PASSES = 6
 # Noise is short: where all functions together take longer, one pass tells which are clearly slower, and memory that was
 # idle during the turns of others costs little.
 _LONG_SECONDS = 0.3
+_SHORTEST_PASS = 0.02  # seconds; shorter ones are repeated, since noise would decide between them
 _CLEARLY_SLOWER = 1.25
-_CLEARLY_FASTER = 0.8  # than the baseline: no further passes and candidates are needed
+_CLEARLY_FASTER = 0.8  # than the baseline: no further passes are needed
+
+# Then no further candidates are compiled: those that come late in the list seldom win.
+_MOST_SECONDS_OF_COMPILING = 20.0
 
 _STEPS_TO_GO = 8  # of a plan, at any time
 
@@ -39,8 +42,7 @@ class Candidate:
 
     Attributes:
         name: in tables.
-        executor: ``'dense'``, ``'sequential'``, ``'compacted'``, ``'sharded'``, ``'onnx'`` for ONNX Runtime, or
-            ``'baseline'``, the plain jitted network without branches, which is never chosen.
+        executor: ``'dense'``, ``'sequential'``, ``'compacted'``, ``'sharded'``, or ``'onnx'`` for ONNX Runtime.
         exits: the exits that it asks.
         optimized: whether it runs the network as `optimize` rewrites it.
         chunk_sizes: of `compacted` and `sharded`, one for each exit asked; of the workers of `sequential`, one.
@@ -74,8 +76,8 @@ class Candidate:
 
 def candidates_to_try(
     times: SegmentTimes, confident: np.ndarray, batch_size: int, *, may_skip: bool, mesh: Mesh | None = None
-) -> tuple[list[Candidate], list[Candidate]]:
-    """Returns the candidates to try, the baseline first, and a reserve for when none of them is clearly faster.
+) -> list[Candidate]:
+    """Returns the candidates to try: the baseline, then the others, the most promising first.
 
     Args:
         times: of stages and heads.
@@ -85,24 +87,17 @@ def candidates_to_try(
         mesh: the devices that share every batch.
     """
     last, share = len(confident), batch_size if mesh is None else -(-batch_size // mesh.size)
-    best, *others = forecast(times, confident, share, may_skip=may_skip)
-    close = [other for other in others[:1] if other[0] < _CLOSE * best[0] and not times.heavy]
-    first = [Candidate('baseline', 'baseline', (last,), optimized=False)]
-    if mesh is None and jax.default_backend() == 'cpu':
-        first += _in_onnx_runtime(dict.fromkeys([best[1], (last,)] if may_skip else [best[1]]))
-    for choice in (best, *close):
-        all_options = batch_size == 1 or (choice is best and not times.heavy)
-        for candidate in _executors(choice, batch_size, mesh, heavy=times.heavy):
-            options = _with_compiler_options(candidate, batch_size, mesh)
-            first += options if all_options else options[:1]
+    best = forecast(times, confident, share, may_skip=may_skip)[0]
     rates = times.per_image(share)
     ms = share * float(rates.trunk if may_skip else rates.to_exit[-1])
     name, exits = ('last exit, optimized', (last,)) if may_skip else ('dense', tuple(range(last + 1)))
-    reserve = _with_compiler_options(Candidate(name, 'dense', exits, predicted_ms=ms), batch_size, mesh)
-    plain = [Candidate('last exit', 'dense', (last,), optimized=False)] if may_skip else []
-    if ms < _NEARLY_AS_FAST * best[0]:
-        return [*first, *reserve], plain
-    return first, [*reserve, *plain]
+    executors = [*_executors(best, batch_size, mesh), Candidate(name, 'dense', exits, predicted_ms=ms)]
+    candidates = [Candidate('baseline', 'dense', (last,), optimized=False)]
+    if mesh is None and jax.default_backend() == 'cpu':
+        candidates += _in_onnx_runtime(dict.fromkeys([best[1], (last,)] if may_skip else [best[1]]))
+    several = [_with_compiler_options(executor, batch_size, mesh) for executor in executors]
+    candidates += [options[0] for options in several]
+    return candidates + [candidate for options in several for candidate in options[1:]]
 
 
 def _in_onnx_runtime(choices: Iterable[tuple[int, ...]]) -> list[Candidate]:
@@ -114,13 +109,13 @@ def _in_onnx_runtime(choices: Iterable[tuple[int, ...]]) -> list[Candidate]:
 def _with_compiler_options(candidate: Candidate, batch_size: int, mesh: Mesh | None) -> list[Candidate]:
     """Returns a candidate with each set of compiler options that may suit it, the most promising first."""
     alone, shared = batch_size == 1 or candidate.executor == 'sequential', candidate.workers > 1
-    suits = {'one core': alone and may_use_one_core(), 'all cores': not (alone and shared) and may_use_all_cores()}
-    options = [name for name, is_suitable in suits.items() if is_suitable and mesh is None]
+    suits = {'one core': alone, 'all cores': not (alone and shared)}
+    options = [name for name in usable_options() if suits[name] and mesh is None]
     named = [dataclasses.replace(candidate, name=f'{candidate.name}, {o}', compiler_options=o) for o in options]
     return [*named, candidate]
 
 
-def _executors(choice: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: bool) -> Sequence[Candidate]:
+def _executors(choice: Forecast, batch_size: int, mesh: Mesh | None) -> list[Candidate]:
     """Returns the executors for a forecast, the most promising first."""
     ms, exits, chunk_sizes = choice
     sizes, workers = '/'.join(map(str, chunk_sizes)), num_cores() if ms > num_cores() * _PIECE_MS else 1
@@ -138,7 +133,7 @@ def _executors(choice: Forecast, batch_size: int, mesh: Mesh | None, *, heavy: b
         piece = -(-batch_size // (workers * round(ms / (workers * _PIECE_MS))))
         name = f'sequential × {workers}, {piece}'
         whole = dataclasses.replace(whole, name=name, chunk_sizes=(piece,), workers=workers)
-    return [whole, hosted] if heavy else [loop, whole, hosted]  # a loop of a heavy network takes long to compile
+    return [whole, hosted, loop]
 
 
 class Progress:
@@ -167,7 +162,6 @@ class Progress:
 
 def try_candidates(
     candidates: Sequence[Candidate],
-    reserve: Sequence[Candidate],
     build: Callable[[Candidate], Callable[[Any], Any]],
     batches: Sequence[Any],
     *,
@@ -178,7 +172,6 @@ def try_candidates(
 
     Args:
         candidates: the baseline, then the others, the most promising first.
-        reserve: tried likewise if none of these is clearly faster than the baseline.
         build: returns the function of a candidate, which takes a batch.
         batches: to time on.
         passes: of the candidates that are not eliminated, at most.
@@ -188,53 +181,56 @@ def try_candidates(
         The candidates that were tried, with their measurements, the baseline first.
     """
     functions: dict[Candidate, Callable[[], None]] = {}
+    start = time.monotonic()
     for candidate in candidates:
-        if len(functions) < 2 or not progress.is_over:
+        is_late = progress.is_over or time.monotonic() - start > _MOST_SECONDS_OF_COMPILING
+        if len(functions) < 2 or not is_late:
             progress.report(f'trying {candidate.name}')
             functions[candidate] = one_by_one(build(candidate), batches)
             functions[candidate]()  # compiles
     seconds = interleaved_passes(functions, passes=1, warmup=0)
     short = sum(values[0] for values in seconds.values()) < _LONG_SECONDS
+    repeats = math.ceil(_SHORTEST_PASS / min(values[0] for values in seconds.values())) if short else 1
+    settle = int(short and repeats == 1)
+    functions = {candidate: functools.partial(_repeat, run, repeats) for candidate, run in functions.items()}
     if short and not progress.is_over:
-        seconds = interleaved_passes(functions, passes=min(_FEW_PASSES, passes), warmup=0, settle=1)
-    baseline, remaining, fastest = candidates[0], list(functions), 1.0
-
-    def ratio(candidate: Candidate) -> Ratio:
-        return paired_ratio(seconds[candidate], seconds[baseline][: len(seconds[candidate])])
-
-    def may_win(candidate: Candidate) -> bool:
-        without_branches = candidate.executor == 'dense' and len(candidate.exits) == 1
-        needed = candidate == baseline or (without_branches and fastest > _CLEARLY_FASTER)
-        return needed or ratio(candidate).median <= _CLEARLY_SLOWER * fastest
-
-    while len(remaining) > 1:
-        fastest = min(ratio(candidate).median for candidate in remaining[1:])
-        remaining, done = list(filter(may_win, remaining)), len(seconds[baseline])
-        decided = done >= _FEWEST_PASSES and any(ratio(c).high < _CLEARLY_FASTER for c in remaining[1:])
+        seconds = interleaved_passes(functions, passes=min(_FEW_PASSES, passes), warmup=0, settle=settle)
+    baseline, *others = functions
+    ratios: dict[Candidate, Ratio] = {}
+    while True:
+        done = len(seconds[baseline])
+        ratios |= {candidate: paired_ratio(seconds[candidate], seconds[baseline]) for candidate in (baseline, *others)}
+        fastest = min(ratios[candidate].median for candidate in others)
+        others = [candidate for candidate in others if ratios[candidate].median <= _CLEARLY_SLOWER * fastest]
+        is_clear = any(ratios[candidate].high < _CLEARLY_FASTER for candidate in others)
+        decided = is_clear and done >= _FEWEST_PASSES and (len(others) == 1 or not short)
         if decided or progress.is_over or done >= passes:
             break
         count = min(passes - done, _FEWEST_PASSES)
-        progress.report(f'comparing {len(remaining)} candidates: {done + count} of at most {passes} passes')
-        timed = {candidate: functions[candidate] for candidate in remaining}
-        more = interleaved_passes(timed, passes=count, warmup=0, settle=int(short))
-        seconds |= {candidate: np.concatenate([seconds[candidate], more[candidate]]) for candidate in remaining}
+        progress.report(f'comparing {1 + len(others)} candidates: {done + count} of at most {passes} passes')
+        timed = {candidate: functions[candidate] for candidate in (baseline, *others)}
+        more = interleaved_passes(timed, passes=count, warmup=0, settle=settle)
+        seconds |= {candidate: np.concatenate([seconds[candidate], more[candidate]]) for candidate in timed}
 
     def measured(candidate: Candidate) -> Candidate:
-        ms, out = float(np.median(seconds[candidate])) / len(batches) * 1e3, candidate not in remaining
-        return dataclasses.replace(candidate, measured_ms=ms, ratio=ratio(candidate), eliminated=out)
+        ms = float(np.median(seconds[candidate])) / (repeats * len(batches)) * 1e3
+        out = candidate not in (baseline, *others)
+        return dataclasses.replace(candidate, measured_ms=ms, ratio=ratios[candidate], eliminated=out)
 
-    results = [measured(candidate) for candidate in functions]
-    if reserve and fastest > _CLEARLY_FASTER and not (progress.is_over and len(results) > 1):
-        results += try_candidates([baseline, *reserve], (), build, batches, passes=passes, progress=progress)[1:]
-    return results
+    return list(map(measured, functions))
 
 
-def choose(tried: Sequence[Candidate], num_exits: int) -> Candidate:
+def _repeat(run: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def choose(tried: Sequence[Candidate]) -> Candidate:
     """Returns the fastest candidate that beats the baseline for certain; if none does, the best without branches.
 
     Where the network without branches answers otherwise and is no candidate, the fastest is returned.
     """
-    eligible = [candidate for candidate in tried if not candidate.eliminated and candidate.executor != 'baseline']
-    certain = [candidate for candidate in eligible if candidate.ratio[2] < 1]
-    without = [candidate for candidate in eligible if candidate.exits == (num_exits - 1,)]
-    return min(certain or without or eligible, key=lambda candidate: candidate.ratio)
+    remaining = [candidate for candidate in tried if not candidate.eliminated]
+    certain = [candidate for candidate in remaining if candidate.ratio[2] < 1]
+    without = [candidate for candidate in remaining if len(candidate.exits) == 1]
+    return min(certain or without or remaining, key=lambda candidate: candidate.ratio)

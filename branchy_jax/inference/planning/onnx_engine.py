@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from branchy_jax.inference.onnx_program import ANSWER
-from branchy_jax.types import Array, ExitPolicy
+from branchy_jax.types import ExitPolicy
 
 
 def check_onnxruntime(mesh: Mesh | None) -> None:
@@ -20,7 +20,7 @@ def check_onnxruntime(mesh: Mesh | None) -> None:
         raise ValueError('engine: plans use ONNX Runtime on a CPU alone, and not on a mesh')
 
 
-def open_session(content: bytes, policy: ExitPolicy, inputs: Any, *, threads: int) -> Callable[..., tuple[Array, ...]]:
+def open_session(content: bytes, policy: ExitPolicy, inputs: Any, *, threads: int) -> Callable[..., list[np.ndarray]]:
     """Returns ``(inputs, policy, count) → arrays of an ExitPrediction``, whose session is freed with the function.
 
     Several threads may call the function at the same time.
@@ -37,15 +37,16 @@ def open_session(content: bytes, policy: ExitPolicy, inputs: Any, *, threads: in
     file, thresholds = onnx.load_from_string(content), np.asarray(policy.thresholds)
     for array in file.graph.initializer:
         if array.name.startswith('threshold_'):
-            value = thresholds[int(array.name.removeprefix('threshold_')) - 1]
+            value = thresholds[int(array.name.removeprefix('threshold_'))]
             array.CopyFrom(onnx.numpy_helper.from_array(value, array.name))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3  # 3 is errors alone
     session = onnxruntime.InferenceSession(file.SerializeToString(), options, providers=['CPUExecutionProvider'])
     names, dtypes = [each.name for each in session.get_inputs()], [spec.dtype for spec in jax.tree.leaves(inputs)]
 
-    def answer(inputs: Any, policy: ExitPolicy, count: int) -> tuple[Array, ...]:
+    def answer(inputs: Any, policy: ExitPolicy, count: int) -> list[np.ndarray]:
         arrays = map(np.asarray, jax.tree.leaves(inputs), dtypes)
-        return tuple(jax.device_put(session.run(ANSWER, dict(zip(names, arrays, strict=True)))))
+        answers: list[np.ndarray] = session.run(ANSWER, dict(zip(names, arrays, strict=True)))
+        return answers
 
     return answer

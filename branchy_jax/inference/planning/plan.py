@@ -1,8 +1,15 @@
-"""The planner: measures a network, forecasts, tries the best candidates, and binds the fastest."""
+"""The planner: measures a network, forecasts, tries the best candidates, and binds the fastest.
+
+A plan is stored as JSON: the choice and the measurements, without weights or code.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from branchy_jax import calling, program
+from branchy_jax.checkpoint import write_atomically
 from branchy_jax.costs import warn_if_nothing_is_saved
-from branchy_jax.criteria import is_confident
-from branchy_jax.criteria.policy import as_policy
-from branchy_jax.inference.compiler_options import ALL_CORES, may_use_all_cores
+from branchy_jax.criteria import entropy, is_confident
+from branchy_jax.criteria.policy import as_policy, decode_policy, encode_policy
+from branchy_jax.inference.compiler_options import BY_NAME, num_cores, usable_options
 from branchy_jax.inference.planning.candidates import Candidate, Progress, candidates_to_try, choose, try_candidates
-from branchy_jax.inference.planning.file import read_plan, write_plan
 from branchy_jax.inference.planning.onnx_engine import check_onnxruntime
 from branchy_jax.inference.planning.programs import Programs, Runner
 from branchy_jax.inference.planning.times import SegmentTimes
@@ -25,10 +32,8 @@ from branchy_jax.inference.steps import at_rows
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
 _MOST_INPUTS_IN_A_TRIAL = 128
-# Stages and heads are timed at the planned size and at those of these sizes that are at most half of it; at the first
-# size first, which is cheap and says whether the network is heavy.
-_SMALLER_SIZES, _FIRST_SIZE = (64, 8, 1), 8
-_PASSES, _PASSES_OF_A_HEAVY_NETWORK = 5, 3
+_PASSES = 5  # of stages and heads
+_FORMAT = 4  # of a stored plan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,9 +78,15 @@ class Plan:
         """``[N - 1]`` of the policy."""
         return self.policy.thresholds
 
-    def __call__(self, images: Any) -> ExitPrediction:
-        """Answers ``images [B, H, W, C]``, or other inputs like those that were planned on."""
-        return self._run(images)
+    def __call__(self, images: Any, *, as_numpy: bool = False) -> ExitPrediction:
+        """Answers ``images [B, H, W, C]``, or other inputs like those that were planned on.
+
+        Args:
+            images: arrays of NumPy or JAX.
+            as_numpy: whether the answer is in arrays of NumPy. With ONNX Runtime this saves handing it to JAX, which
+                takes longer than a small network on one image.
+        """
+        return self._run(images, as_numpy=as_numpy)
 
     def warm_up(self) -> None:
         """Compiles all programs that batches of any size need."""
@@ -90,7 +101,20 @@ class Plan:
         Raises:
             ValueError: a criterion with a function that is not one of `branchy_jax.criteria`.
         """
-        write_plan(path, self, self._programs)
+        record = {
+            'format': _FORMAT,
+            'made_with': _surroundings(self._programs.mesh, self.chosen),
+            'network': _identity(self._programs.model, self._programs.variables, self._programs.inputs),
+            'chosen': self.candidates.index(self.chosen),
+            'batch_size': self.batch_size,
+            'policy': encode_policy(self.policy),
+            'remark': self.remark,
+            'inputs': _encode_inputs(self._programs.inputs),
+            'times': {name: values.tolist() for name, values in vars(self.times).items()},
+            'candidates': [dataclasses.asdict(candidate) for candidate in self.candidates],
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
 
     @classmethod
     def load(cls, path: Path | str, model: Any, variables: Variables, *, mesh: Mesh | None = None) -> 'Plan':
@@ -107,7 +131,7 @@ class Plan:
                 or of another network, or runs in ONNX Runtime, which is missing here; the message says which.
         """
         calling.check_model(model)
-        fields, inputs = read_plan(path, model, variables, mesh)
+        fields, inputs = _read(path, model, variables, mesh)
         programs = Programs(model, variables, inputs, mesh)
         run = programs.runner(fields['chosen'], fields['policy'], fields['batch_size'])
         return cls(**fields, _programs=programs, _run=run)
@@ -144,18 +168,18 @@ def plan(
     """Finds the fastest executor of a network under a policy on this device, by measuring.
 
     `plan` rewrites the network (`optimize`), measures its stages and heads, and forecasts the time of a batch for each
-    choice of exits and chunk sizes; a head that costs more than it saves is skipped. The best forecast in each
-    executor, and the second if it is close, are then tried on the given images, in turns with the plain jitted
-    baseline. So is the network without branches, unless another candidate is faster by a fifth. On a CPU where
-    ``onnxruntime`` is installed, the best forecast and the network without branches are also tried in ONNX Runtime, on
-    all cores together and with one piece of the batch on each core; no batch is padded there. On a CPU of several
-    cores all are compiled with `branchy_jax.inference.ALL_CORES`, and the best also without. Of a network that takes
-    long to compile, only the executors that have ever been fastest for such networks are tried.
+    choice of exits and chunk sizes; a head that costs more than it saves is skipped. The best forecast in each executor
+    is then tried on the given images, in turns with the baseline, which is the network without branches as it was
+    given, and with its rewritten form. On a CPU where ``onnxruntime`` is installed, the best forecast and the network
+    without branches are also tried in ONNX Runtime, on all cores together and with one piece of the batch on each core;
+    no batch is padded there. On a CPU all answer in arrays of NumPy, and all are compiled with each of the compiler
+    options that may help, such as `branchy_jax.inference.ALL_CORES`, and without. No further candidate is compiled once
+    the trial has taken 20 seconds.
 
     The fastest of those that beat the baseline for certain (95 %) is chosen; if none does, the network without branches
-    in its faster form. So on images distributed like those given, the plan is not slower than the baseline, but for
+    in its fastest form. So on images distributed like those given, the plan is not slower than the baseline, but for
     noise. With a criterion that uses earlier exits no head is skipped, and the network without branches, which would
-    answer otherwise, is no candidate.
+    answer otherwise, is not chosen.
 
     Args:
         model: a network with N exits.
@@ -218,27 +242,33 @@ def plan(
     progress = Progress(on_progress, budget_seconds)
     progress.report('rewriting the network')
     warn_if_nothing_is_saved(programs.stages.macs)
-    options = ALL_CORES if mesh is None and may_use_all_cores() else None
-    segments = functools.partial(programs.segments, criterion=policy.criterion, compiler_options=options)
+    options = 'all cores' if mesh is None and 'all cores' in usable_options() else ''
+    segments = functools.partial(programs.segments, criterion=policy.criterion, compiler_options=BY_NAME[options])
     times = _measured(segments, images, share, progress) if times is None else times
     progress.report('running all images')
     uncertainty, looks_back = segments(min(share, int(times.batch_sizes[-1]))).uncertainty(images)
     thresholds = np.asarray(policy.thresholds)
     confident = np.asarray(is_confident(uncertainty[:-1], thresholds[:, None]))
-    first, reserve = candidates_to_try(times, confident, batch_size, may_skip=skip_heads and not looks_back, mesh=mesh)
+    may_skip = skip_heads and not looks_back
+    candidates = candidates_to_try(times, confident, batch_size, may_skip=may_skip, mesh=mesh)
     if programs.stages.fixed_because:  # its rows cannot be gathered
-        first = [candidate for candidate in first if candidate.executor not in ('compacted', 'sharded')]
+        candidates = [candidate for candidate in candidates if candidate.executor not in ('compacted', 'sharded')]
     batches = _batches(images, confident, batch_size)
-    build = functools.partial(programs.runner, policy=policy, batch_size=batch_size)
-    first, remark = _of_engine(engine, first, build)
-    reserve = [] if engine == 'onnxruntime' else reserve
-    tried = try_candidates(first, reserve, build, batches, passes=passes, progress=progress)
-    chosen = choose(tried, num_exits)
+
+    def build(candidate: Candidate, policy: ExitPolicy = policy) -> Runner:
+        # The baseline is only timed where the criterion uses earlier exits; another criterion answers then.
+        is_reference = looks_back and len(candidate.exits) < num_exits
+        return programs.runner(candidate, policy.replace(criterion=entropy) if is_reference else policy, batch_size)
+
+    candidates, remark = _of_engine(engine, candidates, build)
+    to_try = functools.partial(_to_try, build, mesh)
+    tried = try_candidates(candidates, to_try, batches, passes=passes, progress=progress)
+    chosen = choose(tried if may_skip and engine != 'onnxruntime' else tried[1:])
     applied = np.where(np.isin(np.arange(num_exits - 1), chosen.exits), thresholds, -np.inf)
     policy = ExitPolicy(policy.criterion, jnp.asarray(applied, jnp.float32))
     progress.report(f'chosen: {chosen.name}', 1.0)
-    candidates = tuple(sorted(tried, key=lambda candidate: (candidate.eliminated, candidate.ratio)))
-    return Plan(chosen, policy, batch_size, candidates, times, remark, programs, build(chosen, policy=policy))
+    table = tuple(sorted(tried, key=lambda candidate: (candidate.eliminated, candidate.ratio)))
+    return Plan(chosen, policy, batch_size, table, times, remark, programs, build(chosen, policy=policy))
 
 
 def _of_engine(
@@ -259,15 +289,21 @@ def _of_engine(
     return candidates if engine is None else [others[0], *onnx], ''
 
 
+def _to_try(build: Callable[[Candidate], Runner], mesh: Mesh | None, candidate: Candidate) -> Callable[[Any], Any]:
+    """Returns the runner of a candidate; on a CPU answers are used by the host."""
+    return functools.partial(build(candidate), as_numpy=mesh is None and jax.default_backend() == 'cpu')
+
+
 def _measured(segments: Any, images: Any, share: int, progress: Progress) -> SegmentTimes:
-    """Times stages and heads until the budget is spent."""
-    sizes = [share, *(size for size in _SMALLER_SIZES if 2 * size <= share)]
-    sizes.sort(key=lambda size: (size != _FIRST_SIZE, -size))
+    """Times stages and heads until the budget is spent, at the planned size and at sizes that are at most half of it.
+
+    The first size takes little time.
+    """
     results: list[SegmentTimes] = []
-    while sizes and not (results and (progress.is_over or (results[0].heavy and sizes == [1]))):
-        progress.report(f'stages and heads at {sizes[0]} images')
-        passes = _PASSES_OF_A_HEAVY_NETWORK if results and results[0].heavy else _PASSES
-        results.append(segments(sizes.pop(0)).times(images, passes=passes))
+    for size in dict.fromkeys(size for size in (8, share, 64, 1) if size == share or 2 * size <= share):
+        if not (results and progress.is_over):
+            progress.report(f'stages and heads at {size} images')
+            results.append(segments(size).times(images, passes=_PASSES))
     return SegmentTimes.joined(results)
 
 
@@ -282,3 +318,112 @@ def _batches(images: Any, confident: np.ndarray, batch_size: int) -> Sequence[An
         rows = np.random.default_rng(0).permutation(np.argsort(leaves, kind='stable')[spread])
     parts = rows.reshape(-1, batch_size)
     return [jax.block_until_ready(jax.tree.map(jnp.asarray, at_rows(images, part))) for part in parts]
+
+
+def _read(path: Path | str, model: Any, variables: Variables, mesh: Mesh | None) -> tuple[dict[str, Any], Any]:
+    """Returns the fields of a `Plan` that `Plan.save` wrote, and the shapes of its inputs.
+
+    Raises:
+        ValueError: as `Plan.load`.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding='utf-8'))
+        written = record['format']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'path: cannot read a plan from {path} ({type(error).__name__}: {error})') from error
+    if written != _FORMAT:
+        formats = f'format {written}; this version reads format {_FORMAT}, and version 0.2 wrote 1 to 3'
+        raise ValueError(f'path: the plan in {path} has {formats}; plan anew')
+    try:
+        fields, inputs = _decode(record), _decode_inputs(record['inputs'])
+        there, network = dict(record['made_with']), record['network']
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f'path: the plan in {path} is damaged ({type(error).__name__}: {error}); plan anew') from error
+    if fields['chosen'].executor == 'onnx':
+        check_onnxruntime(mesh)
+    here = _surroundings(mesh, fields['chosen'])
+    other = [f'{name} {there.get(name)} there, {here[name]} here' for name in here if there.get(name) != here[name]]
+    if other:
+        raise ValueError(f'path: the plan in {path} was measured elsewhere ({"; ".join(other)}); plan anew')
+    if network != _identity(model, variables, inputs):
+        differs = 'names, shapes or dtypes of its variables, or the multiply-accumulates of its stages, differ'
+        raise ValueError(f'path: the plan in {path} is of another network: {differs}; plan anew')
+    return fields, inputs
+
+
+def _identity(model: Any, variables: Variables, inputs: Any) -> dict[str, Any]:
+    """Returns paths, shapes and dtypes of all variables, and the multiply-accumulates of stages and heads."""
+    leaves = jax.tree.leaves_with_path(variables)
+    names = [[jax.tree_util.keystr(path), list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves]
+    try:
+        macs = program.stages(model, variables, inputs).macs
+    except Exception as error:  # a network may raise anything at the variables or inputs of another one
+        return {'error': str(error)}
+    return {'leaves': names, 'macs': [macs.stages.tolist(), macs.exits.tolist()]}
+
+
+def _surroundings(mesh: Mesh | None, chosen: Candidate) -> dict[str, Any]:
+    """Returns everything that a measurement depends on beside the network."""
+    device = jax.devices()[0]
+    return {
+        **versions('jax', 'jaxlib', 'branchy-jax', *(['onnxruntime'] if chosen.executor == 'onnx' else [])),
+        'platform': device.platform,
+        'device': device.device_kind,
+        'processor': _processor(),
+        'cores': num_cores(),
+        'devices': 1 if mesh is None else mesh.size,
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the version of each package; ``'unknown'`` for one that runs from its source folder."""
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed[package] = 'unknown'
+    return installed
+
+
+def _processor() -> str:
+    """Returns the processor's name; JAX calls every one of them ``cpu``."""
+    cpuinfo = Path('/proc/cpuinfo')  # of Linux
+    match = re.search(r'model name\s*:\s*(.+)', cpuinfo.read_text(encoding='utf-8') if cpuinfo.exists() else '')
+    return match.group(1) if match else platform.processor() or platform.machine()
+
+
+def _encode_inputs(inputs: Any) -> Any:
+    """Returns shapes as text in the tuples (JSON's lists) and dictionaries that hold them."""
+    record = jax.tree.map(lambda spec: f'{spec.dtype}{list(spec.shape)}', inputs)
+    structure: Any = jax.tree.structure(inputs)
+    if structure != jax.tree.structure(_decode_inputs(record)):
+        raise ValueError('inputs: a file of a plan holds an array, tuples and dictionaries with names as keys')
+    return record
+
+
+def _decode_inputs(record: Any) -> Any:
+    def decoded(text: str) -> jax.ShapeDtypeStruct:
+        dtype, shape = text[:-1].split('[')
+        return jax.ShapeDtypeStruct(tuple(map(int, shape.split(','))), jnp.dtype(dtype))
+
+    return jax.tree.map(decoded, _with_tuples(record))
+
+
+def _with_tuples(record: Any) -> Any:
+    """Returns a record with tuples in place of JSON's lists."""
+    if isinstance(record, dict):
+        return {name: _with_tuples(value) for name, value in record.items()}
+    return tuple(map(_with_tuples, record)) if isinstance(record, list | tuple) else record
+
+
+def _decode(record: Mapping[str, Any]) -> dict[str, Any]:
+    candidates = tuple(Candidate(**fields) for fields in _with_tuples(record['candidates']))
+    return {
+        'chosen': candidates[record['chosen']],
+        'policy': as_policy(decode_policy(record['policy'])),  # refuses NaN
+        'remark': str(record['remark']),
+        'batch_size': int(record['batch_size']),
+        'candidates': candidates,
+        'times': SegmentTimes(**{name: np.array(values) for name, values in record['times'].items()}),
+    }

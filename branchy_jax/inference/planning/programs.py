@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,19 +12,17 @@ from jax.sharding import Mesh
 
 from branchy_jax import calling, program
 from branchy_jax.criteria import Criterion
-from branchy_jax.inference.compacted import HostStep, compacted, drive
+from branchy_jax.inference.compacted import compacted
 from branchy_jax.inference.compiler_options import BY_NAME, num_cores
-from branchy_jax.inference.dense import dense
+from branchy_jax.inference.host import HostStep, Submit, drive, submitter
 from branchy_jax.inference.onnx_program import onnx_program
-from branchy_jax.inference.pipeline import Submit, submitter
+from branchy_jax.inference.optimize import optimize
 from branchy_jax.inference.planning.candidates import Candidate
 from branchy_jax.inference.planning.onnx_engine import open_session
-from branchy_jax.inference.planning.segments import CompilerOptions, Network, Segments, bind
-from branchy_jax.inference.rewriting.optimize import optimize
+from branchy_jax.inference.planning.times import CompilerOptions, Network, Segments, bind
 from branchy_jax.inference.sharded import sharded, spread
-from branchy_jax.inference.staged import sequential
+from branchy_jax.inference.staged import dense, sequential
 from branchy_jax.inference.steps import Step, are_traced, arrays_of, at_rows, network
-from branchy_jax.models import without_branches
 from branchy_jax.sharding import replicate
 from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_rows
 
@@ -35,7 +32,7 @@ _STEP = 4
 
 _BUILDERS: dict[str, Any] = {'dense': dense, 'sequential': sequential, 'compacted': compacted, 'sharded': sharded}
 
-Answer = Callable[..., tuple[Array, ...]]
+Answer = Callable[..., Sequence[Array]]
 """``(inputs, policy, count) → arrays of an ExitPrediction``."""
 
 
@@ -62,25 +59,26 @@ class Runner:
     alone: Answer | None
     submit: Submit
 
-    def __call__(self, inputs: Any) -> ExitPrediction:
-        """Answers inputs ``[B, …]`` of any B."""
-        if not self._is_as_recorded(inputs):
+    def __call__(self, inputs: Any, *, as_numpy: bool = False) -> ExitPrediction:
+        """Answers inputs ``[B, …]`` of any B, in arrays of JAX or of NumPy."""
+        if self._is_as_recorded(inputs):
+            count = len(inputs)
+        else:
             if are_traced(inputs):
                 raise ValueError('plan: cannot run under jit, vmap or grad; trace an executor such as compacted')
             calling.check_inputs(inputs, self.inputs)
             inputs = jax.tree.map(lambda leaf: leaf if _is_uncommitted(leaf) else np.asarray(leaf), inputs)
-        count = num_rows(inputs)
+            count = num_rows(inputs)
         if count == 1 and self.alone is not None:
-            return ExitPrediction(*self.alone(inputs, self.policy))
+            return self._prediction(self.alone(inputs, self.policy), as_numpy)
         cuts = list(self.cut(max(count, 1)))
         if cuts == [(0, count, count)]:
-            return ExitPrediction(*self.together(inputs, self.policy, count))
+            return self._prediction(self.together(inputs, self.policy, count), as_numpy)
         inputs = jax.tree.map(np.asarray, inputs) if count else self._zeros(1)
         submit = self.submit if len(cuts) > 1 else functools.partial
         results = [submit(self._answer_piece, inputs, *cut) for cut in cuts]
         parts = [result() for result in results]
-        # jnp.asarray would compile at every new shape.
-        return ExitPrediction(*(jax.device_put(np.concatenate(rows)[:count]) for rows in zip(*parts, strict=True)))
+        return self._prediction([np.concatenate(rows)[:count] for rows in zip(*parts, strict=True)], as_numpy)
 
     def warm_up(self) -> None:
         """Compiles all that batches of any size need; no row leaves early, so that every stage runs."""
@@ -106,8 +104,22 @@ class Runner:
             arrays = self.together(at_rows(inputs, rows), self.policy, present)
         return [np.asarray(values)[:present] for values in arrays]
 
+    def _prediction(self, arrays: Sequence[Array], as_numpy: bool) -> ExitPrediction:
+        if as_numpy:
+            return ExitPrediction(*map(np.asarray, arrays))
+        if isinstance(arrays[0], np.ndarray):
+            # A compiled function takes them in a third of device_put's time. It compiles once for each size.
+            as_jax = _identity if len(arrays[0]) in {1, *self.sizes} else jax.device_put
+            arrays = as_jax(arrays)
+        return ExitPrediction(*arrays)
+
     def _zeros(self, size: int) -> Any:
         return jax.tree.map(lambda spec: np.zeros((size, *spec.shape[1:]), spec.dtype), self.inputs)
+
+
+@jax.jit
+def _identity(arrays: Sequence[Array]) -> Sequence[Array]:
+    return arrays
 
 
 def _is_uncommitted(leaf: Any) -> bool:
@@ -124,10 +136,7 @@ def sizes_up_to(batch_size: int) -> tuple[int, ...]:
         >>> sizes_up_to(64)
         (64, 16, 4, 1)
     """
-    sizes = [batch_size]
-    while sizes[-1] > 1:
-        sizes.append(max(1, sizes[-1] // _STEP))
-    return tuple(sizes)
+    return (1,) if batch_size == 1 else (batch_size, *sizes_up_to(max(1, batch_size // _STEP)))
 
 
 def pieces(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -188,8 +197,8 @@ class Programs:
 
     def serve(self, other: 'Programs') -> bool:
         """Whether these programs answer what others would: of the same network, weights, inputs and devices."""
-        leaves = itertools.zip_longest(jax.tree.leaves(self.variables), jax.tree.leaves(other.variables))
-        same = all(ours is theirs for ours, theirs in leaves) and self.model == other.model
+        ours, theirs = (list(map(id, jax.tree.leaves(programs.variables))) for programs in (self, other))
+        same = ours == theirs and self.model == other.model
         return bool(same and self.inputs == other.inputs and self.mesh == other.mesh)
 
     def segments(self, size: int, criterion: Criterion, compiler_options: CompilerOptions) -> Segments:
@@ -197,8 +206,8 @@ class Programs:
         settings = size, criterion
         return self._once(settings, lambda: Segments(self.optimized, self.inputs, *settings, compiler_options))
 
-    def runner(self, candidate: Candidate, policy: ExitPolicy, batch_size: int) -> Any:
-        """Builds a candidate: a `Runner`, or for the baseline a function of batches.
+    def runner(self, candidate: Candidate, policy: ExitPolicy, batch_size: int) -> Runner:
+        """Builds a candidate.
 
         Args:
             candidate: the executor and its settings.
@@ -209,8 +218,6 @@ class Programs:
             return self._onnx_runner(candidate, policy, batch_size)
         together, alone = self._together(candidate), None
         sizes: tuple[int, ...] = (batch_size,)
-        if candidate.executor == 'baseline':
-            return together
         if self.mesh is not None:
             sizes = (-(-batch_size // self.mesh.size) * self.mesh.size,)
         else:
@@ -246,10 +253,8 @@ class Programs:
         return bound if mesh is None else lambda inputs, *arguments: bound(spread(inputs, mesh), *arguments)
 
     def _bind(self, candidate: Candidate) -> Answer:
-        """Compiles the program of an executor, or of the baseline, whose weights are arguments as they usually are."""
+        """Compiles the program of an executor."""
         model, variables = self._network(candidate)
-        if candidate.executor == 'baseline':
-            return bind(functools.partial(calling.apply, without_branches(model)), variables, None, embed=False)
         chunks = {'chunk_size': candidate.chunk_sizes}
         options: Any = {'compacted': chunks, 'sharded': {**chunks, 'mesh': self.mesh}}.get(candidate.executor, {})
         executor = _BUILDERS[candidate.executor](model, exits=candidate.exits, **options)

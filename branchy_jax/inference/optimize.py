@@ -15,26 +15,153 @@ program from values that do not.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core as jax_core
 
 from branchy_jax import calling, program
-from branchy_jax.inference.rewriting.known import Constant, Known, Linear, from_stored
 from branchy_jax.jaxprs import Equation, bind, value_of, variables_of
 from branchy_jax.models.banded import DIMENSION_NUMBERS, band_matrix, multiply_band
 from branchy_jax.types import Array, Variables
 
+_NUMBERS = itertools.count()
+
 # Of input channels times output channels. Measured inside LeNet at batch 1 and 256, with 5 and 50: 2.3 to 3 times
 # faster; with 48 in ResNet as fast, with 96 in AlexNet slower by a tenth.
 _MOST_PAIRS_OF_A_BANDED_PRODUCT = 64
+
+
+class Known:
+    """A value that depends on variables and numbers alone, computed when first asked for and then kept.
+
+    Attributes:
+        function: of the arrays of ``inputs``.
+        inputs: the known values that it is computed from; none for a variable or a number.
+        shape: of the value.
+        dtype: of the value.
+        key: equal for values that come about alike: by the same operations, on the same shapes, from the same
+            variables, so that a value of one batch size is recognised at another.
+        name: path of the variable, or of the one of highest rank that the value is computed from; '' without any.
+        spread: for a broadcast, the axes of its input in this value; ``None`` for anything else.
+        depends_on_batch: whether the value was described with a symbolic batch size.
+        is_stored: whether the value becomes a variable of the rewritten network. The program computes the others anew:
+            broadcasts, what depends on the batch size, and what depends on no variable.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Array],
+        inputs: 'tuple[Known, ...]',
+        spec: Any,
+        *description: Any,
+        name: str = '',
+        spread: tuple[int, ...] | None = None,
+    ) -> None:
+        self.function, self.inputs, self.shape, self.dtype = function, inputs, spec.shape, spec.dtype
+        self.key: Any = _key_of(description, [known.key for known in inputs], self.shape, self.dtype)
+        named = [known for known in inputs if known.name]
+        self.name: str = name or max(named, key=lambda known: len(known.shape)).name if named else name
+        self.spread = spread
+        is_symbolic = any(map(jax.export.is_symbolic_dim, [*self.shape, *jax.tree.leaves(description)]))
+        self.depends_on_batch: bool = is_symbolic or any(known.depends_on_batch for known in inputs)
+        self.is_stored = bool(self.name) and spread is None and not self.depends_on_batch
+
+    @functools.cached_property
+    def value(self) -> Array:
+        """The array itself."""
+        with jax.ensure_compile_time_eval():
+            return self.function(*(known.value for known in self.inputs))
+
+    def map(self, function: Callable[..., Array], *others: 'Known', **options: Any) -> 'Known':
+        """Returns the known result of a function of known values.
+
+        Args:
+            function: which its name tells from others: no lambda.
+            *others: known values that it takes besides.
+            **options: of the function.
+        """
+        inputs = (self, *others)
+        run = functools.partial(function, **options)
+        spec = jax.eval_shape(run, *(jax.ShapeDtypeStruct(known.shape, known.dtype) for known in inputs))
+        return Known(run, inputs, spec, function.__name__, options)
+
+
+def _key_of(*parts: Any) -> str:
+    text = repr(parts)
+    if ' at 0x' in text:  # a function, say, whose text shows no value: equal to nothing else
+        text += f' {next(_NUMBERS)}'
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+Constant = Callable[[Known], Array]
+"""Hands out a known value inside the rewritten program: records it when optimising, replays it afterwards."""
+
+
+def from_stored(stored: Mapping[str, Array]) -> Constant:
+    """Returns what hands out stored values, and computes the others from these inside the program."""
+    given = dict(stored)
+
+    def constant(known: Known) -> Array:
+        if known.key not in given:
+            given[known.key] = known.function(*map(constant, known.inputs))
+        return given[known.key]
+
+    return constant
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A convolution or matrix product with known weights that has not been emitted yet.
+
+    Attributes:
+        emit: ``(kernel, constant) → array``.
+        kernel: known weights.
+        feature_axis: axis of the output features in ``kernel``; in the result it is the last one.
+        shift: known ``[features]`` to add, or ``None``.
+        aval: shape and dtype of the result.
+    """
+
+    emit: Callable[[Known, Constant], Array]
+    kernel: Known
+    feature_axis: int
+    shift: Known | None
+    aval: Any
+
+    @property
+    def features(self) -> int:
+        """How many output features there are."""
+        return self.kernel.shape[self.feature_axis]
+
+    def scaled(self, scale: Known) -> 'Linear':
+        """Returns the same with every feature multiplied."""
+        others = tuple(axis for axis in range(len(self.kernel.shape)) if axis != self.feature_axis)
+        kernel = self.kernel.map(_multiply_features, scale, others=others)
+        shift = None if self.shift is None else self.shift.map(jnp.multiply, scale)
+        return dataclasses.replace(self, kernel=kernel, shift=shift)
+
+    def shifted(self, shift: Known) -> 'Linear':
+        """Returns the same with a value added to every feature."""
+        return dataclasses.replace(self, shift=shift if self.shift is None else self.shift.map(jnp.add, shift))
+
+    def result(self, constant: Constant) -> Array:
+        """Emits the operation."""
+        product = self.emit(self.kernel, constant)
+        if self.shift is None:
+            return product
+        return product + jnp.expand_dims(constant(self.shift).astype(product.dtype), range(product.ndim - 1))
+
+
+def _multiply_features(kernel: Array, scale: Array, *, others: tuple[int, ...]) -> Array:
+    return kernel * jnp.expand_dims(scale, others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +184,9 @@ class Rewritten(calling.Model):
     banded: bool
     dtype: Any = None
     names: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        return f'Rewritten({calling.name_of(self.model)})'
 
     def _init(self, key: Any, inputs: Any) -> Variables:
         raise ValueError('model: is rewritten for inference; its variables are those that optimize returned')
@@ -82,12 +212,12 @@ class Rewritten(calling.Model):
         def emitted(value: Any) -> Any:
             if isinstance(value, Linear):
                 return value.result(constant)
-            return _spread(value, constant) if isinstance(value, Known) else value
+            return constant(value) if isinstance(value, Known) else value
 
         outputs: list[Any]
         for equation, place in zip(traced.equations, traced.places, strict=True):
             arguments = [_number(v) if isinstance(v, jax_core.Literal) else env[v] for v in equation.invars]
-            if any(isinstance(x, Known) for x in arguments) and all(_is_fixed(x) for x in arguments):
+            if arguments and all(isinstance(x, Known) for x in arguments):
                 outputs = _known_outputs(equation, arguments)
             else:
                 # Named, so that an error or a profile of the rewritten network shows the module.
@@ -136,16 +266,14 @@ class Rewritten(calling.Model):
     def asked(self, known: Sequence[Known], inputs: Any) -> list[Known]:
         """Returns the known values that the rewritten program needs for inputs of some shape.
 
-        In place of a value that depends on the batch size come those that it is computed from.
+        In place of a value that is not stored come those that it is computed from.
         """
         values: list[Known] = []
 
         def record(known: Known) -> Array:
-            if known.depends_on_batch:
-                for part in known.inputs:
-                    record(part)
-            else:
-                values.append(known)
+            if not known.is_stored:
+                return known.function(*map(record, known.inputs))
+            values.append(known)
             return jnp.zeros(known.shape, known.dtype)
 
         jax.eval_shape(lambda inputs: self.evaluate(known, inputs, record), inputs)
@@ -214,45 +342,28 @@ def _unavailable() -> Array:
     raise ValueError(f'inputs: a batch of this size needs weights that {others}; run the network before optimize')
 
 
-def _number(literal: Any) -> np.ndarray:
-    """Returns a number in the program as a NumPy scalar, which nothing that is computed from the input ever is."""
-    return np.asarray(literal.val, literal.aval.dtype)
+def _number(literal: Any) -> Known:
+    """Returns a number in the program as a known value without a name."""
+    value = np.asarray(literal.val, literal.aval.dtype)
+    return Known(lambda: value, (), value, 'number', value.tobytes())
 
 
-def _is_fixed(value: Any) -> bool:
-    """Whether a value is the same for every input of the network."""
-    return isinstance(value, Known) or (isinstance(value, np.ndarray) and value.ndim == 0)
-
-
-def _known_outputs(equation: Equation, inputs: list[Any]) -> list[Known]:
-    known = tuple(x for x in inputs if isinstance(x, Known))
-    literals = [None if isinstance(x, Known) else x.tobytes() for x in inputs]
-
+def _known_outputs(equation: Equation, inputs: Sequence[Known]) -> list[Known]:
     def output(*arrays: Array, n: int) -> Array:
-        given = iter(arrays)
-        return bind(equation, [next(given) if isinstance(x, Known) else x for x in inputs])[n]
+        return bind(equation, arrays)[n]
 
     spread = equation.params.get('broadcast_dimensions') if len(inputs) == 1 else None
-    description = (equation.primitive.name, equation.params, literals)
+    description = equation.primitive.name, equation.params
     return [
-        Known(functools.partial(output, n=n), known, v.aval, *description, n, spread=spread)
+        Known(functools.partial(output, n=n), tuple(inputs), v.aval, *description, n, spread=spread)
         for n, v in enumerate(equation.outvars)
     ]
 
 
-def _spread(value: Known, constant: Constant) -> Array:
-    if value.spread is None:
-        return constant(value)
-    return lax.broadcast_in_dim(_spread(value.inputs[0], constant), value.shape, value.spread)
-
-
 def _feature_vector(value: Any, features: int) -> Known | None:
     """Returns ``[features]`` if a known value of any rank varies along its last axis alone, else ``None``."""
-    if not _is_fixed(value):
-        return None
     if not isinstance(value, Known):
-        spec = jax.ShapeDtypeStruct((features,), value.dtype)
-        return Known(functools.partial(jnp.full, features, value), (), spec, 'number', value.tobytes())
+        return None
     while value.spread is not None:
         (source,), last = value.inputs, len(value.shape) - 1
         if any(size != 1 and axis != last for axis, size in zip(value.spread, source.shape, strict=True)):
@@ -307,8 +418,6 @@ def _suits_a_banded_product(equation: Equation) -> bool:
     groups = params['feature_group_count'], params['batch_group_count']
     if len(shape) != 4 or {*groups, *params['lhs_dilation'], *params['rhs_dilation']} != {1}:
         return False
-    plain = lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
-    crops = min(itertools.chain(*params['padding'])) < 0
-    return (
-        params['dimension_numbers'] == plain and not crops and kernel[2] * kernel[3] <= _MOST_PAIRS_OF_A_BANDED_PRODUCT
-    )
+    plain = params['dimension_numbers'] == lax.conv_dimension_numbers(shape, kernel, DIMENSION_NUMBERS)
+    crops = np.min(params['padding']) < 0
+    return plain and not crops and kernel[2] * kernel[3] <= _MOST_PAIRS_OF_A_BANDED_PRODUCT

@@ -1,1 +1,0 @@
-"""Rewriting a trained network for inference, exactly: fewer operations, in the forms that a backend runs fastest."""
