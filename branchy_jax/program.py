@@ -307,7 +307,7 @@ def stages(model: Any, variables: Variables, inputs: Any, *, exits: Sequence[int
 
 
 def _trace_at_any_size(model: Any, variables: Variables, inputs: Any) -> tuple[Program, Any, str]:
-    """Traces a model with a symbolic batch size, or at a number of which no other axis is a multiple.
+    """Traces a model with a symbolic batch size, or at a number that divides the size of no other axis.
 
     Returns:
         The program, its batch size, and why that is a number; a model that runs at the size of the inputs alone is

@@ -74,7 +74,9 @@ def test_plans_from_elsewhere_are_refused_with_the_reason(network, path):
         record = json.loads(written)
         record['made_with'][name] = 'another'
         path.write_text(json.dumps(record))
-        with pytest.raises(ValueError, match=rf'path: the plan in .* was measured elsewhere \({name} another there'):
+        with pytest.raises(
+            ValueError, match=rf'path: the plan .* is of other devices or versions \({name} another there'
+        ):
             Plan.load(path, *network[:2])
 
 

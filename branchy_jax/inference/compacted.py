@@ -43,7 +43,7 @@ class Compacted:
         if are_traced(variables, images, policy):
             advice = 'call it outside of jit, vmap and grad, or build it with on_host=False'
             raise ValueError(f'compacted: the host drives this executor, so it cannot be traced; {advice}')
-        # Cutting the program anew would take longer than a small batch; steps check the policy when they are traced.
+        # To cut the program again would take longer than a small batch; steps check the policy when they are traced.
         count = np.size(policy.thresholds) + 1 if self.network.exits is None else len(self.network.exits)
         steps = host_steps(self.network, variables, images, count)
         return drive(steps, images, policy, self.network.chunk_sizes(count), workers=self.workers)

@@ -26,7 +26,7 @@ from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_
 Steps = Sequence[Callable[..., Step]]
 """``(hidden, carry, policy) → Step`` of every exit asked, jitted."""
 Policy = Callable[[], ExitPolicy]
-"""Says when an image leaves, anew for every chunk."""
+"""Returns the policy of the next chunk."""
 Submit = Callable[..., Callable[[], Any]]
 """``(function, *args)`` to a function that waits for the result and returns it."""
 
@@ -286,7 +286,7 @@ def stream(
         ``(variables, supply, policy)`` to an iterator of `Answers`: ``ids [M]`` and their prediction. The
         supply yields ``images [B, H, W, C]``, whose ids count from 0 in order of arrival, ``(ids [B], images)``, or
         ``(ids [B], images, due [B])``; inputs that are a tuple themselves as ``(ids, (a, b))``. ``policy`` may be a
-        function of no arguments that returns one: it is asked anew for every chunk, so that thresholds can follow the
+        function of no arguments that returns one: it is called for every chunk, so that thresholds can follow the
         load or a `branchy_jax.thresholds.Controller`.
 
     Raises:

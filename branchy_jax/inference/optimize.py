@@ -53,7 +53,7 @@ class Known:
         name: path of the variable, or of the one of highest rank that the value is computed from; '' without any.
         spread: for a broadcast, the axes of its input in this value; ``None`` for anything else.
         depends_on_batch: whether the value was described with a symbolic batch size.
-        is_stored: whether the value becomes a variable of the rewritten network. The program computes the others anew:
+        is_stored: whether the value becomes a variable of the rewritten network. A call computes the others:
             broadcasts, what depends on the batch size, and what depends on no variable.
     """
 

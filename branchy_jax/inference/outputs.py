@@ -224,7 +224,7 @@ def _as_pytree(preprocess: Callable[[Array], Array] | None) -> Callable[[Array],
         return preprocess
     try:
         hash(preprocess)
-    except TypeError:  # a method of something with arrays: compiles anew
+    except TypeError:  # a method of something with arrays: compiles in each call
         return jax.tree_util.Partial(lambda images: preprocess(images))
     return jax.tree_util.Partial(preprocess)
 

@@ -1,4 +1,4 @@
-"""Batches over many devices: each stage runs on survivors only, dispatched anew so that no device waits for another."""
+"""Batches over many devices: each stage runs on survivors only, redistributed so that no device waits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -100,7 +100,7 @@ class Sharded:
 
 
 def sharded(model: Any, *, mesh: Mesh, chunk_size: int | Sequence[int], exits: Sequence[int] | None = None) -> Sharded:
-    """Builds the batch executor for many devices: `compacted` on each, survivors dispatched anew before each stage.
+    """Builds the batch executor for many devices: `compacted` on each, survivors redistributed before each stage.
 
     Hard images come in runs: were survivors to stay where they are, one device would work while the others wait. Before
     each stage they are dispatched in turns, so that counts differ by at most one; what they turn out to be is sent back

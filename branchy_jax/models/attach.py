@@ -233,7 +233,7 @@ def _check_arguments(network: Any, exits: Any) -> None:
 def _passed(
     whole: LinenNetwork | NnxNetwork, variables: Any, inputs: Any, *, check_result: bool
 ) -> tuple[Values, Axes]:
-    """Returns shapes of the values at all places where they are arrays, in the order of computation, and their axes.
+    """Returns the shapes of all values that are arrays, in the order of computation, and the axes of the batch.
 
     The axis that is the batch is the one whose size follows the number of inputs. ``check_result`` warns of a result
     that is probabilities.

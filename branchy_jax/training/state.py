@@ -48,7 +48,7 @@ class TrainState(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class _PaperAdam:
-    """One function of the optimiser, compared by value: optax's own are closures, which compile anew each time."""
+    """One function of the optimiser, compared by value: optax's own are closures, which compile each time."""
 
     learning_rate: float | optax.Schedule
     function: str

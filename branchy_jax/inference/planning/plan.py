@@ -333,21 +333,23 @@ def _read(path: Path | str, model: Any, variables: Variables, mesh: Mesh | None)
         raise ValueError(f'path: cannot read a plan from {path} ({type(error).__name__}: {error})') from error
     if written != _FORMAT:
         formats = f'format {written}; this version reads format {_FORMAT}, and version 0.2 wrote 1 to 3'
-        raise ValueError(f'path: the plan in {path} has {formats}; plan anew')
+        raise ValueError(f'path: the plan in {path} has {formats}; plan again')
     try:
         fields, inputs = _decode(record), _decode_inputs(record['inputs'])
         there, network = dict(record['made_with']), record['network']
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f'path: the plan in {path} is damaged ({type(error).__name__}: {error}); plan anew') from error
+        raise ValueError(
+            f'path: the plan in {path} is damaged ({type(error).__name__}: {error}); plan again'
+        ) from error
     if fields['chosen'].executor == 'onnx':
         check_onnxruntime(mesh)
     here = _surroundings(mesh, fields['chosen'])
     other = [f'{name} {there.get(name)} there, {here[name]} here' for name in here if there.get(name) != here[name]]
     if other:
-        raise ValueError(f'path: the plan in {path} was measured elsewhere ({"; ".join(other)}); plan anew')
+        raise ValueError(f'path: the plan in {path} is of other devices or versions ({"; ".join(other)}); plan again')
     if network != _identity(model, variables, inputs):
         differs = 'names, shapes or dtypes of its variables, or the multiply-accumulates of its stages, differ'
-        raise ValueError(f'path: the plan in {path} is of another network: {differs}; plan anew')
+        raise ValueError(f'path: the plan in {path} is of another network: {differs}; plan again')
     return fields, inputs
 
 

@@ -108,7 +108,7 @@ class Runner:
         if as_numpy:
             return ExitPrediction(*map(np.asarray, arrays))
         if isinstance(arrays[0], np.ndarray):
-            # A compiled function takes them in a third of device_put's time. It compiles once for each size.
+            # A compiled function converts them in a third of device_put's time. JAX compiles it once for each size.
             as_jax = _identity if len(arrays[0]) in {1, *self.sizes} else jax.device_put
             arrays = as_jax(arrays)
         return ExitPrediction(*arrays)
@@ -123,7 +123,7 @@ def _identity(arrays: Sequence[Array]) -> Sequence[Array]:
 
 
 def _is_uncommitted(leaf: Any) -> bool:
-    """Whether an array is bound to no device; one that is would compile the program anew."""
+    """Whether an array is bound to no device. For an array that is bound to one, JAX would compile another program."""
     if isinstance(leaf, jax.Array):
         return not isinstance(leaf, jax.core.Tracer) and not leaf.committed
     return isinstance(leaf, np.ndarray)
