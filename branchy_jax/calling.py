@@ -322,6 +322,10 @@ def explained_variables(variables: Variables) -> Iterator[None]:
         ) from error
     except errors.ScopeParamShapeError as error:
         raise ValueError(f'inputs: their shape does not fit the variables: {_without_link(error)}') from error
+    except TypeError as error:
+        if 'incompatible shapes' not in str(error):
+            raise
+        raise ValueError(f'inputs: {error} Only their batch size may change, and no collection may hold it') from error
 
 
 def _without_link(error: Exception) -> str:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from branchy_jax import __version__, costs, data, export, inference, measure, models, report, training
+from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Array, Batch, OperatingPoint
 
 _PASSES = 20
@@ -116,12 +117,13 @@ def _report(options: argparse.Namespace) -> None:
     """
     weights, point = _load(options)
     test = _test_data(options, weights)
+    outputs = inference.exit_outputs(weights.model, weights.variables, test.image, preprocess=weights.normalize)
+    logits, macs = np.asarray(outputs.logits), costs.count_macs(weights.model, inputs=weights.inputs)
     points = []
     for chosen in weights.operating_points:
-        settings: dict[str, Any] = {'preprocess': weights.normalize, 'criterion': chosen.policy.criterion}
-        table = inference.exit_table(weights.model, weights.variables, test, split='test', **settings)
+        table = ExitTable.from_logits(logits, test.label, macs, criterion=chosen.policy.criterion, split='test')
         points.append(table.evaluate(chosen).point(0))
-    print(_table_of(points, costs.count_macs(weights.model, inputs=weights.inputs).trunk))
+    print(_table_of(points, macs.trunk))
     images = list(weights.normalize(test.image[: options.images]))
     passes = {
         'baseline': _pass(models.without_branches(weights.model), weights, [], images),

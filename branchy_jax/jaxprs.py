@@ -43,8 +43,8 @@ class Program:
         return set(variables_of([*(v for number in numbers for v in self.equations[number].invars), *results]))
 
 
-def flatten(closed: jax_core.ClosedJaxpr) -> Program:
-    """Inlines the calls of a jaxpr that only group equations: jit, custom derivatives, remat."""
+def flatten(closed: jax_core.ClosedJaxpr, *, derivatives: bool = False) -> Program:
+    """Inlines the calls of a jaxpr that only group equations: jit, remat, and unless asked custom derivatives."""
     consts: dict[Value, Any] = {}
     equations: list[Equation] = []
     places: list[str] = []
@@ -61,7 +61,7 @@ def flatten(closed: jax_core.ClosedJaxpr) -> Program:
         for equation in inner.jaxpr.eqns:
             inputs = read(equation.invars)
             here = '/'.join(filter(None, [place, str(equation.source_info.name_stack)]))
-            if equation.primitive.name in _CALLS:
+            if equation.primitive.name in (_CALLS if derivatives else (*_CALLS, *_DERIVATIVES)):
                 outputs = visit(bodies(equation)[0], inputs, here)
             else:
                 outputs = [jax_core.Var(v.aval) for v in equation.outvars]
@@ -75,7 +75,8 @@ def flatten(closed: jax_core.ClosedJaxpr) -> Program:
     return Program(tuple(inputs), consts, tuple(equations), tuple(places), tuple(outputs))
 
 
-_CALLS = ('jit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'checkpoint', 'remat2')
+_CALLS = ('jit', 'closed_call', 'checkpoint', 'remat2')
+_DERIVATIVES = ('custom_jvp_call', 'custom_vjp_call')
 
 
 def bodies(equation: Equation) -> list[jax_core.ClosedJaxpr]:

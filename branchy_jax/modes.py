@@ -27,17 +27,37 @@ ADVICE = (
     'name others in attach(…, train={name: (value in evaluation, value in training)})'
 )
 
+_ANY_NUMBER = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
 UNLESS_MEANT = f'Unless that is meant, its mode does not reach it. {ADVICE}'
 
 
 def call_arguments(
     module: Any, inputs: Any, *, train: bool, flags: Flags = MODE_FLAGS
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the positional and named arguments of a call, mode flags included."""
-    if isinstance(inputs, Mapping) and set(inputs) <= set(parameters_of(module)) - set(flags):
-        return _with_flags(module, (), inputs, train=train, flags=flags)
-    given = inputs if isinstance(inputs, tuple) and not hasattr(inputs, '_fields') else (inputs,)
-    return _with_flags(module, given, {}, train=train, flags=flags)
+    """Returns the positional and named arguments of a call, mode flags included.
+
+    Raises:
+        ValueError: the module's call takes other arguments. Random streams may be missing.
+    """
+    parameters = parameters_of(module)
+    by_name = isinstance(inputs, Mapping) and set(inputs) <= set(parameters) - set(flags)
+    in_order = inputs if isinstance(inputs, tuple) and not hasattr(inputs, '_fields') else (inputs,)
+    given = ((), inputs) if by_name else (in_order, {})
+    positional, named = _with_flags(module, *given, train=train, flags=flags)
+    try:
+        bound = inspect.Signature(list(parameters.values())).bind_partial(module, *positional, **named).arguments
+        needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in _ANY_NUMBER]
+        missing = [name for name in needed if name not in (*bound, 'rngs')]
+        reason = f'missing {", ".join(missing)}' if missing else ''
+    except TypeError as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(
+            f'inputs: do not fit the call of {type(module).__name__} ({reason}); give a tuple in the order of its '
+            'arguments or a dictionary by their names; name other mode flags in attach(…, train=…)'
+        )
+    return positional, named
 
 
 def _with_flags(

@@ -61,7 +61,7 @@ def save(figure: Any, path: Path | str, *, legend_columns: int | None = None, **
         **legend: more options of that legend.
     """
     if legend_columns is not None:
-        figure.legend(loc='outside lower center', ncols=legend_columns, frameon=False, **legend)
+        figure.legend(loc='outside lower center', ncols=legend_columns, frameon=False, borderaxespad=0, **legend)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format='png'))
 
 

@@ -7,7 +7,6 @@ computed where they are read.
 """
 
 import dataclasses
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -58,13 +57,14 @@ def _logits(model: Any, variables: Variables, inputs: Any) -> tuple[Array, ...]:
     return calling.apply(model(), variables, inputs)
 
 
-def trace(model: Any, variables: Variables, inputs: Any) -> Program:
+def trace(model: Any, variables: Variables, inputs: Any, *, derivatives: bool = False) -> Program:
     """Traces a model in evaluation mode; JAX caches the trace for equal models, shapes and dtypes.
 
     Args:
         model: see `branchy_jax.calling`.
         variables: arrays or their shapes.
         inputs: arrays or their shapes, of a numeric or symbolic batch size.
+        derivatives: whether functions with a derivative of their own stay whole, which differentiation needs.
 
     Returns:
         The program over the leaves of variables, then of inputs; its outputs are the logits of every exit.
@@ -72,7 +72,7 @@ def trace(model: Any, variables: Variables, inputs: Any) -> Program:
     calling.check_model(model)
     with calling.explained_variables(variables):
         traced = _logits.trace(Reference(model), calling.specs(variables), calling.specs(inputs))
-    return flatten(traced.jaxpr)
+    return flatten(traced.jaxpr, derivatives=derivatives)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -211,19 +211,19 @@ class Stages:
     _inputs: Any
     _axes: tuple[tuple[int, ...], ...]
 
-    def at(self, variables: Variables, size: Any) -> Cut:
-        """Returns the stages at one batch size, with their variables.
+    def at(self, variables: Variables, size: Any, *, derivatives: bool = False) -> Cut:
+        """Returns the stages at one batch size, with their variables; ``derivatives`` as in `trace`.
 
         Raises:
             ValueError: the model cannot be traced at any other size than the example's.
         """
         if self.fixed_because and size != num_rows(self._inputs):
             raise self.refusal()
-        return self._at(variables, size)
+        return self._at(variables, size, derivatives=derivatives)
 
-    def _at(self, variables: Variables, size: Any) -> Cut:
-        weights = jax.tree.leaves(variables)
-        parts = cut(trace(self._model, variables, calling.with_batch(self._inputs, size)), len(weights), self.exits)
+    def _at(self, variables: Variables, size: Any, *, derivatives: bool = False) -> Cut:
+        weights, inputs = jax.tree.leaves(variables), calling.with_batch(self._inputs, size)
+        parts = cut(trace(self._model, variables, inputs, derivatives=derivatives), len(weights), self.exits)
         axes = self._axes or tuple((0,) * len(values) for values in parts.carried)
         return dataclasses.replace(parts, axes=axes, weights=weights)
 
@@ -346,7 +346,8 @@ def check_rows_by_trial(model: Any, variables: Variables, inputs: Any, rows: Cal
         return
     given = jax.tree.map(_drawn, calling.with_batch(inputs, 7)) if rows is None else rows()
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
-        variables = jax.tree.map(_moved, jax.jit(functools.partial(calling.init, model))(jax.random.key(0), given))
+        fresh = jax.jit(lambda key: jax.tree.map(_moved, calling.init(model, key, given)))
+        variables = fresh(jax.random.key(0))
     sizes = {v.aval.dtype.itemsize for equation in traced.equations for v in equation.outvars if _is_float(v.aval)}
     tolerance = 0.03 if 2 in sizes else 0.003  # of half precision, or of single
     with jax.default_matmul_precision('highest'):

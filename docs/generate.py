@@ -73,8 +73,9 @@ def table_of_networks() -> str:
 
 
 def included_reports() -> str:
-    """Returns one include for each stored report, first the paper's figures."""
+    """Returns an include for each report without a page of its own, figures first."""
     first = ['figures', *NETWORKS]
+    paths = [path for path in RESULTS.glob('*/*.md') if path.parent.name != 'compatibility']
 
     def place(path: Path) -> tuple[int, Path]:
         folder = path.parent.name
@@ -83,7 +84,7 @@ def included_reports() -> str:
     return '\n\n'.join(
         f'```{{include}} {os.path.relpath(path, ROOT / "docs")}\n'
         ':heading-offset: 1\n:relative-images:\n```'
-        for path in sorted(RESULTS.glob('*/*.md'), key=place)
+        for path in sorted(paths, key=place)
     )
 
 

@@ -11,13 +11,17 @@ minutes for B-LeNet at batch 1, 45 for B-ResNet-110. Writes ``benchmark.json`` (
     python -m experiments.benchmark --run=runs/alexnet_cifar10 --cache=5       # Figure 6, by valgrind: cache.json
 
 measure a finished run of the main job, or a stored report whose weights are in the package, and write into its folder.
-Further options time training steps, compare with another checkout of this repository, and measure forms:
+Further options time training steps and measure forms:
 
     python -m experiments.benchmark --training --workdir=runs/benchmark_training    # a step, by two settings of a CPU
-    python -m experiments.benchmark --network=b-lenet --other=OLD --workdir=DIR     # time of this plan ÷ that of OLD's
     python -m experiments.benchmark --forms --workdir=DIR           # gains of banded products and of compiler options
 
-The last two use published weights and test images.
+The last uses published weights and test images. On a machine that is at hand for minutes,
+
+    python -m experiments.benchmark --executors --seconds=330 --workdir=DIR         # executors.json, a row each
+
+measures executors of three networks at forced shares until the time is over, the most valuable rows first, and writes
+them after each.
 """
 
 import argparse
@@ -25,20 +29,18 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 import branchy_jax as bj
-from branchy_jax.report import write_json, write_text
 from experiments.pages.pictures import gain_against_batch
 from experiments.run.networks import count_exits
-from experiments.run.report import Row, provenance, table
-from experiments.study import checkouts, flags, on_a_run, speed
-from experiments.study.cells import force, images_needed, measure, random_networks
+from experiments.run.report import Row, provenance, store, table
+from experiments.study import executors, flags, on_a_run, speed
+from experiments.study.cells import SHARES, force, images_needed, measure, random_networks
 from experiments.study.finished import read_run
-
-_SHARES_BY_EXITS = {2: '94/6,70/30,0/100,100/0', 3: '100/0/0,70/20/10,40/30/30,0/0/100'}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,37 +51,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument('--run', type=Path, help='Folder of a finished main job, or a stored report.')
     what.add_argument('--training', action='store_true', help='Times training steps instead of executors.')
     what.add_argument('--forms', action='store_true', help='Times published networks in each form for a CPU.')
+    what.add_argument('--executors', action='store_true', help='Times executors beside the plain jitted baseline.')
+    parser.add_argument('--networks', default=executors.NETWORKS, help='With --executors: branchy networks.')
     parser.add_argument('--workdir', type=Path, help='Folder for the results.')
     parser.add_argument('--batches', type=flags.positives, help='Batch sizes, such as 1,32,256.')
     parser.add_argument('--shares', type=flags.shares, help='Exit shares in percent, such as 70/20/10,100/0/0.')
     parser.add_argument('--passes', type=flags.positive, default=20, help='Interleaved passes.')
-    parser.add_argument('--other', type=Path, help='Another checkout, to compare plans with.')
     parser.add_argument('--energy', action='store_true', help='With --run: measures joules, if there is a meter.')
     parser.add_argument('--cache', type=flags.positive, help='With --run: settings to count cache misses at.')
-    parser.add_argument('--images', type=flags.positive, help='With --run or --other: test images in a pass.')
-    parser.add_argument('--seconds', type=float, default=10.0, help='With --energy: shortest time of each.')
+    parser.add_argument('--images', type=flags.positive, help='With --run: test images in a pass.')
+    parser.add_argument('--seconds', type=float, help='Of --energy: each at least (10); of --executors: all (330).')
     parser.add_argument('--rounds', type=flags.positive, default=3, help='With --training: processes of each setting.')
     options = parser.parse_args(arguments)
     if options.run is not None:
         _measure_a_run(options)
     elif options.workdir is None:
         parser.error('--workdir: give the folder for the results')
-    elif options.network is not None and options.other is None:
+    elif options.network is not None:
         _measure_a_network(options)
+    elif options.executors:
+        write = functools.partial(_write, options.workdir, 'executors')
+        units = executors.work(options.networks.split(','), options.batches or executors.BATCHES)
+        executors.measure_within(options.seconds or 330.0, units, write, passes=options.passes)
+    elif options.training:
+        print(page(_write(options.workdir, 'training', speed.training_steps(rounds=options.rounds))))
     else:
-        print(page(_write(options.workdir, *_compare(options))))
-
-
-def _compare(options: argparse.Namespace) -> tuple[str, list[Row]]:
-    """Compares training steps, checkouts or forms of networks; returns the name of the record and its rows."""
-    if options.training:
-        return 'training', speed.training_steps(rounds=options.rounds)
-    sizes, passes = options.batches or [1, 256], options.passes
-    if options.forms:
-        cells = itertools.product(checkouts.DATASETS, sizes)
-        return 'forms', [row for cell in cells for row in speed.forms(*cell, passes=passes)]
-    compare = functools.partial(checkouts.compare, options.other, options.network)
-    return 'checkouts', [compare(batch, images=options.images or 512, passes=passes) for batch in sizes]
+        cells = itertools.product(speed.DATASETS, options.batches or [1, 256])
+        rows = [row for cell in cells for row in speed.forms(*cell, passes=options.passes)]
+        print(page(_write(options.workdir, 'forms', rows)))
 
 
 def _measure_a_run(options: argparse.Namespace) -> None:
@@ -88,7 +87,7 @@ def _measure_a_run(options: argparse.Namespace) -> None:
         rows = on_a_run.cache(options.run, images=options.images or 8, settings=options.cache)
     elif options.energy:
         meter = bj.measure.find_meter()
-        rows = on_a_run.energy(read_run(options.run), meter, batches, seconds=options.seconds)
+        rows = on_a_run.energy(read_run(options.run), meter, batches, seconds=options.seconds or 10.0)
         print('' if meter else on_a_run.NO_METER)
     else:
         rows = on_a_run.batches(read_run(options.run), batches, images=options.images or 2048, passes=options.passes)
@@ -102,7 +101,7 @@ def _measure_a_network(options: argparse.Namespace) -> None:
     shape = (max(map(images_needed, batches)), *bj.models.create(options.network).image_shape)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     networks, rows = random_networks(options.network, images), []
-    shares = options.shares or flags.shares(_SHARES_BY_EXITS[count_exits(networks.model, networks.inputs)])
+    shares = options.shares or flags.shares(SHARES[count_exits(networks.model, networks.inputs)])
     for batch in batches:
         own = images[: images_needed(batch)]
         rows += measure(networks, own, force(networks, own, shares), batch, passes=options.passes)
@@ -111,23 +110,26 @@ def _measure_a_network(options: argparse.Namespace) -> None:
         print(table(rows[-len(shares) :], *_CLOCKS), flush=True)
 
 
-def _write(workdir: Path, name: str, rows: Sequence[Row], **more: str) -> Row:
+def _write(workdir: Path, name: str, rows: Sequence[Row], **more: Any) -> Row:
     """Writes rows as JSON and as a page."""
-    record = {**more, **provenance('benchmark'), 'rows': list(rows)}
-    write_json(workdir / f'{name}.json', record)
-    write_text(workdir / f'{name}.md', page(record))
-    return record
+    return store(workdir / f'{name}.json', {**more, **provenance('benchmark'), 'rows': list(rows)}, page)
 
 
 def page(record: Row) -> str:
     """Lays out the record in Markdown; its rows say what was measured."""
     rows = record['rows']
-    if 'exit_fractions' in rows[0]:
+    if 'not_reached' in record:
+        missing = '\n'.join(f'- {name}' for name in record['not_reached'])
+        parts = [
+            table(rows, *_EXECUTORS, 'host_waits', 'start_s', 'choice'),
+            _OF_EXECUTORS,
+            *(['Not reached:', missing] if missing else []),
+        ]
+        title = 'Executors beside the plain jitted baseline'
+    elif 'exit_fractions' in rows[0]:
         title, parts = f'Benchmark of {record["network"]}', [table(rows, *_CLOCKS), _LEGEND]
     elif 'form' in rows[0]:
         title, parts = 'Forms of networks for a CPU', [table(rows, *_FORMS), 'Gain: time without ÷ time with the form.']
-    elif 'executors' in rows[0]:
-        title, parts = 'Two checkouts', [table(rows, *_CHECKOUTS), 'Ratio: time of this checkout ÷ time of the other.']
     else:
         title, parts = 'A training step on a CPU', [table(rows, *_STEPS)]
     return '\n\n'.join([f'# {title}', f'`{record["command"]}`', f'{record["device"]}.', *parts]) + '\n'
@@ -138,8 +140,13 @@ _CLOCKS = (
     *('time_limit_ms', 'realised'),
 )
 _FORMS = ('network', 'batch', 'cores', 'executor', 'form', 'ms', 'gain')
-_CHECKOUTS = ('network', 'batch', 'ms', 'ratio', 'executors')
 _STEPS = ('network', 'settings', 'devices', 'batch_size', 'ms', 'times_faster', 'peak_gb')
+_EXECUTORS = ('network', 'batch', 'dtype', 'executor', 'exit_fractions', 'ms', 'gain', *_CLOCKS[7:])
+_OF_EXECUTORS = """\
+- ms: of an image on the device. Gain: over the plain jitted baseline, in turns. Chunks hold 5 % more images than leave
+  later. Realised: time limit, of stages and heads alone at the same batch size, ÷ ms.
+- host waits: conditionals and loops whose condition a GPU hands to the host, unless command buffers record them.
+  start: seconds until the first pass is done; of a plan, to plan."""
 _LEGEND = """\
 - The operating point is the share that is forced to leave at each exit. Times are milliseconds an image.
 - gain: like with like, over the baseline in its fastest form, at batch 1 on one core; the median of paired passes.

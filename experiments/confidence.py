@@ -20,7 +20,7 @@ import numpy as np
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion
 from branchy_jax.thresholds import ExitTable
-from experiments.run.report import Row, provenance, table
+from experiments.run.report import Row, provenance, store, table
 from experiments.study import flags
 from experiments.study.finished import FinishedRun, read_run
 from experiments.study.guarantees import Population, simulate
@@ -30,10 +30,7 @@ _GIVEN_UP = (0.0, 0.002, 0.005, 0.01)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs everything and writes the report."""
-    parser = flags.parser(__doc__)
-    parser.add_argument(
-        '--workdir', type=Path, required=True, help='Folder of a finished main job, or a stored report.'
-    )
+    parser = flags.parser(__doc__, 'Folder of a finished main job, or a stored report.')
     parser.add_argument('--splits', type=flags.positive, default=1000, help='Number of calibration sets.')
     parser.add_argument('--calibration_size', type=flags.positive, default=2000, help='Inputs in a calibration set.')
     options = parser.parse_args(arguments)
@@ -70,9 +67,7 @@ def run(finished: FinishedRun, *, splits: int, size: int) -> Row:
     record = {'network': networks.name, 'dataset': finished.config.dataset, **provenance('confidence'), 'inputs': sizes}
     record |= {'guarantees': guarantees, 'calibration': calibration}
     record['criteria'] = compare_criteria(criteria, choosing, test)
-    bj.report.write_json(workdir / 'confidence.json', record)
-    bj.report.write_text(workdir / 'confidence.md', page(record))
-    return record
+    return store(workdir / 'confidence.json', record, page)
 
 
 @dataclasses.dataclass(frozen=True)

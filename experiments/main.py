@@ -28,8 +28,8 @@ from ml_collections import ConfigDict, config_flags
 import branchy_jax as bj
 from branchy_jax.thresholds import ExitTable, Screen
 from experiments.configs import common
+from experiments.run import finetuning, report, timing
 from experiments.run import networks as setup
-from experiments.run import report, timing
 from experiments.run.networks import TASKS, Networks, Task
 from experiments.run.trainings import Trainer, start_again_on_cpu
 
@@ -79,7 +79,8 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
     setup.claim(workdir, config)
 
     # Train the baseline, then the network with exits.
-    baseline_variables, variables = trainer.train_both()
+    finetunes = config.regime == 'finetune'
+    baseline_variables, variables = finetuning.finetune_both(trainer) if finetunes else trainer.train_both()
     both = Networks(config.network, options, variables, baseline_variables, dataset.normalization)
     costs = bj.costs.count_macs(both.model, inputs=both.inputs)
     look = functools.partial(
@@ -91,12 +92,18 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
     )
 
     # Choose on validation data.
-    screened, points, tried = choose(config, task, dataset.validation, both, functools.partial(look, costs=costs))
+    model, baseline_model = trainer.build(), bj.models.without_branches(trainer.build())
+    screened, points, tried = choose(
+        config,
+        task,
+        functools.partial(look, model, both.variables, dataset.validation, costs=costs),
+        functools.partial(look, baseline_model, both.baseline_variables, dataset.validation),
+    )
 
     # Evaluate: the one look at the test data.
     look = functools.partial(look, criterion=screened.criterion, split='test')
-    branchy = look(both.model, both.variables, dataset.test, costs=costs)
-    baseline = look(both.baseline, both.baseline_variables, dataset.test)
+    branchy = look(model, both.variables, dataset.test, costs=costs)
+    baseline = look(baseline_model, both.baseline_variables, dataset.test)
     if jax.process_index() > 0:
         return None
 
@@ -122,7 +129,7 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
 
 
 def choose(
-    config: ConfigDict, task: Task, validation: bj.Batch, both: Networks, look: Callable[..., ExitTable]
+    config: ConfigDict, task: Task, look: Callable[..., ExitTable], look_at_baseline: Callable[..., ExitTable]
 ) -> tuple[Screen, dict[str, bj.OperatingPoint], list[dict[str, Any]]]:
     """Screens the thresholds of each criterion on validation data; picks the table's setting and other useful ones.
 
@@ -136,10 +143,10 @@ def choose(
         a row for every criterion that was tried.
     """
     # With one exit all criteria agree.
-    alone = look(both.baseline, both.baseline_variables, validation, criterion=task.criteria[0], costs=None)
+    alone = look_at_baseline(criterion=task.criteria[0])
     baseline, choices, tried = float(alone.anytime().accuracy[-1]), [], []
     for criterion in task.criteria:
-        table = look(both.model, both.variables, validation, criterion=criterion)
+        table = look(criterion=criterion)
         screened = table.screen()
         points = _points(config, table, screened, baseline)
         choices.append((screened, points))

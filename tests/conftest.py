@@ -16,9 +16,16 @@ import branchy_jax as bj
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_num_cpu_devices', 8)  # for meshes; everything else runs on the first one
 settings.register_profile('suite', deadline=None, max_examples=15, derandomize=True)
 settings.load_profile('suite')
 
+# Files whose tests compile many programs, or start processes: `pytest -m 'not slow'` leaves them out.
+SLOW = {
+    *('any_batch', 'any_network', 'attach', 'docs', 'export', 'onnx', 'optimize', 'plan', 'plan_file', 'pretrained'),
+    *('command', 'distributed', 'grain', 'resume', 'sharding', 'training'),
+    *('benchmark', 'experiments', 'peers', 'reproduction', 'service'),
+}
 IMAGE_SHAPE = (4, 4, 1)
 CLASSES = 3
 
@@ -58,7 +65,10 @@ def thresholds_between(model, variables, inputs):
 
 
 def pytest_collection_modifyitems(items):
-    """Puts files with slow tests first: a worker that starts one of them last would leave the other worker idle."""
+    """Marks the tests of slow files, and puts these first: a worker that starts one last leaves the other idle."""
+    for item in items:
+        if item.path.stem.removeprefix('test_') in SLOW:
+            item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker('slow')}
     items.sort(key=lambda item: item.path not in slow)
 

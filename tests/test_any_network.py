@@ -149,7 +149,7 @@ def test_every_executor_answers_as_the_module(name):
         assert (answer.exit_index, answer.label) == (oracle.exit_index[n], oracle.label[n])
 
 
-def test_other_executors_and_exports_take_dictionaries(tmp_path):
+def test_other_executors_take_dictionaries():
     model, variables, inputs, _ = own('by name')
     policy = thresholds_between(model, variables, inputs)
     oracle = bj.inference.dense(model)(variables, inputs, policy)
@@ -160,13 +160,6 @@ def test_other_executors_and_exports_take_dictionaries(tmp_path):
     np.testing.assert_array_equal(sharded(variables, inputs, policy).exit_index, oracle.exit_index)
     table = bj.inference.exit_table(model, variables, bj.Batch(inputs, KIND), batch_size=4)
     np.testing.assert_array_equal(table.costs.stages, bj.costs.count_macs(model, inputs=inputs).stages)
-    options = {'inputs': inputs, 'batch_size': 3, 'platforms': ['cpu']}
-    manifest = bj.export.save(tmp_path / 'both', model, variables, policy, **options)
-    names = {array['name']: array['dtype'] for array in manifest['input']['arrays']}
-    assert names == {"['image']": 'float32', "['kind']": 'int32'}
-    content = (tmp_path / 'both' / manifest['programs']['staged']['file']).read_bytes()
-    answer = jax.export.deserialize(bytearray(content)).call({}, IMAGE[0], np.int32(KIND[0]), np.float32(policy))
-    assert answer[:2] == (oracle.label[0], oracle.exit_index[0])
     with pytest.raises(ValueError, match='all lead with B'):
         bj.inference.dense(model)(variables, {**inputs, 'kind': KIND[:2]}, policy)
 
@@ -175,17 +168,6 @@ def trained(model, **options):
     variables = bj.calling.init(model, jax.random.key(1), IMAGE)
     state = bj.training.create_train_state(model, variables, optax.sgd(0.1), **options)
     return variables, bj.training.train_step(state, bj.Batch(IMAGE, KIND), jnp.ones(2), jax.random.key(3))[0].variables
-
-
-def test_the_newer_form_trains():
-    """Statistics of the first layer move by the batch, whatever drops; weights move."""
-    module = trained_nnx()
-    before, after = trained(from_nnx(module))
-    mean, inside = before['batch_stats']['norms']['0']['mean'], module.layers[0](IMAGE).mean(0)
-    np.testing.assert_allclose(after['batch_stats']['norms']['0']['mean'], 0.99 * mean + 0.01 * inside, atol=1e-6)
-    assert (after['params']['layers']['1']['kernel'] != before['params']['layers']['1']['kernel']).any()
-    nnx.update(module, from_nnx(module).trained(after))
-    np.testing.assert_allclose(module(IMAGE)[1], bj.calling.apply(from_nnx(module), after, IMAGE)[1], atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['norms', 'NNX'])
@@ -366,8 +348,7 @@ def test_boxed_parameters_are_stored_and_started_from(tmp_path):
     check_equal(bj.checkpoint.load_weights(tmp_path / 'weights')[0], nn.meta.unbox(start))
 
 
-@pytest.mark.slow
 def test_random_networks_cut_at_random_places_are_the_whole():
     """A place that a network does not pass, or one in a network whose rows influence one another, is refused."""
-    answers = [random_networks.check(random_networks.draw(seed)) for seed in range(100)]
-    assert 60 < answers.count('') < 100
+    answers = [random_networks.check(*random_networks.draw(seed)) for seed in range(60)]
+    assert 35 < answers.count('') < 60

@@ -116,6 +116,20 @@ class Function(nn.Module):
         return y if self.last is None else self.last(y)
 
 
+class ByName(nn.Module):
+    """Takes its arguments by name alone."""
+
+    def __call__(self, *, x):
+        return x
+
+
+class Flagged(nn.Module):
+    """Has a flag of another name than those that are recognised."""
+
+    def __call__(self, x, mode):
+        return x
+
+
 class Unbound(nn.Module):
     """Has a constructor of its own, and no scope."""
 
@@ -145,6 +159,10 @@ class Step(nn.Module):
 def sown(module, x, train):
     module.sow('losses', 'h', x.mean())
     return x
+
+
+def remembering(module, x, train):
+    return x + module.variable('cache', 'previous', jnp.zeros, x.shape).value
 
 
 def dropped_paths(module, x, train):
@@ -225,14 +243,17 @@ def test_probabilities_are_reported(getkey):
         (Chain(('a', 'b')), {'a': lambda x: (x, x)}, 'exit 0 returns tuple'),
         (Chain(('a', 'b')), {'a': (nn.relu, nn.Dense(5))}, 'exits: got a head of type tuple; give a Linen module'),
         (Chain(('a', 'b')), 'a', "exits: got 'a'; give a list of places"),
+        (ByName(), [], r'inputs: do not fit the call of ByName .too many positional arguments.; give .* a dictionary'),
+        (Flagged(), [], 'inputs: do not fit the call of Flagged .missing mode.; .* name other mode flags in attach'),
         (Chain(('a', 'a')), ['a'], "'a' 2 times"),
         (Chain(('a', 'exit_a')), ['a'], "already has a module 'exit_a'"),
         (Chain(('a/b', 'a_b', 'c')), ['a/b', 'a_b'], "heads at 'a/b' and 'a_b' would both be 'exit_a_b'"),
         (Chain(tuple(f'layer_{n}' for n in range(31))), ['layr_30'], "passes 'layer_30', .*, … .31 in all"),
-        (Function(looped), ['loop/inside'], "'loop/inside' lies inside a loop.*'first'"),
+        (Function(looped), ['loop/inside'], "'loop/inside' lies inside a loop.*around it: 'loop', 'first'"),
         (Function(sown, lambda y: {'logits': y}), ['first'], r"exits\[''\]: the result .* give a head"),
         (Function(sown, lambda y: jnp.repeat(y, 3, 0)), [], "exit 0 returns .*exits, from exit 0 on: ''"),
         (Function(lambda module, x, train: nn.Dropout(0.5)(x, deterministic=False)), [], 'names train, .*attach'),
+        (Function(remembering), ['first'], 'incompatible shapes .* no collection may hold it'),
         (Mixing(), ['first'], 'rows of a batch influence one another at Mixing'),
         (bridge.ToNNX(Chain(('a', 'b')), rngs=nnx.Rngs(0)), ['a'], 'give the Linen module itself, network.to_nnx__mod'),
         ('resnet', ['a'], 'network: got str'),

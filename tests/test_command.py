@@ -49,24 +49,13 @@ def test_export_writes_the_form_that_the_name_asks_for(trained, tmp_path):
     assert (tmp_path / 'net.onnx').is_file()
 
 
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        ('--epochs=1', 'epochs: got 1, but the checkpoint in .* is of a training for 3'),
-        ('--learning_rate=0.1', 'learning_rate: '),
-        ('--seed=1', 'seed or key: '),
-        ('--exit_weights=1,0.3,1', r'exit_weights: .* 2 exits, got \(3,\)'),
-        ('--learning_rate=1e30 --to={folder}/other', 'loss: is NaN or infinite in epoch 1, by step'),
-    ],
-)
-def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(trained, capsys, changes, message):
+def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(trained, capsys):
     before = {path.name: path.read_bytes() for path in (trained / 'run').iterdir() if path.is_file()}
     options = f'--dataset={trained}/squares.npz --to={trained}/run --epochs=3 --batch_size=8 --exit_weights=1,0.3'
     with pytest.raises(SystemExit, match='2'):
-        command.main(['train', 'b-lenet', *options.split(), *changes.format(folder=trained).split()])
-    assert re.search(message, capsys.readouterr().err)
+        command.main(['train', 'b-lenet', *options.split(), '--seed=1'])
+    assert 'seed or key: ' in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in (trained / 'run').iterdir() if path.is_file()}
-    assert not (trained / 'other' / 'model.safetensors').exists()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ import loopback
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow  # two processes start, and one dies
-
 STEPS = loopback.ROWS // loopback.BATCH
 KILLED_AFTER = STEPS + 2
 

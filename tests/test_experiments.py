@@ -17,17 +17,16 @@ import numpy as np
 import pytest
 
 import branchy_jax as bj
-from experiments import benchmark, claims, confidence, figures, main
+from experiments import benchmark, claims, confidence, edge, figures, main
 from experiments.configs import common, lenet_mnist5k, unet_digit_canvases
 from experiments.peers import command
 from experiments.run import networks, report, timing, trainings
 from experiments.run.trainings import Trainer
-from experiments.study import gradients, on_a_run
+from experiments.study import compatibility, gradients, on_a_run
 from experiments.study.finished import publish, read_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'experiments' / 'configs').glob('*_*.py') if path.stem != '__init__')
-COMMANDS = sorted(path.stem for path in (ROOT / 'experiments').glob('[!_]*.py'))
 RESULTS = ROOT / 'experiments' / 'results'
 STORED = [
     path for path in sorted(RESULTS.glob('*/report.json')) if path.parent.name not in {'iree', 'onnx'}
@@ -163,13 +162,38 @@ def test_bad_settings_are_refused_before_any_work(tiny, tmp_path, changes, messa
     assert not (tmp_path / 'new').exists()
 
 
+def test_a_pretrained_network_trains_after_its_first_stage(tiny, tmp_path):
+    """B-LeNet from the weights of a LeNet: the first stage stays, and its activations are computed once."""
+    options = {'image_shape': (12, 12, 1), 'num_classes': 4}
+    pretrained = bj.models.create('lenet', **options).init(jax.random.key(5), jnp.zeros((1, 12, 12, 1)))
+    config = changed(tiny, regime='finetune', pretrained=str(tmp_path / 'weights.safetensors'), epochs=2, images=60)
+    config = changed(config, optimizer='sgd', weight_decay=0.1, heads_first=0.3, fresh_rate=2.0)
+    with pytest.raises(ValueError, match=r'config.pretrained: no file .*; `python -m experiments.peers --imagenet`'):
+        main.run(config, tmp_path / 'run')
+    other = bj.models.create('lenet').init(jax.random.key(5), jnp.zeros((1, 28, 28, 1)))
+    other['params']['conv2']['kernel'] = jnp.zeros(3)
+    bj.checkpoint.save_weights(tmp_path / 'other.safetensors', other)
+    with pytest.raises(ValueError, match='config.pretrained: .* holds arrays of another network: params/conv2/kernel'):
+        main.run(changed(config, pretrained=str(tmp_path / 'other.safetensors')), tmp_path / 'other')
+    bj.checkpoint.save_weights(config.pretrained, pretrained)
+    main.run(config, tmp_path / 'run')
+    for name in ('lenet', 'b-lenet'):
+        trained, _ = bj.checkpoint.load_weights(tmp_path / 'run' / f'{name}.safetensors')
+        np.testing.assert_array_equal(trained['params']['conv1']['kernel'], pretrained['params']['conv1']['kernel'])
+        assert (trained['params']['fc1']['kernel'] != pretrained['params']['fc1']['kernel']).any()
+    plain, mirrored = (np.load(tmp_path / 'run' / 'features' / f'{view}_0.npy') for view in ('plain', 'mirrored'))
+    assert (plain.shape, plain.dtype) == (mirrored.shape, np.float16)
+    assert (plain != mirrored).any()
+
+
 PAGES = {
     'benchmark_*/*': benchmark.page,
-    'peers/peers': lambda record: command.page(record['rows']),
+    'peers/peers': command.page,
     'confidence_lenet_mnist/confidence': confidence.page,
     'claims/claims_*': claims.page,
     'claims/gradients_*': gradients.page,
-    'burst/burst': lambda record: pytest.importorskip('experiments.service.app').burst_page(record),
+    'compatibility/compatibility': compatibility.page,
+    'edge/edge': edge.page,
 }
 
 
@@ -194,15 +218,6 @@ def test_a_damaged_report_is_refused(copy, done):
         bj.report.write_json(copy / 'report.json', damaged)
         with pytest.raises(ValueError, match='workdir: .* it lacks (frontier|latency_ms)'):
             read_run(copy)
-
-
-@pytest.mark.parametrize('name', COMMANDS)
-def test_commands_say_how_they_are_called_and_share_no_flags(name):
-    """Imported together, as they are here, no flag of one is in the way of another's."""
-    module = importlib.import_module(f'experiments.{name}')
-    assert f'-m experiments.{name} ' in module.__doc__ or f'python {name}.py ' in module.__doc__
-    assert module.__doc__.splitlines()[0]
-    assert callable(module.main)
 
 
 def test_a_run_is_read_back_with_all_its_options(copy, done, tiny):
@@ -298,7 +313,6 @@ def test_other_regimes_train(tiny, tmp_path, regime):
     assert same == [regime == 'frozen'] * len(same)
 
 
-@pytest.mark.slow
 def test_confidence_reports_on_a_finished_run(copy):
     record = confidence.run(read_run(copy), splits=30, size=600)
     assert record == bj.report.read_json(copy / 'confidence.json')
@@ -311,7 +325,6 @@ def test_confidence_reports_on_a_finished_run(copy):
     assert (copy / 'reliability.png').is_file()
 
 
-@pytest.mark.slow
 def test_segmentation_goes_through_the_same_job(tmp_path):
     """Bright squares on noise, in 16 × 16 pixels: rows with mIoU, the cheapest of three criteria."""
     generator = np.random.default_rng(0)
@@ -330,7 +343,6 @@ def test_segmentation_goes_through_the_same_job(tmp_path):
     assert (len(record['rows'][1]['exit_miou']), len(record['criteria_tried'])) == (3, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('batch', [1, 4])
 def test_both_networks_are_timed_as_planned(done, monkeypatch, batch):
     monkeypatch.setattr(timing, 'time_run', TIME_RUN)

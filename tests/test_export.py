@@ -23,7 +23,7 @@ import branchy_jax as bj
 from branchy_jax.criteria.policy import as_policy, decode_policy
 from branchy_jax.export import folder as folder_module
 from branchy_jax.export import programs as programs_module
-from branchy_jax.export import save
+from branchy_jax.export import save, save_stages
 from experiments import run_exported
 
 SCALE = bj.Normalization(mean=jnp.float32([0.5]), deviation=jnp.float32([0.25]))
@@ -66,6 +66,16 @@ def test_every_program_is_dense(network, thresholds, expected, form, request):
     np.testing.assert_array_equal(loaded.thresholds, thresholds)
 
 
+@pytest.mark.parametrize('form', ['exported', 'beside'])
+def test_iree_answers_as_dense_does(network, expected, form, request):
+    for package in ('compiler', 'runtime'):
+        pytest.importorskip(f'iree.{package}', reason=f'pip install iree-base-{package}')
+    for name in ('staged', 'batch'):
+        loaded = run_exported.load(request.getfixturevalue(form)[0], [name], iree=True)
+        answer = run_exported.PROGRAMS[name](loaded, np.asarray(network[2])[:21])
+        check_same(bj.ExitPrediction(**answer), jax.tree.map(lambda x: x[:21], expected), rtol=1e-4, atol=1e-5)
+
+
 CONVOLUTION = Function(lambda x: (nn.Dense(3)(nn.Conv(2, (3, 3))(x).reshape(x.shape[0], -1)),))
 ASKS_FOR_THE_BATCH = Function(lambda x: (nn.Dense(3)(x.reshape(int(x.shape[0]), -1)),) * 3)
 INVERSE = Function(lambda x: (jnp.linalg.inv(x[..., 0]).sum(1),))  # for which StableHLO has no operation
@@ -100,7 +110,7 @@ def test_manifest_describes_the_folder(exported, beside, thresholds):
     described = [file for part in manifest['programs'].values() for file in (part, part['text'])]
     assert {path.name for path in folder.iterdir()} == {'manifest.json', *(file['file'] for file in described)}
     stage = manifest['programs']['stage 1']
-    assert stage['inputs'] == [{'name': 'hidden', 'shape': ['batch', 8], 'dtype': 'float32'}]
+    assert stage['inputs'] == [{'name': 'hidden_0', 'shape': ['batch', 8], 'dtype': 'float32'}]
     assert beside[1]['programs']['exit 0']['weights'] == ['head1/bias', 'head1/kernel']
 
 
@@ -137,6 +147,100 @@ def test_what_is_more_than_stablehlo_has_no_text(tmp_path):
     assert manifest['programs']['staged']['text'] is None
 
 
+@pytest.fixture(scope='module', params=['onnx', 'stablehlo'])
+def stage_files(request, network, thresholds, tmp_path_factory):
+    """A folder of stage files, its manifest, and its policy; the criterion uses earlier exits."""
+    for package in ('onnx', 'onnxruntime') if request.param == 'onnx' else ():
+        pytest.importorskip(package, reason="pip install '.[onnx]'")
+    model, variables, images = network
+    criterion = bj.criteria.ensemble()
+    cut = np.sort(bj.criteria.replay(criterion, jnp.stack(model.apply(variables, images)))[1], axis=1)
+    policy = bj.ExitPolicy(criterion, (cut[:-1, 8] + cut[:-1, 9]) / 2)
+    folder = tmp_path_factory.mktemp('stages') / 'network'
+    options = {'inputs': images, 'format': request.param, 'normalization': SCALE, 'platforms': ['cpu']}
+    return folder, save_stages(folder, model, variables, policy, **options), policy
+
+
+def test_stage_files_are_dense_at_any_batch_size(stage_files, network):
+    folder, _, policy = stage_files
+    expected = bj.inference.dense(network[0])(*network[1:], policy)
+    assert set(expected.exit_index.tolist()) == {0, 1, 2}
+    loaded = run_exported.load(folder)
+    for size in (1, 7, 24):
+        answers = run_exported.run_parts(loaded, np.asarray(network[2])[:size])
+        check_same(bj.ExitPrediction(**answers), jax.tree.map(lambda leaf, size=size: leaf[:size], expected))
+
+
+def test_the_manifest_of_stage_files_says_what_each_cut_hands_on(stage_files):
+    folder, manifest, _ = stage_files
+    assert manifest == json.loads((folder / 'manifest.json').read_text())
+    assert manifest['order'] == [f'{kind} {n}' for n in range(3) for kind in ('stage', 'exit')]
+    assert list(manifest['programs']) == manifest['order']
+    # 8 hidden values, and what the criterion remembers: 3 classes; 4 bytes each.
+    hands_on = [(cut['arrays'], cut['bytes_per_image']) for cut in manifest['cuts']]
+    assert hands_on == [(['image'], 64), (['hidden_0', 'carry_0'], 44), (['hidden_1', 'carry_1'], 44)]
+    head = manifest['programs']['exit 1']
+    assert [array['name'] for array in head['inputs']] == ['hidden_1', 'carry_0']
+    assert [(array['name'], array['shape']) for array in head['outputs']] == [
+        ('carry_1', ['batch', 3]),
+        ('label', ['batch']),
+        ('logits', ['batch', 3]),
+        ('uncertainty', ['batch']),
+    ]
+    assert manifest['input']['normalization']['mean'] == [0.5]
+
+
+def swap(folder):
+    """Exchanges the files of two stages."""
+    first, second = sorted(folder.glob('stage_[12].*[!r]'))[:2]
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (swap, r'stage_1\..* (was altered|truncated or altered)'),
+        (lambda f: alter(f, 'manifest.json', lambda x: x.replace(b'"stage 1"', b'"stage 2"', 1)), 'was altered'),
+        (lambda f: alter(f, 'manifest.json', lambda x: re.sub(rb'"thresholds": \[\s*', b'\\g<0>1', x)), 'was altered'),
+        (lambda f: next(f.glob('exit_1.[os]*')).unlink(), 'exit_1.* is missing'),
+    ],
+)
+def test_altered_stage_files_are_refused(stage_files, tmp_path, damage, message):
+    folder = Path(shutil.copytree(stage_files[0], tmp_path / 'copy'))
+    damage(folder)
+    with pytest.raises(ValueError, match=f'folder: .*{message}'):
+        run_exported.load(folder)
+
+
+def test_parts_in_another_order_are_refused_by_name(stage_files, network):
+    loaded, images = run_exported.load(stage_files[0]), np.asarray(network[2])
+    _, _, values = run_exported.run_exits(loaded, {'image': images}, until=1)
+    with pytest.raises(
+        ValueError, match="values: stage 2 takes 'hidden_1', got hidden_0, .*; run the parts as stage 0"
+    ):
+        run_exported.run_exits(loaded, values, first=2)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'format': 'tflite'}, "format: got 'tflite'; choose 'onnx' or 'stablehlo'"),
+        ({'model': INVERSE}, "model: stage 0 computes 'lu', which has no ONNX form here"),
+        ({'model': ASKS_FOR_THE_BATCH, 'policy': [0.0, 0.0]}, 'model: runs at the batch size of the example alone'),
+        ({'folder': '.'}, 'folder: .* exists'),
+    ],
+)
+def test_impossible_stage_files_are_refused(tmp_path, options, message):
+    images = jnp.ones((2, 3, 3, 1))
+    given = {'folder': 'new', 'model': CONVOLUTION, 'policy': [], 'inputs': images, **options}
+    given |= {'variables': random_variables(given['model'], images), 'folder': tmp_path / given['folder']}
+    with pytest.raises(ValueError, match=message):
+        save_stages(**given)
+    assert not list(tmp_path.iterdir())
+
+
 class Pixels(nn.Module):
     """Hands on two arrays, and answers every pixel; two inputs by name."""
 
@@ -149,7 +253,7 @@ class Pixels(nn.Module):
 
 def test_several_inputs_and_a_criterion_that_looks_back(tmp_path):
     rng = np.random.default_rng(0)
-    inputs = {'image': rng.normal(size=(9, 4, 4, 1)).astype(np.float32), 'scale': rng.random((9, 1), np.float32)}
+    inputs = {'image': rng.normal(size=(9, 4, 4, 1)).astype(np.float32), 'scale': np.int32(rng.integers(1, 4, (9, 1)))}
     model, criterion = Pixels(), bj.criteria.ensemble()
     variables = model.init(jax.random.key(0), **inputs)
     logits = jnp.stack(model.apply(variables, **inputs))
@@ -161,7 +265,11 @@ def test_several_inputs_and_a_criterion_that_looks_back(tmp_path):
     loaded = run_exported.load(tmp_path / 'new', ['batch'])
     answer = loaded.programs['batch'](*inputs.values(), loaded.thresholds)
     check_same(bj.ExitPrediction(**answer), expected)
-    assert [array['name'] for array in manifest['input']['arrays']] == ["['image']", "['scale']"]
+    named = {array['name']: array['dtype'] for array in manifest['input']['arrays']}
+    assert named == {"['image']": 'float32', "['scale']": 'int32'}
+    parts = run_exported.load(tmp_path / 'new', manifest['order'])
+    images = dict(zip(manifest['cuts'][0]['arrays'], inputs.values(), strict=True))
+    check_same(bj.ExitPrediction(**run_exported.run_exits(parts, images)[0]), expected)
     # 16 pixels of one and of two channels, one scale, and what the criterion remembers: 16 pixels of three classes.
     assert manifest['cuts'][1]['bytes_per_image'] == 4 * (16 + 16 * 2 + 1 + 16 * 3)
 
@@ -239,21 +347,44 @@ def test_the_reader_needs_few_packages():
     assert imported(ast.walk(reader)) == {'numpy', 'jax', 'iree', 'onnxruntime'}
 
 
-def test_reader_reports_differences(exported, tmp_path, monkeypatch, capsys):
-    np.save(tmp_path / 'images.npy', np.zeros((2, 4, 4, 1), np.uint8))
-    arguments = ['run_exported.py', str(exported[0]), f'--images={tmp_path}/images.npy', '--program=batch']
-    answers = tmp_path / 'answers.npz'
-    monkeypatch.setattr(sys, 'argv', [*arguments, f'--output={answers}'])
-    run_exported.main()
-    monkeypatch.setattr(sys, 'argv', [*arguments, f'--expect={answers}'])
-    run_exported.main()
+@pytest.fixture
+def read(tmp_path, monkeypatch, capsys):
+    """Runs the reader on the images of the network; returns what it prints."""
+
+    def run(subject, images, *flags):
+        np.save(tmp_path / 'images.npy', images)
+        arguments = ['run_exported.py', str(subject), f'--images={tmp_path}/images.npy', *flags]
+        monkeypatch.setattr(sys, 'argv', arguments)
+        run_exported.main()
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_reader_reports_differences_and_ties_apart(exported, read, tmp_path):
+    images, answers = np.zeros((2, 4, 4, 1), np.uint8), tmp_path / 'answers.npz'
+    assert read(exported[0], images, '--program=batch', f'--output={answers}')['images'] == 2
+    arguments = exported[0], images, '--program=batch', f'--expect={answers}'
+    assert read(*arguments)['differ'] == 0
     with np.load(answers) as right:
         wrong = {'label': right['label'], 'exit_index': right['exit_index'] + [1, 0]}
+    np.savez(answers, **wrong, tie=[True, False])
+    result = read(*arguments)
+    assert (result['differ'], result['differ_at_ties'], result['ties']) == (0, 1, 1)
     np.savez(answers, **wrong)
     with pytest.raises(SystemExit):
-        run_exported.main()
-    first, *compared = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (first['images'], [result['differ'] for result in compared]) == (2, [0, 1])
+        read(*arguments)
+
+
+@pytest.mark.parametrize('batch', [False, True])
+def test_reader_runs_onnx_files(network, thresholds, expected, read, batch, tmp_path):
+    for package in ('onnx', 'onnxruntime'):
+        pytest.importorskip(package, reason="pip install '.[onnx]'")
+    path, answers = tmp_path / 'network.onnx', tmp_path / 'answers.npz'
+    bj.export.save_onnx(path, *network[:2], thresholds, inputs=network[2], batch=batch)
+    np.savez(answers, label=expected.label, exit_index=expected.exit_index)
+    result = read(path, network[2], f'--expect={answers}')
+    assert (result['images'], result['differ'], result['exits_asked']) == (24, 0, [0, 1, 2])
 
 
 def test_failed_export_leaves_nothing(network, tmp_path, monkeypatch):

@@ -106,7 +106,6 @@ def test_batches_from_disk_are_those_in_memory(on_disk, in_memory, order):
     check_batches(on_disk.train.batches(order[:, 4:8]), in_memory.train, order[:, 4:8])
 
 
-@pytest.mark.slow
 def test_same_batches_from_several_workers(in_memory, order):
     on_disk = load_dataset('patterns', in_memory=False, validation_fraction=0.2, seed=3, workers=2, prefetch=2)
     check_batches(on_disk.train.batches(order[:5]), in_memory.train, order[:5])

@@ -33,14 +33,10 @@ def prose(text):
 
 
 WITH_PYTHON = [name for name, text in PAGES.items() if any(blocks(text, 'python'))]
-SLOW = {
-    f'docs/{name}.md' for name in ('networks/tasks', 'networks/modules', 'training/training', 'running/batches')
-} | {'README.md'}
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in WITH_PYTHON]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', WITH_PYTHON)
 @pytest.mark.usefixtures('few_digits')
 def test_python_of_a_page_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # examples write files

@@ -73,12 +73,9 @@ def test_canvases_keep_their_splits_apart_and_label_every_bright_pixel(digits):
         alone = (mask > 0).sum(axis=(1, 2)) == 8  # one digit: its class is its own
         np.testing.assert_array_equal(mask.max((1, 2))[alone], (image.max((1, 2))[alone].astype(int) - low) % 3 + 1)
         assert 0 < alone.mean() < 1
-
-
-def test_canvases_depend_on_the_seed_alone(digits):
-    first, again, other = (bj.data.digit_canvases(digits, side=12, seed=s).train.image for s in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
+    again, other = (bj.data.digit_canvases(digits, side=12, most_clutter=0, seed=s).train.image for s in (4, 2))
+    np.testing.assert_array_equal(canvases.train.image, again)
+    assert (again != other).any()
     for options in ({'side': 5}, {'most_digits': 0}, {'most_clutter': -1}):
         with pytest.raises(ValueError, match='side: got 5|most_digits: got'):
             bj.data.digit_canvases(digits, **options)

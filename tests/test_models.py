@@ -32,13 +32,9 @@ def test_the_baseline_is_the_same_trunk_with_one_exit(trunk, placement):
 
 def test_equal_arguments_give_equal_models():
     """Models are static arguments of jitted functions: unequal ones would compile again."""
-    assert all(bj.models.create(name) == bj.models.create(name) for name in bj.models.names())
+    plain = [name for name in bj.models.names() if 'efficientnet' not in name]  # an attached one takes seconds
+    assert all(bj.models.create(name) == bj.models.create(name) for name in plain)
     assert bj.models.create('b-lenet') != bj.models.create('b-lenet', placement='released')
-
-
-def test_bfloat16_keeps_float32_parameters():
-    shapes = shapes_of(bj.models.create('b-resnet8', dtype=jnp.bfloat16), SHAPES['resnet8'])
-    assert {x.dtype for x in shapes.values()} == {jnp.dtype('float32')}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Peers do the same work on the same images, take turns in processes of their own, and the page says who did not."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ import branchy_jax as bj
 from experiments.peers import command, contenders, forcing, limit, turns
 from experiments.peers.forcing import Forced
 from experiments.peers.job import Job
+from experiments.study.cells import random_network
 
 EXITS = [0, 0, 1, 0]
 LABELS = [3, 1, 9, 0]
@@ -22,7 +24,7 @@ LABELS = [3, 1, 9, 0]
 
 @pytest.fixture(scope='module')
 def lenet():
-    return forcing.random_network('b-lenet')
+    return random_network('b-lenet')
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +46,7 @@ def test_torch_networks_compute_what_ours_do(name):
     torch = pytest.importorskip('torch', reason="pip install '.[peers]'")
     from experiments.peers import torch_networks
 
-    model, _ = forcing.random_network(name)
+    model, _ = random_network(name)
     images = np.random.default_rng(0).standard_normal((6, *model.image_shape), np.float32)
     variables = random_variables(model, images)
     outputs = bj.inference.exit_outputs(model, variables, images)
@@ -70,7 +72,7 @@ def test_masks_of_torch_stop_where_all_leave(lenet):
     np.testing.assert_array_equal(exits, np.zeros(8))
 
 
-def test_forced_images_lie_clearly_apart(lenet):
+def test_forced_images_lie_clearly_apart(lenet, monkeypatch):
     drawn = forcing.force('b-lenet', *lenet, (0.94, 0.06), 32, cores=1)
     uncertainty = np.asarray(bj.criteria.entropy.uncertainty_of(drawn.logits))[0]
     assert np.bincount(drawn.exits).tolist() == [30, 2]
@@ -78,17 +80,17 @@ def test_forced_images_lie_clearly_apart(lenet):
     assert uncertainty.std() > 0.1
     expected = bj.inference.dense(lenet[0])(lenet[1], drawn.job.images, np.float32(drawn.job.thresholds))
     np.testing.assert_array_equal(drawn.labels(drawn.exits), expected.label)
-
-
-def test_shares_that_nothing_meets_are_refused(lenet, monkeypatch):
     monkeypatch.setattr(forcing, '_MARGIN', np.inf)
     monkeypatch.setattr(forcing, '_MOST_DRAWS', 2)
     with pytest.raises(ValueError, match='shares: got'):
         forcing.force('b-lenet', *lenet, (0.5, 0.5), 4, cores=1)
 
 
-def test_everyone_takes_part_or_says_why_not(forced):
+def test_everyone_takes_part_or_says_why_not(forced, tmp_path):
+    """A contender of another checkout runs the library that lies there."""
+    (tmp_path / 'branchy_jax.py').write_text('raise ImportError("of the other checkout")')
     them = {'gone': fake.missing, 'dies_later': fake.dies_later, 'dies_at_start': fake.dies_at_start}
+    them['other'] = functools.partial(contenders.planned, checkout=str(tmp_path))
     planned, plain, *absent = measure(forced, planned=fake.answering, plain=fake.without_exits, **them)
     assert (planned['contender'], planned['shares']) == ('planned', [0.75, 0.25])
     assert planned['settings'] == 'as the images say'
@@ -97,6 +99,7 @@ def test_everyone_takes_part_or_says_why_not(forced):
     assert {row['contender']: row['absent'] for row in absent} == {
         'gone': "ModuleNotFoundError: No module named 'torch'",
         'dies_at_start': 'its process died',
+        'other': 'ImportError: of the other checkout',
         'dies_later': 'its process died in round 1',
     }
     assert (plain['network'], plain['batch'], plain['forced']) == ('b-fake', 2, [0.75, 0.25])
@@ -114,24 +117,17 @@ class Here(contextlib.nullcontext):
         return future
 
 
-@pytest.mark.parametrize(
-    ('them', 'message'),
-    [
-        ({'planned': fake.answering, 'late': fake.late}, 'late: 3 of 4 images leave at other exits'),
-        ({'planned': fake.wrong}, r'planned: only 0\.0% of the labels'),
-    ],
-)
-def test_other_work_is_refused(forced, monkeypatch, them, message):
-    monkeypatch.setattr(turns, 'ProcessPoolExecutor', Here)
-    with pytest.raises(ValueError, match=message):
-        measure(forced, **them)
-
-
-def test_only_the_plan_may_skip_a_head_and_without_it_there_is_no_cell(forced, monkeypatch):
+def test_other_work_is_refused(forced, monkeypatch):
+    """Only the plan may skip a head, and without it there is no cell."""
     monkeypatch.setattr(turns, 'ProcessPoolExecutor', Here)
     assert measure(forced, planned=fake.late)[0]['shares'] == [0.0, 1.0]
-    with pytest.raises(RuntimeError, match="^planned: ModuleNotFoundError: No module named 'torch'"):
-        measure(forced, planned=fake.missing, plain=fake.without_exits)
+    for them, error, message in (
+        ({'planned': fake.answering, 'late': fake.late}, ValueError, 'late: 3 of 4 images leave at other exits'),
+        ({'planned': fake.wrong}, ValueError, r'planned: only 0\.0% of the labels'),
+        ({'planned': fake.missing}, RuntimeError, "^planned: ModuleNotFoundError: No module named 'torch'"),
+    ):
+        with pytest.raises(error, match=message):
+            measure(forced, **them)
 
 
 @pytest.mark.filterwarnings('ignore:os.fork')  # by OpenVINO's telemetry
@@ -187,8 +183,9 @@ def test_command_adds_to_what_is_there(tmp_path, monkeypatch, lenet):
     rows, cores = bj.report.read_json(tmp_path / 'peers.json')['rows'], os.cpu_count()
     cells = [(row['cores'], row['batch'], row['rounds']) for row in rows[::2]]
     assert cells == [(1, 4, 20), (cores, 1, 2), (cores, 4, 20)]
-    with pytest.raises(SystemExit):
-        command.main([f'--workdir={tmp_path}', '--networks=lenet'])
+    for bad in ('--networks=lenet', '--other=nowhere'):
+        with pytest.raises(SystemExit):
+            command.main([f'--workdir={tmp_path}', bad])
 
 
 def test_limit_is_of_the_stages_and_heads_of_the_file_in_its_engine(monkeypatch, lenet):
@@ -207,4 +204,6 @@ def test_limit_is_of_the_stages_and_heads_of_the_file_in_its_engine(monkeypatch,
     for name, logits in {'bare': forced.logits[1:], '0': forced.logits[:1], '1': forced.logits}.items():
         np.testing.assert_allclose(found[name], logits, atol=1e-4)
     assert [row['gain'], row['time_limit'], row['realised']] == pytest.approx([20 / 12, 20 / 12, 1])
-    assert '| b-lenet | 8 | 1 | 75, 25 |' in ' '.join(limit.page([row | {'command': '', 'device': ''}]).split())
+    assert '| b-lenet | 8 | 1 | 75, 25 |' in ' '.join(
+        limit.page({'rows': [row | {'command': '', 'device': ''}]}).split()
+    )

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import branchy_jax as bj
-from branchy_jax.inference import dense, exit_outputs, plan, segment_times
+from branchy_jax.inference import Plan, dense, exit_outputs, plan, segment_times
 from branchy_jax.inference.planning import candidates
 from branchy_jax.inference.planning import times as planning_times
 from branchy_jax.inference.planning.candidates import Candidate, Progress, candidates_to_try, choose, try_candidates
@@ -377,7 +377,7 @@ def test_plan_reports_its_steps_and_keeps_to_its_budget(network, thresholds, mon
 
 
 @pytest.mark.parametrize('engine', ['xla', 'onnxruntime'])
-def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, thresholds, engine, compilations):
+def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, thresholds, engine, compilations, tmp_path):
     model, variables, images = network
     options = {'skip_heads': False, **ONE_CANDIDATE, 'engine': engine}
     first = plan(model, variables, images, thresholds, **options)
@@ -387,5 +387,13 @@ def test_an_earlier_plan_saves_rewriting_measuring_and_compiling(network, thresh
     assert second.times is first.times
     third = plan(model, variables, images, thresholds / 2, earlier=first, **options)
     check_same(third(images), dense(model)(variables, images, third.policy))
-    with pytest.raises(ValueError, match='earlier: is a plan of another network, other weights'):
-        plan(model, jax.tree.map(jnp.copy, variables), images, [0.0, 0.0], earlier=first)
+    third.save(tmp_path / 'plan.json')
+    before = compilations.count
+    loaded = Plan.load(tmp_path / 'plan.json', model, variables, earlier=first)
+    check_same(loaded(images), third(images))
+    assert compilations.count == before
+    copies = jax.tree.map(jnp.copy, variables)
+    for make in (plan, functools.partial(Plan.load, tmp_path / 'plan.json')):
+        arguments = (images, [0.0, 0.0]) if make is plan else ()
+        with pytest.raises(ValueError, match='earlier: is a plan of another network, other weights'):
+            make(model, copies, *arguments, earlier=first)

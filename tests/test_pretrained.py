@@ -59,9 +59,12 @@ def test_broken_files_and_those_of_a_newer_format_are_refused(written, tmp_path)
         bj.models.load_pretrained(tmp_path)
 
 
-def test_unknown_weights_are_refused_with_the_known():
+def test_unknown_weights_are_refused_with_the_known(monkeypatch):
     with pytest.raises(ValueError, match=r"no weights of 'b-lenet' on 'cats'; there are .*'b-lenet' on 'mnist'"):
         bj.models.load_pretrained('b-lenet', dataset='cats')
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)  # a hub needs its package
+    with pytest.raises(ValueError, match=r"no folder 'someone/squares'; .* pip install '.\[hub\]'"):
+        bj.models.load_pretrained('someone/squares')
 
 
 def test_weights_of_another_network_are_not_saved(written, tmp_path):
@@ -106,12 +109,6 @@ def test_what_comes_from_a_hub_is_checked(written, monkeypatch, checksum):
     assert asked == [('someone/squares', 'v1', True), ('someone/squares', 'model.safetensors', 'c0ffee')]
 
 
-def test_a_hub_needs_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ValueError, match=r"no folder 'someone/squares'; .* pip install '.\[hub\]'"):
-        bj.models.load_pretrained('someone/squares')
-
-
 @pytest.mark.parametrize(('network', 'dataset'), bj.models.pretrained.pretrained_names())
 def test_shipped_weights_are_whole(network, dataset):
     weights = bj.models.load_pretrained(network, dataset=dataset)
@@ -124,7 +121,6 @@ def test_shipped_weights_are_whole(network, dataset):
 
 
 @pytest.mark.skipif(not os.path.isdir(MNIST), reason=f'MNIST is not at {MNIST}; set TFDS_DATA_DIR')
-@pytest.mark.slow  # decodes 70,000 images
 def test_shipped_lenet_has_the_accuracy_of_its_card(monkeypatch):
     monkeypatch.setenv('TFDS_DATA_DIR', os.path.dirname(MNIST))
     dataset = bj.data.load_dataset('mnist')

@@ -76,7 +76,6 @@ def test_claims_are_judged_by_differences_of_a_seed():
     assert answers[8]['mean'] == pytest.approx(10)  # points a place
 
 
-@pytest.mark.slow
 def test_claims_are_trained_from_paired_seeds_and_once(tmp_path, monkeypatch):
     """At tiny scale: what is trained is read back, other settings are refused, the page has the verdicts."""
     options = argparse.Namespace(network='b-lenet', dataset='mnist5k', epochs=1, batch_size=30)
@@ -102,7 +101,6 @@ def test_claims_are_trained_from_paired_seeds_and_once(tmp_path, monkeypatch):
         claims.run(trainer, tmp_path, seeds=3)
 
 
-@pytest.mark.slow
 def test_gradients_are_measured_before_and_after(tmp_path):
     dataset = small_dataset(8, 8, 3)
     record = gradients.run(tmp_path, 'b-plain3', dataset, seeds=2, steps=1, batch_size=4)
@@ -139,7 +137,7 @@ def test_a_branch_reads_what_the_next_layer_of_the_trunk_reads(network, after, f
 
 
 def test_deep_plain_networks_have_the_same_trunk_with_and_without_branches():
-    model, images = variants.DeepPlain(depth=6, branches=2), jnp.ones((1, 8, 8, 1))
+    model, images = variants.DeepPlain(depth=6), jnp.ones((1, 8, 8, 1))
     with_branches = model.init(jax.random.key(0), images)
     without = bj.models.without_branches(model).init(jax.random.key(0), images)
     assert len(model.apply(with_branches, images)) == 3
@@ -171,16 +169,13 @@ def test_the_stored_page_is_what_the_stored_records_make(tmp_path):
     assert f'{row["gain"]:.4g} [' in line
 
 
-def test_cache_misses_need_valgrind(tmp_path, monkeypatch):
-    monkeypatch.setattr('shutil.which', lambda name: None)
-    with pytest.raises(ValueError, match='valgrind: not found'):
-        on_a_run.cache(tmp_path, images=1, settings=1)
-
-
-def test_cache_misses_are_read_from_callgrind():
+def test_cache_misses_are_read_from_callgrind(tmp_path, monkeypatch):
     dump = (
         'version: 1\nevents: Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw\nfn=x\nsummary: 0\ntotals: 900 60 40 7 4 1 6 2 0\n'
     )
     assert on_a_run.misses(dump) == {'first_level': 0.05, 'last_level': 0.02, 'accesses': 100}
     with pytest.raises(ValueError, match='not a dump'):
         on_a_run.misses('nothing')
+    monkeypatch.setattr('shutil.which', lambda name: None)
+    with pytest.raises(ValueError, match='valgrind: not found'):
+        on_a_run.cache(tmp_path, images=1, settings=1)

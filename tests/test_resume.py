@@ -4,18 +4,15 @@ import functools
 import os
 import resource
 import signal
-import subprocess
 import sys
-import time
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import IMAGE_SHAPE, ThreeExits, augment, check_equal
+from conftest import augment, check_equal
 
 import branchy_jax as bj
 from branchy_jax.training import create_train_state
@@ -144,26 +141,3 @@ def test_a_full_disk_loses_nothing(new, train, tmp_path):
     resumed = train(new(), epochs=2, directory=tmp_path, on_epoch=lambda epoch, *_: started.append(epoch))
     assert started == [2]
     check_equal(resumed.params, train(new(), epochs=2).params)
-
-
-def train_for_long(directory):
-    """Saves 20 checkpoints, so that it can be killed in time."""
-    images = np.random.default_rng(0).integers(0, 256, (32, *IMAGE_SHAPE)).astype(np.uint8)
-    model, data = ThreeExits(), bj.Batch(images, images.reshape(32, -1)[:, :3].argmax(-1))
-    state = create_train_state(model, model.init(jax.random.key(1), images / np.float32(255)), SGD)
-    options = {'epochs': 20, 'batch_size': 8, 'augment': augment, 'directory': directory}
-    return bj.training.fit(state, data, jnp.ones(3), jax.random.key(2), **options).params
-
-
-@pytest.mark.slow
-def test_run_killed_by_the_system_resumes(tmp_path):
-    """SIGKILL at an arbitrary moment, then the same call again."""
-    script = f'import test_resume; test_resume.train_for_long({str(tmp_path)!r})'
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])
-    victim = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': path})
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob('[1-9]*')) and victim.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL, 'the run ended before it could be killed'
-    check_equal(train_for_long(tmp_path), train_for_long(None))

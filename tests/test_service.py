@@ -1,151 +1,183 @@
-"""The service over HTTP: no image is lost or answered twice, bad images are refused, faults are reported."""
+"""Services: no image is lost, bad images are refused, faults are reported, in one process and on Ray."""
 
+import argparse
+import asyncio
 import concurrent.futures
+import functools
 import json
-import queue
+import re
+import socket
 import urllib.error
 import urllib.request
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 
 import branchy_jax as bj
-from experiments.service.service import Service
+from experiments.service import plans
+from experiments.service.plans import Answerer
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 1)).astype(np.uint8)
+app = pytest.importorskip('experiments.service.app', reason="pip install '.[serve]'")
+load = pytest.importorskip('experiments.service.load')
 
-
-@pytest.fixture(scope='module')
-def weights():
-    model = bj.models.create('b-lenet', num_classes=4, image_shape=(12, 12, 1))
-    inputs = jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32)
-    variables = model.init(jax.random.key(0), jnp.zeros(inputs.shape))
-    normalization = bj.Normalization(mean=jnp.array([0.5]), deviation=jnp.array([0.25]))
-    return bj.models.Pretrained(model, variables, inputs, normalization, (), {})
+TEST = bj.Batch(np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1)).astype(np.uint8), np.arange(40) % 10)
 
 
 @pytest.fixture(scope='module')
-def table(weights):
-    data = bj.Batch(IMAGES, np.arange(40) % 4)
-    return bj.inference.exit_table(weights.model, weights.variables, data, preprocess=weights.normalize)
-
-
-def controller(table, **options):
-    path = table.path_by_shares()
-    settings = {'target': 1e6, 'scale': 1e6, 'position': 0.5, **options}
-    return bj.thresholds.Controller.create(path, criterion=bj.criteria.entropy, **settings)
+def folder(tmp_path_factory):
+    folder, network = tmp_path_factory.mktemp('plans'), 'b-lenet@mnist'
+    plans.make_plans(folder, plans.load(network), TEST, floor=0.0, settings=3, batch_size=4)
+    made = {'network': network, 'dataset': 'mnist5k', 'floor': 0.0, 'settings': 3, 'cores': None}
+    bj.report.write_json(folder / 'service.json', made)
+    return folder
 
 
 @pytest.fixture
-def service(weights, table):
-    made = Service(weights, controller(table), chunk_size=4).start()
-    yield made
-    made.close()
-
-
-def test_every_image_is_answered_once_as_dense_answers_it(weights, table):
-    steady = controller(table, horizon=1e30)  # thresholds stay where they are
-    service = Service(weights, steady, chunk_size=4).start()
-    expected = bj.inference.dense(weights.model)(weights.variables, weights.normalize(IMAGES), steady.policy)
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        futures = list(threads.map(service.submit, IMAGES))
-    answers = [future.result(timeout=60) for future in futures]
-    service.close()
-    assert [answer.label for answer in answers] == np.asarray(expected.label).tolist()
-    assert [answer.exit for answer in answers] == np.asarray(expected.exit_index).tolist()
-    assert sorted(answer.number for answer in answers) == list(range(40))
-    counts = service.stats()
-    assert (counts['taken'], counts['answered'], counts['refused'], counts['failed']) == (40, 40, 0, 0)
-    assert sum(counts['exits']) == 40
-
-
-def test_what_does_not_fit_is_refused_and_the_rest_answered(weights, table):
-    service = Service(weights, controller(table), capacity=3, chunk_size=4)  # not started: nothing leaves the queue
-    futures = [service.submit(image) for image in IMAGES[:3]]
-    with pytest.raises(queue.Full):
-        service.submit(IMAGES[3])
-    service.start()
-    assert [future.result(timeout=60).number for future in futures] == [0, 1, 2]
-    service.close()
-    assert [service.counts[name] for name in ('taken', 'refused', 'answered')] == [3, 1, 3]
-
-
-def test_more_waiting_makes_images_leave_earlier(weights, table):
-    """Every image waits longer than a target of 0 ms: the thresholds go to the end that leaves most."""
-    service = Service(weights, controller(table, target=0.0, scale=1e-3, horizon=10.0), chunk_size=4).start()
-    for image in IMAGES:
-        service.submit(image).result(timeout=60)
-    service.close()
-    assert service.stats()['position'] == 0
-    np.testing.assert_array_equal(service.stats()['thresholds'], table.path_by_shares()[0])
-
-
-def test_closing_answers_what_was_taken(service):
-    futures = [service.submit(image) for image in IMAGES]
-    service.close()
-    assert all(future.done() for future in futures)
-    with pytest.raises(RuntimeError, match='has ended'):
-        service.submit(IMAGES[0])
-
-
-def test_a_fault_of_the_network_is_received_to_whoever_waits(service, monkeypatch):
-    def broken(*_):
-        raise ZeroDivisionError('broken')
-
-    monkeypatch.setattr(service, '_answer', broken)
-    with pytest.raises(RuntimeError, match='ended: broken'):
-        service.submit(IMAGES[0]).result(timeout=60)
-    with pytest.raises(RuntimeError, match='has ended'):
-        service.submit(IMAGES[1])
+def answerer(folder):
+    return Answerer.load(folder, target_ms=1e6, horizon=1e30)  # thresholds stay where they are
 
 
 @pytest.fixture
-def address(service):
-    app = pytest.importorskip('experiments.service.app', reason="pip install '.[serve]'")
+def service(answerer):
+    return app.Service(answerer, capacity=40)
+
+
+@pytest.fixture
+def port(service):
     with app.served(service) as port:
-        yield f'http://127.0.0.1:{port}'
+        yield port
 
 
-def get(address, path, body=None):
-    with urllib.request.urlopen(urllib.request.Request(address + path, data=body), timeout=60) as response:
+def get(port, path, body=None):
+    request = urllib.request.Request(f'http://127.0.0.1:{port}{path}', data=body)
+    with urllib.request.urlopen(request, timeout=60) as response:
         content = response.read().decode()
     return content if path == '/' else json.loads(content)
 
 
-def test_over_http(address, service):
+def refusal(port, body):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        get(port, '/classify', body)
+    text = error.value.read().decode()
+    error.value.close()
+    return error.value.code, text
+
+
+def test_every_image_is_answered_once_as_dense_answers_it(answerer, port):
+    answerer.controller = answerer.controller.replace(position=np.float32(0.5))
+    weights, policy = answerer.weights, answerer.plans[1].policy
+    expected = bj.inference.dense(weights.model)(weights.variables, weights.normalize(TEST.image), policy)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        received = list(threads.map(lambda image: get(address, '/classify', image.tobytes()), IMAGES))
+        received = list(threads.map(lambda image: get(port, '/classify', image.tobytes()), TEST.image))
+    assert [answer['label'] for answer in received] == expected.label.tolist()
+    assert [answer['exit'] for answer in received] == expected.exit_index.tolist()
+    asked = policy.thresholds[0] > -np.inf  # a plan leaves out an exit that gains no time on this machine
+    assert len(set(expected.exit_index.tolist())) == 1 + asked
     assert sorted(answer['number'] for answer in received) == list(range(40))
-    assert get(address, '/stats')['answered'] == 40
-    recent = get(address, '/recent')
-    assert (recent['shape'], len(recent['answers'])) == ([12, 12, 1], 40)
+    stats, recent = get(port, '/stats'), get(port, '/recent')
+    assert (stats['answered'], stats['refused'], sum(stats['exits'])) == (40, 0, 40)
+    assert (recent['shape'], len(recent['answers'])) == ([28, 28, 1], 40)
     assert {'number', 'label', 'exit', 'waited_ms', 'in_time', 'pixels'} == set(recent['answers'][0])
-    assert 'Where images leave' in get(address, '/')
+    assert 'Where images leave' in get(port, '/')
 
 
-def test_what_is_no_image_is_400_and_a_full_queue_503_over_http(address, service, monkeypatch):
-    def full(image):
-        raise queue.Full
-
-    refused = []
-    for body in (b'short', IMAGES[0].tobytes()):
-        with pytest.raises(urllib.error.HTTPError) as error:
-            get(address, '/classify', body)
-        refused.append((error.value.code, error.value.read().decode()))
-        error.value.close()
-        monkeypatch.setattr(service, 'submit', full)
-    assert [code for code, _ in refused] == [400, 503]
-    assert 'expected 144 bytes' in refused[0][1]
-    assert service.counts['taken'] == 0
+def test_more_waiting_makes_images_leave_earlier(folder):
+    """Every image waits longer than a target of nearly 0 ms: the plan that leaves most answers in the end."""
+    answerer = Answerer.load(folder, target_ms=1e-3, horizon=10.0)
+    answers = [answerer([image], [0.0])[0] for image in TEST.image]
+    assert answerer.plan is answerer.plans[0]
+    assert (answers[0]['exit'], answers[-1]['exit']) == (1, 0)
+    assert (answers[0]['in_time'], answerer.missed) == (False, 40)
 
 
-def test_a_burst_is_answered_whole_and_summed_up(address):
-    app = pytest.importorskip('experiments.service.app')
-    test = bj.Batch(IMAGES, np.arange(40) % 4)
-    replies = app.send(int(address.rsplit(':', 1)[1]), test, [50.0, 200.0, 50.0], 0.2)
-    rows = app.summary(replies, [50.0, 200.0, 50.0])
-    assert [row['phase'] for row in rows] == ['before', 'burst', 'after']
-    assert sum(row['answered'] for row in rows) == len(replies)
-    assert sum(rows[1]['exit_fractions']) == pytest.approx(1)
+def test_what_does_not_fit_is_refused_and_the_rest_answered(answerer):
+    async def one_more_than_fit():
+        service = app.Service(answerer, capacity=3)
+        waiting = [asyncio.create_task(service.classify(image)) for image in TEST.image[:4]]
+        await asyncio.sleep(0)
+        running = asyncio.create_task(service.run())
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        running.cancel()
+        return results, service.stats()['refused']
+
+    results, refused = asyncio.run(one_more_than_fit())
+    assert [result['number'] for result in results[:3]] == [0, 1, 2]
+    assert isinstance(results[3], asyncio.QueueFull)
+    assert refused == 1
+
+
+def test_bad_images_full_queues_and_faults_have_a_status_and_the_next_image_an_answer(service, port, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    async def full(image):
+        raise asyncio.QueueFull
+
+    image = TEST.image[0].tobytes()
+    code, text = refusal(port, b'short')
+    assert (code, 'expected 784 bytes' in text) == (400, True)
+    with monkeypatch.context() as patched:
+        patched.setattr(service.answerer, 'predict', broken)
+        assert refusal(port, image)[0] == 500
+    with monkeypatch.context() as patched:
+        patched.setattr(service, 'classify', full)
+        assert refusal(port, image)[0] == 503
+    assert get(port, '/classify', image)['number'] == 0
+
+
+def check_row(row, *, requests, clients):
+    assert (row['answered'], row['clients']) == (requests, clients)
+    assert 0 < row['p50_ms'] <= row['p99_ms']
+    assert sum(row['exit_fractions']) == pytest.approx(1)
+
+
+def test_load_on_one_process_is_answered_whole(port):
+    row = load.send_all(functools.partial(load.send_over_http, port), TEST, 60, 4)
+    check_row(row, requests=60, clients=4)
+    assert row['repeated'] == 0
+    record = {'network': 'b-lenet@mnist', 'command': '', 'device': '', 'requests': 60, 'target_ms': 20.0, 'floor': 0.5}
+    assert '| 4       | –         | 60       | 0        |' in load.page({**record, 'rows': [row]})
+
+
+def processes_of_ray():
+    names = psutil.process_iter(['name', 'cmdline'])
+    return {each for each in names if re.search(r'\bray(let|::)|gcs_server', ' '.join(each.info['cmdline'] or []))}
+
+
+@pytest.fixture
+def leaves_nothing():
+    before = processes_of_ray()
+    yield
+    assert not psutil.wait_procs(processes_of_ray() - before, timeout=30)[1]
+
+
+def on_ray(test):
+    """Marks a test that starts Ray: several processes, and modules that warn of code of their own."""
+    marks = pytest.mark.slow, pytest.mark.filterwarnings('ignore'), pytest.mark.usefixtures('leaves_nothing')
+    return functools.reduce(lambda marked, mark: mark(marked), marks, test)
+
+
+@on_ray
+def test_a_killed_replica_loses_no_request_and_is_replaced(folder):
+    pytest.importorskip('ray', reason="pip install '.[ray]'")
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    options = argparse.Namespace(plans=folder, port=port, target_ms=1e6, requests=90, clients=24)
+    rows = list(load.on_ray(options, TEST, cases=[(2, True)]))
+    assert [row['through'] for row in rows] == ['HTTP', 'handle']
+    for row in rows:
+        check_row(row, requests=90, clients=24)
+        assert row['in_flight'] >= 20
+
+
+@on_ray
+def test_ray_data_labels_as_exit_outputs_joined_by_id(folder, tmp_path):
+    label = pytest.importorskip('experiments.service.label', reason="pip install '.[ray]'")
+    label.write_images(tmp_path / 'images', TEST.image)
+    with label.started():
+        label.label(folder, tmp_path / 'images', tmp_path / 'labels')
+    compared = label.compare(folder, TEST.image, tmp_path / 'labels')
+    assert (compared['images'], compared['differ']) == (40, 0)
+    assert compared['ties'] <= 1  # the threshold of the plan is next to the largest uncertainty

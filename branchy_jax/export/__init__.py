@@ -1,6 +1,6 @@
-"""Networks as folders of StableHLO, which run with jax and numpy alone, or as one ONNX file, which runs without jax."""
+"""Networks as folders of StableHLO, as one ONNX file, or as a file for each stage and head, for several machines."""
 
-from branchy_jax.export.folder import save
+from branchy_jax.export.folder import save, save_stages
 from branchy_jax.export.onnx_file import save_onnx
 
-__all__ = ['save', 'save_onnx']
+__all__ = ['save', 'save_onnx', 'save_stages']

@@ -112,22 +112,25 @@ class Network:
     def parts(self) -> tuple[list[Program], list[dict[str, Any]]]:
         """Returns every stage and head alone, for any number of images, so that they can run on different machines.
 
+        No two arrays have one name: a part that runs in another order lacks an input.
+
         Returns:
-            The programs; and for the inputs and each early exit, the bytes per image that the next stage receives.
+            The programs; and for the inputs and each early exit, the arrays that later parts receive and their bytes
+            per image.
 
         Raises:
             ValueError: a network that runs at the batch size of the example alone.
         """
-        hidden, carry = calling.with_batch(self.inputs, program.BATCH), None
+        hidden: dict[str, Any] = {'image': calling.with_batch(self.inputs, program.BATCH)}
+        carry: dict[str, Any] = {}
         programs, cuts = [], [_cut_after('input', hidden)]
         for n in range(self.stages.num_exits):
             run_stage, run_exit = functools.partial(self._run_stage, n), functools.partial(self._run_exit, n)
-            stage, result = self._part(f'stage {n}', run_stage, {'hidden': hidden})
-            hidden = result['hidden']
-            head, result = self._part(f'exit {n}', run_exit, {'hidden': hidden, 'carry': carry})
-            carry = result['carry']
+            stage, hidden = self._part(f'stage {n}', run_stage, hidden)
+            head, answer = self._part(f'exit {n}', run_exit, {**hidden, **carry})
+            carry = {f'carry_{n}': answer[f'carry_{n}']}
             programs += [stage, head]
-            cuts.append(_cut_after(head.name, (hidden, carry)))
+            cuts.append(_cut_after(head.name, {**hidden, **carry}))
         return programs, cuts[:-1]  # nothing follows the last exit
 
     def _part(self, name: str, run: Callable[..., Any], given: dict[str, Any]) -> tuple[Program, Any]:
@@ -148,12 +151,16 @@ class Network:
         return Program(name, flat, flat, own, inputs, tuple(_named(results))), results
 
     def _run_stage(self, n: int, variables: Variables, hidden: Any) -> dict[str, Any]:
-        return {'hidden': self.stages.run_stage(n, variables, hidden)}
+        with jax.named_scope(f'stage_{n}'):
+            return {f'hidden_{n}': self.stages.run_stage(n, variables, hidden)}
 
-    def _run_exit(self, n: int, variables: Variables, hidden: Any, carry: Any) -> dict[str, Any]:
-        logits, uncertainty, carry = self.criterion(self.stages.run_exit(n, variables, hidden), carry, n)
-        label = self.criterion.decide(logits)
-        return {'label': label, 'logits': logits, 'uncertainty': uncertainty, 'carry': carry}
+    def _run_exit(self, n: int, variables: Variables, hidden: Any, carry: Any = None) -> dict[str, Any]:
+        with jax.named_scope(f'exit_{n}'):
+            logits = self.stages.run_exit(n, variables, hidden)
+        with jax.named_scope(f'criterion_{n}'):
+            logits, uncertainty, carry = self.criterion(logits, carry, n)
+            label = self.criterion.decide(logits)
+        return {'label': label, 'logits': logits, 'uncertainty': uncertainty, f'carry_{n}': carry}
 
 
 def rewrite(model: Any, variables: Variables, criterion: Criterion, inputs: Any, platforms: Sequence[str]) -> Network:
@@ -213,10 +220,11 @@ def _named(trees: dict[str, Any]) -> Specs:
     named = {}
     for name, tree in trees.items():
         leaves = jax.tree.leaves(tree)
-        named.update({name if len(leaves) == 1 else f'{name} {n + 1}': leaf for n, leaf in enumerate(leaves)})
+        named.update({name if len(leaves) == 1 else f'{name}_{n + 1}': leaf for n, leaf in enumerate(leaves)})
     return named
 
 
-def _cut_after(place: str, handed_on: Any) -> dict[str, Any]:
-    sizes = [math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(handed_on)]
-    return {'after': place, 'bytes_per_image': sum(sizes)}
+def _cut_after(place: str, handed_on: dict[str, Any]) -> dict[str, Any]:
+    arrays = _named(handed_on)
+    sizes = [math.prod(spec.shape[1:]) * spec.dtype.itemsize for spec in arrays.values()]
+    return {'after': place, 'arrays': list(arrays), 'bytes_per_image': sum(sizes)}

@@ -25,8 +25,8 @@ ONE_CORE = {
 }
 """Compiler options under which XLA hands operations on single elements to YNNPACK, too, together with the convolutions
 before them. On one core they make a residual network 1.1 times faster, and one with many divisions and roots slower:
-measure, as `branchy_jax.inference.plan` does. Such programs do not share a core's pool of threads: several run at the
-same time without waiting for each other, as the workers of `branchy_jax.inference.sequential` want it."""
+measure, as `branchy_jax.inference.plan` does. Such programs do not use XLA's pool of threads, so that several of them
+run at the same time without waiting for each other: the workers of a plan run them."""
 
 BY_NAME = {'': None, 'all cores': ALL_CORES, 'one core': ONE_CORE}
 """Compiler options for a CPU by what plans and tables call them; ``''`` is XLA's own choice."""

@@ -1,9 +1,10 @@
 """Networks with exits as ONNX programs: one input, batches whose rows leave one by one, or the logits of every exit."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,13 +52,13 @@ def onnx_program(
     if (batch or every_exit) and stages.fixed_because:
         raise stages.refusal()
     specs = calling.with_batch(inputs, program.BATCH if batch or every_exit else 1)
-    _check(variables, jax.tree.leaves(specs), normalization)
+    check_onnx(variables, jax.tree.leaves(specs), normalization)
     network, graph = optimize(model, variables, inputs=inputs, banded=False), Graph()
     file_inputs, images = _add_inputs(graph, specs, normalization)
     metadata = {'normalization': 'none: the file takes what the network takes'}
     if normalization is not None:
         metadata['normalization'] = json.dumps(described(normalization))
-    try:
+    with untranslatable_named(model, variables, specs, policy.criterion):
         if every_exit:
             names = [f'logits_{n}' for n in range(stages.num_exits)]
             results = translate(graph, functools.partial(calling.apply, *network), images)
@@ -76,9 +77,33 @@ def onnx_program(
                 executor = sequential(network[0], exits=exits)
                 answer = functools.partial(_answer, executor, network[1], policy)
                 results = translate(graph, answer, images, thresholds)
-    except UntranslatableError as error:
-        raise _refusal(error, program.trace(model, variables, specs), policy.criterion) from error
     return _content(graph, dict(zip(names, results, strict=True)), file_inputs, metadata)
+
+
+def onnx_part(
+    function: Callable[..., Any], inputs: dict[str, Any], outputs: Sequence[str]
+) -> tuple[bytes, list[Value]]:
+    """Returns the content of the file of one function, and the values that the file returns.
+
+    Args:
+        function: of arrays; returns a tuple of arrays.
+        inputs: shapes and dtypes by name; the first axis of the first one is the batch.
+        outputs: the names of the results.
+    """
+    graph = Graph()
+    given = [computed(name, spec.shape, spec.dtype) for name, spec in inputs.items()]
+    graph.batch_of = given[0].name
+    results = list(translate(graph, function, *given))
+    return _content(graph, dict(zip(outputs, results, strict=True)), given, {}), results
+
+
+@contextlib.contextmanager
+def untranslatable_named(model: Any, variables: Variables, inputs: Any, criterion: Criterion) -> Iterator[None]:
+    """Raises ValueError with the part and the place of an equation of a model that has no ONNX form here."""
+    try:
+        yield
+    except UntranslatableError as error:
+        raise _refusal(error, program.trace(model, variables, inputs), criterion) from error
 
 
 def _answer(
@@ -135,7 +160,8 @@ def _refusal(error: UntranslatableError, network: Program, criterion: Criterion)
     return ValueError(f'model: {part} computes {primitive.name!r}, which has no ONNX form here: {error} (at {place})')
 
 
-def _check(variables: Variables, specs: list[Any], normalization: Normalization | None) -> None:
+def check_onnx(variables: Variables, specs: list[Any], normalization: Normalization | None) -> None:
+    """Raises ValueError where no file can be written, or a normalisation does not fit the inputs."""
     try:
         import onnx  # noqa: F401 - what the file is written with
     except ImportError as error:

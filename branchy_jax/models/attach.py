@@ -300,9 +300,11 @@ def _check_places(places: Iterable[str], passed: Mapping[str, tuple[Any, ...]]) 
         if place not in passed:
             raise ValueError(f'exits: the network passes no {place!r}; it passes {_listed(place, passed)}')
         if not passed[place]:
+            around = [name for name, several in passed.items() if not several and place.startswith(f'{name}/')]
+            loop = ''.join(f'{name!r}, ' for name in sorted(around, key=len)[:1])
             raise ValueError(
                 f'exits: {place!r} lies inside a loop, or another transformation of Flax (nn.scan, nn.vmap, …), that '
-                f'returns no value of it; choose a place around it: {_listed(place, passed)}'
+                f'returns no value of it; choose a place around it: {loop}{_listed(place, passed)}'
             )
         if len(passed[place]) > 1:
             raise ValueError(f'exits: the network passes {place!r} {len(passed[place])} times; choose another place')

@@ -1,7 +1,7 @@
 """Networks by name: new ones, and trained ones from the package, a folder or the Hugging Face hub."""
 
-import dataclasses
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,21 @@ from flax import struct
 from branchy_jax import calling
 from branchy_jax.checkpoint import load_weights, save_weights, write_atomically
 from branchy_jax.criteria.policy import decode_policy, encode_policy
+from branchy_jax.models.efficientnet import efficientnet_lite0
 from branchy_jax.models.paper import AlexNet, LeNet, ResNet
 from branchy_jax.models.select import without_branches
 from branchy_jax.models.unet import UNet
 from branchy_jax.models.vit import ViT
 from branchy_jax.types import Array, Normalization, OperatingPoint, Variables
 
-_NETWORKS: dict[str, Any] = {'lenet': LeNet, 'alexnet': AlexNet, 'resnet': ResNet, 'vit': ViT, 'unet': UNet}
+_NETWORKS: dict[str, Any] = {
+    'lenet': LeNet,
+    'alexnet': AlexNet,
+    'resnet': ResNet,
+    'vit': ViT,
+    'unet': UNet,
+    'efficientnet-lite0': efficientnet_lite0,
+}
 _FORMAT = '1'
 _FILE = 'model.safetensors'
 _WEIGHTS = Path(__file__).parent / 'weights'
@@ -30,7 +38,7 @@ _WEIGHTS = Path(__file__).parent / 'weights'
 
 def names() -> tuple[str, ...]:
     """Returns the names that `create` knows; ``resnet110`` stands for any depth 6n + 2."""
-    trunks = ('lenet', 'alexnet', 'resnet110', 'vit', 'unet')
+    trunks = ['resnet110' if name == 'resnet' else name for name in _NETWORKS]
     return (*(f'b-{name}' for name in trunks), *trunks)
 
 
@@ -39,10 +47,11 @@ def create(name: str, **options: Any) -> Any:
 
     Args:
         name: one of `names`, or a ResNet of another depth, such as ``'b-resnet20'``.
-        **options: attributes of the network: `LeNet`, `AlexNet`, `ResNet`, `ViT` or `UNet`.
+        **options: attributes of the network: `LeNet`, `AlexNet`, `ResNet`, `ViT` or `UNet`; of EfficientNet-Lite0
+            ``num_classes``, ``image_shape``, ``side``, ``dtype`` and ``convolution``.
 
     Returns:
-        A Linen module, or of a baseline what `without_branches` returns; two calls with the same arguments return equal
+        A Linen module, or what `attach` or `without_branches` returns; two calls with the same arguments return equal
         models.
 
     Raises:
@@ -52,18 +61,24 @@ def create(name: str, **options: Any) -> Any:
         >>> create('b-alexnet', placement='released').placement
         'released'
     """
-    match = re.fullmatch(r'(b-)?([a-z]+?)(\d+)?', name) if isinstance(name, str) else None
-    if match is None or match[2] not in _NETWORKS or (match[2] == 'resnet') != (match[3] is not None):
+    match = re.fullmatch(rf'(b-)?(?:({"|".join(_NETWORKS)})|resnet(\d+))', name) if isinstance(name, str) else None
+    if match is None or match[2] == 'resnet':
         raise ValueError(f'name: unknown network {name!r}; choose from {", ".join(names())} (any 6n + 2 for 110)')
-    network = _NETWORKS[match[2]]
+    network = _NETWORKS[match[2] or 'resnet']
     if match[3] is not None:
         options = {'depth': int(match[3]), **options}
-    known = {field.name for field in dataclasses.fields(network)} - {'parent', 'name'}
+    known = inspect.signature(network).parameters.keys() - {'parent', 'name'}
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f'options: {name!r} takes no {", ".join(unknown)}; choose from {", ".join(sorted(known))}')
     model = network(**options)
     return model if match[1] else without_branches(model)
+
+
+def image_shape(model: Any) -> tuple[int, int, int] | None:
+    """Returns ``(H, W, C)`` of the images of a network that `create` made; ``None`` where any size will do."""
+    whole = getattr(model, 'model', model)
+    return whole.inputs.shape[1:] if hasattr(whole, 'inputs') else whole.image_shape
 
 
 @struct.dataclass
@@ -197,7 +212,7 @@ def save_pretrained(
     model = create(network, **options)
     if not operating_points:
         raise ValueError('operating_points: got none; give at least one, as ExitTable.screen().knee() finds it')
-    options['image_shape'] = getattr(model, 'model', model).image_shape
+    options['image_shape'] = image_shape(model)
     if options['image_shape'] is None:
         raise ValueError(f"options: {network!r} needs an 'image_shape' here")
     images = jnp.zeros((1, *options['image_shape']))

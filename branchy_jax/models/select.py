@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+from jax import lax
 
 from branchy_jax import calling, program
-from branchy_jax.types import Variables
+from branchy_jax.types import Variables, num_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,78 @@ def without_branches(model: Any) -> SelectedExits:
     """
     calling.check_model(model)
     return SelectedExits(model, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class RemainingStages(calling.Model):
+    """The stages of a model after one of them: what `remaining_stages` returns. A model with ``init`` and ``apply``.
+
+    Attributes:
+        model: the whole model.
+        after: the stage before these.
+        inputs: shapes and dtypes of one set of the whole model's inputs.
+    """
+
+    model: Any
+    after: int
+    inputs: Any
+
+    def without_weights(self) -> 'RemainingStages':
+        """Returns the model without arrays: executors keep this."""
+        return dataclasses.replace(self, model=calling.without_weights(self.model))
+
+    def _init(self, key: Any, hidden: Any) -> Variables:
+        return calling.init(self.model, key, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.inputs))
+
+    def _run(self, variables: Variables, hidden: Any, mode: calling.Mode) -> tuple[Any, Variables]:
+        stages = program.stages(self.model, variables, self.inputs)
+        if not 0 <= self.after < stages.num_exits - 1:
+            raise ValueError(f'after: got {self.after}; the stages before the last are 0 to {stages.num_exits - 2}')
+        parts = stages.at(variables, num_rows(hidden), derivatives=True)
+        given, expected = jax.tree.leaves(hidden), [v.aval for v in parts.carried[self.after]]
+        rows = [np.delete(aval.shape, axis) for aval, axis in zip(expected, parts.axes[self.after], strict=True)]
+        if [value.shape[1:] for value in given] != [tuple(shape) for shape in rows]:
+            shapes = ', '.join(f'[B, {", ".join(map(str, shape))}]' for shape in rows)
+            raise ValueError(f'inputs: do not fit; give what stage {self.after} hands on, batch first: {shapes}')
+        hidden = [value.astype(aval.dtype) for value, aval in zip(given, expected, strict=True)]
+        logits = []
+        for n in range(self.after, stages.num_exits):
+            hidden = parts.run_stage(n, hidden) if n > self.after else hidden
+            logits.append(parts.run_exit(n, hidden))
+        # Statistics stay; as new values, since a step of training warns where it finds the old ones.
+        return logits, jax.tree.map(lax.stop_gradient, {name: variables.get(name, {}) for name in mode.mutable})
+
+
+def remaining_stages(model: Any, after: int, *, inputs: Any) -> RemainingStages:
+    """Returns the stages and heads from an exit on, as a model of what the stage of that exit hands on.
+
+    A network is fine-tuned without its first stages, which are frozen: what they hand on is computed once for each
+    example (``program.stages(…).run_stage``) and trained on by `branchy_jax.training.fit`. Variables are those of the
+    whole model; leaves that only earlier stages read get no gradient. Layers run in evaluation mode, in training too:
+    BatchNorm uses its statistics, dropout drops nothing.
+
+    Args:
+        model: the whole network.
+        after: the exit whose stage is the last frozen one; its head is the first that trains.
+        inputs: an example of the network's inputs, or their shapes.
+
+    Returns:
+        A model whose inputs are the arrays that the stage hands on, batch first, of any float dtype; it returns the
+        logits of the exits from ``after`` on.
+
+    Raises:
+        ValueError: ``after`` is no stage before the last.
+
+    Example:
+        >>> import branchy_jax as bj
+        >>> model, images = bj.models.create('b-alexnet'), jnp.ones((2, 32, 32, 3))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> features = bj.program.stages(model, variables, images).run_stage(0, variables, images)
+        >>> [logits.shape for logits in remaining_stages(model, 0, inputs=images).apply(variables, features)]
+        [(2, 10), (2, 10), (2, 10)]
+    """
+    calling.check_model(model)
+    return RemainingStages(model, after, calling.with_batch(inputs, 1))
 
 
 @jax.jit

@@ -336,6 +336,23 @@ def _gather_or_fill(
     return jnp.where(lax.broadcast_in_dim(inside, taken.shape, free), taken, np.array(fill_value, x.dtype))
 
 
+def _scatter_add(x: Any, indices: Any, updates: Any, *, dimension_numbers: Any, mode: Any, **_: Any) -> Any:
+    """Adds along one axis, by a product with ones and zeros: what is out of bounds adds nothing."""
+    numbers, windows = dimension_numbers, dimension_numbers.update_window_dims
+    axes, batch = numbers.scatter_dims_to_operand_dims, tuple(range(len(numbers.operand_batching_dims)))
+    batches_lead = numbers.operand_batching_dims == numbers.scatter_indices_batching_dims == batch
+    if mode == lax.GatherScatterMode.CLIP or x.dtype != np.float32 or not batches_lead:
+        raise ValueError('it clips numbers, adds integers, or has rows behind other axes')
+    if len(axes) != 1 or numbers.inserted_window_dims != axes or not is_size(x.shape[axes[0]]):
+        raise ValueError('it adds windows, along several axes, or along the batch')
+    places = np.arange(x.shape[axes[0]]).reshape(*[1] * (indices.ndim - 1), -1)
+    chosen = (indices == places).astype(x.dtype)  # the axis of x is the last
+    rows = [axis for axis in range(updates.ndim) if axis not in windows]
+    summed = tuple(range(len(batch), len(rows)))
+    added = lax.dot_general(chosen, updates.transpose(*rows, *windows), ((summed, summed), (batch, batch)))
+    return x + jnp.moveaxis(added, len(batch), axes[0])
+
+
 def _scan(*inputs: Any, jaxpr: Any, length: int, num_consts: int, num_carry: int, reverse: bool, **_: Any) -> list[Any]:
     """Repeats the body of a loop."""
     if not is_size(length):
@@ -413,6 +430,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     'round': lambda x, rounding_method: None if rounding_method else jnp.trunc(x) + jnp.trunc(2 * (x - jnp.trunc(x))),
     'rsqrt': lambda x, **_: 1 / jnp.sqrt(x),
     'scan': _scan,
+    'scatter-add': _scatter_add,
     'select_n': _select,
     'sort': _sort,
     'split': _split,

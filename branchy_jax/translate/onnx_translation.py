@@ -98,7 +98,7 @@ def _emit(graph: Graph, equation: Equation, inputs: list[Value]) -> list[Value]:
     composed = COMPOSED.get(name)
     result = composed and translate(graph, functools.partial(composed, **equation.params), *inputs)
     if result is None and name not in TABLE:
-        raise ValueError('this primitive is not translated')
+        raise ValueError('this primitive is not translated; compute it by others, or export StableHLO')
     if result is None:
         result = TABLE[name](graph, equation.params, inputs, specs[0])
     return result if isinstance(result, list) else [result]

@@ -15,8 +15,10 @@ def get_config() -> ConfigDict:
     config.dataset = ''
     config.image_size = ()  # (H, W) to resize to, where images of a TFDS data set differ in size
     config.validation_fraction = 0.1  # of the training part, per class; thresholds are picked on it
+    config.images = 0  # of each part at most, for a short trial; 0: all
     config.in_memory = True  # False leaves the training images of a TFDS data set on disk
     config.workers = 0  # processes that read and decode images on disk; 0 is a thread
+    config.normalization = ()  # (mean, deviation) of pixels in [0, 1]; (): those of the training images
     config.prefetch = 4  # batches of them read ahead
     config.crop_padding = 0  # random shifts, in pixels
     config.flip = False  # random mirroring, left and right
@@ -28,7 +30,9 @@ def get_config() -> ConfigDict:
     config.placement = 'text'
     config.network_options = ConfigDict()  # further arguments of the network's builder
     config.dtype = 'float32'  # of the computation; 'bfloat16' on accelerators
-    config.banded = False  # train with convolutions as banded products: faster for few channels on a CPU
+    # Form of convolutions in training on a CPU: 'banded' products where channels are few, 'products' where
+    # many convolutions are pointwise and depthwise; '' is XLA's own.
+    config.convolution = ''
 
     config.epochs_baseline = 1
     # of a shorter-trained baseline to start from, so that both networks see as many epochs in all; 0: start from the
@@ -52,7 +56,12 @@ def get_config() -> ConfigDict:
     config.scan_epoch = True  # an epoch as one program; not where images are on disk
     config.save_every = 0  # steps between checkpoints; 0: an epoch, or four minutes
 
-    config.regime = 'baseline'  # start from the trained baseline; 'joint': from random; 'frozen': train heads only
+    # Start from the trained baseline; 'joint': from random; 'frozen': train heads only; 'finetune': start from the
+    # weights in `pretrained`, and train what comes after the first exit's stage on cached activations.
+    config.regime = 'baseline'
+    config.pretrained = ''  # a file that `python -m experiments.peers --imagenet` wrote
+    config.heads_first = 0.0  # share of the steps in which only layers that are not pretrained train
+    config.fresh_rate = 1.0  # factor of the learning rate of such layers
     config.exit_weights = (1.0,)  # one per exit
     config.distillation = 0.0  # share of each exit's loss that draws it to the last exit instead of the labels
     config.temperature = 2.0  # of the distillation

@@ -16,6 +16,6 @@ def get_config() -> ConfigDict:
     """Returns the settings of this run."""
     config = common.get_config()
     config.update(dataset='mnist', crop_padding=2)
-    config.update(network='b-lenet', banded=True, exit_weights=(1.0, 0.3))
+    config.update(network='b-lenet', convolution='banded', exit_weights=(1.0, 0.3))
     config.update(epochs_baseline=40, epochs_start=20, epochs=20, learning_rate=2e-3)
     return config

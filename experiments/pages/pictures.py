@@ -91,14 +91,18 @@ def gain_against_batch(path: Path | str, rows: Sequence[Record], *, title: str =
         rows: with ``batch``, ``operating_point``, ``gain`` and ``mac_limit``.
         title: above the picture.
     """
-    figure, axes = new_axes(title, x='batch size', y='gain over the baseline (dotted: MAC limit)')
+    figure, axes = new_axes(title, x='batch size', y='gain over the baseline (dotted, bars: MAC limit)')
     names = dict.fromkeys(row['operating_point'] for row in rows)
     for color, name in zip(itertools.cycle(SERIES), names, strict=False):
         own = sorted((row for row in rows if row['operating_point'] == name), key=lambda row: row['batch'])
         batches = [row['batch'] for row in own]
         axes.plot(batches, [row['gain'] for row in own], '-o', color=color, markersize=4, label=f'{name} % leave')
-        axes.plot(batches, [row['mac_limit'] for row in own], ':', color=color, linewidth=1)
+        axes.plot(batches, [row['mac_limit'] for row in own], ':_', color=color, linewidth=1)
     axes.axhline(1, color=INK, linewidth=0.8)
-    axes.set_xscale('log')
-    axes.set_yscale('log')
+    axes.set(xscale='log', yscale='log')
+    sizes = sorted({row['batch'] for row in rows})
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.minorticks_off()
     save(figure, path, legend_columns=3)

@@ -6,6 +6,7 @@ runtime gets what its users would give it: BatchNorm folded, weights frozen, ima
 
 import functools
 import io
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,22 +16,23 @@ import numpy as np
 from experiments.peers.job import Job, Ready, fastest
 
 
-def planned(job: Job, *, exits: bool = True, **options: Any) -> Ready:
+def planned(job: Job, *, exits: bool = True, checkout: str = '', **options: Any) -> Ready:
     """Runs what `branchy_jax.inference.plan` chooses.
 
     Args:
         job: what is to be done.
         exits: ``False`` for the network without exits: what the runtime is worth without them.
+        checkout: folder of another checkout of this repository, whose `branchy_jax` plans.
         **options: of the plan, such as its engine.
     """
+    if checkout:
+        sys.path.insert(0, checkout)  # this process has not imported branchy_jax yet
     import jax
     import jax.numpy as jnp
 
     import branchy_jax as bj
-    from experiments.run.timing import keep_to_one_core
 
-    if job.cores == 1:
-        keep_to_one_core()
+    jax.config.update('jax_cpu_enable_async_dispatch', job.cores > 1)  # as `run.timing.keep_to_one_core` does
     model, variables = bj.models.create(job.network), jax.tree.map(jnp.asarray, job.variables)
     model = model if exits else bj.models.without_branches(model)
     policy = np.array(job.thresholds if exits else (), np.float32)

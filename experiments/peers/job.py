@@ -101,21 +101,8 @@ def fastest(options: Mapping[str, Ready]) -> Ready:
     return dataclasses.replace(options[best], settings=', '.join(filter(None, (best, options[best].settings))))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Opened:
-    """What a contender returns when it is ready.
-
-    Attributes:
-        labels: ``[M]`` that it answers.
-        exits: ``[M]`` where it does; ``None`` where there are no exits but the last.
-        settings: that it runs with.
-        passes: that last as long as a turn should.
-    """
-
-    labels: np.ndarray
-    exits: np.ndarray | None
-    settings: str
-    passes: int
+Opened = tuple[np.ndarray, np.ndarray | None, str, int]
+"""Labels and exits as of `Ready.answers`, the settings, and how many passes last as long as a turn should."""
 
 
 def open_contender(contender: Callable[[Job], Ready], job: Job, seconds: float) -> Opened | str:
@@ -125,7 +112,7 @@ def open_contender(contender: Callable[[Job], Ready], job: Job, seconds: float) 
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     try:
         _ready = contender(job)
-        return Opened(*_ready.answers(), _ready.settings, _ready.passes_of(seconds))
+        return *_ready.answers(), _ready.settings, _ready.passes_of(seconds)
     except Exception as error:  # of whatever runtime, whose own classes of errors need not be known elsewhere
         return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
 

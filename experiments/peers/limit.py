@@ -13,7 +13,7 @@ from branchy_jax.measure import interleaved_passes, paired_ratio
 from experiments.peers.contenders import session_of
 from experiments.peers.forcing import Forced
 from experiments.peers.job import Job
-from experiments.run.report import Row, table
+from experiments.run.report import Row, of_ratio, table
 
 _COLUMNS = ('network', 'batch', 'cores', 'forced', 'bare_ms', 'ms', 'gain', 'time_limit', 'realised', 'mac_limit')
 
@@ -49,11 +49,9 @@ def measure(forced: Forced, *, rounds: int) -> Row:
     row: Row = {'network': job.network, 'batch': job.batch, 'cores': job.cores, 'forced': shares.tolist()}
     for name, of in (('bare_ms', 'bare'), ('ms', 'file')):
         row[name] = float(np.median(seconds[of])) / len(forced.exits) * 1e3
-    pairs = {'gain': ('bare', seconds['file']), 'time_limit': ('bare', limit)}
-    ratios = {name: paired_ratio(seconds[slower], faster) for name, (slower, faster) in pairs.items()}
-    ratios['realised'] = paired_ratio(limit, seconds['file'])
-    for name, ratio in ratios.items():
-        row |= {name: ratio.median, f'{name}_low': ratio.low, f'{name}_high': ratio.high}
+    bare, file = seconds['bare'], seconds['file']
+    for name, pair in {'gain': (bare, file), 'time_limit': (bare, limit), 'realised': (limit, file)}.items():
+        row |= of_ratio(name, paired_ratio(*pair))
     costs = bj.costs.count_macs(model, inputs=image)
     return {**row, 'mac_limit': float(bj.costs.mac_limit(costs, shares)), 'rounds': rounds}
 
@@ -66,8 +64,9 @@ def _up_to(file: Any, outputs: slice, job: Job) -> Callable[[], Any]:
     return functools.partial(session_of(part.SerializeToString(), job).run, None, {'image': job.images})
 
 
-def page(rows: list[Row]) -> str:
+def page(record: Row) -> str:
     """Lays out rows in Markdown."""
+    rows = record['rows']
     commands = '\n'.join(sorted({f'- `{row["command"]}`, {row["device"]}, {row["rounds"]} rounds' for row in rows}))
     return f"""# The file for batches in ONNX Runtime, beside the limit of its gain
 

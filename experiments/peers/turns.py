@@ -11,10 +11,10 @@ import numpy as np
 
 import branchy_jax as bj
 from experiments.peers.forcing import Forced
-from experiments.peers.job import Job, Opened, Ready, open_contender, take_turn
+from experiments.peers.job import Job, Ready, open_contender, take_turn
+from experiments.run.report import Row, of_ratio
 
 Contender = Callable[[Job], Ready]
-Row = dict[str, Any]
 
 _TURN_SECONDS = 0.2  # of a tight loop: long beside waking up, short beside what disturbs a machine
 # Two classes of random weights may be as likely but for rounding, which then decides between them.
@@ -61,9 +61,10 @@ def measure(
             if isinstance(opened, str):
                 leave_out(name, opened)
                 continue
-            settings[name] = _checked(name, opened, forced, may_skip=name.startswith(first))
-            passes[name], turns[name] = opened.passes, []
-            print(f'  {name} is ready: {opened.settings}', flush=True)
+            labels, exits, described, passes[name] = opened
+            exits = _checked(name, labels, exits, forced, may_skip=name.startswith(first))
+            settings[name], turns[name] = {'settings': described, 'shares': _shares(exits, forced)}, []
+            print(f'  {name} is ready: {described}', flush=True)
         for number in range(rounds):
             names = list(turns)
             for name in (*names[number % len(names) :], *names[: number % len(names)]):
@@ -92,21 +93,20 @@ def _ask(process: ProcessPoolExecutor, function: Callable[..., Any], *arguments:
 
 def _clock(taken: list[float], first: list[float], forced: Forced) -> Row:
     ms = np.array(taken) / len(forced.exits) * 1e3
-    ratio = bj.measure.paired_ratio(np.array(taken), np.array(first))
-    figures = {'ms': float(np.median(ms)), 'ratio': ratio.median, 'ratio_low': ratio.low, 'ratio_high': ratio.high}
-    return {**figures, 'ms_of_rounds': ms.tolist()}
+    ratio = of_ratio('ratio', bj.measure.paired_ratio(np.array(taken), np.array(first)))
+    return {'ms': float(np.median(ms)), **ratio, 'ms_of_rounds': ms.tolist()}
 
 
-def _checked(name: str, opened: Opened, forced: Forced, *, may_skip: bool) -> Row:
-    """Returns the settings of a contender and its shares; refuses a contender whose exits or labels are wrong."""
-    exits = np.full_like(forced.exits, len(forced.logits) - 1) if opened.exits is None else opened.exits
-    wrong = exits < forced.exits if may_skip else (exits != forced.exits) & (opened.exits is not None)
+def _checked(name: str, labels: np.ndarray, left: np.ndarray | None, forced: Forced, *, may_skip: bool) -> np.ndarray:
+    """Returns the exits of a contender, for ``None`` the last; refuses a contender whose exits or labels are wrong."""
+    exits = np.full_like(forced.exits, len(forced.logits) - 1) if left is None else left
+    wrong = exits < forced.exits if may_skip else (exits != forced.exits) & (left is not None)
     if wrong.any():
         raise ValueError(f'{name}: {wrong.sum()} of {len(wrong)} images leave at other exits than forced')
-    same = float((opened.labels == forced.labels(exits)).mean())
+    same = float((labels == forced.labels(exits)).mean())
     if same < _SAME_LABELS:
         raise ValueError(f"{name}: only {same:.1%} of the labels are the network's")
-    return {'settings': opened.settings, 'shares': _shares(exits, forced)}
+    return exits
 
 
 def _shares(exits: np.ndarray, forced: Forced) -> list[float]:

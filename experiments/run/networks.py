@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 import branchy_jax as bj
 from branchy_jax.criteria import Criterion, as_criterion
+from branchy_jax.models.pretrained import image_shape
 from branchy_jax.sharding import check_divisible
 from branchy_jax.thresholds.statistics import Metric, Statistics
 from branchy_jax.types import Variables
@@ -27,7 +28,8 @@ CHOICES = {
     'dtype': ('float32', 'bfloat16'),
     'optimizer': ('adam', 'adamw', 'sgd'),
     'schedule': ('cosine', 'linear', 'constant'),
-    'regime': ('baseline', 'joint', 'frozen'),
+    'convolution': ('', 'banded', 'products'),
+    'regime': ('baseline', 'joint', 'frozen', 'finetune'),
     'choose': ('accuracy', 'baseline', 'knee'),
 }
 _POSITIVE = ('epochs', 'epochs_baseline', 'batch_size', 'latency_images', 'latency_passes', 'latency_batch')
@@ -97,7 +99,7 @@ def check(config: ConfigDict, mesh: Mesh | None = None) -> None:
 
 def _check_networks(config: ConfigDict) -> None:
     model, weights = bj.models.create(config.network, **own_options(config)), len(config.exit_weights)
-    exits = count_exits(model, image_specs(model.image_shape))
+    exits = count_exits(model, image_specs(image_shape(model)))
     if weights != exits:
         raise ValueError(f'config.exit_weights: {config.network} has {exits} exits, got {weights} weights')
     if config.shallow_depth:  # without variables nothing is copied, but networks that do not correspond are refused
@@ -118,6 +120,15 @@ def load(config: ConfigDict) -> bj.data.Dataset:
         workers=config.workers,
         prefetch=config.prefetch,
     )
+    if config.images:
+        if not config.in_memory:
+            raise ValueError('config.images: a short trial needs its images in memory; leave config.in_memory')
+        parts = {part: getattr(dataset, part) for part in ('train', 'validation', 'test')}
+        few = {part: jax.tree.map(lambda values: values[: config.images], batch) for part, batch in parts.items()}
+        dataset = dataset.replace(**few)
+    if config.normalization:
+        mean, deviation = jnp.float32(config.normalization)[:, None].repeat(dataset.image_shape[-1], 1)
+        dataset = dataset.replace(normalization=bj.Normalization(mean=mean, deviation=deviation))
     return dataset.replace(name=config.dataset)
 
 

@@ -1,11 +1,12 @@
 """The page and the picture of a run; and what the pages of all commands share: tables, provenance, the paper's rows."""
 
+import functools
 import os
 import platform
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import branchy_jax as bj
+from branchy_jax.measure import Ratio
 from experiments.run.networks import TASKS
 
 Row = dict[str, Any]
@@ -42,6 +44,18 @@ def paper(figure: str, **where: Any) -> list[Row]:
     """Returns the paper's rows of a figure or table that have the given values."""
     rows = bj.report.read_json(Path(__file__).with_name('paper.json'))['rows']
     return [row for row in rows if row['figure'] == figure and where.items() <= row.items()]
+
+
+def store(path: Path, record: Row, lay_out: Callable[[Row], str]) -> Row:
+    """Writes a record as JSON and beside it as a page; returns the record."""
+    bj.report.write_json(path, record)
+    bj.report.write_text(path.with_suffix('.md'), lay_out(record))
+    return record
+
+
+def of_ratio(name: str, ratio: Ratio) -> Row:
+    """Returns a ratio and its interval as the fields that `table` shows together."""
+    return {name: ratio.median, f'{name}_low': ratio.low, f'{name}_high': ratio.high}
 
 
 def table(rows: Iterable[Mapping[str, Any]], *names: str) -> str:
@@ -85,8 +99,7 @@ def write(workdir: Path, record: Row, config: ConfigDict) -> None:
         config: its settings.
     """
     task, (baseline, branchy) = TASKS[record['task']], record['rows']
-    bj.report.write_json(workdir / 'report.json', record)
-    bj.report.write_text(workdir / 'report.md', page(record, config.choose))
+    store(workdir / 'report.json', record, functools.partial(page, choose=config.choose))
     bj.plots.tradeoff(
         workdir / 'tradeoff.png',
         record['frontier'],

@@ -15,6 +15,7 @@ import numpy as np
 
 import branchy_jax as bj
 from experiments.run.networks import Networks
+from experiments.run.report import Row, of_ratio
 from experiments.run.trainings import STARTED
 
 Policies = Mapping[str, bj.ExitPolicy]
@@ -111,15 +112,10 @@ def _time(
     }
 
 
-def _clock(seconds: Mapping[Any, np.ndarray], name: Any, images: int) -> dict[str, float]:
-    gain = bj.measure.paired_ratio(seconds['baseline'], seconds[name])
-    return {
-        'latency_ms': float(np.median(seconds[name])) / images * 1e3,
-        'gain': gain.median,
-        'gain_low': gain.low,
-        'gain_high': gain.high,
-        'gain_plain': bj.measure.paired_ratio(seconds['plain'], seconds[name]).median,
-    }
+def _clock(seconds: Mapping[Any, np.ndarray], name: Any, images: int) -> Row:
+    gain, plain = (bj.measure.paired_ratio(seconds[slower], seconds[name]) for slower in ('baseline', 'plain'))
+    ms = float(np.median(seconds[name])) / images * 1e3
+    return {'latency_ms': ms, **of_ratio('gain', gain), 'gain_plain': plain.median}
 
 
 def _forced(policy: bj.ExitPolicy) -> list[bj.ExitPolicy]:

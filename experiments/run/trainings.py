@@ -25,9 +25,11 @@ from branchy_jax.losses import Loss
 from branchy_jax.training.step import Metrics
 from branchy_jax.types import Variables
 from experiments.run.networks import image_specs, own_options
+from experiments.run.products import as_products
 
 Build = Callable[..., Any]
 
+_CONVOLUTIONS = {'banded': bj.models.banded_convolution, 'products': as_products}
 _REFRESH_SECONDS = 0.5
 STARTED = 'BRANCHY_JAX_STARTED'
 """Holds what the environment was before `start_again_on_cpu` changed it, as JSON."""
@@ -83,8 +85,8 @@ class Trainer:
     def build(self, **changed: Any) -> Any:
         """Makes the branchy network in the form that a CPU trains fastest; ``depth=`` changes the depth of a ResNet."""
         options = {**self.options, **changed}
-        if self.config.banded:
-            options['convolution'] = bj.models.banded_convolution
+        if self.config.convolution:
+            options['convolution'] = _CONVOLUTIONS[self.config.convolution]
         if self.config.image_sides:  # images grow during training
             options['image_shape'] = None
         return bj.models.create(self.config.network, **options)
@@ -201,6 +203,11 @@ def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformatio
     if config.schedule == 'linear':
         rise, fall = optax.linear_schedule(0.0, rate, warmup), optax.linear_schedule(rate, 0.0, steps - warmup)
         rate = optax.join_schedules([rise, fall], [warmup])
+    return optimizer_at(config, rate)
+
+
+def optimizer_at(config: ConfigDict, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Returns the optimiser of the settings at a learning rate."""
     if config.optimizer == 'adam':
         return bj.training.paper_adam(rate)
     mask = functools.partial(jax.tree.map, lambda array: array.ndim > 1) if config.decay_kernels_only else None

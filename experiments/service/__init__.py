@@ -1,1 +1,1 @@
-"""A small HTTP service around `branchy_jax.inference.stream`, with a page that shows which images leave early."""
+"""A service over HTTP whose thresholds follow the load, in one process or on Ray, and labelling of large data sets."""

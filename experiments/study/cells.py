@@ -12,13 +12,15 @@ from branchy_jax.costs import StageCosts
 from branchy_jax.thresholds import ExitTable
 from branchy_jax.types import Variables
 from experiments.run.networks import Networks
+from experiments.run.report import Row
 from experiments.run.timing import Policies, time_run
 
-USUAL_SHARES = {2: (0.94, 0.06), 3: (0.7, 0.2, 0.1)}
-"""Default shares of the exits, about those of the paper, by the number of exits."""
+SHARES = {2: '94/6,70/30,0/100,100/0', 3: '70/20/10,100/0/0,40/30/30,0/0/100'}
+"""Shares of the exits in percent by the number of exits; the first are about those of the paper."""
 
-Row = dict[str, Any]
 _BATCH_1_IMAGES = 100
+# Standard deviation of a logit over images: entropies then spread over a good part of [0, ln 10].
+_SPREAD, _POOL = 2.0, 128
 # Residual branches so weak that a hundred of them do not overflow where no BatchNorm knows the images.
 _KERNEL_SCALE = 0.3
 
@@ -38,13 +40,40 @@ def random_variables(model: Any, images: np.ndarray) -> Variables:
     return jax.device_put(jax.tree_util.tree_map_with_path(leaf, specs))
 
 
-def random_networks(name: str, images: np.ndarray) -> Networks:
-    """Returns a branchy network and its baseline with the same random weights."""
+def random_network(name: str) -> tuple[Any, Variables]:
+    """Returns a network whose logits differ between images, and its variables as NumPy arrays.
+
+    The logits of new heads hardly differ between images, so rounding would decide which images leave. Heads are
+    therefore rescaled.
+
+    Args:
+        name: of a network whose heads end in dense layers called ``exit1_fc``, …, and ``fc``, ``fc2`` or ``fc3``.
+    """
     model = bj.models.create(name)
-    variables = random_variables(model, images)
-    channels = images.shape[-1]
+    images = np.random.default_rng(0).standard_normal((_POOL, *model.image_shape), np.float32)
+    variables = jax.tree.map(np.array, random_variables(model, images))
+    params, every = variables['params'], logits_of(model, variables, images)
+    last = max(layer for layer in params if layer.startswith('fc'))
+    for n, logits in enumerate(every, 1):
+        mean = logits.mean(axis=0)
+        scale = _SPREAD / (logits - mean).std()
+        dense = params[last if n == len(every) else f'exit{n}_fc']
+        dense['kernel'] *= scale
+        dense['bias'] = (dense['bias'] - mean) * scale
+    return model, variables
+
+
+def logits_of(model: Any, variables: Variables, images: np.ndarray) -> np.ndarray:
+    """Returns the logits ``[N, M, K]`` of every exit."""
+    return np.asarray(bj.inference.exit_outputs(model, variables, images, batch_size=min(64, len(images))).logits)
+
+
+def random_networks(name: str, images: np.ndarray, **options: Any) -> Networks:
+    """Returns a branchy network with these options and its baseline, with the same random weights."""
+    model, variables = random_network(name)
+    variables, channels = jax.device_put(variables), images.shape[-1]
     nothing = bj.Normalization(mean=jnp.zeros(channels), deviation=jnp.ones(channels))
-    return Networks(name, {'image_shape': model.image_shape}, variables, variables, nothing)
+    return Networks(name, {'image_shape': model.image_shape, **options}, variables, variables, nothing)
 
 
 def images_needed(batch: int) -> int:

@@ -1,13 +1,16 @@
 """Flags that several commands have, parsed where they are used."""
 
 import argparse
+from pathlib import Path
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """Makes a command's parser: its docstring is the help."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parser(doc: str, workdir: str = '') -> argparse.ArgumentParser:
+    """Makes a command's parser: its docstring is the help; ``workdir`` is the help of that flag."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=doc, formatter_class=as_written, allow_abbrev=False)
+    if workdir:
+        made.add_argument('--workdir', type=Path, required=True, help=workdir)
+    return made
 
 
 def positive(text: str) -> int:

@@ -13,7 +13,7 @@ from flax import traverse_util
 import branchy_jax as bj
 from experiments.pages import pictures
 from experiments.run.networks import count_exits, image_specs
-from experiments.run.report import JPEG_NOTE, Row, provenance
+from experiments.run.report import JPEG_NOTE, Row, provenance, store
 from experiments.study.variants import DeepPlain, trunk_layers
 from experiments.study.verdicts import bullets, judge
 
@@ -29,7 +29,7 @@ def run(workdir: Path, network: str, dataset: bj.data.Dataset, *, seeds: int, st
     """
     if network.startswith('b-plain'):
         depth = int(network.removeprefix('b-plain'))
-        model: Any = DeepPlain(depth=depth, branches=2, num_classes=dataset.num_classes)
+        model: Any = DeepPlain(depth=depth, num_classes=dataset.num_classes)
     else:
         model = bj.models.create(network, num_classes=dataset.num_classes, image_shape=dataset.image_shape)
     layers = trunk_layers(model, dataset.image_shape)
@@ -43,8 +43,7 @@ def run(workdir: Path, network: str, dataset: bj.data.Dataset, *, seeds: int, st
     record |= {**provenance('claims'), 'layers': layers, 'rows': rows}
     record['answers'] = [*_answers(rows, 0), *_answers(rows, steps)]
     path = workdir / f'gradients_{network}.json'
-    bj.report.write_json(path, record)
-    bj.report.write_text(path.with_suffix('.md'), page(record))
+    store(path, record, page)
     norms = {name: norms_of(rows, name) for name in ('with branches', 'without')}
     pictures.gradient_norms(path.with_suffix('.png'), norms, steps=steps, title=f'{network} on {dataset.name}')
     print(page(record))

@@ -56,7 +56,7 @@ def batches(finished: FinishedRun, sizes: Sequence[int], *, images: int, passes:
 def energy(
     finished: FinishedRun, meter: Meter | None, sizes: Sequence[int], *, seconds: float, **clocks: Any
 ) -> list[Row]:
-    """Measures joules per image of the baseline and of each operating point, and writes ``energy.json``.
+    """Measures joules per image of the baseline and each operating point, and writes ``energy.json`` after each.
 
     Args:
         finished: the run.
@@ -68,12 +68,15 @@ def energy(
     if meter is None:
         return _write(finished, 'energy', [], meter=None, note=NO_METER)
     networks, test, rows, idle_watts = finished.networks, finished.dataset().test, [], None
+    note = f'{meter.name}; idle power subtracted and shown; every run long enough for a resolution below 2 %'
     served = {'baseline': (networks.baseline, networks.baseline_variables, finished.policy(()))}
     served |= {name: (networks.model, networks.variables, policy) for name, policy in finished.policies.items()}
     for batch in (size for size in sizes if size <= len(test)):
         images = np.asarray(networks.normalization(test.image[: max(_ENERGY_IMAGES // batch, 1) * batch]))
+        earlier = None
         for point, (model, variables, policy) in served.items():
-            planned = bj.inference.plan(model, variables, images, policy, batch_size=batch)
+            planned = bj.inference.plan(model, variables, images, policy, batch_size=batch, earlier=earlier)
+            earlier = None if point == 'baseline' else planned
             one_pass = bj.measure.one_by_one(planned, on_device(images, batch))
             energy = bj.measure.measure_energy(one_pass, meter, seconds=seconds, idle_watts=idle_watts, **clocks)
             idle_watts = energy.idle_watts
@@ -81,8 +84,8 @@ def energy(
             network = networks.name[2:] if point == 'baseline' else networks.name
             row = {'network': network, 'operating_point': point, 'batch': batch}
             rows.append({**row, **dataclasses.asdict(energy), **per_image})
-    note = f'{meter.name}; idle power subtracted and shown; every run long enough for a resolution below 2 %'
-    return _write(finished, 'energy', rows, meter=meter.name, note=note)
+            _write(finished, 'energy', rows, meter=meter.name, note=note)
+    return rows
 
 
 def cache(workdir: Path, *, images: int, settings: int) -> list[Row]:

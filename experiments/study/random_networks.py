@@ -1,9 +1,8 @@
 """Random networks with exits at random places: the parts compute the whole, or `attach` refuses and names the place."""
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +13,10 @@ import numpy as np
 import branchy_jax as bj
 
 ROWS, STEPS, FEATURES, CLASSES = 2, 3, 6, 3
+INPUTS = {
+    'sequence': np.random.default_rng(0).normal(size=(ROWS, STEPS, FEATURES)).astype(np.float32),
+    'features': np.random.default_rng(1).normal(size=(ROWS, FEATURES)).astype(np.float32),
+}
 
 # `check` draws the variables; Flax traces each initializer at every call.
 _zeros = nn.initializers.zeros
@@ -96,17 +99,8 @@ class RandomNetwork(nn.Module):
         return _dense(CLASSES, name='last')((values[-1] + values[-2]).mean(1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A network, its places for exits, and inputs."""
-
-    network: RandomNetwork
-    places: tuple[str, ...]
-    inputs: dict[str, Any]
-
-
-def draw(seed: int) -> Case:
-    """Draws a case."""
+def draw(seed: int) -> tuple[RandomNetwork, list[str]]:
+    """Draws a network and its places for exits."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(2, 4))
     rare = ('centred', 'recurrent', 'time-major')  # the latter take long to trace
@@ -114,19 +108,15 @@ def draw(seed: int) -> Case:
     kinds = rng.choice(list(KINDS), size=count, p=chances / chances.sum())
     reads = [rng.choice(n + 2, size=min(n + 2, int(rng.integers(1, 4))), replace=False) for n in range(count)]
     blocks = tuple((str(kind), tuple(map(int, numbers))) for kind, numbers in zip(kinds, reads, strict=True))
-    places = rng.choice(
-        [f'block{n}' for n in range(count)], size=int(rng.integers(1, min(3, count) + 1)), replace=False
-    )
-    shapes = {'sequence': (ROWS, STEPS, FEATURES), 'features': (ROWS, FEATURES)}
-    inputs = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return Case(RandomNetwork(blocks), tuple(map(str, places)), inputs)
+    places = rng.choice(count, size=int(rng.integers(1, min(3, count) + 1)), replace=False)
+    return RandomNetwork(blocks), [f'block{n}' for n in places]
 
 
-def refusal_expected(case: Case) -> bool:
+def refusal_expected(network: RandomNetwork, places: Sequence[str]) -> bool:
     """Whether `attach` must refuse: a place that is passed another number of times than once, or rows that mix."""
-    blocks = case.network.blocks
+    blocks = network.blocks
     owners = [0 if kind == 'shared' else n for n, (kind, _) in enumerate(blocks)]  # shared blocks are the first again
-    numbers = [int(place.removeprefix('block')) for place in case.places]
+    numbers = [int(place.removeprefix('block')) for place in places]
     if any(owners.count(number) != 1 for number in numbers):
         return True
     last = len(blocks) + 1
@@ -137,7 +127,7 @@ def refusal_expected(case: Case) -> bool:
     return any(blocks[owners[n]][0] == 'centred' for n in range(len(blocks)) if n + 2 in needed)
 
 
-def check(case: Case) -> str:
+def check(network: RandomNetwork, places: Sequence[str]) -> str:
     """Puts exits on a network, cuts it and compares the parts with the untouched network, without `jax.jit`.
 
     Returns:
@@ -147,44 +137,36 @@ def check(case: Case) -> str:
         AssertionError: parts that are not the whole, a refusal that names no place, or one without a reason.
     """
     try:
-        model = bj.models.attach(case.network, dict.fromkeys(case.places, Head()), inputs=case.inputs)
+        model = bj.models.attach(network, dict.fromkeys(places, Head()), inputs=INPUTS)
     except ValueError as error:
-        if 'block' not in str(error) or not refusal_expected(case):
-            raise AssertionError(f'{case}: refused without a reason or a place') from error
+        if 'block' not in str(error) or not refusal_expected(network, places):
+            raise AssertionError(f'{network}, {places}: refused without a reason or a place') from error
         return str(error)
-    assert not refusal_expected(case), f'{case}: accepted'
+    assert not refusal_expected(network, places), f'{network}, {places}: accepted'
     rng = np.random.default_rng(0)
-    specs = jax.eval_shape(lambda: case.network.init(jax.random.key(0), **case.inputs))
-    variables = {name: {**leaves} for name, leaves in _drawn(specs, rng).items()}
+    specs = jax.eval_shape(lambda: network.init(jax.random.key(0), **INPUTS))  # traces half of what `model.init` does
     head = {'kernel': np.zeros((FEATURES, CLASSES), np.float32), 'bias': np.zeros(CLASSES, np.float32)}
-    heads = {place: _drawn(head, rng) for place in case.places}
-    trained = {**variables, 'params': {**variables['params']}}
-    trained['params'].update({f'exit_{place}': {'dense': own} for place, own in heads.items()})
-    cut, hidden, parts = bj.program.stages(model, trained, case.inputs).at(trained, ROWS), case.inputs, []
+    specs = {**specs, 'params': {**specs['params'], **{f'exit_{place}': {'dense': head} for place in places}}}
+    variables = jax.tree.map(lambda x: (0.2 + rng.random(x.shape)).astype(x.dtype), specs)
+    cut, hidden, parts = bj.program.stages(model, variables, INPUTS).at(variables, ROWS), INPUTS, []
     with jax.disable_jit():
         for n in range(len(cut.exits)):
             hidden = cut.run_stage(n, hidden)
             parts.append(cut.run_exit(n, hidden))
         options: Any = {'capture_intermediates': lambda module, _: isinstance(module, Block)}
-        whole, captured = case.network.apply(variables, **case.inputs, **options, mutable=['intermediates'])
-    places = [place for place, _ in model.heads[:-1]]
-    expected = [_early(case, place, captured['intermediates'][place]['__call__'][0], heads[place]) for place in places]
+        whole, captured = network.apply(model.trained(variables), **INPUTS, **options, mutable=['intermediates'])
+    expected = []
+    for place, _ in model.heads[:-1]:
+        time_major = network.blocks[int(place.removeprefix('block'))][0] == 'time-major'
+        value = np.asarray(captured['intermediates'][place]['__call__'][0], np.float64)
+        head = variables['params'][f'exit_{place}']['dense']
+        expected.append(value.mean(0 if time_major else 1) @ head['kernel'] + head['bias'])
     for part, logits in zip(parts, [*expected, whole], strict=True):
-        np.testing.assert_allclose(part, logits, rtol=1e-4, atol=1e-4, err_msg=str(case))
+        np.testing.assert_allclose(part, logits, rtol=1e-4, atol=1e-4, err_msg=f'{network}, {places}')
     return ''
-
-
-def _drawn(tree: Any, rng: np.random.Generator) -> Any:
-    return jax.tree.map(lambda x: (0.2 + rng.random(x.shape)).astype(x.dtype), tree)
-
-
-def _early(case: Case, place: str, value: Any, head: dict[str, np.ndarray]) -> np.ndarray:
-    """Returns the logits of `Head` for what a block returns."""
-    time_major = case.network.blocks[int(place.removeprefix('block'))][0] == 'time-major'
-    return np.asarray(value, np.float64).mean(0 if time_major else 1) @ head['kernel'] + head['bias']
 
 
 def check_many(count: int, first: int = 0) -> str:
     """Checks random networks, those of consecutive seeds; returns how many were cut and how many were refused."""
-    answers = collections.Counter(check(draw(seed)) != '' for seed in range(first, first + count))
+    answers = collections.Counter(check(*draw(seed)) != '' for seed in range(first, first + count))
     return f'{answers[False]} networks cut: their parts are the whole; {answers[True]} refused with the place'

@@ -16,12 +16,14 @@ import branchy_jax as bj
 from branchy_jax.inference.compiler_options import num_cores
 from branchy_jax.types import Variables
 from experiments.run.networks import count_exits, image_specs
+from experiments.run.report import Row, of_ratio
 from experiments.run.timing import on_device, one_core, own_process
 from experiments.run.trainings import settings_on_cpu
 from experiments.study.cells import images_needed
-from experiments.study.checkouts import DATASETS
 
-Row = dict[str, Any]
+DATASETS = {'b-lenet': 'mnist', 'b-alexnet': 'cifar10', 'b-resnet110': 'cifar10'}
+"""The published networks, and the data sets of their weights."""
+
 # First the default of jax: one device, its allocator, whole batches. Then the settings of the commands.
 _TRAININGS: tuple[Row, ...] = (
     {'settings': 'as jax starts', 'devices': 1, 'network': 'b-resnet110', 'batch_size': 64, 'steps': 4},
@@ -127,6 +129,5 @@ def _forms(network: str, batch: int, passes: int) -> list[Row]:
         for form in list(runs)[1:]:
             gain = bj.measure.paired_ratio(seconds['none' if form == 'banded' else 'banded'], seconds[form])
             row = {'network': network, 'batch': batch, 'cores': num_cores(), 'executor': build.__name__, 'form': form}
-            row |= {'ms': float(np.median(seconds[form])) / len(test) * 1e3}
-            rows.append({**row, 'gain': gain.median, 'gain_low': gain.low, 'gain_high': gain.high})
+            rows.append({**row, 'ms': float(np.median(seconds[form])) / len(test) * 1e3, **of_ratio('gain', gain)})
     return rows

@@ -97,22 +97,20 @@ def _identity(x: Array) -> Array:
 
 
 class DeepPlain(nn.Module):
-    """A deep network without shortcuts or normalisation, with two strides and evenly spaced branches.
+    """A deep network without shortcuts or normalisation, with two strides and two evenly spaced branches.
 
     Attributes:
         depth: convolutions.
-        branches: side exits.
         num_classes: K.
     """
 
     depth: int
-    branches: int
     num_classes: int = 10
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, ...]:
         """Computes logits ``[B, K]`` of every exit from ``[B, H, W, C]``."""
-        places = [round((n + 1) * self.depth / (self.branches + 1)) for n in range(self.branches)]
+        places = [round((n + 1) * self.depth / 3) for n in range(2)]
         logits = []
         for n in range(self.depth):
             stride = 2 if n in (self.depth // 3, 2 * self.depth // 3) else 1

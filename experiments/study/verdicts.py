@@ -1,15 +1,15 @@
 """Answers the paper's claims from figures per seed, by confidence intervals."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from experiments.run.report import Row
+
 CONFIDENCE = 0.95
 DEPTHS = (0, 1, 2, 3, 4)
 _POSITIONS = {'lenet': (1, 2, 3), 'alexnet': (1, 2, 3, 4)}
-Row = dict[str, Any]
 
 
 def interval(values: np.ndarray) -> dict[str, float]:

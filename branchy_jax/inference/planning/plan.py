@@ -117,22 +117,32 @@ class Plan:
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
 
     @classmethod
-    def load(cls, path: Path | str, model: Any, variables: Variables, *, mesh: Mesh | None = None) -> 'Plan':
+    def load(
+        cls,
+        path: Path | str,
+        model: Any,
+        variables: Variables,
+        *,
+        earlier: 'Plan | None' = None,
+        mesh: Mesh | None = None,
+    ) -> 'Plan':
         """Reads what `save` wrote, and builds the executor without measuring.
 
         Args:
             path: the file.
             model: the network that was planned for.
             variables: of ``model``; they may have been trained on since.
+            earlier: a plan of the same network and weights, whose rewriting and compiled programs are used again.
             mesh: the devices that share every batch, as many as were planned for.
 
         Raises:
             ValueError: the file is missing, damaged or of version 0.2, its plan is of another device, of other versions
-                or of another network, or runs in ONNX Runtime, which is missing here; the message says which.
+                or of another network, or runs in ONNX Runtime, which is missing here; the message says which. Or
+                ``earlier`` is of another network, other weights, inputs or devices.
         """
         calling.check_model(model)
         fields, inputs = _read(path, model, variables, mesh)
-        programs = Programs(model, variables, inputs, mesh)
+        programs = _programs_of(earlier, Programs(model, variables, inputs, mesh))
         run = programs.runner(fields['chosen'], fields['policy'], fields['batch_size'])
         return cls(**fields, _programs=programs, _run=run)
 
@@ -235,10 +245,9 @@ def plan(
     policy = jax.tree.map(jnp.asarray, as_policy(policy, num_exits))
     if times is not None and times.stages.shape[1] != num_exits:
         raise ValueError(f'times: are of {times.stages.shape[1]} exits, this network has {num_exits}')
-    if earlier is not None:
-        if not earlier._programs.serve(programs):
-            raise ValueError('earlier: is a plan of another network, other weights, inputs or devices; leave it out')
-        programs, times = earlier._programs, earlier.times if times is None else times
+    programs = _programs_of(earlier, programs)
+    if earlier is not None and times is None:
+        times = earlier.times
     progress = Progress(on_progress, budget_seconds)
     progress.report('rewriting the network')
     warn_if_nothing_is_saved(programs.stages.macs)
@@ -269,6 +278,15 @@ def plan(
     progress.report(f'chosen: {chosen.name}', 1.0)
     table = tuple(sorted(tried, key=lambda candidate: (candidate.eliminated, candidate.ratio)))
     return Plan(chosen, policy, batch_size, table, times, remark, programs, build(chosen, policy=policy))
+
+
+def _programs_of(earlier: Plan | None, programs: Programs) -> Programs:
+    """Returns the programs of an earlier plan in place of new ones, if there is one."""
+    if earlier is None:
+        return programs
+    if not earlier._programs.serve(programs):
+        raise ValueError('earlier: is a plan of another network, other weights, inputs or devices; leave it out')
+    return earlier._programs
 
 
 def _of_engine(

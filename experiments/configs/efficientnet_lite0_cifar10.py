@@ -1,0 +1,26 @@
+r"""EfficientNet-Lite0 with ImageNet weights and three exits, fine-tuned on CIFAR-10 at 128 pixels.
+
+Command: TFDS_DATA_DIR=DIR python -m experiments.main \
+    --config=experiments/configs/efficientnet_lite0_cifar10.py --workdir=runs/efficientnet_lite0_cifar10
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import common
+
+
+def get_config() -> ConfigDict:
+    """Returns the settings of this run."""
+    config = common.get_config()
+    config.update(dataset='cifar10', network='b-efficientnet-lite0', placement='', convolution='products')
+    config.update(
+        regime='finetune', pretrained='runs/efficientnet_lite0.safetensors', normalization=(127 / 255, 128 / 255)
+    )
+    config.network_options = ConfigDict({'side': 128})
+    # An epoch is all training images and their mirror images.
+    config.update(epochs_baseline=1, epochs=1, batch_size=64, optimizer='sgd', learning_rate=0.02, weight_decay=1e-4)
+    config.update(scan_epoch=False, warmup=0.1, heads_first=0.05, fresh_rate=5.0, crop_padding=1, label_smoothing=0.1)
+    config.exit_weights = (0.3, 0.3, 0.3, 1.0)
+    # XLA's depthwise convolutions take long in the plain jitted baseline that the clock runs too.
+    config.update(latency_images=100, latency_passes=10)
+    return config
