@@ -194,6 +194,7 @@ PAGES = {
     'claims/gradients_*': gradients.page,
     'compatibility/compatibility': compatibility.page,
     'edge/edge': edge.page,
+    'service/load*': lambda record: pytest.importorskip('experiments.service.load').page(record),
 }
 
 
