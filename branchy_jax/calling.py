@@ -325,7 +325,7 @@ def explained_variables(variables: Variables) -> Iterator[None]:
     except TypeError as error:
         if 'incompatible shapes' not in str(error):
             raise
-        raise ValueError(f'inputs: {error} Only their batch size may change, and no collection may hold it') from error
+        raise ValueError(f'inputs: {error} Change only the batch size, and keep it out of every collection') from error
 
 
 def _without_link(error: Exception) -> str:

@@ -3,13 +3,13 @@
     TFDS_DATA_DIR=DIR python -m experiments.edge --workdir=runs/edge --network=b-alexnet --dataset=cifar10
 
 Writes the stage files of a published network, and starts one cloud and ``--edges`` edges from them, processes without
-jax (`experiments.study.edge_cloud`). The edges answer test images, one at a time, over a link of a stated delay and
-bandwidth, and wait as if they computed ``--slower`` times longer than the cloud: for every cut, with activations in 4,
-2 and 1 bytes. At cut 0 the cloud gets the stored pixels; at cut N, the number of exits, an edge answers alone. In the
-last run the cloud is killed when it has answered half of its images, and starts again after ``--outage`` seconds. Needs
-``pip install '.[onnx]'``; takes a quarter of an hour with ``--images=5000``. Writes ``edge.json``, ``edge.md`` and
-``edge.png``. Expect no image without an answer, and with 4 bytes no answer that differs from `dense`, except those that
-an edge gave because the cloud was away.
+jax (`experiments.study.edge_cloud`). The edges answer test images, one at a time, for every cut, with activations in 4,
+2 and 1 bytes. An edge simulates a link of a stated delay and bandwidth, and a processor ``--slower`` times slower than
+the cloud's, by waiting. At cut 0 the cloud gets the stored pixels; at cut N, the number of exits, an edge answers
+alone. In the last run the cloud is killed when it has answered half of its images, and starts again after ``--outage``
+seconds. Needs ``pip install '.[onnx]'``; takes a quarter of an hour with ``--images=5000``. Writes ``edge.json``,
+``edge.md`` and ``edge.png``. Expect no image without an answer, and with 4 bytes no answer that differs from `dense`,
+except those that an edge gave because the cloud was away.
 
 After Teerapittayanon, McDanel and Kung, Distributed Deep Neural Networks over the Cloud, the Edge and End Devices,
 2017.
@@ -187,18 +187,18 @@ def page(record: Row) -> str:
 `{record['command']}`, {record['device']}
 
 {record['edges']} edges and one cloud on one machine answer {record['images']} test images, one at a time at each edge.
-The link has {record['delay_ms']:g} ms one way and {record['mbit']:g} Mbit/s, and an edge waits as if it computed
-{record['slower']:g} times longer than the cloud; the time of the loopback itself is left out. The edge asks the exits
-before `cut`, the cloud the others; at cut 0 the cloud asks all, at the last cut none. `bytes sent` is of an image that
-is sent, `bytes per image` the mean over all. `differ` counts answers that are not those of `dense`.
+An edge simulates, by waiting, a link of {record['delay_ms']:g} ms one way and {record['mbit']:g} Mbit/s, and a
+processor {record['slower']:g} times slower than the cloud's; the time of the loopback itself is left out. The edge asks
+the exits before `cut`, the cloud asks the others; at cut 0 the cloud asks all, at the last cut none. `bytes sent` is of
+an image that is sent, `bytes per image` the mean over all images. `differ` counts answers that differ from `dense`.
 
 {table(rows, *_COLUMNS)}
 
 ![Latency against bytes of each cut](edge.png)
 
-Once the cloud was killed when it had answered half of its images, and started again after {record['outage']:g} seconds.
-A request is repeated for {record['patience']:g} seconds; then the edge answers with its last exit, and says that the
-cloud was away.
+In one more run the cloud was killed when it had answered half of its images, and started again after
+{record['outage']:g} s. An edge repeats a request for {record['patience']:g} s; then the edge answers with its last exit
+and marks the answer.
 
 {table([outage], 'cut', 'answered', 'repeated', 'cloud_away', 'differ', 'edge_share', 'accuracy', 'p99_ms')}
 """

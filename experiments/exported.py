@@ -191,7 +191,7 @@ threshold, relatively, are ties, and count apart. A label of an image, or of a p
 logits differ by less than 1e-4 of the largest one counts as equal. Stage files are one file for each stage and head,
 and run all images in one batch. A file for batches runs in batches of 1, 7, 64 and 256: the largest
 count. `exits in 64`: at how many exits images leave, in the batch of 64 where these are fewest. An ONNX file has an
-`If` for each side exit; `exits asked` is the last exit of which a node ran for the images of each exit, by ONNX
+`If` for each side exit; `exits asked` is the last exit that ran a node for the images of each exit, by ONNX
 Runtime's profile: 0, 1, … means that no skipped stage ran. A dash: not counted.
 
 {table(rows, *_COLUMNS)}

@@ -92,7 +92,8 @@ def run(config: ConfigDict, workdir: Path, *, mesh: Mesh | None = None) -> dict[
     )
 
     # Choose on validation data.
-    model, baseline_model = trainer.build(), bj.models.without_branches(trainer.build())
+    model = trainer.build()  # in its form for training, which a CPU also evaluates fastest
+    baseline_model = bj.models.without_branches(model)
     screened, points, tried = choose(
         config,
         task,

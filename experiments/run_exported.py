@@ -305,7 +305,7 @@ def run_file(session: Any, images: np.ndarray, size: int) -> Answers:
 
 
 def exits_asked(path: Path, images: np.ndarray) -> int:
-    """Returns the last exit of which a node ran for a batch, by the names of nodes in ONNX Runtime's profile."""
+    """Returns the last exit that ran a node for a batch, by the names of nodes in ONNX Runtime's profile."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_file(path, enable_profiling=True, profile_file_prefix=os.path.join(folder, 'profile'))
         session.run(None, {'image': images})

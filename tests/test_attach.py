@@ -253,7 +253,7 @@ def test_probabilities_are_reported(getkey):
         (Function(sown, lambda y: {'logits': y}), ['first'], r"exits\[''\]: the result .* give a head"),
         (Function(sown, lambda y: jnp.repeat(y, 3, 0)), [], "exit 0 returns .*exits, from exit 0 on: ''"),
         (Function(lambda module, x, train: nn.Dropout(0.5)(x, deterministic=False)), [], 'names train, .*attach'),
-        (Function(remembering), ['first'], 'incompatible shapes .* no collection may hold it'),
+        (Function(remembering), ['first'], 'incompatible shapes .* keep it out of every collection'),
         (Mixing(), ['first'], 'rows of a batch influence one another at Mixing'),
         (bridge.ToNNX(Chain(('a', 'b')), rngs=nnx.Rngs(0)), ['a'], 'give the Linen module itself, network.to_nnx__mod'),
         ('resnet', ['a'], 'network: got str'),

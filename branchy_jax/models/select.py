@@ -174,7 +174,8 @@ def remaining_stages(model: Any, after: int, *, inputs: Any) -> RemainingStages:
         logits of the exits from ``after`` on.
 
     Raises:
-        ValueError: ``after`` is no stage before the last.
+        ValueError: when the model is first called: ``after`` is no stage before the last, or the stage hands on other
+            arrays than the inputs.
 
     Example:
         >>> import branchy_jax as bj

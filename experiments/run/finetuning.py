@@ -21,7 +21,7 @@ _BLOCK = 100
 
 
 def finetune_both(trainer: trainings.Trainer) -> tuple[Variables, Variables]:
-    """Fine-tunes the baseline and the network with exits, each from the same pretrained weights for as many epochs.
+    """Fine-tunes the baseline and the network with exits, each from the same pretrained weights.
 
     Both train the same stages on the same activations; the baseline's side exits weigh nothing.
 
@@ -33,10 +33,11 @@ def finetune_both(trainer: trainings.Trainer) -> tuple[Variables, Variables]:
     start, fresh = pretrained(trainer, model, keys[0])
     features = cached_features(trainer, model, start)
     side = len(config.exit_weights) - 1
-    trained = finetune(trainer, model, start, fresh, features, keys[1], (0.0,) * side + (1.0,), name[2:])
+    train = functools.partial(finetune, trainer, model, start, fresh, features)
+    trained = train(keys[1], (0.0,) * side + (1.0,), name[2:], config.epochs_baseline)
     own = trainer.init(lambda: bj.models.without_branches(model), keys[0])
     baseline, _ = bj.training.initialize_from_baseline(own, trained)
-    return baseline, finetune(trainer, model, start, fresh, features, keys[2], config.exit_weights, name)
+    return baseline, train(keys[2], config.exit_weights, name, config.epochs)
 
 
 def pretrained(trainer: trainings.Trainer, model: Any, key: jax.Array) -> tuple[Variables, frozenset[str]]:
@@ -79,19 +80,19 @@ def cached_features(trainer: trainings.Trainer, model: Any, variables: Variables
     for view, step in (('plain', 1), ('mirrored', -1)):
         paths = [folder / f'{view}_{n}.npy' for n in range(len(first.eval_shape(data.image[:1])))]
         if not all(path.exists() for path in paths):
-            with trainings.training_progress(f'{view} activations', epochs=1) as on_step:
-                _write(paths, first, data.image, step, on_step)
+            print(f'computing {view} activations of {len(data)} images', flush=True)
+            _write(paths, first, data.image[:, :, ::step])
         views.append([np.load(path, mmap_mode='r') for path in paths])
     joined = tuple(jnp.concatenate(arrays) for arrays in zip(*views, strict=True))
     return bj.Batch(joined, jnp.concatenate([data.label, data.label]))
 
 
-def _write(paths: list[Path], first: Any, images: np.ndarray, step: int, on_step: Any) -> None:
+def _write(paths: list[Path], first: Any, images: np.ndarray) -> None:
     """Writes the activations of all images, a block at a time, into one file an array."""
     temporary = [path.with_suffix('.part') for path in paths]
     files: list[Any] = []
     for start in range(0, len(images), _BLOCK):
-        block = [np.asarray(array) for array in first(images[start : start + _BLOCK, :, ::step])]
+        block = [np.asarray(array) for array in first(images[start : start + _BLOCK])]
         if not files:
             shapes = [(len(images), *array.shape[1:]) for array in block]
             files = [
@@ -114,6 +115,7 @@ def finetune(
     key: jax.Array,
     exit_weights: Any,
     name: str,
+    epochs: float,
 ) -> Variables:
     """Trains the stages after the first, at first only layers that start fresh; resumes from its checkpoints.
 
@@ -126,21 +128,22 @@ def finetune(
         key: of the training.
         exit_weights: ``[N]``.
         name: of its checkpoints.
+        epochs: in all; each is all images and their mirror images.
     """
     config = trainer.config
     rest = bj.models.remaining_stages(model, 0, inputs=image_specs(trainer.dataset.image_shape))
     examples = jax.tree.map(lambda array: array[:1], features.image)
     read = program.leaves_read(rest, start, examples, range(len(exit_weights)))
-    steps = round(config.epochs * (len(features) // config.batch_size))
+    steps = round(epochs * (len(features) // config.batch_size))
     optimizer = layerwise(config, start['params'], fresh, read, steps)
     state = bj.training.create_train_state(rest, start, optimizer)
-    with trainings.training_progress(name, epochs=config.epochs) as on_step:
+    with trainings.training_progress(name, epochs=epochs) as on_step:
         state = bj.training.fit(
             state,
             features,
             jnp.array(exit_weights),
             key,
-            epochs=config.epochs,
+            epochs=epochs,
             directory=trainer.workdir / 'checkpoints' / name,
             batch_size=config.batch_size,
             augment=functools.partial(_shift, config.crop_padding),
@@ -174,15 +177,9 @@ def layerwise(
             return 'frozen'
         return 'fresh' if f'params/{jax.tree_util.keystr(path, simple=True, separator="/")}' in fresh else 'pretrained'
 
-    def rate_of(factor: float, wait: int) -> optax.Schedule:
-        left, top = steps - wait, factor * config.learning_rate
-        warmup = max(1, round(config.warmup * left))
-        rise = optax.warmup_cosine_decay_schedule(0.0, top, warmup_steps=warmup, decay_steps=max(warmup + 1, left))
-        return optax.join_schedules([optax.constant_schedule(0.0), rise], [wait]) if wait else rise
-
     kinds = {
-        'fresh': trainings.optimizer_at(config, rate_of(config.fresh_rate, 0)),
-        'pretrained': trainings.optimizer_at(config, rate_of(1.0, wait)),
+        'fresh': trainings.optimizer_of(config, steps=steps, factor=config.fresh_rate),
+        'pretrained': trainings.optimizer_of(config, steps=steps, wait=wait),
         'frozen': optax.set_to_zero(),
     }
     return optax.multi_transform(kinds, jax.tree_util.tree_map_with_path(kind, params))

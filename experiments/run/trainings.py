@@ -131,7 +131,7 @@ class Trainer:
         frozen = config.regime == 'frozen' and len(exit_weights) > 1
         if config.shallow_depth and not frozen:
             return self._grow(build, variables, key, exit_weights, name, epochs)
-        optimizer = _optimizer(config, steps=round(epochs * (len(data) // config.batch_size)))
+        optimizer = optimizer_of(config, steps=round(epochs * (len(data) // config.batch_size)))
         state = bj.training.create_train_state(build(), variables, optimizer, frozen_trunk=frozen, inputs=inputs)
         if self.mesh is not None:
             state = bj.sharding.replicate(self.mesh, state)
@@ -195,19 +195,25 @@ def loss_of(config: ConfigDict, *, num_exits: int) -> Loss:
     return bj.losses.weighted_sum((1 - share, supervised), (share, distilled))
 
 
-def _optimizer(config: ConfigDict, *, steps: int) -> optax.GradientTransformation:
-    rate, steps = config.learning_rate, max(2, steps)
+def optimizer_of(config: ConfigDict, *, steps: int, factor: float = 1.0, wait: int = 0) -> optax.GradientTransformation:
+    """Returns the optimiser of the settings.
+
+    Args:
+        config: settings of the run.
+        steps: of the whole training.
+        factor: of the learning rate.
+        wait: steps at the beginning that train nothing.
+    """
+    rate, steps = factor * config.learning_rate, max(2, steps - wait)
     warmup = max(1, round(config.warmup * steps))
     if config.schedule == 'cosine':
         rate = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=warmup, decay_steps=max(warmup + 1, steps))
     if config.schedule == 'linear':
         rise, fall = optax.linear_schedule(0.0, rate, warmup), optax.linear_schedule(rate, 0.0, steps - warmup)
         rate = optax.join_schedules([rise, fall], [warmup])
-    return optimizer_at(config, rate)
-
-
-def optimizer_at(config: ConfigDict, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Returns the optimiser of the settings at a learning rate."""
+    if wait:
+        later = rate if callable(rate) else optax.constant_schedule(rate)
+        rate = optax.join_schedules([optax.constant_schedule(0.0), later], [wait])
     if config.optimizer == 'adam':
         return bj.training.paper_adam(rate)
     mask = functools.partial(jax.tree.map, lambda array: array.ndim > 1) if config.decay_kernels_only else None

@@ -81,8 +81,8 @@ def on_ray(options: argparse.Namespace, test: bj.Batch, cases: Sequence[tuple[in
     with started(options.port):
         for replicas, kills in cases:
             handle = deploy(options.plans, replicas, replicas, options.target_ms)
-            ways = {'HTTP': (send_over_http, options.port), 'handle': (send_through_handle, handle)}
-            for through, (send, to) in ways.items():
+            senders = {'HTTP': (send_over_http, options.port), 'handle': (send_through_handle, handle)}
+            for through, (send, to) in senders.items():
                 row = send_all(functools.partial(send, to), test, options.requests, options.clients, kills=kills)
                 yield {'service': f'Ray × {replicas}', 'through': through, **row}
 

@@ -90,7 +90,7 @@ def attach(structure: Structure) -> Case:
 
 
 def _drawn(variables: Variables) -> Variables:
-    """Returns variables none of which is 0 or 1: some networks start with zeros in their last layer."""
+    """Returns variables that are neither 0 nor 1: some networks start with zeros in their last layer."""
     numbers = np.random.default_rng(0)
 
     def moved(path: Any, leaf: jax.Array) -> jax.Array:
@@ -222,7 +222,7 @@ def _run_row(answer: Callable[[Any], Mapping[str, Any]], row: Any) -> dict[str, 
 
 
 def export_stablehlo(case: Case) -> None:
-    """Writes a folder and runs its programs by the reader that needs no library."""
+    """Writes a folder, and runs its programs by `experiments.run_exported`, which does not import the library."""
     backend = jax.default_backend()
     options = {'inputs': case.inputs, 'batch_size': ROWS, 'platforms': ['cuda' if backend == 'gpu' else backend]}
     with tempfile.TemporaryDirectory() as parent:

@@ -9,8 +9,8 @@ holds the arrays one after the other, and in its header the SHA-256 of the manif
 another network or policy, and an id. A request may be repeated: the cloud remembers its answer by the id. If the cloud
 stays away, the edge answers with its last exit.
 
-The edge waits for a link of a stated delay and bandwidth, and as if it computed slower than the cloud. Its latencies
-leave out what the loopback took beyond that.
+The edge simulates, by waiting, a link of a stated delay and bandwidth and a slower processor. Its latencies leave out
+the time of the loopback itself.
 """
 
 import argparse
