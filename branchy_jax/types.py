@@ -160,7 +160,8 @@ def num_rows(tree: Any, argument: str = 'inputs') -> Any:
     place, first = shapes[0]
     for path, shape in shapes:
         if not shape or shape[:1] != first[:1]:
-            raise ValueError(f'{expected} shape {shape} at {argument}{path} and {first} at {argument}{place}')
+            arrived = f'{expected} shape {shape} at {argument}{path} and {first} at {argument}{place}'
+            raise ValueError(f'{arrived}; what all rows share, such as a key, belongs in the module or its variables')
     check_byte_order(tree, argument)
     return first[0]
 

@@ -12,7 +12,8 @@ answer that differs.
 
     python -m experiments.exported --publish=runs/lenet_mnist --workdir=branchy_jax/models/weights
 
-writes the network of a finished run as one file, for `branchy_jax.models.load_pretrained`.
+writes the network of a finished run as one file, for `branchy_jax.models.load_pretrained`, and a page beside it; with
+``--halves`` kernels as float16.
 """
 
 import functools
@@ -62,13 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     what.add_argument('--iree', action='store_const', dest='runtime', const='iree', help='Runs StableHLO text.')
     what.add_argument('--publish', type=Path, help='A finished run, to write as published weights.')
+    parser.add_argument('--halves', action='store_true', help='Publishes kernels as float16.')
     parser.add_argument('--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS), help='Networks to export.')
     parser.add_argument('--programs', nargs='+', help='Kinds of files to run, of those of the runtime.')
     parser.add_argument('--images', type=flags.positive, default=1000, help='Number of test images.')
     options = parser.parse_args(arguments)
     workdir = options.workdir.resolve()
     if options.publish is not None:
-        print(publish(read_run(options.publish), workdir))
+        print(publish(read_run(options.publish), workdir, halves=options.halves))
         return
     programs = options.programs or PROGRAMS[options.runtime]
     if set(programs) - set(PROGRAMS[options.runtime]):

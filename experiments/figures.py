@@ -24,7 +24,12 @@ PLACES = {
     'b-alexnet': ('alexnet_cifar10', 'alexnet_cifar10_tuned'),
     'b-resnet110': ('resnet110_cifar10_tuned', 'resnet110_cifar10'),
 }
+PRETRAINED = 'efficientnet_lite0_cifar10'
 NOT_RUN = 'not run'
+_SHARES = (
+    0.75,
+    0.55,
+)  # of the baseline's multiply-accumulates, at most, of the points in the table of pretrained networks
 Folders = Mapping[str, Row]
 """By the name of a folder: its report, and its ``batches``, ``energy`` and ``cache`` where they are."""
 
@@ -56,6 +61,7 @@ def remake(runs: Path, workdir: Path) -> str:
         figure_4(folders, workdir),
         figure_5(claims, workdir),
         figure_6(folders, workdir),
+        from_imagenet(runs / PRETRAINED, workdir),
         '## Energy\n\n' + energy(folders),
         '## Claims',
         *(
@@ -149,7 +155,7 @@ def figure_3(network: str, folders: Folders, workdir: Path) -> str:
     against_paper(
         workdir / f'figure3_{network}.png',
         ours,
-        {network: points},
+        {f'{network} (paper)': points},
         x="time per image, batch 1 ÷ baseline's",
         y='test accuracy (%)',
         title=f'Figure 3: {network}',
@@ -166,7 +172,7 @@ def figure_4(folders: Folders, workdir: Path) -> str:
     against_paper(
         workdir / 'figure4.png',
         {name: [(100 * row['share'], 100 * row['test_accuracy']) for row in rows]} if rows else {},
-        {'b-alexnet': [(row['share_percent'], row['accuracy_percent']) for row in paper('Figure 4')]},
+        {'b-alexnet (paper)': [(row['share_percent'], row['accuracy_percent']) for row in paper('Figure 4')]},
         x='leave at the first exit (%)',
         y='test accuracy (%)',
         title='Figure 4: B-AlexNet, first and last exit only',
@@ -198,7 +204,7 @@ def figure_5(claims: Mapping[str, Any], workdir: Path) -> str:
     against_paper(
         workdir / 'figure5.png',
         ours,
-        {'b-alexnet': [(n, value - theirs[0]) for n, value in enumerate(theirs)]},
+        {'b-alexnet (paper)': [(n, value - theirs[0]) for n, value in enumerate(theirs)]},
         x='convolutions in branch 1',
         y='last exit: points above depth 0',
         title='Figure 5: how deep the first branch should be',
@@ -213,7 +219,7 @@ def figure_6(folders: Folders, workdir: Path) -> str:
     ours: dict[str, list[tuple[float, float]]] = {}
     theirs: dict[str, list[tuple[float, float]]] = {}
     for row in paper('Figure 6'):
-        theirs.setdefault(row['network'], []).append((row['latency_ms'], row['misses_percent']))
+        theirs.setdefault(f'{row["network"]} (paper)', []).append((row['latency_ms'], row['misses_percent']))
     sources = {}
     for name, report in folders.items():
         if 'cache' in report:
@@ -231,6 +237,49 @@ def figure_6(folders: Folders, workdir: Path) -> str:
         log_x=True,
     )
     return f'## Figure 6\n\nOurs: {"; ".join(sources) or NOT_RUN}, of all data accesses.\n\n![](figure6.png)'
+
+
+def from_imagenet(folder: Path, workdir: Path) -> str:
+    """Accuracy against the share of multiply-accumulates, of networks that start from ImageNet weights."""
+    theirs = [{**row, 'network': f'{row["network"]} (earlyon)'} for row in paper('earlyon')]
+    ours, note = [], NOT_RUN
+    if (folder / 'report.json').exists():
+        report = read_report(folder)
+        baseline, branchy = report['rows']
+        ours = [
+            {
+                'network': branchy['network'],
+                'macs_share': row['macs'] / baseline['macs'],
+                'accuracy': row['test_accuracy'],
+                'validation_accuracy': row['validation_accuracy'],
+                'baseline_accuracy': baseline['test_accuracy'],
+            }
+            for row in report['frontier']
+        ]
+        note = report['device']
+    against_paper(
+        workdir / 'from_imagenet.png',
+        {ours[0]['network']: [_place(row) for row in ours]} if ours else {},
+        {row['network']: [_place(row)] for row in theirs},
+        x="multiply-accumulates (% of the baseline's)",
+        y='test accuracy: points above the baseline',
+        title='CIFAR-10 from ImageNet weights',
+        note=note,
+    )
+    within = [[row for row in ours if row['macs_share'] <= share] for share in _SHARES]
+    chosen = [max(rows, key=lambda row: row['validation_accuracy']) for rows in within if rows]
+    rows = [{**row, 'change': row['accuracy'] - row['baseline_accuracy']} for row in (*chosen, *theirs)]
+    columns = ('network', 'macs_share', 'accuracy', 'baseline_accuracy', 'change')
+    shares = ' and '.join(f'{100 * share:g}' for share in _SHARES)
+    return (
+        f'## From ImageNet weights\n\nOurs: {PRETRAINED}, {note}; the thresholds of highest validation accuracy at no '
+        f"more than {shares} % of the baseline's multiply-accumulates. Each row's baseline was fine-tuned alike.\n\n"
+        f'{table(rows, *columns)}\n\n![](from_imagenet.png)'
+    )
+
+
+def _place(row: Row) -> tuple[float, float]:
+    return 100 * row['macs_share'], 100 * (row['accuracy'] - row['baseline_accuracy'])
 
 
 if __name__ == '__main__':

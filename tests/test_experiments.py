@@ -250,16 +250,22 @@ def test_a_stored_report_is_read_with_the_weights_that_ship(tmp_path):
         read_run(tmp_path)
 
 
-def test_a_run_is_published_with_its_policies(done, tmp_path):
+@pytest.mark.parametrize('halves', [False, True])
+def test_a_run_is_published_with_its_policies(done, tmp_path, halves):
     finished = read_run(done[0])
     finished.report['dataset'] = 'quarters'
-    published = bj.models.pretrained.read_pretrained(publish(finished, tmp_path))
+    path = publish(finished, tmp_path, halves=halves)
+    published = bj.models.pretrained.read_pretrained(path)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(bj.checkpoint.load_weights(path)[0]) if leaf.ndim > 1}
+    assert dtypes == {'float16' if halves else 'float32'}
+    baseline = f'baseline, trained on its own: {100 * published.card["baseline_accuracy"]:.2f} %'
+    assert baseline in path.with_suffix('.md').read_text()
     assert published.operating_points[0].policy == finished.policies['table']
     assert published.operating_points[0].accuracy == finished.report['rows'][1]['test_accuracy']
     images = finished.dataset().test.image[:4]
     ours = finished.networks.model.apply(finished.networks.variables, finished.networks.normalization(images))
     theirs = published.model.apply(published.variables, published.normalize(images))
-    np.testing.assert_allclose(theirs[1], ours[1], rtol=1e-5)
+    np.testing.assert_allclose(theirs[1], ours[1], **({'atol': 0.01} if halves else {'rtol': 1e-5}))
 
 
 def test_a_baseline_is_not_its_own_teacher(tiny):

@@ -99,7 +99,7 @@ def test_the_exit_that_answered_is_framed(tmp_path, drawn):
 
 
 def test_curves_stand_against_the_papers(tmp_path, drawn):
-    paper = {'b-lenet': [(1, 50), (2, 60)]}
+    paper = {'b-lenet (paper)': [(1, 50), (2, 60)]}
     options = {'x': 'ms', 'y': '%', 'title': 'Figure 5'}
     for ours in ({}, {'ours': [(0.5, 55), (2, 70)]}):
         pictures.against_paper(tmp_path / 'a.png', ours, paper, marked={'knee': (2, 60)}, **options)

@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import socket
+import time
 import urllib.error
 import urllib.request
 
@@ -145,26 +146,41 @@ def processes_of_ray():
     return {each for each in names if re.search(r'\bray(let|::)|gcs_server', ' '.join(each.info['cmdline'] or []))}
 
 
-@pytest.fixture
-def leaves_nothing():
+@pytest.fixture(scope='module')
+def port_of_ray():
+    """A port of Ray Serve, which starts once for all tests here and leaves no process."""
+    pytest.importorskip('ray', reason="pip install '.[ray]'")
+    from experiments.service.on_ray import started
+
     before = processes_of_ray()
-    yield
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    with started(port):
+        yield port
     assert not psutil.wait_procs(processes_of_ray() - before, timeout=30)[1]
 
 
 def on_ray(test):
-    """Marks a test that starts Ray: several processes, and modules that warn of code of their own."""
-    marks = pytest.mark.slow, pytest.mark.filterwarnings('ignore'), pytest.mark.usefixtures('leaves_nothing')
-    return functools.reduce(lambda marked, mark: mark(marked), marks, test)
+    """Marks a test that uses Ray: several processes, and modules that warn of code of their own."""
+    return pytest.mark.slow(pytest.mark.filterwarnings('ignore')(test))
 
 
 @on_ray
-def test_a_killed_replica_loses_no_request_and_is_replaced(folder):
-    pytest.importorskip('ray', reason="pip install '.[ray]'")
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    options = argparse.Namespace(plans=folder, port=port, target_ms=1e6, requests=90, clients=24)
+def test_more_load_starts_another_replica(port_of_ray, folder):
+    from experiments.service.on_ray import deploy
+
+    handle, processes, end = deploy(folder, 1, 2, 1e6), set(), time.monotonic() + 60
+    with concurrent.futures.ThreadPoolExecutor(40) as clients:
+        while len(processes) < 2 and time.monotonic() < end:
+            answers = clients.map(functools.partial(load.send_through_handle, handle), TEST.image)
+            processes |= {answer['process'] for answer, _ in answers}
+    assert len(processes) == 2
+
+
+@on_ray
+def test_a_killed_replica_loses_no_request_and_is_replaced(port_of_ray, folder):
+    options = argparse.Namespace(plans=folder, port=port_of_ray, target_ms=1e6, requests=90, clients=24)
     rows = list(load.on_ray(options, TEST, cases=[(2, True)]))
     assert [row['through'] for row in rows] == ['HTTP', 'handle']
     for row in rows:
@@ -173,11 +189,11 @@ def test_a_killed_replica_loses_no_request_and_is_replaced(folder):
 
 
 @on_ray
+@pytest.mark.usefixtures('port_of_ray')
 def test_ray_data_labels_as_exit_outputs_joined_by_id(folder, tmp_path):
     label = pytest.importorskip('experiments.service.label', reason="pip install '.[ray]'")
     label.write_images(tmp_path / 'images', TEST.image)
-    with label.started():
-        label.label(folder, tmp_path / 'images', tmp_path / 'labels')
+    label.label(folder, tmp_path / 'images', tmp_path / 'labels')
     compared = label.compare(folder, TEST.image, tmp_path / 'labels')
     assert (compared['images'], compared['differ']) == (40, 0)
     assert compared['ties'] <= 1  # the threshold of the plan is next to the largest uncertainty

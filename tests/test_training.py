@@ -14,6 +14,7 @@ from conftest import augment, check_equal
 import branchy_jax as bj
 from branchy_jax.losses import cross_entropy_per_exit
 from branchy_jax.training import create_train_state, initialize_from_baseline, paper_adam, train_step
+from branchy_jax.training.fit import take_steps
 
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(0)
@@ -196,6 +197,15 @@ def test_scanned_epochs_are_epochs_step_by_step(new, train):
     check_close(*results)
     assert calls[True] == [(epoch, 5, 5) for epoch in range(2)]
     assert calls[False] == [(epoch, step, 5) for epoch in range(2) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize('steps', [1, 2])
+def test_one_step_runs_in_no_loop(new, small_data, steps):
+    """XLA:CPU compiles gradients of convolutions to slow code inside a loop, even one of a single turn."""
+    order, keys = np.zeros((steps, 16), np.int32), jax.random.split(KEY, steps)
+    options = {'mesh': None, 'augment': augment, 'exit_weights': jnp.ones(3)}
+    program = take_steps.trace(new(), small_data, order, keys, **options).jaxpr
+    assert any(equation.primitive.name == 'scan' for equation in program.eqns) == (steps > 1)
 
 
 class Batches:

@@ -54,7 +54,9 @@ def take_steps(
         augment_key, dropout_key = jax.random.split(key)
         return train_step(state, augment(augment_key, batch), key=dropout_key, **options)
 
-    state, history = lax.scan(body, state, (order, keys), unroll=len(keys) == 1)  # one step needs no loop
+    if len(keys) == 1:  # inside a loop, even an unrolled one, XLA:CPU compiles gradients of convolutions to slow code
+        return body(state, jax.tree.map(lambda values: values[0], (order, keys)))
+    state, history = lax.scan(body, state, (order, keys))
     return state, jax.tree.map(lambda values: values.mean(0), history)
 
 

@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "$0")/../environment.sh"
 out=$root/docs/_build/tutorials
 mkdir -p "$out"
-[ $# -gt 0 ] || set -- first_branchynet your_network guarantees serving segmentation
+[ $# -gt 0 ] || set -- first_branchynet your_network pretrained guarantees serving segmentation
 for name in "$@"; do
     start=$SECONDS
     jupytext --quiet --to ipynb --output "$out/$name.ipynb" "docs/tutorials/$name.md"

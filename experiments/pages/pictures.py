@@ -19,7 +19,7 @@ _MARKS = (('o', _GREY), ('o', OURS), ('*', INK), ('D', INK))
 def against_paper(
     path: Path | str,
     ours: Mapping[str, Points],
-    paper: Mapping[str, Points],
+    theirs: Mapping[str, Points],
     *,
     x: str,
     y: str,
@@ -28,12 +28,12 @@ def against_paper(
     marked: Mapping[str, tuple[float, float]] | None = None,
     log_x: bool = False,
 ) -> None:
-    """Draws our curves and those of a paper on one pair of axes.
+    """Draws our curves and published ones on one pair of axes.
 
     Args:
         path: the picture to write.
         ours: points by series; if there are none, the picture says so.
-        paper: digitised points by series.
+        theirs: published points by series.
         x: what is on the horizontal axis.
         y: and on the vertical one.
         title: above the picture.
@@ -45,8 +45,8 @@ def against_paper(
     for color, (name, points) in zip((OURS, BASELINE, *SERIES[1:]), ours.items(), strict=False):
         style = '-o' if len(points) > 1 else 's'
         axes.plot(*zip(*points, strict=True), style, color=color, markersize=5, label=name)
-    for line, (name, points) in zip(('--^', ':v', '-.d'), paper.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), line, color=_GREY, markersize=6, linewidth=1, label=f'{name} (paper)')
+    for line, (name, points) in zip(('--^', ':v', '-.d'), theirs.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), line, color=_GREY, markersize=6, linewidth=1, label=name)
     for (marker, color), (name, point) in zip(_MARKS, (marked or {}).items(), strict=False):
         axes.plot(*point, marker, markersize=15, markerfacecolor='none', markeredgecolor=color, linewidth=0, label=name)
     if not ours:
@@ -56,7 +56,7 @@ def against_paper(
         axes.text(0, 1.01, note, transform=axes.transAxes, va='bottom', color=INK, fontsize=7)
     if log_x:
         axes.set_xscale('log')
-    elif all(float(place).is_integer() for points in (*ours.values(), *paper.values()) for place, _ in points):
+    elif all(float(place).is_integer() for points in (*ours.values(), *theirs.values()) for place, _ in points):
         axes.xaxis.get_major_locator().set_params(integer=True)
     save(figure, path, legend_columns=2)
 

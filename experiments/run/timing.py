@@ -85,24 +85,26 @@ def keep_to_one_core() -> None:
 def _time(
     networks: Networks, planned_on: np.ndarray, images: np.ndarray, policies: Policies, batch: int, passes: int
 ) -> dict[str, Any]:
-    plan, planned = functools.partial(bj.inference.plan, images=planned_on, batch_size=batch), {}
-    policy = next(iter(policies.values()))
-    every = {('point', name): own for name, own in policies.items()}
-    every |= {('exit', n): own for n, own in enumerate(_forced(policy))}
-    for key, own in every.items():  # what the first plan measured of the stages holds at other thresholds
-        earlier = next(iter(planned.values()), None)
-        skips = key[0] == 'point'  # an image that leaves at exit n has asked all exits before
-        planned[key] = plan(networks.model, networks.variables, policy=own, earlier=earlier, skip_heads=skips)
+    plan = functools.partial(bj.inference.plan, images=planned_on, batch_size=batch)
+    own_plan, planned = functools.partial(plan, networks.model, networks.variables), {}
+    for name, policy in policies.items():  # what the first plan measured of the stages holds at other thresholds
+        planned['point', name] = own_plan(policy=policy, earlier=next(iter(planned.values()), None))
+    policy, first = next(iter(policies.values())), next(iter(planned.values()))
+    # An image that leaves at exit n has asked all exits before; the engine is that of the table's point.
+    engine = 'onnxruntime' if first.chosen.executor == 'onnx' else 'xla'
+    for n, forced in enumerate(_forced(policy)):
+        planned['exit', n] = own_plan(policy=forced, earlier=first, skip_heads=False, engine=engine)
     baseline, variables = networks.baseline, jax.tree.map(jnp.asarray, networks.baseline_variables)
     none = bj.ExitPolicy(policy.criterion, np.zeros(0, np.float32))
-    plain = functools.partial(jax.jit(baseline.apply), variables)
-    runs = {'plain': plain, 'baseline': plan(baseline, variables, policy=none), **planned}
-    inputs = on_device(images, batch)
+    planned['baseline'] = plan(baseline, variables, policy=none)
+    inputs, on_host = on_device(images, batch), jax.default_backend() == 'cpu'  # where plans are tried so
+    runs = {name: functools.partial(own, as_numpy=on_host) for name, own in planned.items()}
+    runs['plain'] = functools.partial(jax.jit(baseline.apply), variables)
     functions = {name: bj.measure.one_by_one(run, inputs) for name, run in runs.items()}
     seconds, count = bj.measure.interleaved_passes(functions, passes=passes), len(inputs) * batch
     alone = bj.inference.segment_times(*networks.fast, images, batch_sizes=[batch], passes=_SEGMENT_PASSES)
-    shared = {'batch': batch, 'latency_images': count, 'latency_passes': passes}
-    clocks = {name: {**shared, **_clock(seconds, name, count)} for name in runs}
+    sizes = {'batch': batch, 'latency_images': count, 'latency_passes': passes}
+    clocks = {name: {**sizes, **_clock(seconds, name, count)} for name in runs}
     executors = {name: str(planned['point', name].executor) for name in policies}
     return {
         'baseline': clocks['baseline'],

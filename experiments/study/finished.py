@@ -15,6 +15,7 @@ import branchy_jax as bj
 from branchy_jax.types import Variables
 from experiments.configs import common
 from experiments.run.networks import TASKS, Networks, load, network_options
+from experiments.run.report import Row, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class FinishedRun:
         return load(self.config)
 
 
+_POINT = ('thresholds', 'test_accuracy', 'exit_fractions', 'mac_gain')
 _KEYS = {'dataset', 'device', 'task', 'criterion', 'rows', 'operating_points', 'frontier', 'first_and_last', 'paper'}
 _ROW_KEYS = {'network', 'exit_fractions', 'thresholds', 'batch', 'latency_ms', 'gain', 'gain_plain', 'macs', 'mac_gain'}
 
@@ -112,12 +114,13 @@ def _weights(path: Path) -> tuple[Variables, bj.Normalization]:
     return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), variables), normalization
 
 
-def publish(finished: FinishedRun, into: Path) -> Path:
-    """Writes the branchy network of a classification as published weights; returns the file.
+def publish(finished: FinishedRun, into: Path, *, halves: bool = False) -> Path:
+    """Writes the branchy network of a classification as published weights, and a page beside it; returns the file.
 
     Args:
         finished: the run.
         into: the folder, such as that of the package's weights.
+        halves: whether kernels are stored as float16. Accuracies on the card are those of the run.
     """
     networks, record = finished.networks, finished.report
     frontier = record['frontier']
@@ -140,9 +143,28 @@ def publish(finished: FinishedRun, into: Path) -> Path:
     card |= {'exit_accuracy': branchy['exit_accuracy'], 'baseline_accuracy': baseline['test_accuracy']}
     card |= {'recipe': finished.config.to_dict(), 'trained_on': record['device'], 'licence': 'Apache-2.0'}
     path = into / f'{networks.name}@{record["dataset"]}.safetensors'
-    variables = jax.tree.map(np.asarray, networks.variables)
+    stored = {True: np.float16, False: np.float32}
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf, stored[halves and leaf.ndim > 1]), networks.variables)
     settings = {'normalization': networks.normalization, 'operating_points': points, 'options': networks.options}
     with tempfile.TemporaryDirectory(dir=into) as folder:
         bj.models.save_pretrained(folder, networks.name, variables, **settings, card=card)
         (Path(folder) / 'model.safetensors').replace(path)
+    bj.report.write_text(path.with_suffix('.md'), _card_page(networks.name, card, list(rows.values())))
     return path
+
+
+def _card_page(network: str, card: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Lays out what the published file says of itself."""
+    each = ', '.join(f'{100 * value:.2f} %' for value in card['exit_accuracy'])
+    trunk = sum(card['stage_macs'])
+    points = table([{**row, 'mac_gain': trunk / row['macs']} for row in rows], *_POINT)
+    parts = [
+        f'# {network} on {card["dataset"]}',
+        f'Test accuracy of each exit alone: {each}; of the baseline, trained on its own: '
+        f'{100 * card["baseline_accuracy"]:.2f} %.\nTrained on {card["trained_on"]}. Licence: {card["licence"]}.',
+        'Operating points, chosen on validation data; the first is the one in the table of results.',
+        points,
+        '## Recipe',
+        '\n'.join(f'- {name}: {value}' for name, value in sorted(card['recipe'].items())),
+    ]
+    return '\n\n'.join(parts) + '\n'
