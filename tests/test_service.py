@@ -170,7 +170,7 @@ def on_ray(test):
 def test_more_load_starts_another_replica(port_of_ray, folder):
     from experiments.service.on_ray import deploy
 
-    handle, processes, end = deploy(folder, 1, 2, 1e6), set(), time.monotonic() + 60
+    handle, processes, end = deploy(folder, 1, 2, 1e6), set(), time.monotonic() + 300
     with concurrent.futures.ThreadPoolExecutor(40) as clients:
         while len(processes) < 2 and time.monotonic() < end:
             answers = clients.map(functools.partial(load.send_through_handle, handle), TEST.image)
