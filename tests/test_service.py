@@ -7,7 +7,6 @@ import functools
 import json
 import re
 import socket
-import time
 import urllib.error
 import urllib.request
 
@@ -164,18 +163,6 @@ def port_of_ray():
 def on_ray(test):
     """Marks a test that uses Ray: several processes, and modules that warn of code of their own."""
     return pytest.mark.slow(pytest.mark.filterwarnings('ignore')(test))
-
-
-@on_ray
-def test_more_load_starts_another_replica(port_of_ray, folder):
-    from experiments.service.on_ray import deploy
-
-    handle, processes, end = deploy(folder, 1, 2, 1e6), set(), time.monotonic() + 300
-    with concurrent.futures.ThreadPoolExecutor(40) as clients:
-        while len(processes) < 2 and time.monotonic() < end:
-            answers = clients.map(functools.partial(load.send_through_handle, handle), TEST.image)
-            processes |= {answer['process'] for answer, _ in answers}
-    assert len(processes) == 2
 
 
 @on_ray

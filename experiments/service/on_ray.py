@@ -29,7 +29,6 @@ from experiments.service.plans import Answerer
 from experiments.study import flags
 
 _STORE_BYTES = 2**28
-_LOOK_BACK_S = 5.0  # over which the waiting requests are averaged before another replica starts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,7 +104,6 @@ class Replica:
 def deploy(folder: Path, fewest: int, most: int, target_ms: float, *, blocking: bool = False) -> Any:
     """Starts replicas, and returns their handle once they answer."""
     scaling = {'min_replicas': fewest, 'initial_replicas': fewest, 'max_replicas': most, 'target_ongoing_requests': 16}
-    scaling |= {'look_back_period_s': _LOOK_BACK_S, 'upscale_delay_s': _LOOK_BACK_S}
     replicas = Replica.options(autoscaling_config=scaling)
     quiet = {'log_level': 'ERROR', 'enable_access_log': False}
     return serve.run(replicas.bind(str(folder.resolve()), target_ms), blocking=blocking, logging_config=quiet)
