@@ -26,10 +26,8 @@ PLACES = {
 }
 PRETRAINED = 'efficientnet_lite0_cifar10'
 NOT_RUN = 'not run'
-_SHARES = (
-    0.75,
-    0.55,
-)  # of the baseline's multiply-accumulates, at most, of the points in the table of pretrained networks
+_SHARES = (0.75, 0.55)
+"""Of the baseline's multiply-accumulates, at most: the points in the table of networks from ImageNet weights."""
 Folders = Mapping[str, Row]
 """By the name of a folder: its report, and its ``batches``, ``energy`` and ``cache`` where they are."""
 
@@ -273,7 +271,8 @@ def from_imagenet(folder: Path, workdir: Path) -> str:
     shares = ' and '.join(f'{100 * share:g}' for share in _SHARES)
     return (
         f'## From ImageNet weights\n\nOurs: {PRETRAINED}, {note}; the thresholds of highest validation accuracy at no '
-        f"more than {shares} % of the baseline's multiply-accumulates. Each row's baseline was fine-tuned alike.\n\n"
+        f"more than {shares} % of the baseline's multiply-accumulates. Our baseline was fine-tuned alike. "
+        'The rows of earlyon are as published; its networks are other ones.\n\n'
         f'{table(rows, *columns)}\n\n![](from_imagenet.png)'
     )
 

@@ -3,8 +3,8 @@ r"""EfficientNet-Lite0 with ImageNet weights and three exits, fine-tuned on CIFA
 Command: TFDS_DATA_DIR=DIR python -m experiments.main \
     --config=experiments/configs/efficientnet_lite0_cifar10.py --workdir=runs/efficientnet_lite0_cifar10
 `--config.images=300` is a short form, of minutes. docs/training/training.md says how to make the file of weights.
-Run time on 2 CPU cores that do nothing else: half an hour for activations (1.8 GB on disk), 50 minutes for each
-network, 25 minutes to evaluate and to time.
+Run time on 2 CPU cores, beside tests: half an hour for activations (1.8 GB on disk), 55 minutes for each network, 20
+minutes to evaluate and to time.
 """
 
 from ml_collections import ConfigDict

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def started(port: int | None = None) -> Iterator[None]:
     """Joins the cluster at ``RAY_ADDRESS``, or starts Ray here; with a port also the HTTP of Ray Serve.
 
-    Where this process has joined or started one already, it stays.
+    A cluster that this process has joined or started before serves as it is, and stays.
     """
     if ray.is_initialized():
         yield

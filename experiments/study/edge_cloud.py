@@ -240,7 +240,7 @@ class Link:
             start = time.perf_counter()
             try:
                 status, content = self._send(body, header)
-            except (OSError, http.client.HTTPException):  # nobody listens, or the cloud died
+            except (OSError, http.client.HTTPException):  # no process listens, or the cloud died
                 time.sleep(_PAUSE_SECONDS)
                 continue
             answer = json.loads(content)
