@@ -329,7 +329,7 @@ def explained_variables(variables: Variables) -> Iterator[None]:
 
 
 def _without_link(error: Exception) -> str:
-    return str(error).split(' (http')[0]
+    return str(error).split(' (http')[0].rstrip('.') + '.'
 
 
 def check_exits(argument: str, exits: Sequence[int], num_exits: int | None = None) -> tuple[int, ...]:

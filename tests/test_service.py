@@ -135,9 +135,9 @@ def check_row(row, *, requests, clients):
 def test_load_on_one_process_is_answered_whole(port):
     row = load.send_all(functools.partial(load.send_over_http, port), TEST, 60, 4)
     check_row(row, requests=60, clients=4)
-    assert row['repeated'] == 0
+    assert (row['processes'], row['repeated']) == (1, 0)
     record = {'network': 'b-lenet@mnist', 'command': '', 'device': '', 'requests': 60, 'target_ms': 20.0, 'floor': 0.5}
-    assert '| 4       | –         | 60       | 0        |' in load.page({**record, 'rows': [row]})
+    assert '| 4       | –         | 60       | 1         | 0        |' in load.page({**record, 'rows': [row]})
 
 
 def processes_of_ray():
@@ -168,11 +168,12 @@ def on_ray(test):
 @on_ray
 def test_a_killed_replica_loses_no_request_and_is_replaced(port_of_ray, folder):
     options = argparse.Namespace(plans=folder, port=port_of_ray, target_ms=1e6, requests=90, clients=24)
-    rows = list(load.on_ray(options, TEST, cases=[(2, True)]))
+    rows = list(load.on_ray(options, TEST, cases=[(2, 2, True)]))
     assert [row['through'] for row in rows] == ['HTTP', 'handle']
     for row in rows:
         check_row(row, requests=90, clients=24)
         assert row['in_flight'] >= 20
+        assert row['processes'] >= 2
 
 
 @on_ray

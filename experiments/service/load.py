@@ -11,8 +11,9 @@ where 32 clients send.
     python -m experiments.service.load --plans=runs/plans --workdir=runs/load_ray --ray
 
 sends them to replicas of `experiments.service.on_ray` from 32 clients, over HTTP and through a handle: to one replica,
-to two, and to two of which one is killed. Some minutes; plan with ``--cores=1``. Expect every image to be answered, at
-most 32 of them after a client sent them again, and a new replica to answer afterwards.
+to two, to two of which one is killed, and to one to which Ray adds a second. Some minutes; plan with ``--cores=1``.
+Expect every image to be answered, at most 32 of them after a client sent them again, and a new replica to answer
+afterwards where one was killed or added.
 """
 
 import argparse
@@ -38,7 +39,10 @@ from experiments.service.plans import Answerer
 from experiments.study import flags
 
 _FEW = 8  # of this many clients one sends before and after the burst
-_ON_RAY = ((1, False), (2, False), (2, True))  # replicas, and whether one of them is killed
+Case = tuple[int, int, bool]
+"""The fewest and the most replicas, and whether one of them is killed."""
+
+_ON_RAY: Sequence[Case] = ((1, 1, False), (2, 2, False), (2, 2, True), (1, 2, False))
 Send = Callable[[np.ndarray], tuple[Row, int]]
 """Sends an image until it is answered; returns the answer, and how often it was sent again."""
 
@@ -74,13 +78,14 @@ def in_one_process(options: argparse.Namespace, test: bj.Batch) -> Iterator[Row]
             yield {'service': 'one process', 'through': 'HTTP', **row}
 
 
-def on_ray(options: argparse.Namespace, test: bj.Batch, cases: Sequence[tuple[int, bool]] = _ON_RAY) -> Iterator[Row]:
+def on_ray(options: argparse.Namespace, test: bj.Batch, cases: Sequence[Case] = _ON_RAY) -> Iterator[Row]:
     """Yields for each case a row over HTTP and one through a handle."""
     from experiments.service.on_ray import deploy, started
 
     with started(options.port):
-        for replicas, kills in cases:
-            handle = deploy(options.plans, replicas, replicas, options.target_ms)
+        for fewest, most, kills in cases:
+            handle = deploy(options.plans, fewest, most, options.target_ms)
+            replicas = f'{fewest}' if fewest == most else f'{fewest} to {most}'
             senders = {'HTTP': (send_over_http, options.port), 'handle': (send_through_handle, handle)}
             for through, (send, to) in senders.items():
                 row = send_all(functools.partial(send, to), test, options.requests, options.clients, kills=kills)
@@ -143,13 +148,15 @@ def send_all(send: Send, test: bj.Batch, requests: int, clients: int, *, kills: 
     row['p50_ms'], row['p99_ms'] = np.quantile(waited, [0.5, 0.99]).tolist()
     right = [answer['label'] == test.label[n % len(test)] for n, answer in enumerate(answers)]
     row |= {'accuracy': float(np.mean(right))}
+    row['processes'] = len({answer.get('process') for answer in answers})
     row['exit_fractions'] = (np.bincount([answer['exit'] for answer in answers]) / requests).tolist()
     while kills and send(np.asarray(test.image[0]))[0]['process'] in before:
         time.sleep(0.1)
     return row
 
 
-_COLUMNS = ('service', 'through', 'clients', 'in_flight', 'answered', 'repeated', 'per_second', 'p50_ms', 'p99_ms')
+_COLUMNS = ('service', 'through', 'clients', 'in_flight', 'answered', 'processes', 'repeated')
+_CLOCKS = ('per_second', 'p50_ms', 'p99_ms')
 
 
 def page(record: Row) -> str:
@@ -159,9 +166,10 @@ def page(record: Row) -> str:
         f'the last one is answered, and again if it is refused. Thresholds follow the waiting time in the process that '
         f'answers: its target is {record["target_ms"]:g} ms, and accuracy on validation data stays above '
         f'{100 * record["floor"]:g} %. In rows with images in flight a replica was killed when that many had no '
-        f'answer; a new replica answered afterwards. Service and clients share the machine.'
+        f'answer; a new replica answered afterwards. Processes are those that answered. Service and clients share the '
+        f'machine.'
     )
-    rows = table(record['rows'], *_COLUMNS, 'accuracy', 'exit_fractions')
+    rows = table(record['rows'], *_COLUMNS, *_CLOCKS, 'accuracy', 'exit_fractions')
     parts = f'# A service under load: {record["network"]}', f'`{record["command"]}`', textwrap.fill(text, 120), rows
     return '\n\n'.join(parts) + '\n'
 
