@@ -12,8 +12,8 @@ where 32 clients send.
 
 sends them to replicas of `experiments.service.on_ray` from 32 clients, over HTTP and through a handle: to one replica,
 to two, to two of which one is killed, and to one to which Ray adds a second. Some minutes; plan with ``--cores=1``.
-Expect every image to be answered, at most 32 of them after a client sent them again, and a new replica to answer
-afterwards where one was killed or added.
+Expect every image to be answered, at most 32 of them after a client sent them again. Where a replica was killed or
+added, expect a new one to answer.
 """
 
 import argparse
@@ -41,7 +41,6 @@ from experiments.study import flags
 _FEW = 8  # of this many clients one sends before and after the burst
 Case = tuple[int, int, bool]
 """The fewest and the most replicas, and whether one of them is killed."""
-
 _ON_RAY: Sequence[Case] = ((1, 1, False), (2, 2, False), (2, 2, True), (1, 2, False))
 Send = Callable[[np.ndarray], tuple[Row, int]]
 """Sends an image until it is answered; returns the answer, and how often it was sent again."""
@@ -166,8 +165,8 @@ def page(record: Row) -> str:
         f'the last one is answered, and again if it is refused. Thresholds follow the waiting time in the process that '
         f'answers: its target is {record["target_ms"]:g} ms, and accuracy on validation data stays above '
         f'{100 * record["floor"]:g} %. In rows with images in flight a replica was killed when that many had no '
-        f'answer; a new replica answered afterwards. Processes are those that answered. Service and clients share the '
-        f'machine.'
+        f'answer; a new replica answered afterwards. The column of processes counts those that answered. Service and '
+        f'clients share the machine.'
     )
     rows = table(record['rows'], *_COLUMNS, *_CLOCKS, 'accuracy', 'exit_fractions')
     parts = f'# A service under load: {record["network"]}', f'`{record["command"]}`', textwrap.fill(text, 120), rows

@@ -104,7 +104,7 @@ class Replica:
 def deploy(folder: Path, fewest: int, most: int, target_ms: float, *, blocking: bool = False) -> Any:
     """Starts replicas, and returns their handle once they answer."""
     scaling = {'min_replicas': fewest, 'initial_replicas': fewest, 'max_replicas': most}
-    scaling |= {'target_ongoing_requests': 16, 'upscale_delay_s': 5}
+    scaling |= {'target_ongoing_requests': 16, 'upscale_delay_s': 5}  # Ray's own delay is 30 s
     replicas = Replica.options(autoscaling_config=scaling)
     quiet = {'log_level': 'ERROR', 'enable_access_log': False}
     return serve.run(replicas.bind(str(folder.resolve()), target_ms), blocking=blocking, logging_config=quiet)
