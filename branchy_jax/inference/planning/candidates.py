@@ -29,6 +29,7 @@ _LONG_SECONDS = 0.3
 _SHORTEST_PASS = 0.02  # seconds; shorter ones are repeated, since noise would decide between them
 _CLEARLY_SLOWER = 1.25
 _CLEARLY_FASTER = 0.8  # than the baseline: no further passes are needed
+_FAR_SLOWER = 4.0  # neither noise nor an error of a forecast is as large
 
 # Then no further candidates are compiled: those that come late in the list seldom win.
 _MOST_SECONDS_OF_COMPILING = 20.0
@@ -151,7 +152,11 @@ class Progress:
     @property
     def is_over(self) -> bool:
         """Whether the budget is spent."""
-        return time.monotonic() >= self._end
+        return not self.allows(0.0)
+
+    def allows(self, seconds: float) -> bool:
+        """Whether more than this is left of the budget."""
+        return time.monotonic() + seconds < self._end
 
     def report(self, text: str, share: float | None = None) -> None:
         """Reports that a step begins; the share done is an estimate, since the number of steps is not known."""
@@ -181,13 +186,16 @@ def try_candidates(
         The candidates that were tried, with their measurements, the baseline first.
     """
     functions: dict[Candidate, Callable[[], None]] = {}
-    start = time.monotonic()
+    start, least = time.monotonic(), np.inf
     for candidate in candidates:
         is_late = progress.is_over or time.monotonic() - start > _MOST_SECONDS_OF_COMPILING
-        if len(functions) < 2 or not is_late:
+        is_slow = (candidate.predicted_ms or 0.0) * len(batches) / 1e3 > _FAR_SLOWER * least
+        if len(functions) < 2 or not (is_late or is_slow):
             progress.report(f'trying {candidate.name}')
             functions[candidate] = one_by_one(build(candidate), batches)
+            began = time.monotonic()
             functions[candidate]()  # compiles
+            least = min(least, time.monotonic() - began)
     seconds = interleaved_passes(functions, passes=1, warmup=0)
     short = sum(values[0] for values in seconds.values()) < _LONG_SECONDS
     repeats = math.ceil(_SHORTEST_PASS / min(values[0] for values in seconds.values())) if short else 1
@@ -198,8 +206,10 @@ def try_candidates(
     baseline, *others = functions
     ratios: dict[Candidate, Ratio] = {}
     while True:
-        done = len(seconds[baseline])
-        ratios |= {candidate: paired_ratio(seconds[candidate], seconds[baseline]) for candidate in (baseline, *others)}
+        done = len(seconds[others[0]])
+        paired = {candidate: seconds[candidate] for candidate in (baseline, *others)}
+        paired[baseline] = np.resize(seconds[baseline], done)  # the same passes again, where there are fewer
+        ratios |= {candidate: paired_ratio(values, paired[baseline]) for candidate, values in paired.items()}
         fastest = min(ratios[candidate].median for candidate in others)
         others = [candidate for candidate in others if ratios[candidate].median <= _CLEARLY_SLOWER * fastest]
         is_clear = any(ratios[candidate].high < _CLEARLY_FASTER for candidate in others)
@@ -208,7 +218,8 @@ def try_candidates(
             break
         count = min(passes - done, _FEWEST_PASSES)
         progress.report(f'comparing {1 + len(others)} candidates: {done + count} of at most {passes} passes')
-        timed = {candidate: functions[candidate] for candidate in (baseline, *others)}
+        is_far = not short and fastest < 1 / _FAR_SLOWER
+        timed = {candidate: functions[candidate] for candidate in ([] if is_far else [baseline]) + others}
         more = interleaved_passes(timed, passes=count, warmup=0, settle=settle)
         seconds |= {candidate: np.concatenate([seconds[candidate], more[candidate]]) for candidate in timed}
 

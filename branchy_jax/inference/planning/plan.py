@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from branchy_jax.types import Array, ExitPolicy, ExitPrediction, Variables, num_
 
 _MOST_INPUTS_IN_A_TRIAL = 128
 _PASSES = 5  # of stages and heads
+_RUNS_TO_MEASURE = 3  # at least: to compile, and to time
 _FORMAT = 4  # of a stored plan
 
 
@@ -253,7 +255,8 @@ def plan(
     warn_if_nothing_is_saved(programs.stages.macs)
     options = 'all cores' if mesh is None and 'all cores' in usable_options() else ''
     segments = functools.partial(programs.segments, criterion=policy.criterion, compiler_options=BY_NAME[options])
-    times = _measured(segments, images, share, progress) if times is None else times
+    sizes = [min(8, share)] if engine == 'onnxruntime' else _sizes_to_measure(share)
+    times = _measured(segments, images, sizes, progress) if times is None else times
     progress.report('running all images')
     uncertainty, looks_back = segments(min(share, int(times.batch_sizes[-1]))).uncertainty(images)
     thresholds = np.asarray(policy.thresholds)
@@ -312,16 +315,26 @@ def _to_try(build: Callable[[Candidate], Runner], mesh: Mesh | None, candidate: 
     return functools.partial(build(candidate), as_numpy=mesh is None and jax.default_backend() == 'cpu')
 
 
-def _measured(segments: Any, images: Any, share: int, progress: Progress) -> SegmentTimes:
-    """Times stages and heads until the budget is spent, at the planned size and at sizes that are at most half of it.
+def _sizes_to_measure(share: int) -> list[int]:
+    """Returns the planned size and sizes that are at most half of it; the first takes little time."""
+    return list(dict.fromkeys(size for size in (8, share, 64, 1) if size == share or 2 * size <= share))
 
-    The first size takes little time.
-    """
-    results: list[SegmentTimes] = []
-    for size in dict.fromkeys(size for size in (8, share, 64, 1) if size == share or 2 * size <= share):
-        if not (results and progress.is_over):
-            progress.report(f'stages and heads at {size} images')
-            results.append(segments(size).times(images, passes=_PASSES))
+
+def _measured(segments: Any, images: Any, sizes: Sequence[int], progress: Progress) -> SegmentTimes:
+    """Times stages and heads at the first size, and at the other sizes as the budget allows."""
+
+    def measure(size: int) -> SegmentTimes:
+        progress.report(f'stages and heads at {size} images')
+        return segments(size).times(images, passes=_PASSES)
+
+    start = time.monotonic()
+    first, *more = sizes
+    results = [measure(first)]
+    seconds = time.monotonic() - start
+    per_input = float(results[0].stages.sum() + results[0].exits.sum()) / first / 1e3
+    for size in more:
+        if progress.allows(seconds + _RUNS_TO_MEASURE * per_input * size):
+            results.append(measure(size))
     return SegmentTimes.joined(results)
 
 

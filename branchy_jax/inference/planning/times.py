@@ -16,6 +16,7 @@ from branchy_jax.types import StageCosts, Variables, num_rows
 
 _RESAMPLED_BATCHES = 32
 _MOST_SIDE_EXITS = 10
+_ENOUGH_SECONDS = 3.0  # of timing: noise is short beside them
 _MOST_PARTS = 64
 
 Forecast = tuple[float, tuple[int, ...], tuple[int, ...]]
@@ -149,8 +150,14 @@ class Segments:
         return np.concatenate(batches, axis=1)[:, :count], looks_back
 
     def times(self, inputs: Any, *, passes: int) -> SegmentTimes:
-        """Times all stages and heads, in turns."""
-        seconds = interleaved_passes(self.functions(inputs), passes=passes, warmup=0, settle=1)
+        """Times all stages and heads, in turns: as often as given, or once and for 3 seconds at most."""
+        functions = self.functions(inputs)
+        seconds = interleaved_passes(functions, passes=1, warmup=0)
+        took = float(sum(values[0] for values in seconds.values()))
+        most = int(_ENOUGH_SECONDS / took)
+        if most > 1:
+            settle = int(2 * passes <= most)
+            seconds = interleaved_passes(functions, passes=min(passes, most), warmup=0, settle=settle)
         ms = {part: float(np.median(values)) * 1e3 for part, values in seconds.items()}
         stages, exits = ([[ms[kind, n] for n in range(len(self._parts))]] for kind in ('stage', 'exit'))
         return SegmentTimes(np.array([self.size]), np.array(stages), np.array(exits))
@@ -175,7 +182,8 @@ def segment_times(
         batch_sizes: to measure at.
         criterion: its time counts as the head's.
         compiler_options: for `jax.jit`, such as `branchy_jax.inference.ALL_CORES` on a CPU.
-        passes: timed calls of each; their median counts.
+        passes: timed calls of each, at most; fewer of networks for which they would take longer than 3 seconds. Their
+            median counts.
 
     Returns:
         Milliseconds ``.stages [S, N]`` and ``.exits [S, N]`` at ``.batch_sizes [S]``. ``.per_image(size)`` interpolates
