@@ -152,7 +152,8 @@ _LEGEND = """\
 - gain: like with like, over the baseline in its fastest form, at batch 1 on one core; the median of paired passes.
   gain plain: over the plain jitted baseline.
 - MAC limit: baseline MACs ÷ expected MACs, heads included. Time limit: Σ share of images that reach a stage × (stage +
-  head), each measured alone at its best batch size, rewritten alike.
+  head), each measured alone at its best batch size, rewritten alike. In ONNX Runtime: Σ share of an exit × time of an
+  image where all leave there.
 - realised: time limit ÷ latency. It may exceed 1: stages measured alone pay a dispatch each, and run one chunk at a
   time."""
 

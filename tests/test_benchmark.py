@@ -18,21 +18,24 @@ def lenet():
 
 def fake_clocks(networks, planned_on, images, policies, *, batch, passes):
     clock = {'batch': batch, 'latency_ms': 0.5, 'gain': 2.0, 'gain_plain': 4.0, 'executor': 'it'}
-    return {'baseline': {**clock, 'latency_ms': 1.0}, 'points': dict.fromkeys(policies, clock)}
+    points = {name: {**clock, 'executor': 'ONNX Runtime × 1'} if name == '40/60' else clock for name in policies}
+    return {'baseline': {**clock, 'latency_ms': 1.0}, 'points': points, 'exit_latency_ms': [0.1, 0.4]}
 
 
 def test_images_leave_in_the_shares_asked_for(lenet, tmp_path, monkeypatch, capsys):
     networks, _ = lenet
     monkeypatch.setattr(cells, 'time_run', fake_clocks)
     monkeypatch.setattr(benchmark, 'random_networks', lambda name, images: networks)
-    benchmark.main([f'--workdir={tmp_path}', '--network=b-lenet', '--batches=3', '--shares=67/33,0/100'])
-    first, second = bj.report.read_json(tmp_path / 'benchmark.json')['rows']
+    benchmark.main([f'--workdir={tmp_path}', '--network=b-lenet', '--batches=3', '--shares=67/33,0/100,40/60'])
+    first, second, third = bj.report.read_json(tmp_path / 'benchmark.json')['rows']
     costs = bj.costs.count_macs(networks.model, inputs=networks.inputs)
     np.testing.assert_allclose(first['exit_fractions'], [2 / 3, 1 / 3])
     assert (first['batch'], second['exit_fractions'], second['thresholds']) == (3, [0, 1], [-np.inf])
     assert first['mac_limit'] == pytest.approx(costs.trunk / (costs.to_exit @ [2 / 3, 1 / 3]))
     assert first['realised'] == pytest.approx(first['time_limit_ms'] / 0.5)
     assert first['time_limit_ms'] < second['time_limit_ms']
+    assert third['time_limit_ms'] == pytest.approx(np.dot(third['exit_fractions'], [0.1, 0.4]))
+    assert third['realised'] == pytest.approx(third['time_limit_ms'] / 0.5)
     assert (tmp_path / 'gain.png').read_bytes().startswith(b'\x89PNG')
     assert '66.67, 33.33' in capsys.readouterr().out
 

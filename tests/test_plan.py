@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 import branchy_jax as bj
 from branchy_jax.inference import Plan, dense, exit_outputs, plan, segment_times
 from branchy_jax.inference.planning import candidates
+from branchy_jax.inference.planning import plan as planning
 from branchy_jax.inference.planning import times as planning_times
 from branchy_jax.inference.planning.candidates import Candidate, Progress, candidates_to_try, choose, try_candidates
 from branchy_jax.inference.planning.programs import Programs
 from branchy_jax.inference.planning.times import SegmentTimes, forecast
+from branchy_jax.measure import interleaved_passes
 
 pytestmark = pytest.mark.usefixtures('xla_defaults')
 LOOKING_BACK = bj.criteria.ensemble()
@@ -357,6 +359,55 @@ def test_a_clear_trial_is_short_and_slow_candidates_are_eliminated():
     assert reports == [*(f'trying {name}' for name in seconds), 'comparing 2 candidates: 9 of at most 12 passes']
     assert [candidate.eliminated for candidate in results] == [False, False, True]
     assert results[1].ratio[0] < 0.5 < results[2].ratio[0]
+
+
+def test_a_trial_spends_little_time_on_what_is_far_slower():
+    """The baseline's pass is long and counts again; a candidate with a forecast of 50 times the best is not built."""
+    seconds, built, calls = {'baseline': 0.3, 'a': 0.02, 'b': 1.0}, [], []
+    forecasts = {'baseline': None, 'a': None, 'b': 1e3}
+
+    def build(candidate):
+        built.append(candidate.name)
+        return lambda batch: (calls.append(candidate.name), time.sleep(seconds[candidate.name]))
+
+    given = [Candidate(name, 'dense', (0, 2), predicted_ms=ms) for name, ms in forecasts.items()]
+    baseline, a = try_candidates(given, build, [None], passes=12, progress=Progress(None, None))
+    assert built == ['baseline', 'a']
+    assert (calls.count('baseline'), calls.count('a')) == (2, 8)  # one call to compile, then passes
+    assert baseline.ratio == (1, 1, 1)
+    assert a.ratio[1] <= a.ratio[0] <= a.ratio[2] < 0.25
+
+
+class OneSecond:
+    """Segments that take a second for eight inputs."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def times(self, images, *, passes):
+        ms = np.array([[self.size * 100.0, self.size * 25.0]])
+        return SegmentTimes(np.array([self.size]), ms, 0 * ms)
+
+
+@pytest.mark.parametrize(('budget', 'sizes'), [(0.0, [8]), (10.0, [1, 8]), (40.0, [1, 8, 64]), (None, [1, 8, 64, 256])])
+def test_a_batch_size_is_measured_where_the_budget_allows_it(budget, sizes):
+    """Three runs of the stages at 1, 64 and 256 inputs take 0.4, 24 and 96 seconds."""
+    measured = planning._measured(OneSecond, None, [8, 256, 64, 1], Progress(None, budget))
+    assert measured.batch_sizes.tolist() == sizes
+
+
+@pytest.mark.parametrize(('seconds', 'expected'), [(0.0, [1]), (1e9, [1, 4])])
+def test_stages_that_take_long_are_timed_once(network, seconds, expected, monkeypatch):
+    passes = []
+
+    def recorded(functions, **options):
+        passes.append(options['passes'])
+        return interleaved_passes(functions, **options)
+
+    monkeypatch.setattr(planning_times, '_ENOUGH_SECONDS', seconds)
+    monkeypatch.setattr(planning_times, 'interleaved_passes', recorded)
+    assert (segment_times(*network, batch_sizes=[4], passes=4).stages > 0).all()
+    assert passes == expected
 
 
 def test_plan_reports_its_steps_and_keeps_to_its_budget(network, thresholds, monkeypatch):
