@@ -18,7 +18,7 @@ import pytest
 
 import branchy_jax as bj
 from experiments import benchmark, claims, confidence, edge, figures, main
-from experiments.configs import common, lenet_mnist5k, unet_digit_canvases
+from experiments.configs import common, efficientnet_lite0_cifar10, lenet_mnist5k, unet_digit_canvases
 from experiments.peers import command
 from experiments.run import networks, report, timing, trainings
 from experiments.run.trainings import Trainer
@@ -305,6 +305,15 @@ def test_configs_are_whole(name):
     config = module.get_config()
     assert set(config) == set(common.get_config())
     networks.check(config)
+
+
+@pytest.mark.parametrize('module', [efficientnet_lite0_cifar10, unet_digit_canvases])
+def test_a_config_has_a_short_form(module):
+    short, whole = module.get_config('quick'), module.get_config()
+    networks.check(short)
+    assert short.latency_images < whole.latency_images
+    with pytest.raises(ValueError, match="variant: got 'quik'; there is 'quick'"):
+        module.get_config('quik')
 
 
 @pytest.mark.parametrize('regime', ['joint', 'frozen'])

@@ -3,6 +3,17 @@
 from ml_collections import ConfigDict
 
 
+def is_quick(variant: str) -> bool:
+    """Whether a config's variant is ``'quick'``, a short form.
+
+    Raises:
+        ValueError: another variant.
+    """
+    if variant not in ('', 'quick'):
+        raise ValueError(f"variant: got {variant!r}; there is 'quick', or nothing after the file's name")
+    return variant == 'quick'
+
+
 def get_config() -> ConfigDict:
     """Returns the default settings, without a ``network`` and a ``dataset``."""
     config = ConfigDict()

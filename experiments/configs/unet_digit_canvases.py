@@ -22,10 +22,7 @@ def get_config(variant: str = '') -> ConfigDict:
     Raises:
         ValueError: another variant.
     """
-    if variant not in ('', 'quick'):
-        raise ValueError(f"variant: got {variant!r}; there is 'quick', or nothing after the file's name")
-    quick = variant == 'quick'
-    config = common.get_config()
+    quick, config = common.is_quick(variant), common.get_config()
     # 'digit_canvases/mnist' has fifteen times as many.
     config.update(task='segmentation', dataset='digit_canvases', choose='baseline', tolerance=0.002)  # of mIoU
     config.update(network='b-unet', placement='', exit_weights=(1.0, 1.0, 1.0))
