@@ -30,7 +30,7 @@ from branchy_jax.thresholds import ExitTable, Screen
 from experiments.configs import common
 from experiments.run import finetuning, report, timing
 from experiments.run import networks as setup
-from experiments.run.networks import TASKS, Networks, Task
+from experiments.run.networks import TASKS, Networks, Task, criteria_of
 from experiments.run.trainings import Trainer, start_again_on_cpu
 
 TABLE = 'table'
@@ -144,9 +144,10 @@ def choose(
         a row for every criterion that was tried.
     """
     # With one exit all criteria agree.
-    alone = look_at_baseline(criterion=task.criteria[0])
+    criteria = criteria_of(config)
+    alone = look_at_baseline(criterion=criteria[0])
     baseline, choices, tried = float(alone.anytime().accuracy[-1]), [], []
-    for criterion in task.criteria:
+    for criterion in criteria:
         table = look(criterion=criterion)
         screened = table.screen()
         points = _points(config, table, screened, baseline)

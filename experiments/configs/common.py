@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
     # and, if any do, reach the baseline; 'baseline': the cheapest that reach the baseline; 'knee': the knee of the
     # frontier.
     config.choose = 'accuracy'
+    # Names in branchy_jax.criteria, such as 'max_probability', to compare on validation data; (): those of the task,
+    # entropy for classification.
+    config.criteria = ()
     config.standard_errors = 1.0
     config.tolerance = 0.0  # accuracy that 'accuracy' and 'baseline' may give up
 

@@ -32,6 +32,7 @@ CHOICES = {
     'regime': ('baseline', 'joint', 'frozen', 'finetune'),
     'choose': ('accuracy', 'baseline', 'knee'),
 }
+_CRITERIA = ('entropy', 'margin', 'max_probability')
 _POSITIVE = ('epochs', 'epochs_baseline', 'batch_size', 'latency_images', 'latency_passes', 'latency_batch')
 
 
@@ -44,7 +45,7 @@ class Task:
         label: of the metric in tables and pictures.
         statistics: what each answer adds to the metric's sums.
         of_sums: the metric of these sums.
-        criteria: to compare; a run takes the one whose thresholds are cheapest on validation data.
+        criteria: to compare, where the settings name none.
     """
 
     metric: str
@@ -70,6 +71,11 @@ TASKS = {
 }
 
 
+def criteria_of(config: ConfigDict) -> tuple[Criterion, ...]:
+    """Returns the criteria to compare; a run takes the one whose thresholds are cheapest on validation data."""
+    return tuple(getattr(bj.criteria, name) for name in config.criteria) or TASKS[config.task].criteria
+
+
 def check(config: ConfigDict, mesh: Mesh | None = None) -> None:
     """Refuses settings that do not exist or contradict each other.
 
@@ -79,6 +85,8 @@ def check(config: ConfigDict, mesh: Mesh | None = None) -> None:
     for field, choices in CHOICES.items():
         if config[field] not in choices:
             raise ValueError(f'config.{field}: got {config[field]!r}; choose from {", ".join(choices)}')
+    if unknown := [name for name in config.criteria if name not in _CRITERIA]:
+        raise ValueError(f'config.criteria: got {", ".join(unknown)}; choose from {", ".join(_CRITERIA)}')
     for field in _POSITIVE:
         if config[field] < 1:
             raise ValueError(f'config.{field}: got {config[field]}; expected at least 1')
@@ -198,7 +206,7 @@ class Networks:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Refuses to mix two runs in one folder; the settings of the clock may change.
+    """Refuses to mix two runs in one folder; the criteria and the settings of the clock, read later, may change.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -207,7 +215,8 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     if path.exists():
         # A field that did not exist yet had its default; one that is gone since says nothing.
         stored = {**json.loads(common.get_config().to_json()), **bj.report.read_json(path)}
-        changed = [key for key, value in settings.items() if value != stored[key] and not key.startswith('latency_')]
+        later = ('latency_', 'criteria')
+        changed = [key for key, value in settings.items() if value != stored[key] and not key.startswith(later)]
         if changed:
             raise ValueError(
                 f'workdir: {workdir} holds a run with other settings ({", ".join(sorted(changed))}); '

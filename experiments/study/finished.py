@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import branchy_jax as bj
 from branchy_jax.types import Variables
 from experiments.configs import common
-from experiments.run.networks import TASKS, Networks, load, network_options
+from experiments.run.networks import Networks, criteria_of, load, network_options
 from experiments.run.report import Row, table
 
 
@@ -41,7 +41,7 @@ class FinishedRun:
 
     def policy(self, thresholds: Sequence[float]) -> bj.ExitPolicy:
         """Returns a policy of the run's criterion."""
-        by_name = {criterion.name: criterion for criterion in TASKS[self.report['task']].criteria}
+        by_name = {criterion.name: criterion for criterion in criteria_of(self.config)}
         return bj.ExitPolicy(by_name[self.report['criterion']], np.array(thresholds, np.float32))
 
     def dataset(self) -> bj.data.Dataset:
