@@ -132,6 +132,20 @@ def test_a_folder_is_resumed_and_one_of_another_run_refused(copy, done, tiny, mo
     assert (copy / 'report.json').read_bytes() == before
 
 
+def test_a_finished_run_compares_criteria_on_validation_data(copy, tiny, monkeypatch):
+    monkeypatch.setattr(jax, 'value_and_grad', None)
+    record = main.run(changed(tiny, criteria=('max_probability', 'margin')), copy)
+    gains = {row['criterion']: row['mac_gain'] for row in record['criteria_tried']}
+    assert list(gains) == ['max probability', 'margin']
+    assert record['criterion'] == max(gains, key=gains.get)
+    finished, row = read_run(copy), record['rows'][1]
+    policy, test = finished.policies['table'], finished.dataset().test
+    assert policy.criterion.name == record['criterion']
+    networks = finished.networks
+    answers = bj.inference.dense(networks.model)(networks.variables, networks.normalization(test.image), policy)
+    assert np.mean(answers.label == test.label) == pytest.approx(row['test_accuracy'])
+
+
 GROWN = {
     'network': 'b-resnet110',
     'network_options': {'depth': 20},
@@ -145,6 +159,7 @@ GROWN = {
     ('changes', 'message'),
     [
         ({'choose': 'kne'}, r"config.choose: got 'kne'; choose from accuracy, baseline, knee"),
+        ({'criteria': ('entropi',)}, r"config.criteria: got 'entropi'; choose from entropy, margin, max_probability"),
         ({'network': 'lenet'}, 'config.network: .* give the branchy one'),
         ({'network': 'b-lnet'}, 'name: unknown network'),
         ({'dataset': 'mnits'}, 'name: unknown data set'),

@@ -149,11 +149,13 @@ def publish(finished: FinishedRun, into: Path, *, halves: bool = False) -> Path:
     with tempfile.TemporaryDirectory(dir=into) as folder:
         bj.models.save_pretrained(folder, networks.name, variables, **settings, card=card)
         (Path(folder) / 'model.safetensors').replace(path)
-    bj.report.write_text(path.with_suffix('.md'), _card_page(networks.name, card, list(rows.values())))
+    bj.report.write_text(
+        path.with_suffix('.md'), _card_page(networks.name, record['criterion'], card, list(rows.values()))
+    )
     return path
 
 
-def _card_page(network: str, card: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def _card_page(network: str, criterion: str, card: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Lays out what the published file says of itself."""
     each = ', '.join(f'{100 * value:.2f} %' for value in card['exit_accuracy'])
     trunk = sum(card['stage_macs'])
@@ -162,7 +164,8 @@ def _card_page(network: str, card: Mapping[str, Any], rows: Sequence[Row]) -> st
         f'# {network} on {card["dataset"]}',
         f'Test accuracy of each exit alone: {each}; of the baseline, trained on its own: '
         f'{100 * card["baseline_accuracy"]:.2f} %.\nTrained on {card["trained_on"]}. Licence: {card["licence"]}.',
-        'Operating points, chosen on validation data; the first is the one in the table of results.',
+        f'Operating points, with thresholds of {criterion}, chosen on validation data; the first is the one in the\n'
+        'table of results.',
         points,
         '## Recipe',
         '\n'.join(f'- {name}: {value}' for name, value in sorted(card['recipe'].items())),
