@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from scipy import stats
+from scipy import special
 
 __all__ = ['interleaved_passes', 'measure_energy', 'paired_ratio']
 
@@ -107,7 +107,9 @@ def paired_ratio(baseline: np.ndarray, candidate: np.ndarray) -> Ratio:
         shapes = f'{candidate.shape} and {baseline.shape}'
         raise ValueError(f'candidate: expected seconds [P] as for the baseline, got {shapes}')
     ratios = np.sort(baseline / candidate)
-    below = max(int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)
+    # The probability that at most so many ratios lie below their median.
+    below_median = special.bdtr(np.arange(len(ratios) + 1), len(ratios), 0.5)
+    below = max(int(np.searchsorted(below_median, 0.025)) - 1, 0)
     return Ratio(median=float(np.median(ratios)), low=float(ratios[below]), high=float(ratios[len(ratios) - 1 - below]))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from scipy import optimize, special
+from scipy import special
 
 from branchy_jax.criteria.criterion import Carry, Criterion, check_classes, mean_over_pixels
 from branchy_jax.types import Array, check_labels
@@ -49,6 +49,8 @@ def fit_temperatures(logits: Array, labels: Array, *, shared: bool = False) -> n
     References:
         Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
     """
+    from scipy import optimize  # on use: the import is slow
+
     logits, labels = _checked(logits, labels)
     if not np.isfinite(logits).all():
         advice = 'leave their inputs out, or put a large negative number in place of -inf'

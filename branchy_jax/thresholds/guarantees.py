@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax import struct
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 
 from branchy_jax.thresholds.screen import answering_exits
 from branchy_jax.thresholds.table import ExitTable, checked_arrays, checked_settings
@@ -139,7 +139,7 @@ def binomial(losses: np.ndarray, epsilon: float) -> np.ndarray:
     losses = np.asarray(losses)
     if not np.isin(losses, (0, 1)).all():
         raise ValueError("losses: the exact binomial test needs 0 and 1; use 'hoeffding-bentkus' or 'betting'")
-    return stats.binom.cdf(losses.sum(axis=-1), losses.shape[-1], epsilon)
+    return special.bdtr(losses.sum(axis=-1), losses.shape[-1], epsilon)
 
 
 def hoeffding_bentkus(losses: np.ndarray, epsilon: float) -> np.ndarray:
@@ -164,7 +164,7 @@ def hoeffding_bentkus(losses: np.ndarray, epsilon: float) -> np.ndarray:
     below = np.minimum(risk, epsilon)
     divergence = special.rel_entr(below, epsilon) + special.rel_entr(1 - below, 1 - epsilon)
     # The sum of losses is a float: 3.0000000001 is 3, not 4.
-    bentkus = np.e * stats.binom.cdf(np.ceil(count * risk - 1e-9), count, epsilon)
+    bentkus = np.e * special.bdtr(np.ceil(count * risk - 1e-9), count, epsilon)
     return np.minimum(1.0, np.minimum(np.exp(-count * divergence), bentkus))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax import struct
 from numpy.typing import ArrayLike
-from scipy import optimize, special
+from scipy import special
 
 from branchy_jax.costs import StageCosts
 from branchy_jax.criteria import Criterion, as_criterion, entropy, replay
@@ -279,6 +279,8 @@ class ExitTable(ByValue, struct.PyTreeNode, eq=False, kw_only=True):
         References:
             Huang et al., Multi-Scale Dense Networks, 2018, section 4: budgeted batch classification.
         """
+        from scipy import optimize  # on use: the import is slow
+
         checked_arrays(self)
         to_exit = self.costs.to_exit
         if not to_exit[0] <= budget <= to_exit[-1]:

@@ -186,7 +186,8 @@ def plan(
     without branches are also tried in ONNX Runtime, on all cores together and with one piece of the batch on each core;
     no batch is padded there. On a CPU all answer in arrays of NumPy, and all are compiled with each of the compiler
     options that may help, such as `branchy_jax.inference.ALL_CORES`, and without. No further candidate is compiled once
-    the trial has taken 20 seconds.
+    the trial has taken 20 seconds, and none whose forecast is four times the time of one already tried. Where the
+    baseline takes that long, one long pass of it is enough.
 
     The fastest of those that beat the baseline for certain (95 %) is chosen; if none does, the network without branches
     in its fastest form. So on images distributed like those given, the plan is not slower than the baseline, but for
@@ -200,7 +201,8 @@ def plan(
         policy: when an image leaves; a bare array of thresholds ``[N - 1]`` is one of entropy.
         batch_size: of the calls to come, at most M; all of ``images`` at once by default.
         engine: ``'xla'`` or ``'onnxruntime'``; the faster of both by default. Where a network has no ONNX form, or
-            ``onnxruntime`` is not installed, the default is XLA, and the printed table says why.
+            ``onnxruntime`` is not installed, the default is XLA, and the printed table says why. For
+            ``'onnxruntime'``, XLA's stages are measured at one batch size, which forecasts the exits to ask.
         skip_heads: whether heads may be left out; not where a guarantee holds for exactly these thresholds.
         times: from `segment_times` or another plan's ``times`` of the same network, which saves measuring.
         earlier: a plan of the same network and weights for other thresholds or another batch size, whose rewriting,
