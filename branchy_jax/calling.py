@@ -321,7 +321,10 @@ def explained_variables(variables: Variables) -> Iterator[None]:
             f'depend on its input alone; draw them where train is true. {modes.ADVICE}'
         ) from error
     except errors.ScopeParamShapeError as error:
-        raise ValueError(f'inputs: their shape does not fit the variables: {_without_link(error)}') from error
+        raise ValueError(
+            'inputs: their shape does not fit the variables, or the variables are of another network: '
+            f'{_without_link(error)}'
+        ) from error
     except TypeError as error:
         if 'incompatible shapes' not in str(error):
             raise
