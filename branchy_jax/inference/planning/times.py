@@ -150,7 +150,7 @@ class Segments:
         return np.concatenate(batches, axis=1)[:, :count], looks_back
 
     def times(self, inputs: Any, *, passes: int) -> SegmentTimes:
-        """Times all stages and heads, in turns: as often as given, or once and for 3 seconds at most."""
+        """Times all stages and heads, in turns: once, and again as often as given or as 3 seconds allow."""
         functions = self.functions(inputs)
         seconds = interleaved_passes(functions, passes=1, warmup=0)
         took = float(sum(values[0] for values in seconds.values()))
