@@ -143,9 +143,8 @@ def choose(
         Every setting of the criterion whose table's setting is cheapest; its points by name, the first the table's; and
         a row for every criterion that was tried.
     """
-    # With one exit all criteria agree.
     criteria = criteria_of(config)
-    alone = look_at_baseline(criterion=criteria[0])
+    alone = look_at_baseline(criterion=criteria[0])  # with one exit all criteria agree
     baseline, choices, tried = float(alone.anytime().accuracy[-1]), [], []
     for criterion in criteria:
         table = look(criterion=criterion)

@@ -154,7 +154,7 @@ class Cloud(ThreadingHTTPServer):
         try:
             values = {name: np.concatenate([request.values[name] for request in taken]) for name in taken[0].values}
             answers = run_exported.run_exits(self.network, values, first=taken[0].cut)[0]
-        except Exception as error:  # whatever it is, no request may wait forever
+        except Exception as error:  # of any class: every request gets an answer
             for request in taken:
                 request.answer.set_exception(error)
             return

@@ -185,17 +185,7 @@ def try_candidates(
     Returns:
         The candidates that were tried, with their measurements, the baseline first.
     """
-    functions: dict[Candidate, Callable[[], None]] = {}
-    start, least = time.monotonic(), np.inf
-    for candidate in candidates:
-        is_late = progress.is_over or time.monotonic() - start > _MOST_SECONDS_OF_COMPILING
-        is_slow = (candidate.predicted_ms or 0.0) * len(batches) / 1e3 > _FAR_SLOWER * least
-        if len(functions) < 2 or not (is_late or is_slow):
-            progress.report(f'trying {candidate.name}')
-            functions[candidate] = one_by_one(build(candidate), batches)
-            began = time.monotonic()
-            functions[candidate]()  # compiles
-            least = min(least, time.monotonic() - began)
+    functions = _compiled(candidates, build, batches, progress)
     seconds = interleaved_passes(functions, passes=1, warmup=0)
     short = sum(values[0] for values in seconds.values()) < _LONG_SECONDS
     repeats = math.ceil(_SHORTEST_PASS / min(values[0] for values in seconds.values())) if short else 1
@@ -229,6 +219,30 @@ def try_candidates(
         return dataclasses.replace(candidate, measured_ms=ms, ratio=ratios[candidate], eliminated=out)
 
     return list(map(measured, functions))
+
+
+def _compiled(
+    candidates: Sequence[Candidate],
+    build: Callable[[Candidate], Callable[[Any], Any]],
+    batches: Sequence[Any],
+    progress: Progress,
+) -> dict[Candidate, Callable[[], None]]:
+    """Compiles the passes of the first two candidates, and of the others while time is left, unless one is far slower.
+
+    A first call also compiles, so that its time is an upper bound of a pass.
+    """
+    functions: dict[Candidate, Callable[[], None]] = {}
+    start, least = time.monotonic(), np.inf
+    for candidate in candidates:
+        is_late = progress.is_over or time.monotonic() - start > _MOST_SECONDS_OF_COMPILING
+        is_slow = (candidate.predicted_ms or 0.0) * len(batches) / 1e3 > _FAR_SLOWER * least
+        if len(functions) < 2 or not (is_late or is_slow):
+            progress.report(f'trying {candidate.name}')
+            functions[candidate] = one_by_one(build(candidate), batches)
+            began = time.monotonic()
+            functions[candidate]()
+            least = min(least, time.monotonic() - began)
+    return functions
 
 
 def _repeat(run: Callable[[], None], times: int) -> None:
